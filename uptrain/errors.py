@@ -1,0 +1,48 @@
+"""What can go wrong, each with one sentence for the user and an exit code by kind."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UptrainError(Exception):
+    """Say what failed in one sentence, and in `hint` what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UsageError(UptrainError):
+    """A request that can't be carried out as it was typed."""
+
+    exit_code = 2
+
+
+class CheckpointError(UptrainError):
+    """A checkpoint that is missing, cut, corrupt or unsafe."""
+
+
+class VerificationError(UptrainError):
+    """Bytes that don't match what their manifest says."""
+
+    exit_code = 3
+
+
+class Interrupted(UptrainError):
+    """A run stopped by the user, which the same command resumes."""
+
+    exit_code = 130
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "Did you mean 'x'?" for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean '{near[0]}'?" if near else ""
