@@ -1,0 +1,97 @@
+"""Digests of files, written as `algorithm:hex`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from uptrain.errors import CheckpointError
+
+ALGORITHMS: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
+DEFAULT = "blake3"
+CHUNK = 2**20
+"""Bytes read at a time: small enough to stay in cache between reading, hashing and writing."""
+
+
+class Checksum:
+    """A running digest of one algorithm."""
+
+    def __init__(self, algorithm: str = DEFAULT) -> None:
+        self.algorithm = algorithm
+        self._hash = ALGORITHMS[algorithm]()
+
+    def update(self, data: Any) -> None:
+        """Add bytes."""
+        self._hash.update(data)
+
+    def text(self) -> str:
+        """Return the digest as `algorithm:hex`."""
+        return f"{self.algorithm}:{self._hash.hexdigest()}"
+
+
+def checksum_file(path: Path, algorithm: str = DEFAULT, stopped: Callable[[], bool] = lambda: False) -> str:
+    """Return the digest of the file `path`; gives up early, with a useless digest, once `stopped()`.
+
+    Raises:
+        CheckpointError: the file can't be read.
+    """
+    running = Checksum(algorithm)
+    buffer = memoryview(bytearray(CHUNK))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while (count := file.readinto(buffer)) and not stopped():
+                running.update(buffer[:count])
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.") from None
+    return running.text()
+
+
+def algorithm_of(text: str) -> str:
+    """Return the algorithm that a digest text names, or an empty string when it names none we know."""
+    name = text.partition(":")[0]
+    return name if name in ALGORITHMS else ""
+
+
+class FollowingChecksum:
+    """The digest of a whole file, fed with the spans that a copy reads anyway; it reads only what lies between."""
+
+    def __init__(self, path: Path, algorithm: str = DEFAULT) -> None:
+        self._path = path
+        self._checksum = Checksum(algorithm)
+        self._position = 0
+
+    def follow(self, start: int, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+        """Pass on the bytes of the file from `start`, digesting them; spans behind the position only pass."""
+        ahead = start >= self._position
+        if ahead:
+            self._read_until(start)
+        for chunk in chunks:
+            if ahead:
+                self._checksum.update(chunk)
+                self._position += len(chunk)
+            yield chunk
+
+    def text(self) -> str:
+        """Read what is left and return the digest as `algorithm:hex`.
+
+        Raises:
+            CheckpointError: the file can't be read or became shorter.
+        """
+        self._read_until(self._path.stat().st_size)
+        return self._checksum.text()
+
+    def _read_until(self, end: int) -> None:
+        if end <= self._position:
+            return
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._position)
+            while self._position < end:
+                data = file.read(min(CHUNK, end - self._position))
+                if not data:
+                    raise CheckpointError(f"{self._path} became shorter while it was read.")
+                self._checksum.update(data)
+                self._position += len(data)

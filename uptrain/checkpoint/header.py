@@ -1,0 +1,104 @@
+"""Read a safetensors header: names, dtypes, shapes and spans, checked before they are trusted."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from uptrain.checkpoint.jsonfile import parse_object
+from uptrain.errors import CheckpointError
+
+ITEM_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+    "C64": 64,
+}  # fmt: skip
+"""Bits a value of each safetensors dtype takes."""
+
+FLOAT_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""What `--dtype` and `config.dtype` call the floating dtypes, by safetensors name."""
+
+HEADER_LIMIT = 100_000_000
+"""Bytes; the limit of the safetensors library itself."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `start` and `end` are byte offsets in `file`; -1 where it isn't safetensors."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Return the tensor's size in bytes."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor of safetensors `dtype` and `shape`."""
+    return math.prod(shape) * ITEM_BITS[dtype] // 8
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of the safetensors file `path`, in the order of the bytes.
+
+    Raises:
+        CheckpointError: cut, too large, not JSON, a bad dtype, shape or span, overlapping or leftover bytes.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(f"{path} is cut short or not safetensors.", "Download it again.")
+            if length > HEADER_LIMIT:
+                raise CheckpointError(f"{path} declares a header of {length:,} bytes, over the format's limit.")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {os.strerror(error.errno or 0)}.") from None
+    entries = parse_object(text, f"The header of {path}")
+    entries.pop("__metadata__", None)
+    infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in entries.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    position = 8 + length
+    for info in infos:
+        if info.start != position:
+            raise CheckpointError(f"{path}: the bytes of {info.name} overlap another tensor's or leave a gap.")
+        position = info.end
+    if position != size:
+        word = "cut short" if size < position else "longer than its header says"
+        raise CheckpointError(
+            f"{path} is {word}: {size:,} bytes where the header promises {position:,}.", "Download it again."
+        )
+    return {info.name: info for info in infos}
+
+
+def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    where = f"{path}: the header's entry for {name!r}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where} is not an object.")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in ITEM_BITS:
+        raise CheckpointError(f"{where} has dtype {dtype!r}, which uptrain can't read.")
+    if not _naturals(shape):
+        raise CheckpointError(f"{where} has shape {shape!r}, not a list of sizes.")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where} has data_offsets {offsets!r}, not [begin, end].")
+    info = TensorInfo(name, dtype, tuple(shape), path.name, base + offsets[0], base + offsets[1])
+    if info.end - info.start != info.nbytes:
+        raise CheckpointError(
+            f"{where} spans {info.end - info.start:,} bytes where {dtype} {list(info.shape)} takes {info.nbytes:,}."
+        )
+    return info
+
+
+def _naturals(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

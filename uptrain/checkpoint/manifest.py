@@ -1,0 +1,110 @@
+"""uptrain.json: where a checkpoint came from, what was done to it, and the digest of every file."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
+from uptrain.checkpoint.jsonfile import dump_json, read_json
+from uptrain.checkpoint.writer import LOCK, STATE, write_atomic
+from uptrain.errors import CheckpointError, VerificationError
+
+MANIFEST = "uptrain.json"
+FORMAT = 1
+_RECORDED = ("uptrain", "numpy", "safetensors", "torch", "transformers", "accelerate", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages a result can depend on."""
+    out = {"python": platform.python_version()}
+    for name in _RECORDED:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of `directory`, or None where it has none.
+
+    Raises:
+        CheckpointError: it is there but is not a manifest of a known format.
+    """
+    if not (directory / MANIFEST).is_file():
+        return None
+    manifest = read_json(directory / MANIFEST)
+    stages, files = manifest.get("stages"), manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(stages, list) or not isinstance(files, dict):
+        raise CheckpointError(f"{directory / MANIFEST} is not an uptrain manifest of format {FORMAT}.")
+    return manifest
+
+
+def append_stage(
+    directory: Path, base: Path | None, stage: dict[str, Any], known: dict[str, str] | None = None
+) -> None:
+    """Write `directory`'s manifest: the history of the checkpoint `base`, then `stage`, then every file's digest.
+
+    `known` gives digests already computed while writing, by file name; the other files are read.
+    """
+    earlier = read_manifest(base) if base is not None else None
+    stages = [*(earlier["stages"] if earlier else []), {**stage, "versions": versions()}]
+    manifest = {"format": FORMAT, "stages": stages, "files": file_digests(directory, known or {})}
+    write_atomic(directory / MANIFEST, dump_json(manifest))
+
+
+def file_digests(directory: Path, known: dict[str, str], algorithm: str = DEFAULT) -> dict[str, dict[str, Any]]:
+    """Return size in bytes and checksum of every file of `directory` but the manifest itself."""
+    return {
+        name: {"size": path.stat().st_size, "checksum": known.get(name) or checksum_file(path, algorithm)}
+        for name, path in _files(directory)
+    }
+
+
+def _files(directory: Path) -> list[tuple[str, Path]]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    named = [(path.relative_to(directory).as_posix(), path) for path in paths]
+    return [(name, path) for name, path in named if name not in (MANIFEST, STATE, LOCK)]
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Re-check every file of `directory` against its manifest and return the manifest.
+
+    Raises:
+        CheckpointError: no folder or no manifest.
+        VerificationError: a file is missing, of another size, of other bytes, or an unlisted weight file is there.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"There is no folder {directory}.")
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise CheckpointError(
+            f"{directory} has no {MANIFEST}, so there is nothing to verify it against.",
+            "Only folders that uptrain wrote have one.",
+        )
+    for name, entry in manifest["files"].items():
+        _verify_file(directory, str(name), entry)
+    for name, path in _files(directory):
+        if name not in manifest["files"] and path.suffix in (".safetensors", ".bin", ".py"):
+            raise VerificationError(f"{path} is not listed in {MANIFEST}: it was added later.")
+    return manifest
+
+
+def _verify_file(directory: Path, name: str, entry: Any) -> None:
+    path = directory / name
+    if directory.resolve() not in path.resolve().parents:
+        raise VerificationError(f"{directory / MANIFEST} names {name!r}, which is outside its folder.")
+    if not isinstance(entry, dict) or not algorithm_of(str(entry.get("checksum"))):
+        raise VerificationError(f"{directory / MANIFEST} has no usable checksum for {name}.")
+    if not path.is_file():
+        raise VerificationError(f"{path} is missing.", "Convert or download it again.")
+    size = path.stat().st_size
+    if size != entry.get("size"):
+        raise VerificationError(f"{path} is {size:,} bytes where {MANIFEST} says {entry.get('size')}.")
+    if checksum_file(path, algorithm_of(entry["checksum"])) != entry["checksum"]:
+        raise VerificationError(
+            f"{path} does not match its checksum in {MANIFEST}: its bytes changed since it was written."
+        )

@@ -1,0 +1,65 @@
+"""Read trusted `.bin` shards through torch's restricted unpickler; only reached with --allow-pickle."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uptrain.checkpoint.arrays import Array, numpy_dtype
+from uptrain.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from uptrain.errors import CheckpointError
+
+_INTEGERS = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+
+
+class PickleShards:
+    """Memory-mapped `.bin` files of one folder; tensors are read from the map when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._shards: dict[str, dict[str, Any]] = {}
+
+    def headers(self, names: list[str]) -> dict[str, TensorInfo]:
+        """Return every tensor of the shards `names`.
+
+        Raises:
+            CheckpointError: a shard is missing, isn't a weights-only pickle, or holds something else than tensors.
+        """
+        out: dict[str, TensorInfo] = {}
+        for name in names:
+            for key, tensor in self._shard(name).items():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                code = FLOAT_DTYPES.get(dtype) or _INTEGERS.get(dtype)
+                if code is None:
+                    raise CheckpointError(f"{self.path / name}: tensor {key} has dtype {dtype}.")
+                out[key] = TensorInfo(key, code, tuple(tensor.shape), name, -1, -1)
+        return out
+
+    def read(self, info: TensorInfo) -> Array:
+        """Return one tensor as an array of its own dtype and shape."""
+        import torch
+
+        tensor = self._shard(info.file)[info.name].contiguous()
+        flat = tensor.reshape(-1).view(torch.uint8).numpy()
+        return np.asarray(flat.view(numpy_dtype(info.dtype)).reshape(info.shape))
+
+    def _shard(self, name: str) -> dict[str, Any]:
+        if name not in self._shards:
+            try:
+                import torch
+            except ImportError:
+                raise CheckpointError(
+                    f"Reading {name} needs torch.", "Install it with: pip install 'uptrain[eval]'"
+                ) from None
+            try:
+                shard = torch.load(self.path / name, map_location="cpu", weights_only=True, mmap=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                first = str(error).splitlines()[0]
+                raise CheckpointError(f"{self.path / name} can't be read as weights: {first}") from None
+            if not isinstance(shard, dict) or not all(isinstance(v, torch.Tensor) for v in shard.values()):
+                raise CheckpointError(f"{self.path / name} holds something else than named tensors.")
+            self._shards[name] = shard
+        return self._shards[name]

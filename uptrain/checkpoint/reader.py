@@ -1,0 +1,179 @@
+"""Open a checkpoint folder lazily: every tensor known from headers, bytes read only when asked for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from uptrain.checkpoint.arrays import Array, numpy_dtype, raw_bytes
+from uptrain.checkpoint.checksum import CHUNK
+from uptrain.checkpoint.header import TensorInfo, read_header
+from uptrain.checkpoint.jsonfile import read_json
+from uptrain.checkpoint.pickles import PickleShards
+from uptrain.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder: its config, and each tensor's place. Nothing of the weights is in memory."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    pickles: PickleShards | None = field(default=None, compare=False)
+
+    @property
+    def files(self) -> list[str]:
+        """Return the weight files' names, in order."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def read(self, name: str) -> Array:
+        """Return tensor `name` in its own dtype and shape.
+
+        Raises:
+            CheckpointError: the tensor's bytes can't be read.
+        """
+        info = self.tensors[name]
+        if self.pickles is not None:
+            return self.pickles.read(info)
+        out = np.empty(info.shape, numpy_dtype(info.dtype))
+        target = raw_bytes(out)
+        position = 0
+        for chunk in self.chunks(name):
+            target[position : position + len(chunk)] = chunk
+            position += len(chunk)
+        return out
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of tensor `name` a few MiB at a time; each view is valid until the next.
+
+        Raises:
+            CheckpointError: the file ends early or can't be read.
+        """
+        info = self.tensors[name]
+        if self.pickles is not None:
+            yield raw_bytes(np.ascontiguousarray(self.pickles.read(info)))
+            return
+        path = self.path / info.file
+        try:
+            with _borrowed_buffer() as buffer, path.open("rb", buffering=0) as file:
+                file.seek(info.start)
+                left = info.nbytes
+                while left:
+                    count = file.readinto(buffer[: min(left, len(buffer))])
+                    if not count:
+                        raise CheckpointError(f"{path} ends inside tensor {name}: it changed while being read.")
+                    yield buffer[:count]
+                    left -= count
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise CheckpointError(f"{path} can't be read at tensor {name}: {reason}.") from None
+
+
+_spare = threading.local()
+
+
+@contextmanager
+def _borrowed_buffer() -> Iterator[memoryview]:
+    """Lend a buffer of CHUNK bytes; a fresh one a tensor would cost more in page faults than reading does."""
+    buffers: list[memoryview] = _spare.__dict__.setdefault("buffers", [])
+    buffer = buffers.pop() if buffers else memoryview(bytearray(CHUNK))
+    try:
+        yield buffer
+    finally:
+        buffers.append(buffer)
+
+
+def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
+    """Open the checkpoint in folder `path` from its config, index and headers.
+
+    Raises:
+        CheckpointError: no config or weights, an unsafe or wrong index, a missing, cut or corrupt shard.
+    """
+    config = read_config(path)
+    if (path / INDEX).exists():
+        tensors = _indexed(path, INDEX, ".safetensors")
+    elif (path / SINGLE).exists():
+        tensors = read_header(path / SINGLE)
+    else:
+        return _open_pickles(path, config, allow_pickle)
+    return Checkpoint(path, config, tensors)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read `config.json` of folder `path`.
+
+    Raises:
+        CheckpointError: the folder has none, or it isn't one JSON object.
+    """
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} has no config.json, so it isn't a Hugging Face checkpoint.",
+            "Name the folder that holds config.json and the .safetensors files.",
+        )
+    return read_json(path / "config.json")
+
+
+def _open_pickles(path: Path, config: dict[str, Any], allow_pickle: bool) -> Checkpoint:
+    indexed, single = (path / PICKLE_INDEX).exists(), (path / PICKLE_SINGLE).exists()
+    if not indexed and not single:
+        raise CheckpointError(f"{path} has no {SINGLE} and no {INDEX}.", "Name a folder with safetensors weights.")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{path} has only pickled .bin weights, which can run code when they are read.",
+            "If you trust them, add --allow-pickle (they are still read with weights_only=True).",
+        )
+    names = _shard_names(path, PICKLE_INDEX, ".bin") if indexed else [PICKLE_SINGLE]
+    pickles = PickleShards(path)
+    return Checkpoint(path, config, pickles.headers(names), pickles)
+
+
+def _shard_names(path: Path, index: str, ending: str) -> list[str]:
+    weight_map = read_json(path / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / index} has no weight_map.", "Download it again.")
+    for name in weight_map.values():
+        check_shard_name(path / index, name, ending)
+    return sorted(set(weight_map.values()))
+
+
+def check_shard_name(index: Path, name: Any, ending: str) -> None:
+    """Refuse a shard name that isn't a plain file name inside the index's own folder.
+
+    Raises:
+        CheckpointError: not text, absolute, with `..` or a drive letter, in another folder, or of another ending.
+    """
+    plain = isinstance(name, str) and name.endswith(ending) and "\0" not in name
+    if not plain or len(PurePosixPath(name).parts) != 1 or len(PureWindowsPath(name).parts) != 1:
+        raise CheckpointError(
+            f"{index} points to {str(name)[:200]!r}, which is not a {ending} file in its own folder.",
+            "Don't use this checkpoint unless you know who wrote it.",
+        )
+
+
+def _indexed(path: Path, index: str, ending: str) -> dict[str, TensorInfo]:
+    names = _shard_names(path, index, ending)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in names:
+        if not (path / shard).is_file():
+            raise CheckpointError(f"{path / shard} is missing, though {index} lists it.", "Download it again.")
+        for name, info in read_header(path / shard).items():
+            if name in tensors:
+                raise CheckpointError(f"Tensor {name} stands in both {tensors[name].file} and {shard}.")
+            tensors[name] = info
+    for name, shard in read_json(path / index)["weight_map"].items():
+        if name not in tensors or tensors[name].file != shard:
+            raise CheckpointError(f"{path / index} lists tensor {name} in {shard}, which doesn't hold it.")
+    return tensors
