@@ -1,0 +1,74 @@
+"""Tiny real models of every family, written as their own class writes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+TINY: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+LLAMA_LIKE = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+EXTRA: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "mistral": {"sliding_window": 8, "head_dim": 16},
+    "granite": {"attention_bias": True},
+    "llama": {"attention_bias": True},
+}
+
+
+def tiny_config(model_type: str, num_key_value_heads: int | None = None, **changes: Any) -> Any:
+    """Return a two-layer config of `model_type` with four query heads and a vocabulary of 64."""
+    values = dict(TINY.get(model_type, {**LLAMA_LIKE, **EXTRA.get(model_type, {})}))
+    if model_type not in TINY:
+        values["num_key_value_heads"] = num_key_value_heads or 4
+    tokens = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    values = {**tokens, "initializer_range": 0.15, **values, **changes}
+    return AutoConfig.for_model(model_type, **values)
+
+
+def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
+    """Build a float32 model with random weights of realistic scale, biases and norms included."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.float().eval()
+
+
+@pytest.fixture
+def save_tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that saves a tiny model and returns its folder."""
+
+    def save(
+        model_type: str, num_key_value_heads: int | None = None, *, name: str = "src", seed: int = 0,
+        dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes: Any,
+    ) -> Path:  # fmt: skip
+        folder = tmp_path / name
+        model = tiny_model(tiny_config(model_type, num_key_value_heads, **changes), seed)
+        model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        return folder
+
+    return save

@@ -1,0 +1,185 @@
+"""The table: one frozen entry a model family, saying where its attention lives. Data only.
+
+To add a family, add its entry here and run `pytest tests/test_families.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+
+class Packing(Enum):
+    """How the query, key and value rows of a layer are stored."""
+
+    SEPARATE = "separate"
+    """Three projections."""
+    CONCAT = "concat"
+    """One projection: all queries, then all keys, then all values."""
+    GROUPED = "grouped"
+    """One projection; per key/value head its query heads, its key, its value."""
+
+
+class Position(Enum):
+    """What tells attention where a token stands."""
+
+    ABSOLUTE = "absolute positions"
+    ROTARY = "rotary"
+    ROTARY_INTERLEAVED = "rotary, interleaved"
+
+
+class Sliding(Enum):
+    """Which layers look back only `sliding_window` tokens when the config doesn't list `layer_types`."""
+
+    NEVER = "never"
+    ALL = "all"
+    FLAG = "flag"
+    """Only with `use_sliding_window`, and then the layers from `max_window_layers` on."""
+    EVEN = "even"
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The attention's linear modules, relative to the layer's attention; `fused` replaces q, k and v.
+
+    `transposed` marks weights stored (in, out), as GPT-2's Conv1D does, instead of nn.Linear's (out, in).
+    """
+
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    fused: str = ""
+    packing: Packing = Packing.SEPARATE
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """What the family's config.json calls the field's words."""
+
+    hidden_size: str = "hidden_size"
+    num_hidden_layers: str = "num_hidden_layers"
+    num_attention_heads: str = "num_attention_heads"
+    num_key_value_heads: str | None = "num_key_value_heads"
+    head_dim: str | None = "head_dim"
+    multi_query: str | None = None
+    """A flag that means one key/value head when it is true."""
+    vocab_size: str = "vocab_size"
+    max_position_embeddings: str = "max_position_embeddings"
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family: names, packing, config keys and the hosts of its results.
+
+    `defaults` holds what the family's config class assumes where config.json is silent. `hosts` names, for each
+    target, the entries of `uptrain.hosts` to try in order; `native` families hold any number of groups themselves.
+    `unsupported` maps a config key to the value that can't be converted, and why.
+    """
+
+    model_type: str
+    class_name: str
+    layer: str = "{prefix}layers.{layer}.self_attn."
+    prefixes: tuple[str, ...] = ("model.", "")
+    projections: Projections = Projections()
+    keys: ConfigKeys = ConfigKeys()
+    position: Position = Position.ROTARY
+    sliding: Sliding = Sliding.NEVER
+    buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
+    unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
+    native: bool = True
+
+    def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
+        """Return the same layout under another `model_type`, with the given fields changed."""
+        return replace(self, model_type=model_type, class_name=class_name, **changes)
+
+
+GPT2 = Architecture(
+    model_type="gpt2",
+    class_name="GPT2LMHeadModel",
+    layer="{prefix}h.{layer}.attn.",
+    prefixes=("transformer.", ""),
+    projections=Projections(o="c_proj", fused="c_attn", packing=Packing.CONCAT, transposed=True),
+    keys=ConfigKeys("n_embd", "n_layer", "n_head", None, None, max_position_embeddings="n_positions"),
+    position=Position.ABSOLUTE,
+    buffers=("attn.bias", "attn.masked_bias"),
+    defaults={"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+    hosts={"gqa": ("uptrain_gpt2",), "mqa": ("gpt_bigcode", "uptrain_gpt2")},
+    unsupported={"add_cross_attention": (True, "its cross-attention can't be converted yet")},
+    native=False,
+)
+
+UPTRAIN_GPT2 = GPT2.for_model(
+    "uptrain_gpt2",
+    "UptrainGPT2LMHeadModel",
+    keys=replace(GPT2.keys, num_key_value_heads="num_key_value_heads"),
+    hosts={"mqa": ("gpt_bigcode", "uptrain_gpt2")},
+    native=True,
+)
+
+GPT_BIGCODE = GPT2.for_model(
+    "gpt_bigcode",
+    "GPTBigCodeForCausalLM",
+    projections=replace(GPT2.projections, transposed=False),
+    keys=replace(GPT2.keys, multi_query="multi_query"),
+    defaults={**GPT2.defaults, "multi_query": True},
+    hosts={},
+    unsupported={"multi_query": (False, "only its multi-query form has a known layout")},
+    native=True,
+)
+
+LLAMA = Architecture(
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    defaults={
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+    },
+)  # fmt: skip
+
+
+def _like_llama(model_type: str, class_name: str, *defaults: int, **changes: Any) -> Architecture:
+    names = (*LLAMA.defaults, "num_key_value_heads", "head_dim")
+    return LLAMA.for_model(model_type, class_name, defaults=dict(zip(names, defaults, strict=False)), **changes)
+
+
+_ENTRIES = (
+    GPT2,
+    UPTRAIN_GPT2,
+    GPT_BIGCODE,
+    LLAMA,
+    _like_llama("mistral", "MistralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL),
+    _like_llama("qwen2", "Qwen2ForCausalLM", 4096, 32, 32, 151936, 32768, 32, sliding=Sliding.FLAG),
+    _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
+    _like_llama("gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256, sliding=Sliding.EVEN),
+    _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
+    _like_llama("olmo", "OlmoForCausalLM", 4096, 32, 32, 50304, 2048),
+    _like_llama("arcee", "ArceeForCausalLM", 2560, 32, 32, 32000, 4096),
+    _like_llama("smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4, sliding=Sliding.FLAG),
+    _like_llama("starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, sliding=Sliding.ALL),
+    _like_llama(
+        "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192,
+        position=Position.ROTARY_INTERLEAVED,
+        unsupported={"use_qk_norm": (True, "its keys are normed head by head after projection")},
+    ),
+)  # fmt: skip
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})
+
+NO_CACHE = frozenset(
+    {
+        "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "ernie",
+        "esm", "eurobert", "funnel", "layoutlm", "longformer", "modernbert", "mpnet", "nomic_bert", "roberta",
+        "roformer", "vit", "xlm-roberta",
+    }
+)  # fmt: skip
+"""Encoder-only model types: they read a whole text at once and keep no key/value cache to shrink."""

@@ -1,0 +1,109 @@
+"""Read a model's family and attention from its config.json, without loading any class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uptrain.architectures import ARCHITECTURES, NO_CACHE, Architecture, Sliding
+from uptrain.attention import AttentionSpec
+from uptrain.errors import CheckpointError, UsageError, did_you_mean
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
+    """Return the table's entry for a config; `where` names the config in errors.
+
+    Raises:
+        UsageError: an encoder-only or unknown model type, or a variant that can't be converted.
+    """
+    model_type = config.get("model_type")
+    if model_type in NO_CACHE:
+        raise UsageError(f"{where} is a {model_type}, an encoder-only model: it keeps no key/value cache to shrink.")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UsageError(
+            f"{where} has model_type {model_type!r}, which uptrain doesn't know. It knows {known}.",
+            f"{did_you_mean(str(model_type), ARCHITECTURES)} CONTRIBUTING.md says how to add one.".strip(),
+        )
+    architecture = ARCHITECTURES[model_type]
+    for key, (value, why) in architecture.unsupported.items():
+        if config.get(key, architecture.defaults.get(key)) == value:
+            raise UsageError(f"{where} has {key} {value}, which uptrain can't convert: {why}.")
+    return architecture
+
+
+def config_value(architecture: Architecture, config: Mapping[str, Any], key: str, where: str) -> int:
+    """Return the positive integer that config.json, or the family's default, gives for `key`.
+
+    Raises:
+        CheckpointError: it is neither given nor known, or no positive integer.
+    """
+    value = config.get(key)
+    value = architecture.defaults.get(key) if value is None else value
+    if type(value) is not int or not 0 < value < 2**31:
+        raise CheckpointError(f"{where} has {key} {value!r}, not a positive whole number.")
+    return value
+
+
+def attention_layers(architecture: Architecture, config: Mapping[str, Any], where: str) -> tuple[AttentionSpec, ...]:
+    """Return every layer's attention.
+
+    Raises:
+        CheckpointError: sizes that are missing, not positive, or don't divide.
+    """
+    keys = architecture.keys
+
+    def size(key: str) -> int:
+        return config_value(architecture, config, key, where)
+
+    heads, hidden = size(keys.num_attention_heads), size(keys.hidden_size)
+    key_value_heads = heads
+    if keys.num_key_value_heads and _given(architecture, config, keys.num_key_value_heads):
+        key_value_heads = size(keys.num_key_value_heads)
+    if keys.multi_query and config.get(keys.multi_query, architecture.defaults.get(keys.multi_query)):
+        key_value_heads = 1
+    if keys.head_dim and _given(architecture, config, keys.head_dim):
+        head_dim = size(keys.head_dim)
+    elif hidden % heads:
+        raise CheckpointError(f"{where}: {heads} attention heads don't divide the hidden size {hidden}.")
+    else:
+        head_dim = hidden // heads
+    if heads % key_value_heads:
+        raise CheckpointError(f"{where}: {key_value_heads} key/value heads don't divide {heads} attention heads.")
+    layers = size(keys.num_hidden_layers)
+    windows = _windows(architecture, config, layers, where)
+    return tuple(AttentionSpec(heads, key_value_heads, head_dim, sliding_window=window) for window in windows)
+
+
+def _given(architecture: Architecture, config: Mapping[str, Any], key: str) -> bool:
+    return config.get(key) is not None or key in architecture.defaults
+
+
+def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[int | None]:
+    window = config.get("sliding_window")
+    if type(window) is not int or window < 1:
+        return [None] * layers
+    types = config.get("layer_types")
+    if isinstance(types, list):
+        if len(types) != layers:
+            raise CheckpointError(f"{where} lists {len(types)} layer_types for {layers} layers.")
+        slides = [kind == "sliding_attention" for kind in types]
+    elif architecture.sliding is Sliding.FLAG:
+        first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else layers
+        slides = [layer >= first for layer in range(layers)]
+    elif architecture.sliding is Sliding.EVEN:
+        slides = [layer % 2 == 0 for layer in range(layers)]
+    else:
+        slides = [architecture.sliding is Sliding.ALL] * layers
+    return [window if slide else None for slide in slides]
+
+
+def set_attention(architecture: Architecture, config: dict[str, Any], num_key_value_heads: int) -> None:
+    """Write the number of key/value heads into a config of `architecture`, in the family's own word."""
+    keys = architecture.keys
+    if keys.num_key_value_heads:
+        config[keys.num_key_value_heads] = num_key_value_heads
+    if keys.multi_query:
+        config[keys.multi_query] = num_key_value_heads == 1
