@@ -1,0 +1,93 @@
+"""Which class holds a result: one frozen entry a host, tried in the order the family names them. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, Architecture
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Host:
+    """A class that can hold a result, and how a checkpoint of the source family becomes one of its own.
+
+    `requires` lists source config values the class is exact under; `fill` gives config values where the source is
+    silent (the two families' defaults differ); `fix` always; `drop` removes. `transposes` names the linear modules
+    outside attention that change between (in, out) and (out, in). `remote_code` is the modelling file shipped inside
+    the checkpoint, with `auto_classes`, when no stock class serves.
+    """
+
+    architecture: Architecture
+    requires: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    fill: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    fix: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    drop: tuple[str, ...] = ()
+    transposes: tuple[str, ...] = ()
+    remote_code: str = ""
+    auto_classes: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+
+    @property
+    def name(self) -> str:
+        """Return the host's model_type."""
+        return self.architecture.model_type
+
+
+HOSTS: Mapping[str, Host] = MappingProxyType(
+    {
+        "gpt_bigcode": Host(
+            GPT_BIGCODE,
+            requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+            fill={"activation_function": "gelu_new"},
+            drop=("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "num_key_value_heads"),
+            transposes=("mlp.c_fc", "mlp.c_proj"),
+        ),
+        "uptrain_gpt2": Host(
+            UPTRAIN_GPT2,
+            remote_code="modeling_uptrain_gpt2.py",
+            auto_classes={
+                "AutoConfig": "UptrainGPT2Config",
+                "AutoModel": "UptrainGPT2Model",
+                "AutoModelForCausalLM": "UptrainGPT2LMHeadModel",
+            },
+        ),
+    }
+)
+
+
+def host_of(architecture: Architecture, target: str, config: Mapping[str, Any], same: bool) -> Host:
+    """Return the first host that holds `target` exactly for this source config; itself where it can.
+
+    `same` says that the result has as many key/value heads as the source.
+    """
+    for name in architecture.hosts.get(target, ()):
+        host = HOSTS[name]
+        if not same and all(config.get(key, value) == value for key, value in host.requires.items()):
+            return host
+    return own_host(architecture)
+
+
+def own_host(architecture: Architecture) -> Host:
+    """Return the family's own class as a host, with its modelling file where that is ours."""
+    known = HOSTS.get(architecture.model_type)
+    if known is None or known.architecture is not architecture or not known.remote_code:
+        return Host(architecture)
+    return Host(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
+
+
+def host_config(host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the source's config rewritten for `host`, its attention sizes still the source's."""
+    config = {key: value for key, value in source.items() if key not in (*host.drop, "auto_map")}
+    for key, value in host.fill.items():
+        config.setdefault(key, value)
+    config.update(host.fix)
+    config["model_type"] = host.name
+    config["architectures"] = [host.architecture.class_name]
+    if host.remote_code:
+        module = host.remote_code.removesuffix(".py")
+        config["auto_map"] = {auto: f"{module}.{name}" for auto, name in host.auto_classes.items()}
+    return config
