@@ -1,0 +1,163 @@
+"""Every family of the table, against transformers' own module: add an entry, and this file proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from tests.conftest import tiny_config, tiny_model
+from tests.oracle import pool_model
+from uptrain.architectures import ARCHITECTURES
+from uptrain.attention import cache_bytes_per_token
+from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.convert import convert
+from uptrain.hosts.register import register
+from uptrain.model_config import attention_layers
+from uptrain.packing import join, modules_of, split
+from uptrain.plan import find_prefix, result_attention
+from uptrain.request import Request
+
+register()
+SOURCES = [name for name in ARCHITECTURES if name not in ("uptrain_gpt2", "gpt_bigcode")]
+TARGETS = [(name, 4, groups) for name in SOURCES for groups in (2, 1)] + [
+    (name, 2, 1) for name in SOURCES if ARCHITECTURES[name].native
+]
+TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32]])
+Save = Callable[..., Path]
+
+
+def request(groups: int, method: str = "mean") -> Request:
+    return Request("mqa" if groups == 1 else "gqa", None if groups == 1 else groups, method)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("model_type", SOURCES)
+def test_defaults_are_the_config_class_own(model_type: str) -> None:
+    entry, config = ARCHITECTURES[model_type], CONFIG_MAPPING[model_type]()
+    assert {key: getattr(config, key) for key in entry.defaults} == dict(entry.defaults)
+
+
+@pytest.mark.parametrize("model_type", SOURCES)
+def test_class_name_is_what_transformers_writes(model_type: str, save_tiny: Save) -> None:
+    config = open_checkpoint(save_tiny(model_type)).config
+    assert config["architectures"] == [ARCHITECTURES[model_type].class_name]
+
+
+@pytest.mark.parametrize("model_type", SOURCES)
+def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny: Save) -> None:
+    """q, k and v of our heads equal what the module's own projections give, head by head, on random input."""
+    folder = save_tiny(model_type)
+    entry, checkpoint, model = ARCHITECTURES[model_type], open_checkpoint(folder), load(folder)
+    spec = attention_layers(entry, checkpoint.config, "src")[1]
+    base = entry.layer.format(prefix=find_prefix(entry, checkpoint, "src"), layer=1)
+    names = [f"{m}.{kind}" for m in modules_of(entry.projections, frozenset("qkvo")) for kind in ("weight", "bias")]
+    tensors = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
+    heads = split(entry.projections, spec, tensors)
+
+    back = join(entry.projections, spec, heads)
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
+
+    x = torch.randn(5, 48, generator=torch.manual_seed(1))
+    module = model.get_submodule(base.rstrip("."))
+    if entry.projections.fused:
+        whole = getattr(module, entry.projections.fused)(x[None])[0].split(48, dim=1)
+        expected = dict(zip("qkv", whole, strict=True))
+    else:
+        expected = {part: getattr(module, getattr(entry.projections, part))(x) for part in "qkv"}
+    for part in "qkv":
+        ours = heads.part(part)
+        y = np.einsum("td,hed->the", x.numpy(), ours.weight) + (0 if ours.bias is None else ours.bias)
+        want = expected[part].detach().unflatten(1, (-1, spec.head_dim)).numpy()
+        np.testing.assert_allclose(y, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", SOURCES)
+def test_as_many_groups_as_heads_changes_no_byte(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
+    source = save_tiny(model_type, dtype=torch.bfloat16)
+    convert(str(source), tmp_path / "out", request(4))
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert open_checkpoint(tmp_path / "out").config == open_checkpoint(source).config
+
+
+@pytest.mark.parametrize(("model_type", "heads", "groups"), TARGETS)
+@pytest.mark.parametrize("method", ["mean", "first"])
+def test_converted_logits_equal_the_pooled_source(
+    model_type: str, heads: int, groups: int, method: str, save_tiny: Save, tmp_path: Path
+) -> None:
+    source = save_tiny(model_type, heads, seed=groups)
+    convert(str(source), tmp_path / "out", request(groups, method))
+    oracle = pool_model(load(source), groups, method)
+    converted = load(tmp_path / "out")
+    assert converted.config.model_type == result_attention(open_checkpoint(tmp_path / "out"), "out")[0].name
+    with torch.no_grad():
+        torch.testing.assert_close(converted(TOKENS).logits, oracle(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "heads", "groups"), TARGETS)
+def test_cached_generation_equals_uncached_and_keeps_only_its_heads(
+    model_type: str, heads: int, groups: int, save_tiny: Save, tmp_path: Path
+) -> None:
+    convert(str(save_tiny(model_type, heads)), tmp_path / "out", request(groups))
+    model = load(tmp_path / "out")
+    arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), **arguments)
+    plain = model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), use_cache=False, **arguments)
+    assert torch.equal(cached, plain)
+
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), TOKENS], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 4).long()[None]
+    left = model.generate(padded, attention_mask=mask, **arguments)
+    assert torch.equal(left[:, 4:], cached)
+
+    layers = result_attention(open_checkpoint(tmp_path / "out"), "out")[1]
+    cache = DynamicCache(config=model.config)
+    context = 5  # below every sliding window, so that each token is still held
+    with torch.no_grad():
+        model(TOKENS[:, :context], past_key_values=cache)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == context * cache_bytes_per_token(layers, itemsize=4)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_tied_and_untied_heads_both_carry_over(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
+    for tied in (True, False):
+        source = save_tiny(model_type, name=f"src{tied}", tie_word_embeddings=tied)
+        convert(str(source), tmp_path / f"out{tied}", request(2))
+        oracle, converted = pool_model(load(source), 2), load(tmp_path / f"out{tied}")
+        with torch.no_grad():
+            torch.testing.assert_close(converted(TOKENS).logits, oracle(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_gpt2_without_prefix_and_with_old_buffers(tmp_path: Path, save_tiny: Save) -> None:
+    """The Hub's own gpt2 has no `transformer.` prefix and carries mask buffers."""
+    source = save_tiny("gpt2")
+    state = load_file(source / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    for layer in range(2):
+        old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64)
+        old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    from safetensors.torch import save_file
+
+    save_file(old, source / "model.safetensors", metadata={"format": "pt"})
+    for groups in (2, 1):
+        convert(str(source), tmp_path / str(groups), request(groups))
+        names = open_checkpoint(tmp_path / str(groups)).tensors
+        assert not any("masked_bias" in name or name.endswith(".attn.bias") for name in names)
+        oracle = pool_model(tiny_model(tiny_config("gpt2")), groups)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                load(tmp_path / str(groups))(TOKENS).logits, oracle(TOKENS).logits, atol=1e-5, rtol=1e-5
+            )

@@ -1,0 +1,180 @@
+"""Convert a checkpoint: find it, plan it, write the result whole or not at all, resume what was cut off."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
+from uptrain.checkpoint.jsonfile import dump_json
+from uptrain.checkpoint.manifest import append_stage
+from uptrain.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from uptrain.checkpoint.source import Source, resolve
+from uptrain.checkpoint.writer import State, check_out, partial_of, staged, write_atomic
+from uptrain.errors import Interrupted, UptrainError, UsageError
+from uptrain.pipeline import Pipeline, Progress
+from uptrain.plan import Plan, make_plan
+from uptrain.request import Request
+
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
+)  # fmt: skip
+"""Files that go into the result as they are."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did: where the result is, its plan, and which shards an earlier run had finished."""
+
+    out: Path
+    source: Source
+    plan: Plan
+    resumed: tuple[str, ...]
+
+
+def plan_conversion(
+    model: str, request: Request, *, revision: str | None = None, allow_pickle: bool = False
+) -> tuple[Source, Checkpoint, Plan]:
+    """Find and open `model` and plan its conversion, reading headers and config only.
+
+    Raises:
+        UptrainError: the model can't be found or read, or the request is impossible for it.
+    """
+    source = resolve(model, revision, allow_pickle)
+    checkpoint = open_checkpoint(source.path, allow_pickle)
+    return source, checkpoint, make_plan(checkpoint, request, source.name)
+
+
+def default_out(source: Source, plan: Plan) -> Path:
+    """Return `./NAME-gqa4` or `./NAME-mqa`."""
+    groups = plan.after[0].num_key_value_heads
+    return Path(f"{source.short_name}-{'mqa' if groups == 1 else f'gqa{groups}'}")
+
+
+def convert(
+    model: str,
+    out: str | Path | None = None,
+    request: Request | None = None,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    on_progress: Progress = lambda count: None,
+) -> Conversion:
+    """Convert `model` (a folder, `demo` or a Hub id) and write the result to `out`, whole or not at all.
+
+    Raises:
+        UptrainError: as `plan_conversion`; OUT exists or lies in the source; the disk is full.
+        Interrupted: stopped by Ctrl-C; the same call resumes.
+    """
+    source, checkpoint, plan = plan_conversion(
+        model, request or Request(), revision=revision, allow_pickle=allow_pickle
+    )
+    return run_plan(source, checkpoint, plan, out, overwrite=overwrite, on_progress=on_progress)
+
+
+def run_plan(
+    source: Source,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    on_progress: Progress = lambda count: None,
+) -> Conversion:
+    """Run a plan made by `plan_conversion`. Raises as `convert` does."""
+    folder = Path(out) if out is not None else default_out(source, plan)
+    check_out(folder, overwrite, source.path)
+    partial = partial_of(folder)
+    state = State(partial, plan.digest)
+    earlier = state.load()
+    if earlier not in (None, plan.digest) and not overwrite:
+        raise UsageError(
+            f"{partial} holds an unfinished conversion of another plan.",
+            f"Repeat that command to finish it, or add --overwrite (or delete {partial}) to start this one.",
+        )
+    resuming = earlier == plan.digest
+    with _resumable(), staged(folder, overwrite, resume=resuming):
+        if not resuming:
+            state.shards.clear()
+        resumed = _finished_shards(partial, state)
+        _check_space(partial, plan, resumed)
+        for name in resumed:
+            on_progress(sum(tensor.info.nbytes for tensor in plan.shards[name]))
+        state.save()
+        runner = Pipeline(checkpoint, plan, partial, state, on_progress)
+        digests = runner.run([name for name in plan.shards if name not in resumed])
+        _write_companions(checkpoint, plan, partial)
+        stage = _stage(source, checkpoint, plan, digests)
+        append_stage(partial, checkpoint.path, stage, known=dict(state.shards))
+    return Conversion(folder, source, plan, resumed)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted.", "Run the same command again; it goes on where it stopped.") from None
+
+
+def _finished_shards(partial: Path, state: State) -> tuple[str, ...]:
+    """Return the shards an earlier run finished and whose bytes are still what it wrote."""
+    for name, digest in list(state.shards.items()):
+        path = partial / name
+        if not path.is_file() or checksum_file(path, algorithm_of(digest) or DEFAULT) != digest:
+            del state.shards[name]
+    return tuple(state.shards)
+
+
+def _check_space(partial: Path, plan: Plan, resumed: tuple[str, ...]) -> None:
+    done = sum(t.info.nbytes for name in resumed for t in plan.shards.get(name, ()))
+    needed, free = plan.total_bytes - done + 2**20, shutil.disk_usage(partial).free
+    if needed > free:
+        raise UptrainError(
+            f"The disk is too full: {partial} needs {needed:,} bytes and {free:,} are free, {needed - free:,} short.",
+            "Free space and run the same command again, or choose an OUT on another disk.",
+        )
+
+
+def _write_companions(checkpoint: Checkpoint, plan: Plan, partial: Path) -> None:
+    for name in COMPANIONS:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, partial / name)
+    if plan.host.remote_code:
+        code = Path(__file__).parent / "hosts" / plan.host.remote_code
+        shutil.copyfile(code, partial / plan.host.remote_code)
+    write_atomic(partial / "config.json", dump_json(plan.config))
+    if len(plan.shards) > 1:
+        index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": plan.weight_map()}
+        write_atomic(partial / INDEX, dump_json(index))
+
+
+def _stage(source: Source, checkpoint: Checkpoint, plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
+    others = [name for name in (*COMPANIONS, "config.json", INDEX) if (checkpoint.path / name).is_file()]
+    files = {**digests, **{name: checksum_file(checkpoint.path / name) for name in others}}
+    return {
+        "stage": "convert",
+        "source": {
+            "name": source.name,
+            "origin": source.origin,
+            "revision": source.revision,
+            "model_type": plan.architecture.model_type,
+            "files": dict(sorted(files.items())),
+        },
+        "request": asdict(plan.request),
+        "num_attention_heads": plan.after[0].num_attention_heads,
+        "num_key_value_heads": {
+            "before": plan.before[0].num_key_value_heads,
+            "after": plan.after[0].num_key_value_heads,
+        },
+        "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
+        "host": {"model_type": plan.host.name, "remote_code": bool(plan.host.remote_code)},
+        "plan": plan.digest,
+    }

@@ -1,0 +1,118 @@
+"""Run a plan's shards: read, transform, digest and write on a few threads; the model is never whole in memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uptrain.checkpoint.arrays import Array, cast, raw_bytes
+from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.writer import State, write_shard
+from uptrain.errors import Interrupted
+from uptrain.plan import OutputTensor, Plan
+from uptrain.transform import LayerMaker
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes just finished."""
+
+
+class Pipeline:
+    """Writes the shards of a plan on a few threads, and digests the source's files beside them."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, partial: Path, state: State, on_progress: Progress) -> None:
+        self.checkpoint, self.plan, self.partial, self.state = checkpoint, plan, partial, state
+        self.on_progress = on_progress
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.layers = LayerMaker(checkpoint, plan)
+        self.followers = _followers(checkpoint, plan)
+
+    def run(self, shards: list[str]) -> dict[str, str]:
+        """Write `shards` and return the source weight files' digests."""
+        followed = {self.followers[shard]: shard for shard in shards if shard in self.followers}
+        pool = ThreadPoolExecutor(max_workers=_workers(), thread_name_prefix="shard")
+        try:
+            written = {shard: pool.submit(self._write, shard) for shard in shards}
+            digests = {
+                name: written[followed[name]]
+                if name in followed
+                else pool.submit(checksum_file, self.checkpoint.path / name, stopped=self.stop.is_set)
+                for name in self.checkpoint.files
+            }
+            _wait([*written.values(), *digests.values()])
+        finally:
+            self.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+        return {name: digest.result() for name, digest in digests.items()}
+
+    def _write(self, shard: str) -> str:
+        """Write one shard; return the digest of the source file it follows, if it follows one."""
+        file = self.followers.get(shard)
+        follower = FollowingChecksum(self.checkpoint.path / file) if file else None
+        tensors = {tensor.info.name: tensor for tensor in self.plan.shards[shard]}
+        made: dict[int, dict[str, Array]] = {}
+
+        def chunks(name: str) -> Iterator[memoryview]:
+            for chunk in self._chunks(tensors[name], made, follower):
+                if self.stop.is_set():
+                    raise Interrupted("Interrupted.")
+                yield chunk
+
+        checksum = Checksum()
+        path = self.partial / shard
+        write_shard(path, [tensor.info for tensor in tensors.values()], chunks, checksum, self._advance)
+        with self.lock:
+            self.state.shards[shard] = checksum.text()
+            self.state.save()
+        return follower.text() if follower else ""
+
+    def _advance(self, count: int) -> None:
+        with self.lock:
+            self.on_progress(count)
+
+    def _chunks(
+        self, tensor: OutputTensor, made: dict[int, dict[str, Array]], follower: FollowingChecksum | None
+    ) -> Iterator[memoryview]:
+        if tensor.operation == "attention":
+            if tensor.layer not in made:
+                made.clear()
+                made[tensor.layer] = self.layers.make(tensor.layer)
+            yield raw_bytes(made[tensor.layer].pop(tensor.module))
+            return
+        source = self.checkpoint.tensors[tensor.source]
+        if tensor.operation == "copy" and source.dtype == tensor.info.dtype:
+            chunks = self.checkpoint.chunks(tensor.source)
+            yield from follower.follow(source.start, chunks) if follower else chunks
+            return
+        array = cast(self.checkpoint.read(tensor.source), tensor.info.dtype, tensor.source)
+        yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
+
+
+def _workers() -> int:
+    # Two more than cores: reading, digesting and writing wait for memory and disk in turn.
+    return min(8, (os.cpu_count() or 1) + 2)
+
+
+def _followers(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+    """Map each shard that is made from one source file, which feeds no other shard, to that file."""
+    made_of = {shard: {checkpoint.tensors[t.source].file for t in tensors} for shard, tensors in plan.shards.items()}
+    feeds = Counter(file for files in made_of.values() for file in files)
+    single = {shard: next(iter(files)) for shard, files in made_of.items() if len(files) == 1}
+    return {shard: file for shard, file in single.items() if feeds[file] == 1 and checkpoint.pickles is None}
+
+
+def _wait(futures: list[Future[Any]]) -> None:
+    # In short waits, so that Ctrl-C is heard on every platform.
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()

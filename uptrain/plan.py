@@ -1,0 +1,287 @@
+"""Know every output tensor, shard and byte before a byte of the weights is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from uptrain.architectures import Architecture
+from uptrain.attention import AttentionSpec, cache_bytes_per_token
+from uptrain.checkpoint.arrays import is_float
+from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import CheckpointError
+from uptrain.hosts.table import Host, host_config, host_of, own_host
+from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
+from uptrain.packing import module_of, module_shape, modules_of
+from uptrain.request import CHANGED_PARTS, Request, resolve_groups
+
+PLAN_FORMAT = 1
+"""Raised whenever the same request would give other bytes, so that no run resumes across the change."""
+
+Operation = Literal["copy", "transpose", "attention"]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the result: what it is, and the source tensor or layer it is made from."""
+
+    info: TensorInfo
+    operation: Operation
+    source: str
+    layer: int = -1
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, complete but for the bytes."""
+
+    request: Request
+    architecture: Architecture
+    host: Host
+    prefix: str
+    before: tuple[AttentionSpec, ...]
+    after: tuple[AttentionSpec, ...]
+    config: dict[str, Any]
+    shards: dict[str, list[OutputTensor]]
+    digest: str
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of all output tensors."""
+        return sum(tensor.info.nbytes for shard in self.shards.values() for tensor in shard)
+
+    @property
+    def changed(self) -> int:
+        """Count the output tensors that aren't plain copies."""
+        return sum(tensor.operation != "copy" for shard in self.shards.values() for tensor in shard)
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes a cached value takes when the model runs in its own dtype."""
+        dtypes = [t.info.dtype for shard in self.shards.values() for t in shard if t.operation == "attention"]
+        return ITEM_BITS[dtypes[0]] // 8 if dtypes else 2
+
+    @property
+    def cache_before(self) -> int:
+        """Return the source's cache bytes per token."""
+        return cache_bytes_per_token(self.before, self.itemsize)
+
+    @property
+    def cache_after(self) -> int:
+        """Return the result's cache bytes per token."""
+        return cache_bytes_per_token(self.after, self.itemsize)
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimate the bytes of memory that one worker needs: a layer in fp32 beside its own dtype, and buffers."""
+        layers: dict[int, int] = {}
+        for tensor in (tensor for shard in self.shards.values() for tensor in shard):
+            if tensor.operation == "attention":
+                layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.info.nbytes
+        ratio = self.before[0].num_key_value_heads // self.after[0].num_key_value_heads
+        return max(layers.values(), default=0) * (ratio + 4) + 16 * 2**20
+
+    def weight_map(self) -> dict[str, str]:
+        """Return the index's map from tensor name to shard file."""
+        return {tensor.info.name: shard for shard, tensors in self.shards.items() for tensor in tensors}
+
+
+def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
+    """Plan the conversion of an open checkpoint; `name` is what the user called it.
+
+    Raises:
+        UsageError: the family, groups or dtype make it impossible.
+        CheckpointError: the config and the tensors don't fit each other.
+    """
+    architecture = architecture_of(checkpoint.config, name)
+    before = attention_layers(architecture, checkpoint.config, name)
+    groups = resolve_groups(request, before[0], name)
+    same = groups == before[0].num_key_value_heads
+    host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
+    after = tuple(spec.grouped(groups) for spec in before)
+    prefix = find_prefix(architecture, checkpoint, name)
+    config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None
+    config = dict(checkpoint.config) if config is None else config
+    if not same or host.architecture is not architecture:
+        set_attention(host.architecture, config, groups)
+    if request.dtype:
+        _set_dtype(config, request.dtype)
+    planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same)
+    shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
+    plan = Plan(request, architecture, host, prefix, before, after, config, shards, "")
+    return replace(plan, digest=_digest(plan, checkpoint))
+
+
+def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
+    """Return which of the family's key prefixes this checkpoint uses.
+
+    Raises:
+        CheckpointError: no tensor has the family's names.
+    """
+    module = module_of(architecture.projections, "o")
+    for prefix in architecture.prefixes:
+        if architecture.layer.format(prefix=prefix, layer=0) + module + ".weight" in checkpoint.tensors:
+            return prefix
+    wanted = architecture.layer.format(prefix=architecture.prefixes[0], layer=0) + module + ".weight"
+    raise CheckpointError(
+        f"{name} says it is {architecture.model_type} but has no tensor {wanted}.",
+        "Is it an adapter, or quantised? Convert the full-precision original.",
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    checkpoint: Checkpoint
+    request: Request
+    architecture: Architecture
+    host: Host
+    prefix: str
+    before: tuple[AttentionSpec, ...]
+    after: tuple[AttentionSpec, ...]
+    same: bool
+
+    def outputs(self) -> Iterator[OutputTensor]:
+        """Yield the result's tensors in the order of the source's bytes."""
+        attention = self._attention()
+        placed: set[int] = set()
+        for name, info in self.checkpoint.tensors.items():
+            if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
+                continue
+            if name not in attention:
+                yield self._passed(name, info)
+                continue
+            layer, outputs = attention[name]
+            if layer in placed:
+                continue
+            yield from outputs
+            placed.add(layer)
+
+    def _attention(self) -> dict[str, tuple[int, list[OutputTensor]]]:
+        """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
+        source, host = self.architecture, self.host.architecture
+        moved = source.projections != host.projections
+        parts = frozenset("qkvo") if moved else CHANGED_PARTS[self.request.method]
+        out: dict[str, tuple[int, list[OutputTensor]]] = {}
+        for layer, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
+            base = source.layer.format(prefix=self.prefix, layer=layer)
+            modules = modules_of(source.projections, frozenset("qkvo"))
+            present = {module: self._check(base, module, before) for module in modules}
+            if self.same and not moved:
+                continue
+            taken = modules_of(source.projections, parts)
+            outputs = list(self._layer_outputs(layer, parts, after, present))
+            names = [f"{base}{module}.{kind}" for module in taken for kind in present[module]]
+            out.update(dict.fromkeys(names, (layer, outputs)))
+        return out
+
+    def _layer_outputs(
+        self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
+    ) -> Iterator[OutputTensor]:
+        source, host = self.architecture, self.host.architecture
+        base = host.layer.format(prefix=self.prefix, layer=layer)
+        for module in modules_of(host.projections, parts):
+            part = next(part for part in "qkvo" if module_of(host.projections, part) == module)
+            origin = module_of(source.projections, part)
+            hidden = self._hidden_size()
+            rows, columns = module_shape(host.projections, spec, module, hidden)
+            out_features = columns if host.projections.transposed else rows
+            first = source.layer.format(prefix=self.prefix, layer=layer) + origin + ".weight"
+            dtype = self._dtype(self.checkpoint.tensors[first].dtype)
+            for kind in present[origin]:
+                shape = (rows, columns) if kind == "weight" else (out_features,)
+                info = TensorInfo(f"{base}{module}.{kind}", dtype, shape, "", -1, -1)
+                yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
+
+    def _check(self, base: str, module: str, spec: AttentionSpec) -> list[str]:
+        """Return which of weight and bias the source's module has, after checking their shapes."""
+        expected = module_shape(self.architecture.projections, spec, module, self._hidden_size())
+        info = self.checkpoint.tensors.get(f"{base}{module}.weight")
+        if info is None:
+            raise CheckpointError(f"Tensor {base}{module}.weight is missing.", "Download the checkpoint again.")
+        if info.shape != expected:
+            raise CheckpointError(
+                f"Tensor {info.name} is {list(info.shape)} where config.json promises {list(expected)}."
+            )
+        if not is_float(info.dtype) or ITEM_BITS[info.dtype] < 16:
+            raise CheckpointError(
+                f"Tensor {info.name} is {info.dtype}: quantised checkpoints can't be pooled.",
+                "Convert the full-precision original and quantise the result.",
+            )
+        return ["weight", "bias"] if f"{base}{module}.bias" in self.checkpoint.tensors else ["weight"]
+
+    def _hidden_size(self) -> int:
+        key = self.architecture.keys.hidden_size
+        return config_value(self.architecture, self.checkpoint.config, key, "config.json")
+
+    def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
+        turned = any(name.endswith(f"{module}.weight") for module in self.host.transposes)
+        if len(info.shape) != 2:
+            turned = False
+        shape = info.shape[::-1] if turned else info.shape
+        new = TensorInfo(name, self._dtype(info.dtype), shape, "", -1, -1)
+        return OutputTensor(new, "transpose" if turned else "copy", name)
+
+    def _dtype(self, dtype: str) -> str:
+        return FLOAT_DTYPES[self.request.dtype] if self.request.dtype and is_float(dtype) else dtype
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    for key in [key for key in DTYPE_KEYS if key in config] or ["dtype"]:
+        config[key] = dtype
+
+
+def _into_shards(
+    outputs: list[OutputTensor], checkpoint: Checkpoint, limit: int | None
+) -> dict[str, list[OutputTensor]]:
+    """Group the outputs: as the source is sharded, or in order up to `limit` bytes a shard."""
+    groups: list[list[OutputTensor]] = []
+    if limit is None:
+        by_file: dict[str, list[OutputTensor]] = {name: [] for name in checkpoint.files}
+        for output in outputs:
+            by_file[checkpoint.tensors[output.source].file].append(output)
+        groups = [group for group in by_file.values() if group]
+    else:
+        size = 0
+        for output in outputs:
+            if not groups or size + output.info.nbytes > limit:
+                groups.append([])
+                size = 0
+            groups[-1].append(output)
+            size += output.info.nbytes
+    return dict(zip(_shard_names(len(groups)), groups, strict=True))
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _digest(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Digest all that decides the result's bytes, the source files' sizes and times included."""
+    stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]
+    material = {
+        "format": PLAN_FORMAT,
+        "request": asdict(plan.request),
+        "host": plan.host.name,
+        "config": plan.config,
+        "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "shards": {name: [_row(tensor) for tensor in tensors] for name, tensors in plan.shards.items()},
+    }
+    text = json.dumps(material, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def _row(tensor: OutputTensor) -> Iterable[Any]:
+    return (tensor.info.name, tensor.info.dtype, tensor.info.shape, tensor.operation, tensor.source)
+
+
+def result_attention(checkpoint: Checkpoint, name: str) -> tuple[Host, tuple[AttentionSpec, ...]]:
+    """Return the host and attention of a checkpoint as it stands."""
+    architecture = architecture_of(checkpoint.config, name)
+    return own_host(architecture), attention_layers(architecture, checkpoint.config, name)
