@@ -1,0 +1,164 @@
+"""The command line: options and help. Bodies import what they need when they run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from uptrain import __version__, console
+from uptrain.cli_training import COMMANDS
+from uptrain.errors import Interrupted, UptrainError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 5GB, 500MB, 2GiB or plain digits."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes that a text such as 5GB means."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size. Write it like 5GB, 500MB or 2GiB.", param, ctx)
+        number, unit, binary = match.groups()
+        power = " kmgt".index(unit.lower()) if unit else 0
+        return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="uptrain")
+def cli() -> None:
+    """Make a trained language model cheaper to serve without making it dumber.
+
+    uptrain turns a checkpoint whose attention heads each keep their own keys and values (MHA, or GQA with many
+    groups) into one that keeps fewer (GQA, MQA), trains it briefly, and measures what it lost and saved.
+
+    MODEL is a checkpoint folder, a Hub id such as org/name, or 'demo', a small checkpoint inside this package.
+
+    \b
+    uptrain inspect demo                          what is it, what can it become
+    uptrain convert demo --to gqa --groups 4      writes ./demo-gqa4
+    uptrain train recipes/demo-uptrain.yaml       uptrains it
+    uptrain eval demo-gqa4 --baseline demo        proves what it lost and saved
+    """
+
+
+def _source_options(command: Command) -> Command:
+    command = click.option("--revision", help="Branch, tag or commit, for a Hub id.")(command)
+    return click.option(
+        "--allow-pickle",
+        is_flag=True,
+        help="Also read .bin weights (restricted unpickling). Only if you trust them.",
+    )(command)
+
+
+@cli.command()
+@click.argument("model")
+@_source_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def inspect(model: str, revision: str | None, allow_pickle: bool, as_json: bool) -> None:
+    """Say what MODEL is, what its cache costs, and what it can become.
+
+    Reads headers and config.json only: a 70 B checkpoint takes no longer than a small one.
+    """
+    from uptrain import report
+    from uptrain.inspect import inspect as run
+
+    report.inspection(run(model, revision=revision, allow_pickle=allow_pickle), as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", required=False)
+@click.option("--to", "target", default="gqa", show_default=True, help="Target attention: gqa or mqa.")
+@click.option("--groups", type=int, help="Key/value heads to keep; must divide those there are.")
+@click.option(
+    "--method",
+    default="mean",
+    show_default=True,
+    help="How heads become one: mean (average, Ainslie et al. 2023), first, or random (fresh, for ablations).",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For --method random.")
+@click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
+@click.option("--max-shard-size", type=Size(), help="Split weights, e.g. 5GB. Default: as MODEL is split.")
+@_source_options
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists (only once the new one is whole).")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def convert(model: str, out: str | None, **options: Any) -> None:
+    """Convert MODEL to fewer key/value heads and write it to OUT (default ./NAME-gqa4 or ./NAME-mqa).
+
+    Weights stream through: memory stays at a few layers whatever the model's size. A run that was cut off
+    resumes when the same command is repeated. OUT appears only when it is whole.
+
+    \b
+    uptrain convert demo --to gqa --groups 4
+    uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
+    uptrain convert org/llama --to gqa --groups 8 --dry-run
+    """
+    from uptrain import report
+    from uptrain.convert import default_out, plan_conversion, run_plan
+    from uptrain.request import Request
+
+    names = ("target", "groups", "method", "seed", "dtype", "max_shard_size")
+    request = Request(**{name: options[name] for name in names})
+    source, checkpoint, plan = plan_conversion(
+        model, request, revision=options["revision"], allow_pickle=options["allow_pickle"]
+    )
+    folder = Path(out) if out else default_out(source, plan)
+    if options["dry_run"]:
+        report.dry_run(source, plan, folder, options["as_json"])
+        return
+    console.note(f"Reading {source.describe()}")
+    with console.bytes_progress("Converting", plan.total_bytes) as advance:
+        done = run_plan(source, checkpoint, plan, folder, overwrite=options["overwrite"], on_progress=advance)
+    report.conversion(done, options["as_json"])
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def verify(directory: Path, as_json: bool) -> None:
+    """Check every file of DIRECTORY against the checksums in its uptrain.json.
+
+    Exits 0 when all match and 3 when one doesn't.
+    """
+    from uptrain import report
+    from uptrain.checkpoint.manifest import verify as run
+
+    report.verification(directory, run(directory), as_json)
+
+
+for _name, _command in COMMANDS.items():
+    cli.add_command(_command, _name)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code; errors become one sentence on stderr."""
+    try:
+        cli.main(args=list(arguments), prog_name="uptrain", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        console.fail(Interrupted("Interrupted."))
+        return Interrupted.exit_code
+    except UptrainError as error:
+        console.fail(error)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        console.fail(UptrainError(f"{error.filename or 'A file'}: {error.strerror or error}."))
+        return 1
+    return 0

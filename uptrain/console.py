@@ -1,0 +1,139 @@
+"""The only module that prints: results on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from uptrain.errors import UptrainError
+    from uptrain.train import Step
+
+
+@cache
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=not (sys.stderr if stderr else sys.stdout).isatty())
+
+
+def result(text: str) -> None:
+    """Print one line of result."""
+    _console(False).print(text, markup=False)
+
+
+def result_json(value: Any) -> None:
+    """Print a result as indented JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """Print one line that is not a result: what is being done, or what to do next."""
+    _console(True).print(text, markup=False, style="dim")
+
+
+def fail(error: UptrainError) -> None:
+    """Print an error's sentence, and its hint, on stderr."""
+    console = _console(True)
+    console.print("[bold red]Error:[/] ", end="")
+    console.print(error.message, markup=False)
+    if error.hint:
+        console.print(error.hint, markup=False, style="dim")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; columns after the first are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for position, column in enumerate(columns):
+        out.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+    for row in rows:
+        out.add_row(*row)
+    _console(False).print(out, soft_wrap=False)
+
+
+def facts(title: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values in two columns on stdout."""
+    from rich.table import Table
+
+    out = Table(title=title or None, box=None, show_header=False, title_justify="left", pad_edge=False)
+    out.add_column(style="bold", no_wrap=True)
+    out.add_column(overflow="fold")
+    for name, value in pairs:
+        out.add_row(name, value)
+    _console(False).print(out, soft_wrap=False)
+
+
+@contextmanager
+def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show bytes done, speed and time left on stderr, when that is a terminal; yield the advancing callback."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=_console(True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def tokens_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show tokens done and time left on stderr, when that is a terminal; yield the advancing callback."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def training_progress(steps: int, tokens_per_step: int, hidden: bool = False) -> Iterator[Callable[[Step], None]]:
+    """Show step, loss, learning rate, speed and time left on stderr, when that is a terminal; yield the callback."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None),
+        TextColumn("loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} tok/s  {task.fields[left]}"),
+    )  # fmt: skip
+    quiet = hidden or not sys.stderr.isatty()
+    with Progress(*columns, console=_console(True), disable=quiet, transient=True, expand=True) as progress:
+        # The bar appears with the first step: before it, text is tokenised and the model loaded.
+        task = progress.add_task("", total=steps, visible=False, loss="–", rate="–", speed="–", left="")
+
+        def show(step: Step) -> None:
+            minutes, seconds = divmod(round(step.seconds_left), 60)
+            progress.update(
+                task, completed=step.step, visible=True, loss=f"{step.loss:.4f}", rate=f"{step.learning_rate:.2e}",
+                speed=f"{step.tokens_per_second:,.0f}", left=f"{minutes}:{seconds:02d} left",
+            )  # fmt: skip
+
+        yield show
+
+
+def size(count: float) -> str:
+    """Return bytes in words: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

@@ -1,0 +1,136 @@
+"""Say what a checkpoint is, what its cache costs and what it can become; from headers and config only."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from uptrain.architectures import Architecture
+from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token
+from uptrain.checkpoint.header import ITEM_BITS
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.source import resolve
+from uptrain.hosts.table import host_of
+from uptrain.model_config import architecture_of, attention_layers, config_value
+from uptrain.packing import module_of
+from uptrain.plan import find_prefix
+
+CONTEXTS = (4096, 32768, 131072)
+"""Tokens for which the cache is priced."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing the checkpoint can become, its cache in bytes per token, and the class that holds it."""
+
+    target: str
+    num_key_value_heads: int
+    cache_bytes_per_token: int
+    host: str
+    remote_code: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is. Cache figures are bytes for one sequence, in the weights' own dtype."""
+
+    name: str
+    origin: str
+    model_type: str
+    attention: str
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    position: str
+    rope: dict[str, Any]
+    sliding_window: int | None
+    sliding_layers: int
+    biases: str
+    tied_embeddings: bool
+    parameters: int
+    dtype: str
+    shards: int
+    weight_bytes: int
+    cache_bytes_per_token: int
+    cache_bytes: dict[int, int]
+    options: tuple[Option, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the inspection as plain JSON values."""
+        return asdict(self)
+
+
+def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
+    """Inspect `model` (a folder, `demo` or a Hub id) without loading it.
+
+    Raises:
+        UptrainError: it can't be found or read, or is of no known family.
+    """
+    source = resolve(model, revision, allow_pickle)
+    checkpoint = open_checkpoint(source.path, allow_pickle)
+    architecture = architecture_of(checkpoint.config, model)
+    layers = attention_layers(architecture, checkpoint.config, model)
+    counts = Counter[str]()
+    for info in checkpoint.tensors.values():
+        counts[info.dtype] += math.prod(info.shape)
+    dtype = counts.most_common(1)[0][0] if counts else "F32"
+    itemsize = ITEM_BITS[dtype] // 8
+    windows = [spec.sliding_window for spec in layers if spec.sliding_window]
+    return Inspection(
+        name=model,
+        origin=source.describe(),
+        model_type=architecture.model_type,
+        attention=layers[0].kind,
+        num_hidden_layers=len(layers),
+        hidden_size=config_value(architecture, checkpoint.config, architecture.keys.hidden_size, model),
+        num_attention_heads=layers[0].num_attention_heads,
+        num_key_value_heads=layers[0].num_key_value_heads,
+        head_dim=layers[0].head_dim,
+        position=architecture.position.value,
+        rope=_rope(checkpoint.config),
+        sliding_window=windows[0] if windows else None,
+        sliding_layers=len(windows),
+        biases=_biases(architecture, checkpoint, model),
+        tied_embeddings=not any(name.endswith("lm_head.weight") for name in checkpoint.tensors),
+        parameters=sum(counts.values()),
+        dtype=dtype,
+        shards=len(checkpoint.files),
+        weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        cache_bytes_per_token=cache_bytes_per_token(layers, itemsize),
+        cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
+        options=tuple(_options(architecture, checkpoint.config, layers, itemsize)),
+    )
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the config says of rotary frequencies, from transformers 5's key or the older two."""
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        return dict(rope)
+    scaling = config.get("rope_scaling")
+    base = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    return {**base, **(scaling if isinstance(scaling, dict) else {})}
+
+
+def _biases(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
+    base = architecture.layer.format(prefix=find_prefix(architecture, checkpoint, name), layer=0)
+    parts = [part for part in "qkvo" if f"{base}{module_of(architecture.projections, part)}.bias" in checkpoint.tensors]
+    return ", ".join(parts) or "none"
+
+
+def _options(
+    architecture: Architecture, config: dict[str, Any], layers: tuple[AttentionSpec, ...], itemsize: int
+) -> list[Option]:
+    heads = layers[0].num_key_value_heads
+    out = []
+    for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
+        target = "mqa" if groups == 1 else "gqa"
+        host = host_of(architecture, target, config, same=False)
+        after = [spec.grouped(groups) for spec in layers]
+        size = cache_bytes_per_token(after, itemsize)
+        out.append(Option(target, groups, size, host.name, bool(host.remote_code)))
+    return out

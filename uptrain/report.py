@@ -1,0 +1,128 @@
+"""Lay results out for people, or as JSON for programs; printing itself is the console's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uptrain import console
+from uptrain.console import size
+
+if TYPE_CHECKING:
+    from uptrain.checkpoint.source import Source
+    from uptrain.convert import Conversion
+    from uptrain.inspect import Inspection
+    from uptrain.plan import Plan
+
+
+def inspection(found: Inspection, as_json: bool) -> None:
+    """Show an inspection."""
+    if as_json:
+        console.result_json(found.to_dict())
+        return
+    rope = ", ".join(f"{key} {value}" for key, value in found.rope.items())
+    window = f"{found.sliding_window} tokens in {found.sliding_layers} of {found.num_hidden_layers} layers"
+    kinds = {"mha": "MHA", "gqa": "GQA", "mqa": "MQA", "mla": "MLA"}
+    console.facts(
+        found.name,
+        [
+            ("source", found.origin),
+            ("family", f"{found.model_type}, {kinds[found.attention]}, {found.num_hidden_layers} layers"),
+            (
+                "heads",
+                f"num_attention_heads {found.num_attention_heads}, num_key_value_heads "
+                f"{found.num_key_value_heads}, head_dim {found.head_dim}, hidden_size {found.hidden_size}",
+            ),
+            ("position", found.position + (f" ({rope})" if rope else "")),
+            ("sliding window", window if found.sliding_window else "none"),
+            ("attention biases", found.biases),
+            ("weights", f"{found.parameters:,} parameters, {found.dtype}, {size(found.weight_bytes)}"),
+            ("shards", str(found.shards)),
+            ("cache", f"{size(found.cache_bytes_per_token)} per token"),
+            *((f"  at {context // 1024} K", size(count)) for context, count in found.cache_bytes.items()),
+        ],
+    )
+    if not found.options:
+        console.result("It keeps one key/value head already: there is nothing left to share.")
+        return
+    rows = [
+        (
+            f"--to {option.target}" + (f" --groups {option.num_key_value_heads}" if option.target == "gqa" else ""),
+            size(option.cache_bytes_per_token),
+            f"{option.cache_bytes_per_token / found.cache_bytes_per_token:.1%}",
+            option.host,
+            "yes" if option.remote_code else "no",
+        )
+        for option in found.options
+    ]
+    console.table("Can become", ("convert", "cache/token", "kept", "class", "remote code"), rows)
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    return {
+        "model_type": plan.architecture.model_type,
+        "host": plan.host.name,
+        "remote_code": bool(plan.host.remote_code),
+        "num_attention_heads": plan.before[0].num_attention_heads,
+        "num_key_value_heads": {
+            "before": plan.before[0].num_key_value_heads,
+            "after": plan.after[0].num_key_value_heads,
+        },
+        "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
+        "tensors": sum(len(shard) for shard in plan.shards.values()),
+        "changed_tensors": plan.changed,
+        "shards": {name: sum(t.info.nbytes for t in tensors) for name, tensors in plan.shards.items()},
+        "total_bytes": plan.total_bytes,
+        "peak_memory_bytes": plan.peak_memory,
+        "digest": plan.digest,
+    }
+
+
+def dry_run(source: Source, plan: Plan, out: Path, as_json: bool) -> None:
+    """Show a plan that isn't run."""
+    if as_json:
+        console.result_json({"source": source.describe(), "out": str(out), **_plan_facts(plan)})
+        return
+    console.facts(
+        f"{source.name} → {out} (dry run: nothing is written)",
+        [
+            ("source", source.describe()),
+            ("method", f"{plan.request.method} on {len(plan.after)} layers"),
+            *_shared_facts(plan),
+            ("tensors", f"{sum(map(len, plan.shards.values()))}, of which {plan.changed} change"),
+            ("disk", f"{size(plan.total_bytes)} in {len(plan.shards)} shard(s)"),
+            ("memory", f"about {size(plan.peak_memory)} a thread above the interpreter's own"),
+        ],
+    )
+
+
+def _shared_facts(plan: Plan) -> list[tuple[str, str]]:
+    before, after = plan.before[0].num_key_value_heads, plan.after[0].num_key_value_heads
+    kept = plan.cache_after / plan.cache_before
+    code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.host.remote_code else ""
+    return [
+        ("key/value heads", f"{before} → {after} for {plan.before[0].num_attention_heads} query heads"),
+        ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
+        ("class", f"{plan.host.name} · {plan.host.architecture.class_name}{code}"),
+    ]
+
+
+def conversion(done: Conversion, as_json: bool) -> None:
+    """Show a finished conversion and what to type next."""
+    if as_json:
+        console.result_json({"out": str(done.out), "resumed": list(done.resumed), **_plan_facts(done.plan)})
+        return
+    pairs = _shared_facts(done.plan)
+    if done.resumed:
+        pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
+    console.facts(f"Wrote {done.out}", pairs)
+    console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
+
+
+def verification(directory: Path, manifest: dict[str, Any], as_json: bool) -> None:
+    """Show that a folder matches its manifest."""
+    stages = " → ".join(str(stage.get("stage")) for stage in manifest["stages"])
+    if as_json:
+        console.result_json({"directory": str(directory), "files": len(manifest["files"]), "ok": True})
+        return
+    console.result(f"{directory}: all {len(manifest['files'])} files match uptrain.json (history: {stages}).")
