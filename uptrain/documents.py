@@ -1,0 +1,151 @@
+"""Where text comes from: local files, JSONL, `datasets`, or the standard library. Never holds a corpus in memory."""
+
+from __future__ import annotations
+
+import glob
+import json
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from uptrain.errors import UptrainError, UsageError, did_you_mean
+from uptrain.recipes import Builtin, Dataset, DataSource, Files
+
+if TYPE_CHECKING:
+    import datasets
+
+PIECE = 2**20
+"""Characters. A longer document is handed on in pieces of about this size, cut at line ends."""
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one; `first` says whether a new document starts here."""
+
+    text: str
+    first: bool
+
+
+def pieces(sources: Sequence[DataSource]) -> Iterator[Piece]:
+    """Yield the text of all sources in order.
+
+    Raises:
+        UsageError: no such file or dataset, text that is not UTF-8, or a line that is not a JSON object with the field.
+    """
+    for source in sources:
+        if isinstance(source, Files):
+            for path in files_of(source):
+                yield from _jsonl(path, source.text_field) if _is_jsonl(path) else _plain(path)
+        elif isinstance(source, Dataset):
+            yield from (Piece(text, True) for text in rows(open_dataset(source), source))
+        else:
+            from uptrain.demo.text import documents
+
+            yield from (Piece(text, True) for text in documents(source.split))
+
+
+def files_of(source: Files) -> list[Path]:
+    """Return the files that a source names, in the order given, globs sorted by name.
+
+    Raises:
+        UsageError: a name that matches no file.
+    """
+    names = [source.files] if isinstance(source.files, str) else source.files
+    found: list[Path] = []
+    for name in names:
+        expanded = str(Path(name).expanduser())
+        # A file whose own name holds a bracket is meant before the pattern it would be.
+        matches = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207
+        paths = [Path(match) for match in matches if Path(match).is_file()]
+        if not paths:
+            raise UsageError(f"No file matches {name}.", "Name text or JSONL files, or a glob of them.")
+        found += paths
+    return found
+
+
+def fingerprint(sources: Sequence[DataSource]) -> list[Any]:
+    """Return what identifies the sources without reading them: names, sizes and times."""
+    out: list[Any] = []
+    for source in sources:
+        entry: dict[str, Any] = source.model_dump(mode="json")
+        if isinstance(source, Files):
+            entry["stat"] = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files_of(source)]
+        elif isinstance(source, Builtin):
+            entry["python"] = platform.python_version()
+        out.append(entry)
+    return out
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.suffix in (".jsonl", ".ndjson")
+
+
+def _plain(path: Path) -> Iterator[Piece]:
+    first = True
+    with path.open(encoding="utf-8", newline="") as file:
+        while lines := _lines(file, path):
+            yield Piece("".join(lines), first)
+            first = False
+
+
+def _lines(file: Any, path: Path) -> list[str]:
+    try:
+        return list(file.readlines(PIECE))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason} near byte {error.start}.") from None
+
+
+def _jsonl(path: Path, field: str) -> Iterator[Piece]:
+    number = 0
+    with path.open(encoding="utf-8") as file:
+        while lines := _lines(file, path):
+            for line in lines:
+                number += 1
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    raise UsageError(f"{path}, line {number}, is not JSON: {error}.") from None
+                yield Piece(_field(value, field, f"{path}, line {number},"), True)
+
+
+def _field(row: Any, field: str, where: str) -> str:
+    if isinstance(row, dict) and isinstance(row.get(field), str):
+        return str(row[field])
+    keys = list(row) if isinstance(row, dict) else []
+    hint = f"{did_you_mean(field, keys)} It has {', '.join(map(str, keys)) or 'none'}; set text_field.".strip()
+    raise UsageError(f"{where} has no text in a field {field!r}.", hint)
+
+
+def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a dataset through the `datasets` library, streaming if the source says so.
+
+    Raises:
+        UsageError: the library is missing, or knows no such dataset, configuration or split.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError("Reading a dataset needs `datasets`.", "pip install 'uptrain[train]'") from None
+    try:
+        return datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=source.stream)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"The dataset {source.dataset} can't be loaded: {reason.rstrip('.')}.",
+            "Name a Hub dataset, a folder of data files, or text files ending in .txt or .jsonl.",
+        ) from None
+
+
+def rows(dataset: Iterable[Any], source: Dataset) -> Iterator[str]:
+    """Yield the text of each row.
+
+    Raises:
+        UptrainError: the text field is missing.
+    """
+    for row in dataset:
+        try:
+            yield _field(row, source.text_field, f"The dataset {source.dataset}")
+        except UsageError as error:
+            raise UptrainError(error.message, error.hint) from None

@@ -1,0 +1,71 @@
+"""What a training loop stands on: the accelerator, the optimizer, and a stop that waits for a step's end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
+
+from uptrain.recipes import Recipe
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Join the processes that were launched, on whatever devices there are, and set precision and threads."""
+    # A process that trains twice (a notebook, a test) may want another precision the second time.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.gradient_accumulation, sync_with_dataloader=False
+        ),
+        # Rank 0 tokenises while the others wait, which may take hours.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if accelerator.device.type == "cpu" and local > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # torchrun sets one thread a process, whatever the machine has.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator
+
+
+def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.AdamW:
+    """Return AdamW over what trains; matrices and embeddings decay, norms and biases don't."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+@contextmanager
+def on_stop_signal(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at Ctrl-C or SIGTERM, for a stop after the running step; a second Ctrl-C stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = False
+
+    def handle(number: int, _frame: Any) -> None:
+        nonlocal told
+        if number == signal.SIGINT and told:
+            raise KeyboardInterrupt
+        told = True
+        stop()
+
+    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

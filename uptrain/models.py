@@ -1,0 +1,132 @@
+"""Load models and tokenizers from a checkpoint folder or a config, and write a trained one back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from uptrain.checkpoint.jsonfile import dump_json
+from uptrain.checkpoint.manifest import MANIFEST
+from uptrain.checkpoint.source import Source
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.hosts.register import register
+from uptrain.recipes import TokenizerSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
+    """Load a causal language model, in the checkpoint's own dtype unless another is given.
+
+    Raises:
+        CheckpointError: the folder holds no causal language model that transformers can load.
+    """
+    register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"transformers can't load {source.name}: {reason}") from None
+    return model
+
+
+def load_tokenizer(path: Path | str) -> Any:
+    """Load a tokenizer from a folder or a Hub id.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}") from None
+
+
+def new_model(config: dict[str, Any], tokenizer: Any, seed: int) -> Any:
+    """Make an untrained fp32 model from config values, sized to the tokenizer.
+
+    Raises:
+        UsageError: no model_type, one that transformers does not know, or values that don't fit together.
+    """
+    register()
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        filled = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **values})
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(filled, dtype=torch.float32, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"The recipe's config makes no causal language model: {reason}") from None
+
+
+def new_tokenizer(spec: TokenizerSpec, texts: Iterator[str]) -> Any:
+    """Train a byte-level BPE tokenizer on texts; it can spell any bytes.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size,
+        special_tokens=[spec.end_of_text],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = spec.end_of_text
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """Return the torch dtype of a name such as bfloat16."""
+    return None if name is None else _DTYPES[name]
+
+
+def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: Source | None) -> None:
+    """Write model and tokenizer into `folder` in `dtype`.
+
+    What training does not change, the tokenizer's files and the config included, is copied from the source.
+    """
+    model.to(dtype).save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        # safetensors writes 0600 whatever the umask; the config beside it got the umask's mode.
+        path.chmod((folder / "config.json").stat().st_mode)
+    if source is None:
+        tokenizer.save_pretrained(folder)
+        return
+    for path in sorted(source.path.iterdir()):
+        wanted = path.suffix in _COMPANIONS or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and wanted and not path.name.endswith(".index.json") and path.name != MANIFEST:
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((folder / "config.json").read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) != str(dtype).removeprefix("torch."):
+        config[key] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(dump_json(config))
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and advice out of a command's output."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # accelerate remarks on tied weights at every checkpoint.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,0 +1,137 @@
+"""OUT.run: what an unfinished training run has on disk, so that the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from uptrain.checkpoint.jsonfile import dump_json, read_json
+from uptrain.checkpoint.writer import LOCK, sync, write_atomic
+from uptrain.errors import UsageError
+from uptrain.recipes import Recipe
+
+_MAY_CHANGE = {"overwrite", "log_every", "save_every", "eval_every", "output"}
+
+
+class RunFolder:
+    """The folder beside the output: tokens, log, and the newest complete checkpoint.
+
+    A checkpoint is written under another name and renamed when all its bytes are on the disk, so a folder with a
+    checkpoint's name is whole, whatever happened.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.path = output.with_name(output.name + ".run")
+        self.log = self.path / "train_log.jsonl"
+        self.tokens = self.path / "tokens"
+        self.tokenizer = self.path / "tokenizer"
+        self._lock: IO[str] | None = None
+
+    def open(self, recipe: Recipe, restart: bool = False) -> None:
+        """Take the folder for this process: create it, or check that the run in it is of this recipe.
+
+        Raises:
+            UsageError: it holds a run of another recipe, or another process is running it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"Another run is training in {self.path}.", "Wait for it, or choose another output."
+            ) from None
+        if restart:
+            self._empty()
+        values = {key: value for key, value in recipe.to_dict().items() if key not in _MAY_CHANGE}
+        file = self.path / "recipe.json"
+        if file.is_file():
+            earlier = read_json(file)
+            changed = sorted(key for key in {*earlier, *values} if earlier.get(key) != values.get(key))
+            if changed:
+                raise UsageError(
+                    f"{self.path} holds an unfinished run with another {', '.join(changed)}.",
+                    "Run it with its own values, or start anew with --restart.",
+                )
+        else:
+            write_atomic(file, dump_json(values))
+
+    def close(self) -> None:
+        """Let another process take the folder."""
+        if self._lock:
+            self._lock.close()
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        self.close()
+        shutil.rmtree(self.path)
+
+    def _empty(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+
+    def checkpoints(self) -> list[Path]:
+        """Return the whole checkpoints, oldest first."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.suffix == ""]
+        return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest whole checkpoint and its state, or None."""
+        found = self.checkpoints()
+        return (found[-1], read_json(found[-1] / "state.json")) if found else None
+
+    def begin(self, step: int) -> Path:
+        """Return an empty folder in which the checkpoint of `step` is to be written."""
+        partial = self._partial(step)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        return partial
+
+    def commit(self, step: int, state: dict[str, Any]) -> None:
+        """Make the checkpoint of `step` count, and drop the older ones."""
+        partial = self._partial(step)
+        (partial / "state.json").write_text(json.dumps(state))
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                sync(path)
+        sync(partial)
+        older = self.checkpoints()
+        final = partial.with_suffix("")
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync(self.path)
+        for path in older:
+            if path != final:
+                shutil.rmtree(path)
+
+    def _partial(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}.partial"
+
+    def rewind_log(self, step: int) -> None:
+        """Drop log lines after `step`: a run that was cut off logged steps that it is about to repeat."""
+        if not self.log.is_file():
+            return
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= step]
+        write_atomic(self.log, "".join(line + "\n" for line in kept))
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Append one line to the log."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _step(line: str) -> int | None:
+    # A kill can cut the last line short.
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
