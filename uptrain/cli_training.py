@@ -1,0 +1,153 @@
+"""The commands that train and measure: options and help. Bodies import what they need when they run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from uptrain import console
+from uptrain.errors import UptrainError, UsageError
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--restart", is_flag=True, help="Forget an unfinished run of the same output instead of resuming it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def train(recipe: str, overrides: tuple[str, ...], restart: bool, as_json: bool) -> None:
+    """Train a checkpoint, or a new model, as RECIPE says: a YAML file or the name of a shipped one.
+
+    KEY=VALUE replaces a recipe's value; dots reach inside (tokenizer.vocab_size=8192), lists are YAML. A run that
+    was cut off goes on when the same command is repeated. Losses go to OUTPUT.run/train_log.jsonl as it trains.
+
+    \b
+    uptrain train recipes/demo-uptrain.yaml
+    uptrain train gqa-uptrain model=./llama-gqa4 output=./llama-up 'data=[corpus/*.txt]' tokens=100000000
+    torchrun --nproc_per_node 8 -m uptrain train gqa-uptrain …
+    """
+    from uptrain import recipes
+
+    first = os.environ.get("RANK", "0") == "0"
+    loaded = recipes.load(recipe, overrides)
+    if first:
+        console.note(f"Training {loaded.model or 'a new model'} for {loaded.total_steps:,} steps → {loaded.output}")
+    try:
+        from uptrain.train import train as run
+
+        with console.training_progress(loaded.total_steps, loaded.tokens_per_step, hidden=not first) as show:
+            done = run(loaded, show, restart)
+    except UptrainError as error:
+        # One process speaks for all.
+        if not first:
+            raise click.exceptions.Exit(error.exit_code) from None
+        raise
+    if done is not None:
+        from uptrain import report_training
+
+        report_training.training(done, loaded, as_json)
+
+
+@click.command()
+@click.argument("directory", metavar="MODEL")
+@click.option("--baseline", help="Compare with this MODEL on the same tokens: KL and top-1 agreement.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    help="Text or JSONL file, glob, or dataset name; repeatable. Default: python-stdlib:held-out, which is here.",
+)
+@click.option("--context", type=click.IntRange(2), default=1024, show_default=True, help="Window, in tokens.")
+@click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
+@click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="How much text to score.")
+@click.option("--speed-context", type=click.IntRange(1), default=512, show_default=True, help="Measure speed there.")
+@click.option("--no-speed", is_flag=True, help="Leave speed out.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(directory: str, texts: tuple[str, ...], as_json: bool, no_speed: bool, **options: Any) -> None:
+    """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
+
+    \b
+    uptrain eval demo-gqa4 --baseline demo
+    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
+    """
+    from uptrain import report_training
+    from uptrain.evaluate import HELD_OUT
+    from uptrain.evaluate import evaluate as run
+    from uptrain.recipes import parse_source
+
+    if no_speed:
+        options["repeats"] = 0
+    try:
+        text = [parse_source(text) for text in texts] or [HELD_OUT]
+    except ValueError:
+        raise UsageError(f"--text {' '.join(texts)} is not a text.", "Name a file, a glob or a dataset.") from None
+    baseline = options.pop("baseline")
+    with console.tokens_progress("Scoring", options["tokens"]) as advance:
+        found = run(directory, baseline, text, on_tokens=advance, **options)
+    report_training.evaluation(found, as_json)
+
+
+@click.group()
+def recipes() -> None:
+    """List, show or copy the recipes that come with uptrain."""
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """Name every shipped recipe and what it is for."""
+    from uptrain import recipes, report_training
+
+    found = recipes.shipped()
+    report_training.recipe_list(found, {name: recipes.summary(path) for name, path in found.items()})
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """Print a recipe."""
+    from uptrain import recipes
+
+    console.result(recipes.find(name).read_text(encoding="utf-8").rstrip())
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("to", required=False, type=click.Path(path_type=Path))
+def copy_recipe(name: str, to: Path | None) -> None:
+    """Copy a shipped recipe to TO (default ./NAME.yaml), to edit it."""
+    from uptrain import recipes
+
+    source = recipes.find(name)
+    target = to or Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise UsageError(f"{target} exists already.", "Name another file.")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    console.result(f"Wrote {target}. Edit it, then: uptrain train {target}")
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("uptrain-demo"), show_default=True,
+              help="Folder for the two checkpoints.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def demo(out: Path, as_json: bool) -> None:
+    """Show the whole way on the embedded demo model, in about two minutes on two cores.
+
+    Converts it to 4 key/value heads, uptrains that briefly, and compares both with the original. Downloads nothing.
+    """
+    from uptrain import recipes, report_training
+    from uptrain.demo.run import RECIPE, run
+
+    recipe = recipes.load(RECIPE)
+    with console.training_progress(recipe.total_steps, recipe.tokens_per_step) as show:
+        found = run(out, console.note, show)
+    report_training.demo(found, as_json)
+
+
+COMMANDS: dict[str, click.Command] = {
+    "train": train, "eval": evaluate, "recipes": recipes, "demo": demo,
+}  # fmt: skip
+"""What the command line adds, by the name it is typed under."""

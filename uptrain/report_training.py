@@ -1,0 +1,107 @@
+"""Lay out what training, evaluation, recipes and the demo found; printing itself is the console's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uptrain import console
+
+if TYPE_CHECKING:
+    from uptrain.demo.run import Demo
+    from uptrain.evaluate import Evaluation, Measured
+    from uptrain.recipes import Recipe
+    from uptrain.train import Training
+
+
+def training(done: Training, recipe: Recipe, as_json: bool) -> None:
+    """Show a finished run and what to type next."""
+    if as_json:
+        console.result_json(done.to_dict())
+        return
+    pairs = [("trained", f"{done.steps:,} steps, {done.tokens:,} tokens on {done.num_processes} process(es)")]
+    if done.resumed_from:
+        pairs.append(("resumed", f"from step {done.resumed_from:,}"))
+    pairs.append(("loss", f"{done.loss:.4f} nats per token at the last step"))
+    if done.held_out_loss is not None:
+        words = f"{done.held_out_loss:.4f} nats per token, perplexity {math.exp(done.held_out_loss):.2f}"
+        pairs.append(("held out", f"{words}, {done.bits_per_byte:.3f} bits per byte"))
+    pairs.append(("time", f"{done.seconds:,.0f} s"))
+    console.facts(f"Wrote {done.out}", pairs)
+    original = _original(done.out) or recipe.model
+    console.note(f"Next: uptrain eval {done.out}" + (f" --baseline {original}" if original else ""))
+
+
+def _original(folder: Path) -> str | None:
+    """Return the name of the model that a checkpoint's history says it was converted from."""
+    from uptrain.checkpoint.manifest import read_manifest
+
+    stages = (read_manifest(folder) or {"stages": []})["stages"]
+    return next((str(stage["source"]["name"]) for stage in stages if stage.get("stage") == "convert"), None)
+
+
+def evaluation(found: Evaluation, as_json: bool) -> None:
+    """Show an evaluation as a table of one or two models."""
+    if as_json:
+        console.result_json(found.to_dict())
+        return
+    shown = [] if found.baseline is None else [(found.baseline.name, found.baseline, None)]
+    console.table("", *_table([*shown, (found.model.name, found.model, found)]))
+    console.note(_how(found))
+
+
+def demo(found: Demo, as_json: bool) -> None:
+    """Show the demo's three models in one table."""
+    if as_json:
+        console.result_json(found.to_dict())
+        return
+    shown = [
+        ("original", found.original, None),
+        ("GQA-4 converted", found.converted.model, found.converted),
+        ("GQA-4 uptrained", found.uptrained.model, found.uptrained),
+    ]
+    console.table("", *_table(shown))
+    console.note(_how(found.uptrained))
+    console.note(f"The checkpoints are in {found.folder}. Next: uptrain inspect MODEL, uptrain convert MODEL --to gqa")
+
+
+def recipe_list(paths: dict[str, Path], summaries: dict[str, str]) -> None:
+    """Show the shipped recipes."""
+    console.facts("", [(name, summaries[name]) for name in paths])
+
+
+def _table(
+    models: list[tuple[str, Measured, Evaluation | None]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns, one a model, and rows, one a figure; an evaluation says how far the model is from another."""
+    names, measured, against = zip(*models, strict=True)
+    rows = [
+        ("perplexity", *(f"{each.perplexity:.3f}" for each in measured)),
+        ("bits per byte", *(f"{each.bits_per_byte:.4f}" for each in measured)),
+        ("KL from the original", *(_far(each, "kl", "{:.4g}") for each in against)),
+        ("top-1 agreement", *(_far(each, "top1_agreement", "{:.1%}") for each in against)),
+        ("cache per token", *(console.size(each.cache_bytes_per_token) for each in measured)),
+        ("decode, tokens/s", *(_speed(each.decode_tokens_per_second) for each in measured)),
+        ("prefill, tokens/s", *(_speed(each.prefill_tokens_per_second) for each in measured)),
+    ]
+    # A figure that no model has is no row.
+    return ("", *names), [row for row in rows if set(row[1:]) != {"–"}]
+
+
+def _far(found: Evaluation | None, figure: str, form: str) -> str:
+    value = getattr(found, figure) if found is not None else None
+    return "–" if value is None else form.format(value)
+
+
+def _speed(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _how(found: Evaluation) -> str:
+    speed = f" Speed: one sequence at {found.speed_context} tokens." if found.speed_context else ""
+    against = " KL is in nats per token." if found.kl is not None else ""
+    return (
+        f"{found.tokens:,} tokens, context {found.context}, stride {found.stride}, {found.dtype} on {found.device}."
+        + against + speed
+    )  # fmt: skip
