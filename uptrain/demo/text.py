@@ -1,0 +1,49 @@
+"""Text that every machine has: the running interpreter's documentation topics and standard library source."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+HELD_OUT_SHARE = 0.06
+# Tests repeat each other, encodings and entities are tables, the rest is generated, installed later, or not text.
+_SKIPPED_FOLDERS = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data",
+    "lib-dynload", "_bundled",
+}  # fmt: skip
+_SKIPPED_FILES = ("_sysconfigdata", "_aix", "__phello__", "entities.py", "stringprep.py", "pydoc_data")
+
+
+def documents(split: Literal["train", "held-out"]) -> Iterator[str]:
+    """Yield the documents of one side of the split, in the order of their names."""
+    for name, read in _named():
+        if is_held_out(name) == (split == "held-out"):
+            text = read if isinstance(read, str) else _text(read)
+            if text:
+                yield text
+
+
+def is_held_out(name: str) -> bool:
+    """Say on which side of the split a module or topic lies; the same on every machine and Python version."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+def _named() -> Iterator[tuple[str, str | Path]]:
+    from pydoc_data.topics import topics
+
+    for topic in sorted(topics):
+        yield f"topic:{topic}", topics[topic]
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not _SKIPPED_FOLDERS.intersection(parts) and not path.name.startswith(_SKIPPED_FILES):
+            yield ".".join(parts).removesuffix(".py").removesuffix(".__init__"), path
+
+
+def _text(path: Path) -> str:
+    # A few files of the library declare another encoding than UTF-8.
+    return path.read_bytes().decode("utf-8", errors="ignore")
