@@ -1,0 +1,201 @@
+"""Time `uptrain convert --to gqa` against `cp -r` of the same synthetic sharded Llama checkpoint.
+
+    python benchmarks/convert_speed.py [--gigabytes 2] [--shards 4] [--dir /dev/shm] [--json]
+
+Both run as processes of their own, in turns, each after its earlier output is removed; the first turn warms up
+and does not count. On a memory file system neither waits for a disk, so the ratio is the converter's own cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+HIDDEN, HEADS, INTERMEDIATE, VOCAB = 2048, 32, 5632, 32000
+ROOT = Path(__file__).parents[1]
+
+
+def layer_tensors(layer: int) -> dict[str, tuple[int, ...]]:
+    prefix = f"model.layers.{layer}."
+    square = {f"{prefix}self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
+    return {
+        f"{prefix}input_layernorm.weight": (HIDDEN,),
+        **square,
+        f"{prefix}post_attention_layernorm.weight": (HIDDEN,),
+        f"{prefix}mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+        f"{prefix}mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+        f"{prefix}mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+    }
+
+
+def size(shape: tuple[int, ...]) -> int:
+    """Return a bf16 tensor's bytes."""
+    return 2 * int(np.prod(shape))
+
+
+def model_tensors(total_bytes: int) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Return names and shapes of a Llama near total_bytes, and its layer count."""
+    ends = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    tail = {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    fixed = sum(map(size, [*ends.values(), *tail.values()]))
+    layers = max(1, round((total_bytes - fixed) / sum(map(size, layer_tensors(0).values()))))
+    tensors: dict[str, tuple[int, ...]] = dict(ends)
+    for layer in range(layers):
+        tensors |= layer_tensors(layer)
+    return tensors | tail, layers
+
+
+def split(tensors: dict[str, tuple[int, ...]], shards: int) -> list[dict[str, tuple[int, ...]]]:
+    """Cut in order into `shards` parts of nearly equal bytes."""
+    target = sum(map(size, tensors.values())) / shards
+    parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shards)]
+    written = 0
+    for name, shape in tensors.items():
+        parts[min(int((written + size(shape) / 2) / target), shards - 1)][name] = shape
+        written += size(shape)
+    return [part for part in parts if part]
+
+
+def noise() -> Iterator[memoryview]:
+    """Yield 8 MiB blocks of finite bf16 bytes at a weight's scale, no two neighbours alike."""
+    values = np.random.default_rng(0).normal(scale=0.02, size=4 << 20).astype(np.float32)
+    block = (values.view(np.uint32) >> 16).astype(np.uint16)
+    while True:
+        block = np.roll(block, 12345)
+        yield block.view(np.uint8).data
+
+
+def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], blocks: Iterator[memoryview]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size(shape)]}
+        offset += size(shape)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        while offset:
+            block = next(blocks)[:offset]
+            file.write(block)
+            offset -= len(block)
+
+
+def make_source(folder: Path, total_bytes: int, shards: int) -> int:
+    """Write the checkpoint and return its weights' bytes."""
+    folder.mkdir()
+    tensors, layers = model_tensors(total_bytes)
+    parts, blocks = split(tensors, shards), noise()
+    weight_map = {}
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        write_shard(folder / name, part, blocks)
+        weight_map |= dict.fromkeys(part, name)
+    total = sum(map(size, tensors.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return total
+
+
+def run(command: list[str], outputs: tuple[Path, ...]) -> tuple[float, int]:
+    """Run one command and return its wall seconds and its peak resident bytes."""
+    # Both outputs go, so that either command finds the same memory free and already touched by the other.
+    for output in outputs:
+        shutil.rmtree(output, ignore_errors=True)
+    with tempfile.TemporaryFile() as log:
+        start = time.perf_counter()
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        # wait4 took the child from under Popen, which would otherwise wait for it again.
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            log.seek(0)
+            sys.exit(f"{' '.join(command)} failed ({child.returncode}):\n{log.read().decode()}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -> dict[str, float]:
+    source, copy, out = work / "source", work / "copy", work / "converted"
+    weights = make_source(source, total_bytes, shards)
+    convert = [sys.executable, "-m", "uptrain", "convert", str(source), str(out)]
+    convert += ["--to", "gqa", "--groups", str(groups)]
+    copies, conversions, peaks = [], [], []
+    for _ in range(runs + 1):
+        copies.append(run(["cp", "-r", str(source), str(copy)], (copy, out))[0])
+        seconds, peak = run(convert, (copy, out))
+        conversions.append(seconds)
+        peaks.append(peak)
+    cp, converted = statistics.median(copies[1:]), statistics.median(conversions[1:])
+    return {
+        "source_bytes": weights,
+        "output_bytes": sum(path.stat().st_size for path in out.rglob("*.safetensors")),
+        "cp_seconds": cp,
+        "convert_seconds": converted,
+        "ratio": converted / cp,
+        # Far from 1 on a busy machine, where the medians then mean little.
+        "cp_spread": max(copies[1:]) / min(copies[1:]),
+        "convert_spread": max(conversions[1:]) / min(conversions[1:]),
+        # Counts the pages of mapped input files too, so it is an upper bound of what convert allocates.
+        "peak_rss_bytes": max(peaks),
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time uptrain convert against cp -r.")
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dir", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    total = int(options.gigabytes * 1e9)
+    if shutil.disk_usage(options.dir).free < 3 * total:
+        sys.exit(f"{options.dir} has less than the {3 * options.gigabytes:g} GB free that this needs")
+    with tempfile.TemporaryDirectory(prefix="uptrain-convert-speed-", dir=options.dir) as work:
+        result = measure(Path(work), total, options.shards, options.groups, options.runs)
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"source     {result['source_bytes'] / 1e9:7.3f} GB, output {result['output_bytes'] / 1e9:.3f} GB")
+    for label, key in (("cp -r", "cp"), ("convert", "convert")):
+        seconds, spread = result[f"{key}_seconds"], result[f"{key}_spread"]
+        print(f"{label:<10} {seconds:7.3f} s   median of {options.runs}, slowest / fastest {spread:.2f}")
+    print(f"ratio      {result['ratio']:7.2f}")
+    print(f"peak RSS   {result['peak_rss_bytes'] / 1e6:7.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
