@@ -111,7 +111,11 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     names = ("target", "groups", "method", "seed", "dtype", "max_shard_size")
     request = Request(**{name: options[name] for name in names})
     source, checkpoint, plan = plan_conversion(
-        model, request, revision=options["revision"], allow_pickle=options["allow_pickle"]
+        model,
+        request,
+        revision=options["revision"],
+        allow_pickle=options["allow_pickle"],
+        dry=options["dry_run"],
     )
     folder = Path(out) if out else default_out(source, plan)
     if options["dry_run"]:

@@ -13,6 +13,7 @@ from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from uptrain.checkpoint.remote import open_headers
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import State, check_out, partial_of, staged, write_atomic
 from uptrain.errors import Interrupted, UptrainError, UsageError
@@ -39,15 +40,25 @@ class Conversion:
 
 
 def plan_conversion(
-    model: str, request: Request, *, revision: str | None = None, allow_pickle: bool = False
+    model: str,
+    request: Request,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    dry: bool = False,
 ) -> tuple[Source, Checkpoint, Plan]:
     """Find and open `model` and plan its conversion, reading headers and config only.
+
+    A Hub model is downloaded first, unless `dry`: then only its headers are, and the plan can't be run.
 
     Raises:
         UptrainError: the model can't be found or read, or the request is impossible for it.
     """
-    source = resolve(model, revision, allow_pickle)
-    checkpoint = open_checkpoint(source.path, allow_pickle)
+    if dry:
+        source, checkpoint = open_headers(model, revision, allow_pickle)
+    else:
+        source = resolve(model, revision, allow_pickle)
+        checkpoint = open_checkpoint(source.path, allow_pickle)
     return source, checkpoint, make_plan(checkpoint, request, source.name)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from uptrain.architectures import Architecture
 from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token
 from uptrain.checkpoint.header import ITEM_BITS
-from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
-from uptrain.checkpoint.source import resolve
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.remote import open_headers
 from uptrain.hosts.table import host_of
 from uptrain.model_config import architecture_of, attention_layers, config_value
 from uptrain.packing import module_of
@@ -70,8 +70,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
     Raises:
         UptrainError: it can't be found or read, or is of no known family.
     """
-    source = resolve(model, revision, allow_pickle)
-    checkpoint = open_checkpoint(source.path, allow_pickle)
+    source, checkpoint = open_headers(model, revision, allow_pickle)
     architecture = architecture_of(checkpoint.config, model)
     layers = attention_layers(architecture, checkpoint.config, model)
     counts = Counter[str]()

@@ -264,6 +264,8 @@ def _shard_names(count: int) -> list[str]:
 
 def _digest(plan: Plan, checkpoint: Checkpoint) -> str:
     """Digest all that decides the result's bytes, the source files' sizes and times included."""
+    if checkpoint.remote:
+        return ""  # nothing can be resumed from a plan whose source isn't here
     stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]
     material = {
         "format": PLAN_FORMAT,

@@ -27,12 +27,16 @@ PICKLE_SINGLE = "pytorch_model.bin"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: its config, and each tensor's place. Nothing of the weights is in memory."""
+    """A checkpoint folder: its config, and each tensor's place. Nothing of the weights is in memory.
+
+    `remote` says that the weights are on the Hub only: the tensors are known, but can't be read.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     pickles: PickleShards | None = field(default=None, compare=False)
+    remote: bool = False
 
     @property
     def files(self) -> list[str]:

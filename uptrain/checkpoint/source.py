@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,8 +39,10 @@ class Source:
         }[self.origin]
 
 
-def resolve(model: str, revision: str | None = None, allow_pickle: bool = False) -> Source:
+def resolve(model: str, revision: str | None = None, allow_pickle: bool = False, weights: bool = True) -> Source:
     """Find the folder that `model` names: a folder if one exists, else `demo`, else a Hub id, downloaded.
+
+    Without `weights`, only a Hub repository's small files are downloaded.
 
     Raises:
         CheckpointError: no such folder and no such repository, or the Hub can't be reached.
@@ -52,11 +57,27 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False)
         raise UsageError(f"{model} is a file.", "Name the folder that holds it, with its config.json.")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UsageError(f"There is no folder {model}.", "Name a checkpoint folder, a Hub id, or 'demo'.")
-    return _download(model, revision, allow_pickle)
+    patterns = [
+        *_SMALL_FILES,
+        *(["*.safetensors"] if weights else []),
+        *(["*.bin"] if weights and allow_pickle else []),
+    ]
+    with hub_errors(model, revision):
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    return Source(folder, model, "hub", revision=folder.name)
 
 
-def _download(model: str, revision: str | None, allow_pickle: bool) -> Source:
-    from huggingface_hub import constants, snapshot_download
+@contextmanager
+def hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one sentence that names the host.
+
+    Raises:
+        CheckpointError: unknown, gated, unreachable, or the disk is full.
+        UsageError: `model` is no Hub id.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -66,11 +87,10 @@ def _download(model: str, revision: str | None, allow_pickle: bool) -> Source:
         RevisionNotFoundError,
     )
 
-    patterns = [*_SMALL_FILES, "*.safetensors", *(["*.bin"] if allow_pickle else [])]
     host = urlparse(constants.ENDPOINT).netloc
     local = "or download it elsewhere and name the local folder"
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=patterns)
+        yield
     except HFValidationError:
         raise UsageError(
             f"{model!r} is neither a folder nor a Hub id.", "Name a folder, ORG/NAME, or 'demo'."
@@ -87,10 +107,9 @@ def _download(model: str, revision: str | None, allow_pickle: bool) -> Source:
             f"Check the spelling, run `hf auth login`, {local}.",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise CheckpointError(f"The disk is full: {model} can't be downloaded.", "Set HF_HOME elsewhere.") from None
         raise CheckpointError(
             f"There is no folder {model}, and the Hub at {host} can't be reached.",
             f"Check the network or HF_ENDPOINT, {local}.",
         ) from None
-    return Source(Path(folder), model, "hub", revision=Path(folder).name)
