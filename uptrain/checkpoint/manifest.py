@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ _RECORDED = ("uptrain", "numpy", "safetensors", "torch", "transformers", "accele
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages a result can depend on."""
+    from importlib import metadata  # slow to import, and only needed at the end
+
     out = {"python": platform.python_version()}
     for name in _RECORDED:
         try:

@@ -53,11 +53,8 @@ class Checkpoint:
         if self.pickles is not None:
             return self.pickles.read(info)
         out = np.empty(info.shape, numpy_dtype(info.dtype))
-        target = raw_bytes(out)
-        position = 0
-        for chunk in self.chunks(name):
-            target[position : position + len(chunk)] = chunk
-            position += len(chunk)
+        for _ in self._spans(name, raw_bytes(out)):
+            pass
         return out
 
     def chunks(self, name: str) -> Iterator[memoryview]:
@@ -70,17 +67,24 @@ class Checkpoint:
         if self.pickles is not None:
             yield raw_bytes(np.ascontiguousarray(self.pickles.read(info)))
             return
+        with _borrowed_buffer() as buffer:
+            yield from self._spans(name, buffer, reuse=True)
+
+    def _spans(self, name: str, buffer: memoryview, reuse: bool = False) -> Iterator[memoryview]:
+        """Read the bytes of tensor `name` into `buffer`, over itself again and again if `reuse`."""
+        info = self.tensors[name]
         path = self.path / info.file
         try:
-            with _borrowed_buffer() as buffer, path.open("rb", buffering=0) as file:
+            with path.open("rb", buffering=0) as file:
                 file.seek(info.start)
-                left = info.nbytes
-                while left:
-                    count = file.readinto(buffer[: min(left, len(buffer))])
+                done = 0
+                while done < info.nbytes:
+                    target = buffer if reuse else buffer[done:]
+                    count = file.readinto(target[: info.nbytes - done])
                     if not count:
                         raise CheckpointError(f"{path} ends inside tensor {name}: it changed while being read.")
-                    yield buffer[:count]
-                    left -= count
+                    yield target[:count]
+                    done += count
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise CheckpointError(f"{path} can't be read at tensor {name}: {reason}.") from None

@@ -6,7 +6,6 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -37,7 +36,7 @@ def register_with_transformers() -> None:
         sys.meta_path.insert(0, _AfterTransformers())
 
 
-class _AfterTransformers(MetaPathFinder):
+class _AfterTransformers:
     """Find `transformers` as Python would, and register our classes once its own code has run."""
 
     installed = False
