@@ -1,0 +1,85 @@
+"""What a layer feels of its keys and values: the weights under which every method is chosen and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uptrain.methods.factor import gram
+from uptrain.methods.heads import HeadMaps
+from uptrain.methods.rotary import Rotary, pair_means
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Hold how errors count: `keys` (G, D, D), `values` (G, Dv, Dv), and `second_moment` of x̃ (d̃, d̃) or None."""
+
+    keys: Tensor
+    values: Tensor
+    second_moment: Tensor | None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Tell what share of a layer's key and of its value energy a method keeps; below 0 when it adds more error."""
+
+    keys: float
+    values: float
+
+
+def layer_weights(layer: HeadMaps, position: Rotary | None, second_moment: Tensor | None) -> LayerWeights:
+    """Return the weights of a layer's errors: felt by its logits and its output, or plain ones without text.
+
+    A key error δ moves a logit by qᵀδ, so keys weigh by E[q qᵀ]/D summed over the query heads that read them;
+    rotation mixes the two dims of a pair evenly and tells pairs apart, so there a pair has its mean query energy.
+    A value error moves the output by W_o δ, so values weigh by W_oᵀ W_o. Without a second moment all are identities.
+    """
+    dims, value_dims = layer.k.shape[1], layer.v.shape[1]
+    if second_moment is None:
+        return LayerWeights(
+            torch.eye(dims, dtype=layer.k.dtype).expand(layer.kv_heads, -1, -1),
+            torch.eye(value_dims, dtype=layer.v.dtype).expand(layer.kv_heads, -1, -1),
+            None,
+        )
+    queries = torch.stack([gram(rows, second_moment) for rows in layer.q_rows]) / dims
+    outputs = torch.stack([weight.mT @ weight for weight in layer.o.unbind(1)])
+    per = layer.queries_per_kv
+    keys = queries.unflatten(0, (layer.kv_heads, per)).sum(1)
+    values = outputs.unflatten(0, (layer.kv_heads, per)).sum(1)
+    if position is not None:
+        keys = _rotated(keys, position)
+    return LayerWeights(keys, values, second_moment)
+
+
+def shares(layer: HeadMaps, weights: LayerWeights, keys: Tensor, values: Tensor) -> Shares:
+    """Compare reconstructed keys (G, D, d̃) and values (G, Dv, d̃) with the layer's own, under `weights`."""
+    return Shares(
+        _share(layer.k_rows, keys, weights.keys, weights.second_moment),
+        _share(layer.v_rows, values, weights.values, weights.second_moment),
+    )
+
+
+def weighted_energy(rows: Tensor, weights: Tensor, second_moment: Tensor | None) -> float:
+    """Return Σ_g tr(weights_g rows_g Σ rows_gᵀ), rows (G, D, d̃), weights (G, D, D)."""
+    return sum(float((weight * gram(block, second_moment)).sum()) for block, weight in zip(rows, weights, strict=True))
+
+
+def _share(rows: Tensor, approximation: Tensor, weights: Tensor, second_moment: Tensor | None) -> float:
+    total = weighted_energy(rows, weights, second_moment)
+    if total <= 0:
+        return 1.0
+    return 1.0 - weighted_energy(rows - approximation, weights, second_moment) / total
+
+
+def _rotated(keys: Tensor, position: Rotary) -> Tensor:
+    """Keep of each (D, D) energy the pairs' means on the rotated dims and the full block on the rest."""
+    pair = pair_means(keys.diagonal(dim1=-2, dim2=-1), position)
+    real, imaginary = position.indices()
+    result = torch.zeros_like(keys)
+    result[:, real, real] = pair
+    result[:, imaginary, imaginary] = pair
+    rest = slice(position.dims, None)
+    result[:, rest, rest] = keys[:, rest, rest]
+    return result
