@@ -81,7 +81,8 @@ class Architecture:
 
     `defaults` holds what the family's config class assumes where config.json is silent. `hosts` names, for each
     target, the entries of `uptrain.hosts` to try in order; `native` families hold any number of groups themselves.
-    `unsupported` maps a config key to the value that can't be converted, and why.
+    `unsupported` maps a config key to the value that can't be converted, and why; `pool_only` maps a config key that,
+    when set, rules out methods that change queries and output, to the reason.
     """
 
     model_type: str
@@ -96,6 +97,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
+    pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     native: bool = True
 
     def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
@@ -162,7 +164,10 @@ _ENTRIES = (
     _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
     _like_llama("gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256, sliding=Sliding.EVEN),
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
-    _like_llama("olmo", "OlmoForCausalLM", 4096, 32, 32, 50304, 2048),
+    _like_llama(
+        "olmo", "OlmoForCausalLM", 4096, 32, 32, 50304, 2048,
+        pool_only={"clip_qkv": "it clips queries, keys and values, which no longer cancels when heads are re-scaled"},
+    ),
     _like_llama("arcee", "ArceeForCausalLM", 2560, 32, 32, 32000, 4096),
     _like_llama("smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4, sliding=Sliding.FLAG),
     _like_llama("starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, sliding=Sliding.ALL),

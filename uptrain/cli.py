@@ -84,7 +84,8 @@ def inspect(model: str, revision: str | None, allow_pickle: bool, as_json: bool)
     "--method",
     default="mean",
     show_default=True,
-    help="How heads become one: mean (average, Ainslie et al. 2023), first, or random (fresh, for ablations).",
+    help="How heads become one: mean (average, Ainslie et al. 2023); svd (align and factor, far closer to MODEL "
+    "before uptraining; needs torch); first; random (fresh heads, for ablations).",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For --method random.")
 @click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
@@ -101,6 +102,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
 
     \b
     uptrain convert demo --to gqa --groups 4
+    uptrain convert demo --to mqa --method svd
     uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """

@@ -13,7 +13,7 @@ from uptrain.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.checkpoint.arrays import is_float
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.table import Host, host_config, host_of, own_host
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
@@ -99,6 +99,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         CheckpointError: the config and the tensors don't fit each other.
     """
     architecture = architecture_of(checkpoint.config, name)
+    _check_method(architecture, checkpoint.config, request.method, name)
     before = attention_layers(architecture, checkpoint.config, name)
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
@@ -115,6 +116,15 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, after, config, shards, "")
     return replace(plan, digest=_digest(plan, checkpoint))
+
+
+def _check_method(architecture: Architecture, config: dict[str, Any], method: str, name: str) -> None:
+    for key, why in architecture.pool_only.items():
+        if config.get(key) is not None and "q" in CHANGED_PARTS[method]:
+            raise UsageError(
+                f"--method {method} can't be used on {name}, whose {key} is {config[key]}: {why}.",
+                "Use --method mean and uptrain the result.",
+            )
 
 
 def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:

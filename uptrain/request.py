@@ -15,6 +15,7 @@ CHANGED_PARTS: Mapping[str, frozenset[str]] = {
     "mean": frozenset("kv"),
     "first": frozenset("kv"),
     "random": frozenset("kv"),
+    "svd": frozenset("qkvo"),
 }
 """Each method, and which of a layer's projections q, k, v and o it changes."""
 

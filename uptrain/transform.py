@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from uptrain.architectures import Position
 from uptrain.checkpoint.arrays import Array, cast
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, UsageError
 from uptrain.methods.gqa import pool_layer
-from uptrain.packing import join, modules_of, split
+from uptrain.packing import LayerHeads, join, modules_of, split
 from uptrain.plan import Plan
 from uptrain.request import CHANGED_PARTS
 
@@ -40,11 +41,16 @@ class LayerMaker:
         heads = split(projections, plan.before[layer], tensors)
         groups = plan.after[layer].num_key_value_heads
         if groups != plan.before[layer].num_key_value_heads:
-            request = plan.request
-            std = float(self.checkpoint.config.get("initializer_range") or 0.02)
-            heads = pool_layer(heads, groups, request.method, seed=request.seed, index=layer, std=std)
+            heads = self._shared(heads, groups, layer)
         out = join(plan.host.architecture.projections, plan.after[layer], heads)
         return {name: self._finish(layer, base, name, array) for name, array in out.items()}
+
+    def _shared(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
+        request = self.plan.request
+        if request.method == "svd":
+            return _factored(heads, groups, self.plan.architecture.position, self.plan.before[layer].head_dim)
+        std = float(self.checkpoint.config.get("initializer_range") or 0.02)
+        return pool_layer(heads, groups, request.method, seed=request.seed, index=layer, std=std)
 
     def _finish(self, layer: int, base: str, name: str, array: Array) -> Array:
         if not np.isfinite(array).all():
@@ -53,3 +59,15 @@ class LayerMaker:
                 "Nothing useful can be made of it; download the checkpoint again.",
             )
         return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
+
+
+def _factored(heads: LayerHeads, groups: int, position: Position, head_dim: int) -> LayerHeads:
+    try:
+        from uptrain.methods.bridge import factor_layer
+        from uptrain.methods.rotary import Rotary
+    except ImportError:
+        raise UsageError("--method svd needs torch.", "Install it with: pip install 'uptrain[eval]'") from None
+    rotary = None
+    if position is not Position.ABSOLUTE:
+        rotary = Rotary("interleaved" if position is Position.ROTARY_INTERLEAVED else "half", head_dim)
+    return factor_layer(heads, groups, rotary)[0]

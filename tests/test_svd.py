@@ -1,0 +1,79 @@
+"""`--method svd`: exact where heads differ only by what attention can't see, and never further off than a mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.conftest import tiny_config, tiny_model
+from tests.gauge import scatter_heads
+from tests.test_families import SOURCES, TOKENS, load, request
+from uptrain.checkpoint.checksum import checksum_file
+from uptrain.convert import convert, plan_conversion
+from uptrain.errors import UsageError
+from uptrain.evaluate import evaluate
+
+Save = Callable[..., Path]
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("groups", [2, 1])
+@pytest.mark.parametrize("model_type", SOURCES)
+def test_heads_that_are_one_head_in_disguise_are_shared_without_loss(
+    model_type: str, groups: int, tmp_path: Path
+) -> None:
+    """Mean pooling destroys such a model; a factorisation must find the shared head and give the logits back."""
+    source = scatter_heads(tiny_model(tiny_config(model_type), seed=groups), groups)
+    source.save_pretrained(tmp_path / "src")
+    convert(str(tmp_path / "src"), tmp_path / "svd", request(groups, "svd"))
+    convert(str(tmp_path / "src"), tmp_path / "mean", request(groups, "mean"))
+    wanted = logits(source)
+    found, pooled = logits(load(tmp_path / "svd")), logits(load(tmp_path / "mean"))
+    scale = wanted.abs().max()
+    assert (found - wanted).abs().max() < 1e-4 * scale
+    assert (pooled - wanted).abs().max() > 1e-2 * scale
+
+
+def test_the_host_stays_the_same_stock_class_and_shapes(save_tiny: Save) -> None:
+    source = str(save_tiny("qwen2"))
+    plans = [plan_conversion(source, request(2, method))[2] for method in ("mean", "svd")]
+    shapes = [
+        {tensor.info.name: tensor.info.shape for shard in plan.shards.values() for tensor in shard} for plan in plans
+    ]
+    assert shapes[0] == shapes[1] and plans[0].host.name == plans[1].host.name == "qwen2"
+
+
+def test_the_same_command_twice_gives_the_same_bytes(save_tiny: Save, tmp_path: Path) -> None:
+    source = save_tiny("llama", dtype=torch.bfloat16)
+    for name in ("one", "two"):
+        convert(str(source), tmp_path / name, request(1, "svd"))
+    one, two = (checksum_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one == two
+
+
+def test_clipped_projections_are_refused_with_what_to_use_instead(save_tiny: Save) -> None:
+    source = save_tiny("olmo")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "clip_qkv": 8.0}))
+    with pytest.raises(UsageError, match=r"clip_qkv is 8\.0") as caught:
+        plan_conversion(str(source), request(2, "svd"))
+    assert "--method mean" in caught.value.hint
+    plan_conversion(str(source), request(2, "mean"))
+
+
+@pytest.mark.parametrize("groups", [4, 1])
+def test_on_the_demo_it_stays_closer_than_mean_before_any_training(groups: int, tmp_path: Path) -> None:
+    divergence = {}
+    for method in ("mean", "svd"):
+        convert("demo", tmp_path / method, request(groups, method))
+        divergence[method] = evaluate(str(tmp_path / method), "demo", tokens=4096, repeats=0).kl
+    assert divergence["svd"] < divergence["mean"]
