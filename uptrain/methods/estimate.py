@@ -1,0 +1,63 @@
+"""What share of a layer's key and value energy poolings and the factorisation keep, in numpy: fit for one layer of a
+large model in the middle of a conversion, where importing torch would cost more than converting.
+
+Energy is the squared Frobenius norm of the stacked heads, biases included. Source: Eckart & Young 1936.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from uptrain.checkpoint.arrays import Array, as_float32
+from uptrain.packing import Heads
+
+Floats = npt.NDArray[np.float32]
+EXACT_ROWS = 1024
+"""Stacked rows up to which all singular values are computed; above it, the leading ones by subspace iteration."""
+
+
+def rows_of(heads: Heads) -> Floats:
+    """Return the heads' maps of [x; 1] in float32, (heads, head_dim, hidden_size + 1)."""
+    weight = as_float32(heads.weight)
+    bias = np.zeros(weight.shape[:2], np.float32) if heads.bias is None else as_float32(heads.bias)
+    return np.concatenate([weight, bias[..., None]], axis=2)
+
+
+def kept_by_mean(rows: Floats, groups: int) -> float:
+    """Return the share of `rows` (heads, D, d̃) that `groups` averages still explain."""
+    runs = rows.reshape(groups, -1, *rows.shape[1:])
+    lost = np.square(runs - runs.mean(1, keepdims=True)).sum(dtype=np.float64)
+    return 1 - float(lost / _energy(rows))
+
+
+def kept_by_factor(rows: Floats, groups: int) -> float:
+    """Return the share that the best D shared rows a group explain, for `rows` (heads, D, d̃) free of rotation."""
+    runs = rows.reshape(groups, -1, rows.shape[2])
+    return sum(_leading(run, rows.shape[1]) for run in runs) / _energy(rows)
+
+
+def kept_by_phases(rows: Floats, groups: int, interleaved: bool) -> float:
+    """Return the share that one complex row a frequency and group explains, for rotated keys (heads, D, d̃)."""
+    half = rows.shape[1] // 2
+    real, imaginary = (rows[:, ::2], rows[:, 1::2]) if interleaved else (rows[:, :half], rows[:, half:])
+    pairs = (real + 1j * imaginary).reshape(groups, -1, half, rows.shape[2]).transpose(0, 2, 1, 3)
+    grams = pairs @ pairs.conj().swapaxes(2, 3)
+    return float(np.linalg.eigvalsh(grams)[..., -1].sum(dtype=np.float64)) / _energy(rows)
+
+
+def _energy(rows: Array) -> float:
+    return float(np.square(rows).sum(dtype=np.float64)) or 1.0
+
+
+def _leading(stack: Floats, rank: int) -> float:
+    """Return the energy of the `rank` leading singular values of `stack` (n, d̃); a lower bound when it is large."""
+    if rank >= len(stack):
+        return _energy(stack)
+    if len(stack) <= EXACT_ROWS:
+        return float(np.linalg.eigvalsh(stack @ stack.T)[-rank:].sum(dtype=np.float64))
+    basis = stack @ np.random.default_rng(0).standard_normal((stack.shape[1], rank + 32), dtype=np.float32)
+    for _ in range(3):
+        basis = stack @ (stack.T @ np.linalg.qr(basis)[0])
+    found = np.linalg.svd(np.linalg.qr(basis)[0].T @ stack, compute_uv=False)
+    return float(np.square(found[:rank]).sum(dtype=np.float64))
