@@ -60,3 +60,25 @@ def _scatter(heads: torch.Tensor, groups: int, gauge: Callable[[int], torch.Tens
         first = head - head % per_group
         if head != first:
             heads[head] = gauge(heads.shape[1]) @ heads[first]
+
+
+@torch.no_grad()
+def interleave_heads(model: PreTrainedModel) -> None:
+    """Put four key/value heads in the order 0, 2, 1, 3, with their query heads and output columns, in place."""
+    for module in model.modules():
+        if hasattr(module, "c_attn"):
+            size = module.c_attn.weight.shape[0]
+            for start in range(0, 3 * size, size):
+                _interleave(module.c_attn.weight[:, start : start + size].T)
+                _interleave(module.c_attn.bias[start : start + size])
+            _interleave(module.c_proj.weight)
+        elif hasattr(module, "k_proj"):
+            for linear in (module.q_proj, module.k_proj, module.v_proj):
+                for parameter in linear.parameters():
+                    _interleave(parameter)
+            _interleave(module.o_proj.weight.T)
+
+
+def _interleave(rows: torch.Tensor) -> None:
+    heads = rows.unflatten(0, (4, -1))
+    heads.copy_(heads[[0, 2, 1, 3]].clone())
