@@ -1,0 +1,54 @@
+"""What text says of a layer that becomes a latent: its inputs, its queries, and how far attention looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from uptrain.methods.heads import HeadMaps
+from uptrain.methods.layered import Layer
+from uptrain.methods.mla import LatentWeights, calibrated_weights
+
+
+@torch.no_grad()
+def latent_weights(layer: Layer, maps: HeadMaps, hidden: Iterable[Tensor], frequencies: Tensor | None) -> LatentWeights:
+    """Gather a layer's weights over blocks of hidden states (T, d), each run through the source's attention.
+
+    One second moment must serve keys and values. It is the mean of two of unit trace: inputs as keys are felt, by the
+    sensitivity p(1 − p) they receive, and inputs as attention averages them into values. `frequencies` (pairs,) are
+    the keys' rotation in radians a token, None without; distances count by the same sensitivity.
+    Source: the derivative of softmax, ∂p_s/∂z_s = p_s (1 − p_s).
+    """
+    size, width = maps.q.shape[1], maps.q.shape[2] + 1
+    as_keys = torch.zeros(width, width, dtype=torch.float64)
+    as_values = torch.zeros_like(as_keys)
+    queries = torch.zeros(maps.query_heads, size, size, dtype=torch.float64)
+    distances: Tensor | None = None
+    for block in hidden:
+        x, probabilities = layer.attention_weights(block)
+        rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        sensitivity = probabilities - probabilities.square()
+        projected = torch.einsum("td,hnd->htn", rows, maps.q_rows.to(rows))
+        queries += (projected.mT @ (projected * sensitivity.sum(2)[..., None])).double().cpu() / size
+        as_keys += (rows.mT @ (rows * sensitivity.sum((0, 1))[:, None])).double().cpu()
+        mixed = (probabilities.flatten(0, 1) @ rows).double().cpu()
+        as_values += mixed.mT @ mixed
+        spread = by_distance(sensitivity).double().cpu()
+        distances = spread if distances is None else distances + spread
+    if distances is None:
+        raise ValueError("no blocks to gather weights on")
+    moment = as_keys / as_keys.trace() + as_values / as_values.trace()
+    return calibrated_weights(maps, queries, moment, distances, frequencies)
+
+
+def by_distance(weights: Tensor) -> Tensor:
+    """Sum causal weights (H, T, T) along their diagonals: entry Δ of (H, T) is Σ_t w[t, t − Δ]."""
+    tokens = weights.shape[-1]
+    # Row t, turned round and shifted by t, has distance Δ in column Δ.
+    index = (torch.arange(tokens)[:, None] - torch.arange(tokens)[None]).clamp(min=0).to(weights.device)
+    causal = weights.tril()
+    return causal.new_zeros(len(weights), tokens).scatter_add_(
+        1, index.flatten()[None].expand(len(weights), -1), causal.flatten(1)
+    )
