@@ -49,7 +49,7 @@ def layer_weights(layer: HeadMaps, position: Rotary | None, second_moment: Tenso
     keys = queries.unflatten(0, (layer.kv_heads, per)).sum(1)
     values = outputs.unflatten(0, (layer.kv_heads, per)).sum(1)
     if position is not None:
-        keys = _rotated(keys, position)
+        keys = rotated_energy(keys, position)
     return LayerWeights(keys, values, second_moment)
 
 
@@ -73,7 +73,7 @@ def _share(rows: Tensor, approximation: Tensor, weights: Tensor, second_moment: 
     return 1.0 - weighted_energy(rows - approximation, weights, second_moment) / total
 
 
-def _rotated(keys: Tensor, position: Rotary) -> Tensor:
+def rotated_energy(keys: Tensor, position: Rotary) -> Tensor:
     """Keep of each (D, D) energy the pairs' means on the rotated dims and the full block on the rest."""
     pair = pair_means(keys.diagonal(dim1=-2, dim2=-1), position)
     real, imaginary = position.indices()

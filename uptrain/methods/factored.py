@@ -25,7 +25,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class _Shared:
+class SharedRows:
     """One group's shared rows (D, d̃) and, for each of its heads, the (D, D) factor that expands them again."""
 
     down: Tensor
@@ -58,11 +58,11 @@ def factor_heads(
         return Conversion(layer, {kind: Shares(1.0, 1.0) for kind in (name, "mean", "first")})
     size = layer.kv_heads // groups
     spans = [range(start, start + size) for start in range(0, layer.kv_heads, size)]
-    keys = [_factor_keys(layer, weights, span, position) for span in spans]
-    values = [_factor_values(layer, weights, span) for span in spans]
-    converted = _absorb(layer, keys, values, position)
+    keys = [share_keys(layer, weights, span, position) for span in spans]
+    values = [share_values(layer, weights, span) for span in spans]
+    converted = absorb(layer, keys, values, position)
     kept = {
-        name: shares(layer, weights, _expand(keys), _expand(values)),
+        name: shares(layer, weights, expand(keys), expand(values)),
         "mean": pooled_shares(layer, weights, groups, "mean"),
         "first": pooled_shares(layer, weights, groups, "first"),
     }
@@ -74,24 +74,28 @@ def pooled_shares(layer: HeadMaps, weights: LayerWeights, groups: int, how: str)
 
     Source: Ainslie et al. 2023, section 2.1 and figure 5.
     """
-    size = layer.kv_heads // groups
-
-    def pooled(rows: Tensor) -> Tensor:
-        grouped = rows.unflatten(0, (groups, size))
-        one: Tensor = grouped.mean(1) if how == "mean" else grouped[:, 0]
-        return one.repeat_interleave(size, 0)
-
-    return shares(layer, weights, pooled(layer.k_rows), pooled(layer.v_rows))
+    return shares(layer, weights, pooled_rows(layer.k_rows, groups, how), pooled_rows(layer.v_rows, groups, how))
 
 
-def _factor_values(layer: HeadMaps, weights: LayerWeights, span: range) -> _Shared:
+def pooled_rows(rows: Tensor, groups: int, how: str) -> Tensor:
+    """Return what each head (G₀, D, d̃) sees of its group's `mean` or `first`, in the same shape.
+
+    Source: Ainslie et al. 2023, section 2.1 and figure 5.
+    """
+    grouped = rows.unflatten(0, (groups, len(rows) // groups))
+    one: Tensor = grouped.mean(1) if how == "mean" else grouped[:, 0]
+    return one.repeat_interleave(len(rows) // groups, 0)
+
+
+def share_values(layer: HeadMaps, weights: LayerWeights, span: range) -> SharedRows:
+    """Factor the values of the heads in `span` into one shared head."""
     rows = layer.v_rows
     left = None if weights.second_moment is None else [matrix_root(weights.values[g]) for g in span]
     found = factor([rows[g] for g in span], left, weights.second_moment, rows.shape[1])
-    return _Shared(found.down, found.ups)
+    return SharedRows(found.down, found.ups)
 
 
-def _factor_keys(layer: HeadMaps, weights: LayerWeights, span: range, position: Rotary | None) -> _Shared:
+def share_keys(layer: HeadMaps, weights: LayerWeights, span: range, position: Rotary | None) -> SharedRows:
     """Factor rotated pairs one frequency at a time, where only a complex scalar commutes, and the rest as one."""
     rows = layer.k_rows
     dims = rows.shape[1]
@@ -116,14 +120,15 @@ def _factor_keys(layer: HeadMaps, weights: LayerWeights, span: range, position: 
         down[rest] = found.down
         for up, block in zip(ups, found.ups, strict=True):
             up[rest, rest] = block
-    return _Shared(down, ups)
+    return SharedRows(down, ups)
 
 
-def _expand(groups: list[_Shared]) -> Tensor:
+def expand(groups: list[SharedRows]) -> Tensor:
+    """Return the rows that each head sees of its group's shared ones, (G₀, D, d̃)."""
     return torch.stack([up @ group.down for group in groups for up in group.ups])
 
 
-def _absorb(layer: HeadMaps, keys: list[_Shared], values: list[_Shared], position: Rotary | None) -> HeadMaps:
+def absorb(layer: HeadMaps, keys: list[SharedRows], values: list[SharedRows], position: Rotary | None) -> HeadMaps:
     """Put each head's expansion on the other side: qᵀ (B s) = (Bᵀ q)ᵀ s, and W_o (B s) = (W_o B) s."""
     per = layer.queries_per_kv
     key_ups = torch.stack([up for group in keys for up in group.ups]).repeat_interleave(per, 0)

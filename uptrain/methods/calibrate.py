@@ -1,0 +1,166 @@
+"""Convert a model layer by layer on calibration text, holding one layer's weights at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from uptrain.architectures import Architecture
+from uptrain.attention import AttentionSpec
+from uptrain.checkpoint.arrays import as_float32
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.methods.bridge import ModuleWeights, heads_of, maps_of, position_of
+from uptrain.methods.choose import Choice, LayerTask
+from uptrain.methods.energy import Shares
+from uptrain.methods.forms import DecoupledLatent, Form, PlainLatent, SharedHeads
+from uptrain.methods.latent import LatentMaps
+from uptrain.methods.layered import LayeredModel
+from uptrain.methods.mla import LatentShape
+from uptrain.methods.settings import CalibrationSettings
+from uptrain.methods.streams import Streams, open_streams
+from uptrain.packing import LayerHeads, modules_of, split
+
+Result = LayerHeads | LatentMaps
+
+
+@dataclass(frozen=True)
+class Target:
+    """Say what is converted: a family's layers under `prefix`, `before` as they are, to `groups` heads or a latent.
+
+    `frequencies` are the source's rotary ones, (pairs,) radians a token, and `rotary_factor` what its tables are
+    multiplied by. `arrange` may put a layer's heads in another order first, as long as it changes no output.
+    """
+
+    architecture: Architecture
+    prefix: str
+    before: tuple[AttentionSpec, ...]
+    groups: int
+    latent: LatentShape | None = None
+    frequencies: tuple[float, ...] = ()
+    rotary_factor: float = 1.0
+    arrange: Callable[[LayerHeads], LayerHeads] | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Tell what was done to a layer: the energy each method keeps, the choices made, and the seconds it took."""
+
+    layer: int
+    kept: dict[str, Shares]
+    choice: Choice | None
+    seconds: float
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    target: Target,
+    blocks: Tensor,
+    settings: CalibrationSettings,
+    on_layer: Callable[[LayerReport], None] | None = None,
+) -> Iterator[tuple[int, Result, LayerReport]]:
+    """Yield each layer's number, its new heads (float32; the source's own where nothing is shared) and its report.
+
+    For a latent they are its maps instead.
+
+    `blocks` (n, T) int64 are calibration tokens, n ≥ 2; some are held out, and every choice is made by the error of
+    the layer's output on those.
+
+    Raises:
+        UsageError: fewer than two blocks.
+        CheckpointError: a tensor is missing, or a layer's activations are not finite.
+        UptrainError: the activations need files, and the disk is too small for them.
+    """
+    if target.latent is None and target.groups == target.before[0].num_key_value_heads:
+        for layer in range(len(target.before)):
+            kept = dict.fromkeys(("calibrated", "svd", "mean"), Shares(1.0, 1.0))
+            report = LayerReport(layer, kept, None, 0.0)
+            yield layer, _read_heads(checkpoint, target, layer), report
+        return
+    if len(blocks) < 2:
+        raise UsageError("Calibration needs at least two blocks of text, one of them to check on.", "Give more text.")
+    device = PartialState().device
+    model = LayeredModel(checkpoint, target.architecture, target.prefix, device)
+    shape = (*blocks.shape, model.config.hidden_size)
+    with open_streams(shape, settings.memory, settings.folder) as streams:
+        for index, hidden in enumerate(model.embed(blocks)):
+            streams.original[index] = streams.converted[index] = hidden.cpu()
+        for index in range(len(target.before)):
+            heads, report = _layer(checkpoint, target, model, streams, settings, index)
+            streams.advance()
+            if on_layer is not None:
+                on_layer(report)
+            yield index, heads, report
+
+
+def _layer(
+    checkpoint: Checkpoint,
+    target: Target,
+    model: LayeredModel,
+    streams: Streams,
+    settings: CalibrationSettings,
+    index: int,
+) -> tuple[Result, LayerReport]:
+    began = time.monotonic()
+    spec = target.before[index]
+    source = _read_heads(checkpoint, target, index)
+    if target.arrange is not None:
+        source = target.arrange(source)
+    with model.layer(index) as layer, torch.no_grad():
+        for block, hidden in enumerate(streams.original):
+            trace = layer.trace(hidden.to(model.device))
+            streams.attended[block], streams.target[block] = trace.attended.cpu(), trace.output.cpu()
+            if not torch.isfinite(streams.target[block]).all():
+                raise CheckpointError(
+                    f"Layer {index} of the source gives NaN or infinite activations.",
+                    "Nothing useful can be made of it; download the checkpoint again.",
+                )
+        bias = source.part("o").bias
+        output_bias = None if bias is None else torch.from_numpy(as_float32(bias)).to(model.device)
+        rest = (streams, settings, model.device, index, _gain(model), output_bias)
+        if target.latent is None:
+            heads, kept, choice = LayerTask(layer, _heads_form(target, spec, source, model.device), *rest).convert()
+            return heads_of(heads, source), LayerReport(index, kept, choice, time.monotonic() - began)
+        form = _latent_form(target, target.latent, spec, source, model.device, output_bias)
+        maps, kept, choice = LayerTask(layer, form, *rest).convert()
+    return maps, LayerReport(index, kept, choice, time.monotonic() - began)
+
+
+def _heads_form(target: Target, spec: AttentionSpec, source: LayerHeads, device: torch.device) -> SharedHeads:
+    architecture = target.architecture
+    weights, position = ModuleWeights(architecture.projections, spec), position_of(architecture, spec)
+    return SharedHeads(maps_of(source), weights, position, target.groups, device)
+
+
+def _latent_form(
+    target: Target,
+    shape: LatentShape,
+    spec: AttentionSpec,
+    source: LayerHeads,
+    device: torch.device,
+    output_bias: Tensor | None,
+) -> Form[LatentMaps]:
+    position, maps = position_of(target.architecture, spec), maps_of(source)
+    frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
+    if shape.form == "decoupled":
+        return DecoupledLatent(maps, position, shape, frequencies, device, output_bias, target.rotary_factor)
+    weights = ModuleWeights(target.architecture.projections, spec)
+    return PlainLatent(maps, weights, position, shape, frequencies if target.frequencies else None, device)
+
+
+def _gain(model: LayeredModel) -> float:
+    """Return what attention's output is multiplied by before it joins the hidden states (Granite's multiplier)."""
+    return float(getattr(model.config, "residual_multiplier", 1.0) or 1.0)
+
+
+def _read_heads(checkpoint: Checkpoint, target: Target, layer: int) -> LayerHeads:
+    projections = target.architecture.projections
+    base = target.architecture.layer.format(prefix=target.prefix, layer=layer)
+    names = [f"{m}.{kind}" for m in modules_of(projections, frozenset("qkvo")) for kind in ("weight", "bias")]
+    tensors = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
+    return split(projections, target.before[layer], tensors)

@@ -1,0 +1,225 @@
+"""A causal language model of which one decoder layer at a time is in memory, run by its own class's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from uptrain.architectures import Architecture
+from uptrain.checkpoint.arrays import as_float32
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import CheckpointError
+
+Parameters = dict[str, Tensor]
+"""Weights and biases by name inside the attention module ("q_proj.weight"), (out, in) as the family stores them."""
+
+
+Attend = Callable[[Tensor, Tensor | None], Tensor]
+"""Maps an attention's input (T, d) and its mask to its output (T, d)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to a decoder layer beside the hidden states: masks, rotary tables, positions."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One block in a layer, float32: its attention's output `attended` and its own `output`, both (T, d)."""
+
+    attended: Tensor
+    output: Tensor
+
+
+class Layer:
+    """One decoder layer with its weights in float32, run on one block at a time, with other attention if wanted."""
+
+    def __init__(self, module: nn.Module, attention: str, output: str, calls: dict[str, Call], config: Any) -> None:
+        self.module, self.attention, self._calls, self._config = module, attention, calls, config
+        self._inner = module.get_submodule(attention)
+        self._output = self._inner.get_submodule(output)
+
+    def run(self, hidden: Tensor, parameters: Parameters | None = None) -> Tensor:
+        """Return the layer's output (T, d) for hidden states (T, d), with `parameters` in place of its attention's."""
+        call = self._calls[self._config._attn_implementation]
+        replaced = {f"{self.attention}.{name}": value for name, value in (parameters or {}).items()}
+        return _hidden(functional_call(self.module, replaced, (hidden[None], *call.args), call.kwargs))
+
+    def run_with(self, hidden: Tensor, attend: Attend) -> Tensor:
+        """Return the layer's output (T, d) for hidden states (T, d), with `attend` in place of its attention."""
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            x = args[0] if args else kwargs["hidden_states"]
+            return attend(x[0], kwargs.get("attention_mask"))[None], None
+
+        self._inner.forward = forward
+        try:
+            return self.run(hidden)
+        finally:
+            del self._inner.forward
+
+    @property
+    def scale(self) -> float:
+        """Return what the attention's logits are multiplied by."""
+        scaling: Any = self._inner.scaling
+        return float(scaling)
+
+    def trace(self, hidden: Tensor) -> Trace:
+        """Run the layer on hidden states (T, d) and return its attention's output as well."""
+        seen: list[Tensor] = []
+        hook = self._inner.register_forward_hook(lambda _module, _args, output: seen.append(_hidden(output)))
+        try:
+            output = self.run(hidden)
+        finally:
+            hook.remove()
+        return Trace(seen[0], output)
+
+    def mix(self, hidden: Tensor, parameters: Parameters | None = None) -> Tensor:
+        """Return only the mixed heads (T, H·Dv), the output projection's input, for hidden states (T, d)."""
+
+        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise Reached(args[0][0])
+
+        hook = self._output.register_forward_pre_hook(stop)
+        try:
+            self.run(hidden, parameters)
+        except Reached as reached:
+            return reached.value
+        finally:
+            hook.remove()
+        raise RuntimeError("the layer never reached its output projection")
+
+    def attention_weights(self, hidden: Tensor, parameters: Parameters | None = None) -> tuple[Tensor, Tensor]:
+        """Return the attention's input (T, d) and its probabilities (H, T, T) for hidden states (T, d)."""
+        seen: list[Tensor] = []
+
+        def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen.extend((args[0][0] if args else kwargs["hidden_states"][0], output[1][0]))
+
+        hook = self._inner.register_forward_hook(after, with_kwargs=True)
+        try:
+            # Only the plain implementation returns its probabilities.
+            with implementation(self._config, "eager"):
+                self.run(hidden, parameters)
+        finally:
+            hook.remove()
+        return seen[0], seen[1]
+
+
+class Reached(Exception):
+    """Ends a layer's run where its rest would only cost time."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+class LayeredModel:
+    """Builds the checkpoint's own class without weights, and lends its decoder layers one by one."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, prefix: str, device: torch.device) -> None:
+        self.checkpoint, self.architecture, self.prefix, self.device = checkpoint, architecture, prefix, device
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        self._base = whole.base_model.eval()
+        self._base.config.use_cache = False
+        self.config = self._base.config
+        path, _, rest = architecture.layer.removeprefix("{prefix}").partition(".{layer}.")
+        self._path, self._attention = path, rest.removesuffix(".")
+        self.layers: nn.ModuleList = self._base.get_submodule(path)
+        self._calls: list[dict[str, Call]] = [{} for _ in self.layers]
+
+    @torch.no_grad()
+    def embed(self, blocks: Tensor) -> Iterator[Tensor]:
+        """Yield each block's hidden states (T, d) before the first layer, from blocks (n, T) int64.
+
+        The first block also records what the model passes to each of its layers, which is the same for all.
+        """
+        for name, module in self._base.named_children():
+            if name != self._path:
+                self._fill(module, f"{self.prefix}{name}.")
+        usual = self.config._attn_implementation
+        for kind in dict.fromkeys((usual, "eager")):
+            with implementation(self.config, kind):
+                self._enter(blocks[:1], kind)
+        for block in blocks:
+            yield self._enter(block[None], None)
+        for name, _ in list(self._base.named_children()):
+            if name != self._path:
+                setattr(self._base, name, nn.Identity())
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Layer]:
+        """Lend decoder layer `index` with its weights read; they are dropped afterwards.
+
+        Raises:
+            CheckpointError: a tensor of the layer is missing.
+        """
+        module = self.layers[index]
+        self._fill(module, f"{self.prefix}{self._path}.{index}.")
+        try:
+            yield Layer(module, self._attention, self.architecture.projections.o, self._calls[index], self.config)
+        finally:
+            self.layers[index] = nn.Identity()
+
+    def _enter(self, block: Tensor, record: str | None) -> Tensor:
+        """Run the model's own forward with layers that pass their input on, and return the first one's input."""
+        seen: list[Tensor] = []
+
+        def stand_in(index: int) -> Any:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                seen.append(hidden_states)
+                if record is not None:
+                    self._calls[index][record] = Call(args, kwargs)
+                return hidden_states
+
+            return forward
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = stand_in(index)
+        try:
+            self._base(input_ids=block.to(self.device), use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return seen[0][0]
+
+    def _fill(self, module: nn.Module, base: str) -> None:
+        for name, _ in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(self._read(base + name), requires_grad=False)
+            module.get_submodule(owner).register_parameter(leaf, value)
+        module.to(self.device)
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self.checkpoint.tensors:
+            raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
+        return torch.from_numpy(as_float32(self.checkpoint.read(name))).to(self.device)
+
+
+@contextmanager
+def implementation(config: Any, name: str) -> Iterator[None]:
+    """Let the model's attention run by implementation `name` ("eager", "sdpa") for a while."""
+    usual = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden[0]
