@@ -11,12 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import tiny_config, tiny_model
-from tests.gauge import scatter_heads
+from tests.gauge import interleave_heads, scatter_heads
+from tests.oracle import pool_model
 from tests.test_families import SOURCES, TOKENS, load, request
 from uptrain.checkpoint.checksum import checksum_file
+from uptrain.checkpoint.manifest import read_manifest
 from uptrain.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluate import evaluate
+from uptrain.request import Request
 
 Save = Callable[..., Path]
 
@@ -58,6 +61,36 @@ def test_the_same_command_twice_gives_the_same_bytes(save_tiny: Save, tmp_path: 
         convert(str(source), tmp_path / name, request(1, "svd"))
     one, two = (checksum_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one == two
+
+
+@pytest.mark.parametrize("method", ["mean", "svd"])
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "cohere"])
+def test_similar_heads_are_found_wherever_they_stand(model_type: str, method: str, tmp_path: Path) -> None:
+    """Heads 0 and 2, and 1 and 3, are alike; sharing by neighbours breaks the model, by likeness loses nothing."""
+    model = tiny_model(tiny_config(model_type))
+    alike = scatter_heads(model, 2) if method == "svd" else pool_model(model, 2)
+    wanted = logits(alike)
+    interleave_heads(alike)
+    torch.testing.assert_close(logits(alike), wanted, atol=1e-4, rtol=1e-4)
+    alike.save_pretrained(tmp_path / "src")
+    scale = wanted.abs().max()
+    for grouping in ("similar", "contiguous"):
+        convert(str(tmp_path / "src"), tmp_path / grouping, Request("gqa", 2, method, grouping=grouping))
+        error = (logits(load(tmp_path / grouping)) - wanted).abs().max() / scale
+        assert (error < 1e-4) == (grouping == "similar")
+
+
+def test_energy_is_told_per_layer_and_survives_a_resume(tmp_path: Path) -> None:
+    done = convert("demo", tmp_path / "svd", request(1, "svd"))
+    manifest = read_manifest(tmp_path / "svd")
+    assert manifest is not None and list(done.kept) == [0, 1, 2, 3]
+    assert manifest["stages"][-1]["energy_kept"] == {str(layer): kept for layer, kept in done.kept.items()}
+    for kept in done.kept.values():
+        for side in ("keys", "values"):
+            assert 1 >= kept["svd"][side] >= max(kept["mean"][side], kept["first"][side])
+    told = convert("demo", tmp_path / "mean", request(1)).kept[2]
+    for method in ("mean", "svd"):
+        assert told[method] == pytest.approx(done.kept[2][method], abs=2e-4)
 
 
 def test_clipped_projections_are_refused_with_what_to_use_instead(save_tiny: Save) -> None:

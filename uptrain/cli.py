@@ -85,9 +85,32 @@ def inspect(model: str, revision: str | None, allow_pickle: bool, as_json: bool)
     default="mean",
     show_default=True,
     help="How heads become one: mean (average, Ainslie et al. 2023); svd (align and factor, far closer to MODEL "
-    "before uptraining; needs torch); first; random (fresh heads, for ablations).",
+    "before uptraining; needs torch); calibrated (svd weighted by what text makes the model use, and repaired); "
+    "first; random (fresh heads, for ablations).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="For --method random.")
+@click.option(
+    "--grouping",
+    default="contiguous",
+    show_default=True,
+    help="Which heads share: contiguous (neighbours, as in the paper) or similar (least loss; heads are moved).",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For --method random and --grouping similar.")
+@click.option(
+    "--calibrate",
+    help="Text for --method calibrated: a file, a dataset, or builtin.",
+    default="builtin",
+    show_default=True,
+    metavar="TEXT",
+)
+@click.option("--calibration-tokens", type=int, default=65_536, show_default=True, help="How much of it to use.")
+@click.option("--repair-steps", type=int, help="Gradient steps a layer after --method calibrated; 0 for none.")
+@click.option(
+    "--memory",
+    type=Size(),
+    default="4GiB",
+    show_default=True,
+    help="For activations while calibrating; beyond it they go to files beside OUT.",
+)
 @click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
 @click.option("--max-shard-size", type=Size(), help="Split weights, e.g. 5GB. Default: as MODEL is split.")
 @_source_options
@@ -103,6 +126,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     \b
     uptrain convert demo --to gqa --groups 4
     uptrain convert demo --to mqa --method svd
+    uptrain convert ./llama --to mqa --method calibrated --calibrate text.txt
     uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """
@@ -110,7 +134,10 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     from uptrain.convert import default_out, plan_conversion, run_plan
     from uptrain.request import Request
 
-    names = ("target", "groups", "method", "seed", "dtype", "max_shard_size")
+    names = (
+        "target", "groups", "method", "grouping", "seed", "dtype", "max_shard_size",
+        "calibrate", "calibration_tokens", "repair_steps",
+    )  # fmt: skip
     request = Request(**{name: options[name] for name in names})
     source, checkpoint, plan = plan_conversion(
         model,
@@ -124,8 +151,11 @@ def convert(model: str, out: str | None, **options: Any) -> None:
         report.dry_run(source, plan, folder, options["as_json"])
         return
     console.note(f"Reading {source.describe()}")
+    settings = {"overwrite": options["overwrite"], "memory": options["memory"], "on_note": console.note}
     with console.bytes_progress("Converting", plan.total_bytes) as advance:
-        done = run_plan(source, checkpoint, plan, folder, overwrite=options["overwrite"], on_progress=advance)
+        done = run_plan(
+            source, checkpoint, plan, folder, on_progress=advance, on_layer=console.layer_progress(), **settings
+        )
     report.conversion(done, options["as_json"])
 
 

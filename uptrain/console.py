@@ -95,6 +95,20 @@ def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
+def layer_progress() -> Callable[[int, int], None]:
+    """Return a callback that says on stderr how many layers are calibrated, and how long the rest will take."""
+    import time
+
+    began = time.monotonic()
+
+    def show(done: int, layers: int) -> None:
+        minutes, seconds = divmod(round((time.monotonic() - began) / done * (layers - done)), 60)
+        if sys.stderr.isatty() or done == layers:
+            note(f"Calibrated layer {done} of {layers}, {minutes}:{seconds:02d} left")
+
+    return show
+
+
 @contextmanager
 def tokens_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show tokens done and time left on stderr, when that is a terminal; yield the advancing callback."""

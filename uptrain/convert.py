@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.jsonfile import dump_json
@@ -21,6 +21,12 @@ from uptrain.pipeline import Pipeline, Progress
 from uptrain.plan import Plan, make_plan
 from uptrain.request import Request
 
+if TYPE_CHECKING:
+    from uptrain.calibration import CalibratedLayers
+
+MEMORY = 4 * 2**30
+"""Default bytes for the activations of a calibration."""
+
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja",
@@ -31,12 +37,16 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: where the result is, its plan, and which shards an earlier run had finished."""
+    """What a conversion did: where the result is, its plan, and which shards an earlier run had finished.
+
+    `kept` gives, by layer and method, the share of key and of value energy that was kept, or would have been.
+    """
 
     out: Path
     source: Source
     plan: Plan
     resumed: tuple[str, ...]
+    kept: dict[int, dict[str, dict[str, float]]]
 
 
 def plan_conversion(
@@ -76,7 +86,10 @@ def convert(
     revision: str | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
+    memory: int = MEMORY,
     on_progress: Progress = lambda count: None,
+    on_layer: Callable[[int, int], None] = lambda done, layers: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Conversion:
     """Convert `model` (a folder, `demo` or a Hub id) and write the result to `out`, whole or not at all.
 
@@ -87,7 +100,17 @@ def convert(
     source, checkpoint, plan = plan_conversion(
         model, request or Request(), revision=revision, allow_pickle=allow_pickle
     )
-    return run_plan(source, checkpoint, plan, out, overwrite=overwrite, on_progress=on_progress)
+    return run_plan(
+        source,
+        checkpoint,
+        plan,
+        out,
+        overwrite=overwrite,
+        memory=memory,
+        on_progress=on_progress,
+        on_layer=on_layer,
+        on_note=on_note,
+    )
 
 
 def run_plan(
@@ -97,9 +120,15 @@ def run_plan(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
+    memory: int = MEMORY,
     on_progress: Progress = lambda count: None,
+    on_layer: Callable[[int, int], None] = lambda done, layers: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Conversion:
-    """Run a plan made by `plan_conversion`. Raises as `convert` does."""
+    """Run a plan made by `plan_conversion`. Raises as `convert` does.
+
+    `memory`, in bytes, bounds the activations of a calibration; `on_layer` gets its layers done and all.
+    """
     folder = Path(out) if out is not None else default_out(source, plan)
     check_out(folder, overwrite, source.path)
     partial = partial_of(folder)
@@ -114,17 +143,44 @@ def run_plan(
     with _resumable(), staged(folder, overwrite, resume=resuming):
         if not resuming:
             state.shards.clear()
+            state.layers.clear()
         resumed = _finished_shards(partial, state)
         _check_space(partial, plan, resumed)
         for name in resumed:
             on_progress(sum(tensor.info.nbytes for tensor in plan.shards[name]))
         state.save()
-        runner = Pipeline(checkpoint, plan, partial, state, on_progress)
+        calibrated = _calibrated(checkpoint, plan, folder, memory, on_layer, on_note)
+        runner = Pipeline(checkpoint, plan, partial, state, on_progress, calibrated)
         digests = runner.run([name for name in plan.shards if name not in resumed])
         _write_companions(checkpoint, plan, partial)
-        stage = _stage(source, checkpoint, plan, digests)
+        kept = {int(layer): found for layer, found in sorted(state.layers.items(), key=lambda item: int(item[0]))}
+        stage = {**_stage(source, checkpoint, plan, digests), "energy_kept": kept}
+        if calibrated is not None:
+            stage["calibration"] = {key: calibrated.notes[key] for key in ("text", "layers")}
         append_stage(partial, checkpoint.path, stage, known=dict(state.shards))
-    return Conversion(folder, source, plan, resumed)
+    if calibrated is not None:
+        calibrated.remove()
+    return Conversion(folder, source, plan, resumed, kept)
+
+
+def _calibrated(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    memory: int,
+    on_layer: Callable[[int, int], None],
+    on_note: Callable[[str], None],
+) -> CalibratedLayers | None:
+    if plan.request.method != "calibrated" or plan.before == plan.after:
+        return None
+    try:
+        from uptrain.calibration import calibrate_plan
+    except ImportError:
+        raise UsageError(
+            "--method calibrated needs torch and accelerate.", "Install them with: pip install 'uptrain[train]'"
+        ) from None
+    folder = out.with_name(out.name + ".calibration")
+    return calibrate_plan(checkpoint, plan, folder, memory, on_layer, on_note)
 
 
 @contextmanager

@@ -241,7 +241,7 @@ def read_tokens(sources: Sequence[DataSource], tokenizer: Any, limit: int) -> To
             if len(ids) == limit:
                 return TokenText(np.array(ids, dtype=np.int64), size)
     if len(ids) < 2:
-        raise UsageError("There is no text to evaluate on.")
+        raise UsageError("There is no text in it.", "Name a file that has some.")
     return TokenText(np.array(ids, dtype=np.int64), size)
 
 

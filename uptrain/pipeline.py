@@ -18,7 +18,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import State, write_shard
 from uptrain.errors import Interrupted
 from uptrain.plan import OutputTensor, Plan
-from uptrain.transform import LayerMaker
+from uptrain.transform import Calibrated, LayerMaker
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just finished."""
@@ -27,12 +27,20 @@ Progress = Callable[[int], None]
 class Pipeline:
     """Writes the shards of a plan on a few threads, and digests the source's files beside them."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, partial: Path, state: State, on_progress: Progress) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        partial: Path,
+        state: State,
+        on_progress: Progress,
+        calibrated: Calibrated | None = None,
+    ) -> None:
         self.checkpoint, self.plan, self.partial, self.state = checkpoint, plan, partial, state
         self.on_progress = on_progress
         self.lock = threading.Lock()
         self.stop = threading.Event()
-        self.layers = LayerMaker(checkpoint, plan)
+        self.layers = LayerMaker(checkpoint, plan, calibrated)
         self.followers = _followers(checkpoint, plan)
 
     def run(self, shards: list[str]) -> dict[str, str]:
@@ -71,6 +79,7 @@ class Pipeline:
         write_shard(path, [tensor.info for tensor in tensors.values()], chunks, checksum, self._advance)
         with self.lock:
             self.state.shards[shard] = checksum.text()
+            self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.items()})
             self.state.save()
         return follower.text() if follower else ""
 

@@ -175,7 +175,7 @@ class _Planner:
         """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
         source, host = self.architecture, self.host.architecture
         moved = source.projections != host.projections
-        parts = frozenset("qkvo") if moved else CHANGED_PARTS[self.request.method]
+        parts = frozenset("qkvo") if moved else self.request.changed_parts
         out: dict[str, tuple[int, list[OutputTensor]]] = {}
         for layer, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
             base = source.layer.format(prefix=self.prefix, layer=layer)

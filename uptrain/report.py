@@ -108,15 +108,41 @@ def _shared_facts(plan: Plan) -> list[tuple[str, str]]:
 
 
 def conversion(done: Conversion, as_json: bool) -> None:
-    """Show a finished conversion and what to type next."""
+    """Show a finished conversion, the energy it kept, and what to type next."""
     if as_json:
-        console.result_json({"out": str(done.out), "resumed": list(done.resumed), **_plan_facts(done.plan)})
+        extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.kept}
+        console.result_json({**extra, **_plan_facts(done.plan)})
         return
     pairs = _shared_facts(done.plan)
     if done.resumed:
         pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
+    method = done.plan.request.method
+    if len(done.kept) > 1:
+        methods = list(next(iter(done.kept.values())))
+        rows = [(str(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
+        rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
+        columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
+        console.table("Energy kept, and what pooling would keep", columns, rows)
     console.facts(f"Wrote {done.out}", pairs)
+    if method == "mean" and done.kept:
+        (layer, kept), *_ = done.kept.items()
+        ours, better = kept["mean"], kept["svd"]
+        console.note(
+            f"In layer {layer}, mean keeps {ours['keys']:.0%} of key and {ours['values']:.0%} of value energy; "
+            f"--method svd would keep {better['keys']:.0%} and {better['values']:.0%}."
+        )
     console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
+
+
+def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:
+    return [f"{kept[method][side]:.1%}" for method in methods for side in ("keys", "values")]
+
+
+def _average(layers: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        method: {side: sum(kept[method][side] for kept in layers) / len(layers) for side in ("keys", "values")}
+        for method in layers[0]
+    }
 
 
 def verification(directory: Path, manifest: dict[str, Any], as_json: bool) -> None:

@@ -16,13 +16,21 @@ CHANGED_PARTS: Mapping[str, frozenset[str]] = {
     "first": frozenset("kv"),
     "random": frozenset("kv"),
     "svd": frozenset("qkvo"),
+    "calibrated": frozenset("qkvo"),
 }
 """Each method, and which of a layer's projections q, k, v and o it changes."""
 
 
+GROUPINGS = ("contiguous", "similar")
+
+
 @dataclass(frozen=True)
 class Request:
-    """A target, how to reach it, and how the result is stored. `max_shard_size` is in bytes."""
+    """A target, how to reach it, and how the result is stored. `max_shard_size` is in bytes.
+
+    `grouping` says which heads share: neighbours, or those whose sharing loses least. `calibrate` names the text
+    of `calibrated`: a file, a dataset or `builtin`; `repair_steps` are its gradient steps a layer, None the default.
+    """
 
     target: str = "gqa"
     groups: int | None = None
@@ -30,16 +38,30 @@ class Request:
     seed: int = 0
     dtype: str | None = None
     max_shard_size: int | None = None
+    grouping: str = "contiguous"
+    calibrate: str = "builtin"
+    calibration_tokens: int = 65_536
+    repair_steps: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("--to", self.target, TARGETS)
         _one_of("--method", self.method, CHANGED_PARTS)
+        _one_of("--grouping", self.grouping, GROUPINGS)
         if self.dtype is not None:
             _one_of("--dtype", self.dtype, FLOAT_DTYPES)
+        if self.method == "calibrated" and self.grouping != "contiguous":
+            raise UsageError("--grouping similar doesn't go with --method calibrated.", "Use --method svd.")
+        if self.calibration_tokens < 1 or (self.repair_steps or 0) < 0:
+            raise UsageError("--calibration-tokens and --repair-steps can't be negative.")
         if self.target == "mqa" and self.groups not in (None, 1):
             raise UsageError(f"--to mqa keeps one head, so --groups {self.groups} contradicts it.")
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size} is not a positive number of bytes.")
+
+    @property
+    def changed_parts(self) -> frozenset[str]:
+        """Return which of q, k, v and o change: moving heads takes their queries and output columns along."""
+        return CHANGED_PARTS[self.method] if self.grouping == "contiguous" else frozenset("qkvo")
 
 
 def _one_of(option: str, value: str, known: Mapping[str, object] | tuple[str, ...]) -> None:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
 import numpy as np
 
 from uptrain.architectures import Position
-from uptrain.checkpoint.arrays import Array, cast
+from uptrain.checkpoint.arrays import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
+from uptrain.methods import estimate
 from uptrain.methods.gqa import pool_layer
-from uptrain.packing import LayerHeads, join, modules_of, split
+from uptrain.packing import LayerHeads, join, module_of, modules_of, split
 from uptrain.plan import Plan
-from uptrain.request import CHANGED_PARTS
+
+
+class Calibrated(Protocol):
+    """Layers that calibration made beforehand."""
+
+    def read(self, layer: int) -> LayerHeads:
+        """Return one layer's heads."""
+
+    def kept(self, layer: int) -> dict[str, dict[str, float]]:
+        """Return what each method keeps of one layer's energy."""
 
 
 class LayerMaker:
-    """Makes one layer's changed attention tensors from the source's."""
+    """Makes one layer's changed attention tensors from the source's.
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
-        self.checkpoint, self.plan = checkpoint, plan
+    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated | None = None) -> None:
+        self.checkpoint, self.plan, self.calibrated = checkpoint, plan, calibrated
+        self.kept: dict[int, dict[str, dict[str, float]]] = {}
+        # Telling what svd would keep costs time, so mean tells it of the middle layer only.
+        self.sample = len(plan.before) // 2
         self._dtypes = {
             (tensor.layer, tensor.module): tensor.info.dtype
             for shard in plan.shards.values()
@@ -34,7 +53,7 @@ class LayerMaker:
         """
         plan, projections = self.plan, self.plan.architecture.projections
         moved = projections != plan.host.architecture.projections
-        parts = frozenset("qkvo") if moved else CHANGED_PARTS[plan.request.method]
+        parts = frozenset("qkvo") if moved else plan.request.changed_parts
         base = plan.architecture.layer.format(prefix=plan.prefix, layer=layer)
         names = [f"{m}.{kind}" for m in modules_of(projections, parts) for kind in ("weight", "bias")]
         tensors = {name: self.checkpoint.read(base + name) for name in names if base + name in self.checkpoint.tensors}
@@ -47,27 +66,80 @@ class LayerMaker:
 
     def _shared(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
         request = self.plan.request
-        if request.method == "svd":
-            return _factored(heads, groups, self.plan.architecture.position, self.plan.before[layer].head_dim)
+        if self.calibrated is not None:
+            self.kept[layer] = self.calibrated.kept(layer)
+            return self.calibrated.read(layer)
+        if request.method != "svd" and request.grouping == "contiguous":
+            if request.method == "mean" and layer == self.sample:
+                self.kept[layer] = _estimate(heads, groups, self.plan.architecture.position)
+            return self._pooled(heads, groups, layer)
+        self._check_finite(heads, layer)
+        methods = _torch_methods()
+        rotary = methods.position_of(self.plan.architecture, self.plan.before[layer])
+        if request.grouping == "similar":
+            heads = methods.similar_layer(heads, groups, rotary, request.seed)
+        if request.method != "svd":
+            return self._pooled(heads, groups, layer)
+        heads, kept = methods.factor_layer(heads, groups, rotary)
+        self.kept[layer] = {name: _rounded(share.keys, share.values) for name, share in kept.items()}
+        return heads
+
+    def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
         std = float(self.checkpoint.config.get("initializer_range") or 0.02)
+        request = self.plan.request
         return pool_layer(heads, groups, request.method, seed=request.seed, index=layer, std=std)
+
+    def _check_finite(self, heads: LayerHeads, layer: int) -> None:
+        names = self.plan.architecture.projections
+        for part in "qkvo":
+            if not np.isfinite(as_float32(heads.part(part).weight)).all():
+                raise _not_finite(layer, module_of(names, part))
 
     def _finish(self, layer: int, base: str, name: str, array: Array) -> Array:
         if not np.isfinite(array).all():
-            raise CheckpointError(
-                f"Layer {layer} of the source has NaN or infinite values in its attention ({base}{name}).",
-                "Nothing useful can be made of it; download the checkpoint again.",
-            )
+            raise _not_finite(layer, base + name)
         return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
 
 
-def _factored(heads: LayerHeads, groups: int, position: Position, head_dim: int) -> LayerHeads:
+def _not_finite(layer: int, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"Layer {layer} of the source has NaN or infinite values in its attention ({name}).",
+        "Nothing useful can be made of it; download the checkpoint again.",
+    )
+
+
+class _TorchMethods(NamedTuple):
+    factor_layer: Callable[..., Any]
+    similar_layer: Callable[..., LayerHeads]
+    position_of: Callable[..., Any]
+
+
+def _torch_methods() -> _TorchMethods:
+    """Import the methods that stand on torch, which pooling does without."""
     try:
-        from uptrain.methods.bridge import factor_layer
-        from uptrain.methods.rotary import Rotary
+        from uptrain.methods.bridge import factor_layer, position_of
+        from uptrain.methods.similar import similar_layer
     except ImportError:
-        raise UsageError("--method svd needs torch.", "Install it with: pip install 'uptrain[eval]'") from None
-    rotary = None
-    if position is not Position.ABSOLUTE:
-        rotary = Rotary("interleaved" if position is Position.ROTARY_INTERLEAVED else "half", head_dim)
-    return factor_layer(heads, groups, rotary)[0]
+        raise UsageError(
+            "--method svd and --grouping similar need torch.", "Install it with: pip install 'uptrain[eval]'"
+        ) from None
+    return _TorchMethods(factor_layer, similar_layer, position_of)
+
+
+def _estimate(heads: LayerHeads, groups: int, position: Position) -> dict[str, dict[str, float]]:
+    keys, values = estimate.rows_of(heads.part("k")), estimate.rows_of(heads.part("v"))
+    if not (np.isfinite(keys).all() and np.isfinite(values).all()):
+        return {}  # refused with its name when the layer is finished
+    if position is Position.ABSOLUTE:
+        best = estimate.kept_by_factor(keys, groups)
+    else:
+        best = estimate.kept_by_phases(keys, groups, position is Position.ROTARY_INTERLEAVED)
+    return {
+        "mean": _rounded(estimate.kept_by_mean(keys, groups), estimate.kept_by_mean(values, groups)),
+        "svd": _rounded(best, estimate.kept_by_factor(values, groups)),
+    }
+
+
+def _rounded(keys: float, values: float) -> dict[str, float]:
+    # The last digits depend on how many threads summed, and the manifest must not.
+    return {"keys": round(keys, 4), "values": round(values, 4)}

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.header import TensorInfo
@@ -206,12 +207,13 @@ def _friendly_errors(partial: Path) -> Iterator[None]:
 
 
 class State:
-    """What a run has finished in OUT.partial: the plan's digest, and each whole shard's checksum."""
+    """What a run has finished in OUT.partial: the plan's digest, each whole shard's checksum, and notes by layer."""
 
     def __init__(self, partial: Path, plan_digest: str) -> None:
         self.path = partial / STATE
         self.plan_digest = plan_digest
         self.shards: dict[str, str] = {}
+        self.layers: dict[str, Any] = {}
 
     def load(self) -> str | None:
         """Read an earlier run's state; return its plan's digest, or None where there is none that can be used."""
@@ -219,11 +221,12 @@ class State:
             value = parse_object(self.path.read_bytes(), str(self.path))
         except (OSError, UptrainError):
             return None
-        shards = value.get("shards")
-        if isinstance(shards, dict):
+        shards, layers = value.get("shards"), value.get("layers")
+        if isinstance(shards, dict) and isinstance(layers, dict):
             self.shards = {str(name): str(text) for name, text in shards.items()}
+            self.layers = layers
         return str(value.get("plan"))
 
     def save(self) -> None:
         """Write the state atomically."""
-        write_atomic(self.path, dump_json({"plan": self.plan_digest, "shards": self.shards}))
+        write_atomic(self.path, dump_json({"plan": self.plan_digest, "shards": self.shards, "layers": self.layers}))

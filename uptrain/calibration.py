@@ -1,0 +1,150 @@
+"""Calibrate a planned conversion: read text, convert layer by layer, and keep each layer's heads until they are joined.
+
+Layers wait in a folder beside OUT, so that a run cut off after calibration needs only to write; it goes with success.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from uptrain import models
+from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.jsonfile import dump_json, read_json
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.writer import write_atomic
+from uptrain.data import TokenText, read_tokens
+from uptrain.errors import UsageError
+from uptrain.methods.calibrate import LayerReport, Target, calibrate
+from uptrain.methods.settings import CalibrationSettings
+from uptrain.packing import Heads, LayerHeads
+from uptrain.recipes import parse_source
+
+if TYPE_CHECKING:
+    from uptrain.plan import Plan
+
+BLOCK = 1024
+"""Tokens of a calibration block, where the model's positions allow it."""
+STRANGE = 0.6
+"""Tokens a byte from which text is probably of a script or kind the tokenizer was not made for."""
+DONE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class CalibratedLayers:
+    """The heads that calibration made, kept as .npz files of float32, and what was noted about text and layers."""
+
+    folder: Path
+    notes: dict[str, Any]
+
+    def read(self, layer: int) -> LayerHeads:
+        """Return one layer's heads."""
+        with np.load(self.folder / f"layer-{layer}.npz", allow_pickle=False) as stored:
+            parts = {part: Heads(stored[part], stored.get(f"{part}_bias")) for part in "qkvo"}
+        return LayerHeads(**parts)
+
+    def kept(self, layer: int) -> dict[str, dict[str, float]]:
+        """Return the share of key and value energy that calibrated, svd and mean keep in one layer."""
+        found: dict[str, dict[str, float]] = self.notes["layers"][layer]["kept"]
+        return found
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def calibrate_plan(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    folder: Path,
+    memory: int,
+    on_layer: Callable[[int, int], None],
+    on_note: Callable[[str], None],
+) -> CalibratedLayers:
+    """Calibrate every layer of `plan`, or take what an earlier run of the same plan left in `folder`.
+
+    `memory` is in bytes, for activations; beyond it they go to files beside the layers. `on_layer` is called with
+    the layers done and all; `on_note` with a sentence worth the user's attention.
+
+    Raises:
+        UptrainError: the text is unfit, activations are not finite, or the disk is too small for them.
+    """
+    if (folder / DONE).is_file():
+        notes = read_json(folder / DONE)
+        if notes.get("plan") == plan.digest:
+            on_note("Calibration was finished by an earlier run.")
+            return CalibratedLayers(folder, notes)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    models.quiet()
+    text = calibration_text(checkpoint, plan)
+    if text.bytes and len(text.ids) / text.bytes > STRANGE:
+        on_note(
+            f"The calibration text takes {len(text.ids) / text.bytes:.2f} tokens a byte: it may be of a script or kind "
+            "this model was not trained on, and fit it badly."
+        )
+    longest = checkpoint.config.get(plan.architecture.keys.max_position_embeddings)
+    length = min(BLOCK, longest if isinstance(longest, int) else BLOCK)
+    count = len(text.ids) // length
+    if count < 2:
+        raise UsageError(
+            f"--calibrate {plan.request.calibrate} has {len(text.ids)} tokens, less than two blocks of {length}.",
+            "Give more text, or raise --calibration-tokens.",
+        )
+    settings = CalibrationSettings(memory=memory, folder=folder, seed=plan.request.seed)
+    if plan.request.repair_steps is not None:
+        settings = CalibrationSettings(**{**asdict(settings), "repair_steps": plan.request.repair_steps})
+    blocks = torch.from_numpy(text.ids[: count * length]).view(count, length)
+    target = Target(plan.architecture, plan.prefix, plan.before, plan.after[0].num_key_value_heads)
+    reports = []
+    for layer, heads, report in calibrate(checkpoint, target, blocks, settings):
+        _save(folder / f"layer-{layer}.npz", heads)
+        reports.append(_noted(report))
+        on_layer(len(reports), len(plan.before))
+    digest = Checksum()
+    digest.update(blocks.numpy().tobytes())
+    notes = {
+        "plan": plan.digest,
+        "text": {"name": plan.request.calibrate, "tokens": int(blocks.numel()), "token_digest": digest.text()},
+        "layers": reports,
+    }
+    write_atomic(folder / DONE, dump_json(notes))
+    return CalibratedLayers(folder, notes)
+
+
+def calibration_text(checkpoint: Checkpoint, plan: Plan) -> TokenText:
+    """Tokenise the text that `--calibrate` names with the source's own tokenizer.
+
+    Raises:
+        UsageError: it names no text, or text that is empty or binary.
+    """
+    name = plan.request.calibrate
+    try:
+        source = parse_source("python-stdlib" if name == "builtin" else name)
+    except ValueError:
+        raise UsageError(f"--calibrate {name} is not a text.", "Name a file, a dataset, or 'builtin'.") from None
+    tokenizer = models.load_tokenizer(checkpoint.path)
+    try:
+        return read_tokens([source], tokenizer, plan.request.calibration_tokens)
+    except UsageError as error:
+        raise UsageError(f"--calibrate {name}: {error.message}", error.hint) from None
+
+
+def _save(path: Path, heads: LayerHeads) -> None:
+    arrays = {part: heads.part(part).weight for part in "qkvo"}
+    arrays |= {f"{part}_bias": bias for part in "qkvo" if (bias := heads.part(part).bias) is not None}
+    np.savez(path, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})  # type: ignore[arg-type]
+
+
+def _noted(report: LayerReport) -> dict[str, Any]:
+    kept = {
+        name: {"keys": round(share.keys, 4), "values": round(share.values, 4)} for name, share in report.kept.items()
+    }
+    return {"kept": kept, "choice": json.loads(json.dumps(asdict(report.choice))) if report.choice else None}
