@@ -98,12 +98,13 @@ def factor_latent(
         q_rope, rest = layer.q_rows[:, :0], layer.k_rows
         q_nope = layer.q_rows
         queries = weights.queries
-    by_head = queries.unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
-    if shape.form == "re-rotate":
-        by_head = _diagonal_pairs(by_head, position)
+    by_head = _per_key_head(layer, queries)
+    if shape.form == "re-rotate" and position is not None:
+        # Rotation mixes a pair's two dims evenly and tells pairs apart.
+        by_head = rotated_energy(by_head, position)
     if not shape.nope:
         rest, q_nope, by_head = rest[:, :0], q_nope[:, :0], by_head[:, :0, :0]
-    down, k_ups, v_ups = _joint(layer, rest, by_head, weights, shape.rank, key_weight)
+    down, k_ups, v_ups = _joint(layer, rest, by_head, weights, position, shape.rank, key_weight)
     kept = _shares(layer, rest, by_head, weights, position, shape, (down, k_ups, v_ups))
     biased = any(bias is not None for bias in (layer.q_bias, layer.k_bias, layer.v_bias))
 
@@ -201,25 +202,38 @@ def _split_rotary(
     return shared, asked, rest
 
 
+def _per_key_head(layer: HeadMaps, queries: Tensor) -> Tensor:
+    """Sum query moments (H, D, D) over the queries that read each key head, (G, D, D)."""
+    summed: Tensor = queries.unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
+    return summed
+
+
 def _turns(kept_turn: Tensor, position: Rotary, dims: int) -> Tensor:
     """Return the real (H, D, D) matrices that multiply each pair of a query by the conjugate of ρ."""
     eye = torch.eye(dims, dtype=torch.float64).expand(len(kept_turn), -1, -1)
     return apply_factor(eye, position, kept_turn.conj())
 
 
-def _diagonal_pairs(energy: Tensor, position: Rotary | None) -> Tensor:
-    """Average each pair's energy over its two dims and drop the rest: rotation mixes the one and hides the other."""
-    if position is None:
-        return energy
-    return rotated_energy(energy, position)
+def _key_energy(layer: HeadMaps, weights: LatentWeights, position: Rotary | None) -> float:
+    """Return the energy of all the source's keys, as its own logits feel it."""
+    by_head = _per_key_head(layer, weights.queries)
+    felt = by_head if position is None else rotated_energy(by_head, position)
+    return weighted_energy(layer.k_rows, felt, weights.second_moment)
 
 
 def _joint(
-    layer: HeadMaps, keys: Tensor, by_head: Tensor, weights: LatentWeights, rank: int, key_weight: float
+    layer: HeadMaps,
+    keys: Tensor,
+    by_head: Tensor,
+    weights: LatentWeights,
+    position: Rotary | None,
+    rank: int,
+    key_weight: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Factor what is left of the keys and all values into one latent: (r, d̃), and what expands it again."""
     sigma = weights.second_moment
-    total_keys = max(weighted_energy(keys, by_head, sigma), 1e-30)
+    # Against all key energy, not what the rotary key left of it: a rest of nothing must weigh nothing.
+    total_keys = max(_key_energy(layer, weights, position), 1e-30)
     total_values = max(weighted_energy(layer.v_rows, weights.outputs, sigma), 1e-30)
     blocks, roots = [], []
     for rows, energies, scale in (
@@ -249,8 +263,7 @@ def _shares(
     total_values = weighted_energy(layer.v_rows, weights.outputs, sigma)
     lost_values = weighted_energy(layer.v_rows - values, weights.outputs, sigma)
     lost_keys = weighted_energy(rest - torch.stack([up @ down for up in k_ups]), by_head, sigma) if k_ups else 0.0
-    plain = weights.queries.unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
-    total_keys = weighted_energy(layer.k_rows, plain, sigma)
+    total_keys = _key_energy(layer, weights, position)
     if shape.form == "decoupled" and position is not None and shape.nope:
         cost, _ = _pair_energies(layer, position, weights)
         lost_keys += _pairs_energy(to_complex(rest, position), cost, sigma)
