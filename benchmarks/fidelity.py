@@ -1,0 +1,210 @@
+"""Tabulate what each method costs in quality before any training: model x target x method.
+
+    python benchmarks/fidelity.py --model demo
+    python benchmarks/fidelity.py --model SMOLLM2 --to mqa --methods mean,svd,calibrated --text TEST --calibrate VALID
+
+Fixed settings: blocks of 1,024 tokens (or the model's own limit), each scored whole and apart, the first --blocks of
+the text; perplexity, KL(original || converted) in nats per token and top-1 agreement, in fp32. Poolings that uptrain
+does not offer (mean renormed, Procrustes) are computed in the source's own class, its heads repeated. Writes JSON and
+a plot of quality against the share of the cache that is kept beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.checkpoint.source import resolve
+from uptrain.convert import convert
+from uptrain.documents import pieces
+from uptrain.hosts.register import register
+from uptrain.methods import baselines
+from uptrain.methods.bridge import maps_of, position_of
+from uptrain.methods.heads import HeadMaps
+from uptrain.model_config import architecture_of, attention_layers
+from uptrain.packing import modules_of, split
+from uptrain.plan import find_prefix
+from uptrain.recipes import parse_source
+from uptrain.request import CHANGED_PARTS, Request
+
+BASELINES = ("renormed", "procrustes", "procrustes-renormed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One converted model's figures; `cache` is the share of the source's cache that is kept."""
+
+    target: str
+    method: str
+    cache: float
+    perplexity: float
+    ratio: float
+    kl: float
+    top1_agreement: float
+    seconds: float
+    peak_rss_mb: int
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def token_blocks(folder: Path, text: str, count: int, length: int) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    whole = "".join(piece.text for piece in pieces([parse_source(text)]))
+    ids = tokenizer(whole[: count * length * 12], return_tensors="pt", verbose=False).input_ids[0]
+    count = min(count, len(ids) // length)
+    return ids[: count * length].view(count, length)
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, block: torch.Tensor) -> torch.Tensor:
+    return functional.log_softmax(model(block[None], use_cache=False).logits[0, :-1].float(), dim=-1)
+
+
+def score(model: Any, original: Any, blocks: torch.Tensor) -> tuple[float, float, float]:
+    """Return perplexity, KL and top-1 agreement over all tokens that have a successor."""
+    loss = kl = agreed = 0.0
+    for block in blocks:
+        ours, theirs = log_probabilities(model, block), log_probabilities(original, block)
+        loss -= float(ours.gather(1, block[1:, None]).sum(dtype=torch.float64))
+        kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
+        agreed += float((ours.argmax(1) == theirs.argmax(1)).sum())
+    tokens = blocks.shape[0] * (blocks.shape[1] - 1)
+    return math.exp(loss / tokens), kl / tokens, agreed / tokens
+
+
+@torch.no_grad()
+def pool_in_place(folder: Path, groups: int, method: str) -> Any:
+    """Return the source's own class with its heads pooled by a baseline and repeated."""
+    model, checkpoint = load(folder), open_checkpoint(folder)
+    architecture = architecture_of(checkpoint.config, str(folder))
+    prefix = find_prefix(architecture, checkpoint, str(folder))
+    names = modules_of(architecture.projections, frozenset("qkvo"))
+    for number, spec in enumerate(attention_layers(architecture, checkpoint.config, str(folder))):
+        base = architecture.layer.format(prefix=prefix, layer=number)
+        stored = {f"{m}.{k}": f"{base}{m}.{k}" for m in names for k in ("weight", "bias")}
+        tensors = {short: checkpoint.read(name) for short, name in stored.items() if name in checkpoint.tensors}
+        maps, position = maps_of(split(architecture.projections, spec, tensors)), position_of(architecture, spec)
+        if method == "renormed":
+            pooled = baselines.mean_renormed(maps, groups, None)
+        else:
+            pooled = baselines.procrustes(maps, groups, position, None, renorm=method.endswith("renormed"))
+        write_heads(model.get_submodule(base.rstrip(".")), architecture.projections, pooled, spec.num_key_value_heads)
+    return model
+
+
+def write_heads(module: Any, projections: Any, maps: HeadMaps, heads: int) -> None:
+    from uptrain.attention import AttentionSpec
+    from uptrain.methods.bridge import ModuleWeights
+
+    spec = AttentionSpec(maps.query_heads, heads, maps.k.shape[1])
+    for name, value in ModuleWeights(projections, spec).parameters(maps).items():
+        module.get_parameter(name).copy_(value)
+
+
+def measure(arguments: argparse.Namespace) -> tuple[float, list[Row]]:
+    register()
+    source = resolve(arguments.model)
+    original = load(source.path)
+    limit = getattr(original.config, "max_position_embeddings", 1024) or 1024
+    blocks = token_blocks(source.path, arguments.text, arguments.blocks, min(1024, limit))
+    base, _, _ = score(original, original, blocks)
+    checkpoint = open_checkpoint(source.path)
+    heads = attention_layers(architecture_of(checkpoint.config, "source"), checkpoint.config, "source")[0]
+    rows = []
+    for target in arguments.to.split(","):
+        groups = 1 if target == "mqa" else int(target.removeprefix("gqa").strip(":-"))
+        for method in arguments.methods.split(","):
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+                if method in BASELINES:
+                    model = pool_in_place(source.path, groups, method)
+                else:
+                    request = Request("mqa" if groups == 1 else "gqa", groups, method, **extra(arguments, method))
+                    convert(arguments.model, Path(work) / "out", request)
+                    model = load(Path(work) / "out")
+                seconds = time.monotonic() - started
+                perplexity, kl, agreement = score(model, original, blocks)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            cache = groups / heads.num_key_value_heads
+            rows.append(
+                Row(target, method, cache, perplexity, perplexity / base, kl, agreement, round(seconds, 1), peak)
+            )
+            print(show(rows[-1]), flush=True)
+    return base, rows
+
+
+def extra(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    if method == "calibrated":
+        return {"calibrate": arguments.calibrate, "calibration_tokens": arguments.calibration_tokens}
+    return {"grouping": arguments.grouping} if method in ("mean", "svd", "first") else {}
+
+
+def show(row: Row) -> str:
+    return (
+        f"{row.target:8} {row.method:20} {row.cache:6.1%} {row.perplexity:12.3f} {row.ratio:9.3f}x "
+        f"{row.kl:9.4f} {row.top1_agreement:7.1%} {row.seconds:8.1f} s"
+    )
+
+
+def plot(rows: list[Row], base: float, path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in dict.fromkeys(row.method for row in rows):
+        points = sorted((row.cache, row.perplexity) for row in rows if row.method == method)
+        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.axhline(base, color="black", linewidth=1, linestyle=":", label="original")
+    axes.set(xlabel="share of the cache kept", ylabel="perplexity, no training", xscale="log", yscale="log")
+    ticks = sorted({row.cache for row in rows})
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--to", default="gqa4,gqa2,mqa", help="targets: gqaN or mqa, with commas")
+    known = [*CHANGED_PARTS, *BASELINES]
+    parser.add_argument("--methods", default=",".join(known), help="with commas")
+    parser.add_argument("--grouping", default="contiguous")
+    parser.add_argument("--calibrate", default="builtin", help="text of the calibrated methods")
+    parser.add_argument("--calibration-tokens", type=int, default=65_536)
+    parser.add_argument("--text", default="python-stdlib:held-out", help="file or builtin text to score")
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--work", help="folder for converted checkpoints (default: the system's)")
+    parser.add_argument("--out", type=Path, default=Path("fidelity.json"), help="JSON; the plot goes beside it")
+    arguments = parser.parse_args()
+    base, rows = measure(arguments)
+    print(f"original {base:.3f}; {arguments.blocks} blocks of 1,024 tokens of {arguments.text}, fp32, no training")
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    result = {"settings": settings, "original_perplexity": base, "rows": [asdict(row) for row in rows]}
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot(rows, base, arguments.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
