@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from types import MappingProxyType, ModuleType
+
+# Our modelling files: each one's config, body and language model.
+OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
+    {
+        "modeling_uptrain_gpt2": ("UptrainGPT2Config", "UptrainGPT2Model", "UptrainGPT2LMHeadModel"),
+        "modeling_uptrain_gpt2_mla": ("UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", "UptrainGPT2MLALMHeadModel"),
+        "modeling_uptrain_llama_mla": ("UptrainLlamaMLAConfig", "UptrainLlamaMLAModel", "UptrainLlamaMLAForCausalLM"),
+    }
+)
 
 
 def register() -> None:
     """Register our classes with AutoConfig, AutoModel and AutoModelForCausalLM; again is harmless."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from uptrain.hosts.modeling_uptrain_gpt2 import (
-        UptrainGPT2Config,
-        UptrainGPT2LMHeadModel,
-        UptrainGPT2Model,
-    )
-
-    AutoConfig.register(UptrainGPT2Config.model_type, UptrainGPT2Config, exist_ok=True)
-    AutoModel.register(UptrainGPT2Config, UptrainGPT2Model, exist_ok=True)
-    AutoModelForCausalLM.register(UptrainGPT2Config, UptrainGPT2LMHeadModel, exist_ok=True)
+    for file, names in OWN_CLASSES.items():
+        module = importlib.import_module(f"uptrain.hosts.{file}")
+        config, model, language_model = (getattr(module, name) for name in names)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, language_model, exist_ok=True)
 
 
 def register_with_transformers() -> None:

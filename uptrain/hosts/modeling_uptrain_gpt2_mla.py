@@ -1,0 +1,208 @@
+# Copyright 2026 The uptrain authors. Licensed under the Apache License, Version 2.0.
+# mypy: allow-untyped-calls
+"""GPT-2 whose keys and values are read out of one narrow latent per token (MLA without rotary keys).
+
+One self-contained file: it is copied into converted checkpoints, where `trust_remote_code=True` loads it
+without uptrain. Outside `attn`, every tensor has GPT-2's name, shape and bytes; the cache holds the latent only.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.pytorch_utils import Conv1D
+
+
+class UptrainGPT2MLAConfig(GPT2Config):
+    """Configure a GPT-2 with a latent of `kv_lora_rank` values; sizes that aren't given are GPT-2's, nothing lost."""
+
+    model_type = "uptrain_gpt2_mla"
+
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int = 0
+    v_head_dim: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # save_pretrained names only the saved class here; vLLM looks for AutoModel, and AutoModel for itself.
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "modeling_uptrain_gpt2_mla.UptrainGPT2MLAConfig",
+                "AutoModel": "modeling_uptrain_gpt2_mla.UptrainGPT2MLAModel",
+                "AutoModelForCausalLM": "modeling_uptrain_gpt2_mla.UptrainGPT2MLALMHeadModel",
+            },
+        )
+        super().__post_init__(**kwargs)
+        head_dim = self.n_embd // self.n_head
+        self.kv_lora_rank = 2 * self.n_embd if self.kv_lora_rank is None else self.kv_lora_rank
+        self.qk_nope_head_dim = head_dim if self.qk_nope_head_dim is None else self.qk_nope_head_dim
+        self.v_head_dim = head_dim if self.v_head_dim is None else self.v_head_dim
+        # By this name generate() knows that a static cache can't be shaped from the config.
+        self.qk_head_dim = self.qk_nope_head_dim
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.qk_rope_head_dim:
+            raise ValueError("uptrain_gpt2_mla has no rotary keys: qk_rope_head_dim must be 0.")
+        if self.add_cross_attention:
+            raise ValueError("uptrain_gpt2_mla has no cross-attention: add_cross_attention must be false.")
+
+
+def fold_heads(states: torch.Tensor) -> torch.Tensor:
+    """Line up the heads of (batch, heads, tokens, dim) as queries of one head: (batch, 1, tokens·heads, dim)."""
+    return states.transpose(1, 2).flatten(1, 2).unsqueeze(1)
+
+
+def eager_attention_forward(
+    module: "UptrainGPT2MLAAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend in plain products: query (batch, heads, tokens, dim) to output (batch, tokens, heads, dim)."""
+    if module.reorder_and_upcast_attn:
+        output, weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)
+        return output, weights
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1).type(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class UptrainGPT2MLAAttention(GPT2Attention):
+    """Attend over keys and values that `kv_b_proj` gives, per head [key | value], from the cached latent."""
+
+    def __init__(self, config: UptrainGPT2MLAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx=layer_idx)
+        del self.c_attn
+        # The config has put numbers where None was.
+        self.kv_lora_rank = cast(int, config.kv_lora_rank)
+        self.kv_sizes = [cast(int, config.qk_nope_head_dim), cast(int, config.v_head_dim)]
+        self.q_proj = nn.Linear(self.embed_dim, self.num_heads * self.kv_sizes[0])
+        self.kv_a_proj_with_mqa = nn.Linear(self.embed_dim, self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, self.num_heads * sum(self.kv_sizes), bias=False)
+        self.c_proj = Conv1D(self.embed_dim, self.num_heads * self.kv_sizes[1])
+
+    def expand_kv(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values (batch, heads, slots, dim) of the latent (batch, 1, slots, kv_lora_rank)."""
+        heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, sum(self.kv_sizes)))
+        key, value = heads.transpose(1, 2).split(self.kv_sizes, dim=-1)
+        return key, value
+
+    def absorbs(self, tokens: int, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Tell whether `tokens` queries attend over the cached latent (batch, 1, slots, kv_lora_rank) as it is.
+
+        That takes fewer products than expanding every slot while the queries are few; the result is the same.
+        """
+        slots, rank, width = latent.shape[2], self.kv_lora_rank, sum(self.kv_sizes)
+        expanded = slots * (rank * width + tokens * width)
+        absorbed = tokens * (rank * width + slots * 2 * rank)
+        weight = self.kv_b_proj.weight
+        return (
+            tokens < slots
+            and absorbed < expanded
+            and self.config._attn_implementation in ("sdpa", "eager")
+            # Without a mask several queries mean a prefill into an empty static cache, causal from its first slot.
+            and (attention_mask is not None or tokens == 1)
+            # Adapted, quantised, sharded and offloaded layers can only be called: their weight isn't all there is.
+            and type(self.kv_b_proj) is nn.Linear
+            and type(weight.data) is torch.Tensor
+            and weight.device == latent.device
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend over hidden_states (batch, tokens, n_embd) and the cache, which holds the latent only."""
+        batch, tokens = hidden_states.shape[:2]
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.kv_sizes[0])).transpose(1, 2)
+        latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        absorbed = False
+        if past_key_values is not None:
+            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)
+            absorbed = self.absorbs(tokens, latent, attention_mask)
+
+        if absorbed:
+            # MQA with the latent as key and value; keys' up-projection goes to the queries, values' to the output.
+            up = self.kv_b_proj.weight.unflatten(0, (-1, sum(self.kv_sizes)))
+            key_up, value_up = up.split(self.kv_sizes, dim=1)
+            query = fold_heads(torch.einsum("bhtd,hdr->bhtr", query, key_up))
+            key = value = latent
+            if attention_mask is not None:
+                attention_mask = fold_heads(attention_mask.expand(-1, len(up), -1, -1))
+            kwargs["is_causal"] = False  # the mask says it all; folded heads aren't later tokens
+        else:
+            key, value = self.expand_kv(latent)
+
+        attention_interface: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = (
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        )
+        # vLLM reads this method's source: one interface call, with its scaling an attribute of self.
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        if absorbed:
+            attn_output = attn_output.reshape(batch, tokens, len(value_up), -1)
+            attn_output = torch.einsum("bthr,hvr->bthv", attn_output, value_up)
+            if attn_weights is not None:
+                attn_weights = attn_weights.reshape(batch, tokens, len(up), -1).transpose(1, 2)
+        attn_output = attn_output.reshape(batch, tokens, -1).contiguous()
+        return self.resid_dropout(self.c_proj(attn_output)), attn_weights
+
+
+class UptrainGPT2MLAModel(GPT2Model):
+    """Give the last hidden states of a GPT-2 with latent keys and values."""
+
+    config: UptrainGPT2MLAConfig
+    config_class = UptrainGPT2MLAConfig
+
+    def __init__(self, config: UptrainGPT2MLAConfig) -> None:
+        super().__init__(config)
+        for layer_idx, block in enumerate(self.h):
+            block.attn = UptrainGPT2MLAAttention(config, layer_idx)
+        self.post_init()
+
+
+class UptrainGPT2MLALMHeadModel(GPT2LMHeadModel):
+    """Give next-token logits of a GPT-2 with latent keys and values."""
+
+    config: UptrainGPT2MLAConfig
+    config_class = UptrainGPT2MLAConfig
+
+    def __init__(self, config: UptrainGPT2MLAConfig) -> None:
+        # Past GPT2LMHeadModel's own __init__, which would build the whole model a second time.
+        super(GPT2LMHeadModel, self).__init__(config)
+        # transformers derives it from class names it knows, and warns at the first loss when it can't.
+        self.loss_type = "ForCausalLM"
+        self.transformer = UptrainGPT2MLAModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+
+# save_pretrained then copies this file beside the weights.
+UptrainGPT2MLAConfig.register_for_auto_class()
+UptrainGPT2MLAModel.register_for_auto_class("AutoModel")
+UptrainGPT2MLALMHeadModel.register_for_auto_class("AutoModelForCausalLM")
