@@ -1,0 +1,137 @@
+"""The rotary frequencies a config asks for, without torch; arithmetic as in transformers' own functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from uptrain.errors import UsageError
+
+THETA = 10_000.0
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Rotary `speeds` (head_dim/2,), radians a token, highest first, and what cosines and sines are multiplied by."""
+
+    speeds: tuple[float, ...]
+    factor: float = 1.0
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's rotary parameters in transformers 5's form, from either form."""
+    new = config.get("rope_parameters")
+    if isinstance(new, dict):
+        return {"rope_type": "default", "rope_theta": config.get("rope_theta", THETA), **new}
+    old = config.get("rope_scaling") or {}
+    kind = old.get("rope_type", old.get("type", "default"))
+    rest = {key: value for key, value in old.items() if key != "type"}
+    return {**rest, "rope_type": kind, "rope_theta": config.get("rope_theta", THETA)}
+
+
+def source_frequencies(config: Mapping[str, Any], head_dim: int, where: str) -> Frequencies:
+    """Return the frequencies of a config's rotary embedding over `head_dim` dims.
+
+    Raises:
+        UsageError: a rotary variant that changes with the length of the text.
+    """
+    parameters = rope_parameters(config)
+    kind = parameters["rope_type"]
+    if kind not in _VARIANTS:
+        raise UsageError(
+            f"{where} has rope_type {kind}, whose frequencies change with the text's length: they fit no latent yet.",
+            "Use --rope re-rotate, or --to gqa.",
+        )
+    theta = float(parameters["rope_theta"])
+    base = [theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
+    return _VARIANTS[kind](base, parameters, config, head_dim)
+
+
+def _default(base: list[float], _parameters: Mapping[str, Any], _config: Mapping[str, Any], _dim: int) -> Frequencies:
+    return Frequencies(tuple(base))
+
+
+def _linear(base: list[float], parameters: Mapping[str, Any], _config: Mapping[str, Any], _dim: int) -> Frequencies:
+    return Frequencies(tuple(speed / float(parameters["factor"]) for speed in base))
+
+
+def _llama3(base: list[float], parameters: Mapping[str, Any], _config: Mapping[str, Any], _dim: int) -> Frequencies:
+    """Source: Llama Team 2024, The Llama 3 Herd of Models, section 3.4.2; transformers' modeling_rope_utils."""
+    factor, old = float(parameters["factor"]), float(parameters["original_max_position_embeddings"])
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    out = []
+    for speed in base:
+        turns = old * speed / (2 * math.pi)
+        smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
+        out.append((1 - smooth) * speed / factor + smooth * speed)
+    return Frequencies(tuple(out))
+
+
+def _yarn(base: list[float], parameters: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> Frequencies:
+    """Source: Peng et al. 2023, YaRN, section 3; transformers' modeling_rope_utils."""
+    longest = config.get("max_position_embeddings")
+    old = float(parameters.get("original_max_position_embeddings") or longest or 2048)
+    factor = float(parameters.get("factor") or (float(longest or old) / old))
+    theta = float(parameters["rope_theta"])
+
+    def pair_of(turns: float) -> float:
+        return dim * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_of(float(parameters.get("beta_fast") or 32)), pair_of(float(parameters.get("beta_slow") or 1))
+    if parameters.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    width = (last - first) or 0.001
+    ramp = [min(1.0, max(0.0, (pair - first) / width)) for pair in range(len(base))]
+    speeds = tuple(speed / factor * part + speed * (1 - part) for speed, part in zip(base, ramp, strict=True))
+    return Frequencies(speeds, _yarn_factor(parameters, factor))
+
+
+def _yarn_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    given = parameters.get("attention_factor")
+    if given is not None:
+        return float(given)
+    scale, scale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if scale and scale_all:
+        return _magnitude(factor, float(scale)) / _magnitude(factor, float(scale_all))
+    return _magnitude(factor, 1.0)
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+_VARIANTS: Mapping[str, Callable[[list[float], Mapping[str, Any], Mapping[str, Any], int], Frequencies]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def highest(parameters: Mapping[str, Any], dims: int, head_dim: int) -> dict[str, Any]:
+    """Return rotary parameters whose `dims`/2 frequencies are the highest of `head_dim`/2, scaling included.
+
+    θ^(−2p/D) = θ'^(−2p/Dr) for θ' = θ^(Dr/D), and every variant scales a frequency by its own size alone.
+    """
+    return {**parameters, "rope_theta": float(parameters["rope_theta"]) ** (dims / head_dim)}
+
+
+def own_table(parameters: Mapping[str, Any], speeds: tuple[float, ...], factor: float, longest: int) -> dict[str, Any]:
+    """Return "longrope" parameters that give exactly `speeds`, whatever the text's length.
+
+    Source: Ding et al. 2024, LongRoPE, section 3.2 for a factor per pair.
+    """
+    theta, dims = float(parameters["rope_theta"]), 2 * len(speeds)
+    factors = [theta ** (-2 * pair / dims) / speed for pair, speed in enumerate(speeds)]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "long_factor": factors,
+        "short_factor": factors,
+        "factor": 1.0,
+        "attention_factor": factor,
+        "original_max_position_embeddings": longest,
+    }
