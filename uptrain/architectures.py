@@ -67,6 +67,8 @@ class ConfigKeys:
     num_key_value_heads: str | None = "num_key_value_heads"
     head_dim: str | None = "head_dim"
     multi_query: str | None = None
+    latent: bool = False
+    """Whether the field's words for a latent (kv_lora_rank, …) say what is cached."""
     """A flag that means one key/value head when it is true."""
     vocab_size: str = "vocab_size"
     max_position_embeddings: str = "max_position_embeddings"
@@ -115,7 +117,7 @@ GPT2 = Architecture(
     position=Position.ABSOLUTE,
     buffers=("attn.bias", "attn.masked_bias"),
     defaults={"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
-    hosts={"gqa": ("uptrain_gpt2",), "mqa": ("gpt_bigcode", "uptrain_gpt2")},
+    hosts={"gqa": ("uptrain_gpt2",), "mqa": ("gpt_bigcode", "uptrain_gpt2"), "mla": ("uptrain_gpt2_mla",)},
     unsupported={"add_cross_attention": (True, "its cross-attention can't be converted yet")},
     native=False,
 )
@@ -139,9 +141,14 @@ GPT_BIGCODE = GPT2.for_model(
     native=True,
 )
 
+UPTRAIN_GPT2_MLA = GPT2.for_model(
+    "uptrain_gpt2_mla", "UptrainGPT2MLALMHeadModel", keys=replace(GPT2.keys, latent=True), hosts={}
+)
+
 LLAMA = Architecture(
     model_type="llama",
     class_name="LlamaForCausalLM",
+    hosts={"mla": ("deepseek_v3", "uptrain_llama_mla")},
     defaults={
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
         "max_position_embeddings": 2048,
@@ -150,17 +157,38 @@ LLAMA = Architecture(
 
 
 def _like_llama(model_type: str, class_name: str, *defaults: int, **changes: Any) -> Architecture:
+    changes.setdefault("hosts", _NOTHING)
     names = (*LLAMA.defaults, "num_key_value_heads", "head_dim")
     return LLAMA.for_model(model_type, class_name, defaults=dict(zip(names, defaults, strict=False)), **changes)
 
 
+UPTRAIN_LLAMA_MLA = LLAMA.for_model(
+    "uptrain_llama_mla", "UptrainLlamaMLAForCausalLM", keys=replace(LLAMA.keys, latent=True), hosts={}
+)
+
+DEEPSEEK_V3 = LLAMA.for_model(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    keys=replace(LLAMA.keys, latent=True),
+    position=Position.ROTARY_INTERLEAVED,
+    hosts={},
+)
+
 _ENTRIES = (
     GPT2,
     UPTRAIN_GPT2,
+    UPTRAIN_GPT2_MLA,
     GPT_BIGCODE,
     LLAMA,
-    _like_llama("mistral", "MistralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL),
-    _like_llama("qwen2", "Qwen2ForCausalLM", 4096, 32, 32, 151936, 32768, 32, sliding=Sliding.FLAG),
+    UPTRAIN_LLAMA_MLA,
+    DEEPSEEK_V3,
+    _like_llama(
+        "mistral", "MistralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL, hosts=LLAMA.hosts
+    ),
+    _like_llama(
+        "qwen2", "Qwen2ForCausalLM", 4096, 32, 32, 151936, 32768, 32,
+        sliding=Sliding.FLAG, hosts={"mla": ("uptrain_llama_mla",)},
+    ),
     _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
     _like_llama("gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256, sliding=Sliding.EVEN),
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),

@@ -14,7 +14,8 @@ class AttentionSpec:
     """One layer's attention: query heads, key/value heads or a latent, and what its cache holds.
 
     `kv_lora_rank` makes it MLA: the cache then holds the latent and `qk_rope_head_dim` shared rotary key values
-    instead of heads. `sliding_window` (tokens) bounds how many tokens the cache holds at all.
+    instead of heads, and a query head has `qk_nope_head_dim` dims for what the latent expands to beside the rotary
+    ones. `sliding_window` (tokens) bounds how many tokens the cache holds at all.
     """
 
     num_attention_heads: int
@@ -23,6 +24,7 @@ class AttentionSpec:
     v_head_dim: int | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int = 0
+    qk_nope_head_dim: int | None = None
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +63,17 @@ class AttentionSpec:
     def grouped(self, num_key_value_heads: int) -> AttentionSpec:
         """Return the same layer with `num_key_value_heads` key/value heads."""
         return replace(self, num_key_value_heads=num_key_value_heads)
+
+    def latent(self, kv_lora_rank: int, qk_rope_head_dim: int, qk_nope_head_dim: int, heads: int) -> AttentionSpec:
+        """Return the same layer with a latent that expands to `heads` keys and values."""
+        return replace(
+            self,
+            num_key_value_heads=heads,
+            v_head_dim=self.v_head_dim or self.head_dim,
+            kv_lora_rank=kv_lora_rank,
+            qk_rope_head_dim=qk_rope_head_dim,
+            qk_nope_head_dim=qk_nope_head_dim,
+        )
 
 
 def cache_bytes_per_token(layers: Sequence[AttentionSpec], itemsize: int) -> int:

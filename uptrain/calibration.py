@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,11 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
+from uptrain.latent_packing import LatentHeads
 from uptrain.methods.calibrate import LayerReport, Target, calibrate
+from uptrain.methods.latent_bridge import latent_shape
 from uptrain.methods.settings import CalibrationSettings
+from uptrain.methods.slots import slots_by_text
 from uptrain.packing import Heads, LayerHeads
 from uptrain.recipes import parse_source
 
@@ -34,6 +37,8 @@ BLOCK = 1024
 """Tokens of a calibration block, where the model's positions allow it."""
 STRANGE = 0.6
 """Tokens a byte from which text is probably of a script or kind the tokenizer was not made for."""
+SLOT_BLOCKS = 4
+"""Blocks that the choice of rotary frequencies is made on."""
 DONE = "calibration.json"
 
 
@@ -49,6 +54,11 @@ class CalibratedLayers:
         with np.load(self.folder / f"layer-{layer}.npz", allow_pickle=False) as stored:
             parts = {part: Heads(stored[part], stored.get(f"{part}_bias")) for part in "qkvo"}
         return LayerHeads(**parts)
+
+    def read_latent(self, layer: int) -> LatentHeads:
+        """Return one layer's latent."""
+        with np.load(self.folder / f"layer-{layer}.npz", allow_pickle=False) as stored:
+            return LatentHeads(**{name: stored[name] for name in stored.files})
 
     def kept(self, layer: int) -> dict[str, dict[str, float]]:
         """Return the share of key and value energy that calibrated, svd and mean keep in one layer."""
@@ -102,7 +112,12 @@ def calibrate_plan(
     if plan.request.repair_steps is not None:
         settings = CalibrationSettings(**{**asdict(settings), "repair_steps": plan.request.repair_steps})
     blocks = torch.from_numpy(text.ids[: count * length]).view(count, length)
-    target = Target(plan.architecture, plan.prefix, plan.before, plan.after[0].num_key_value_heads)
+    target = _target(plan)
+    slots: tuple[int, ...] = ()
+    if plan.latent is not None and plan.latent.own_slots:
+        on_note("Choosing which rotary frequencies to keep.")
+        slots = slots_by_text(checkpoint, target, blocks[:SLOT_BLOCKS], plan.latent.target.qk_rope_head_dim // 2)
+        target = _target(replace(plan, latent=plan.latent.with_slots(slots)))
     reports = []
     for layer, heads, report in calibrate(checkpoint, target, blocks, settings):
         _save(folder / f"layer-{layer}.npz", heads)
@@ -113,10 +128,25 @@ def calibrate_plan(
     notes = {
         "plan": plan.digest,
         "text": {"name": plan.request.calibrate, "tokens": int(blocks.numel()), "token_digest": digest.text()},
+        "slots": slots,
         "layers": reports,
     }
     write_atomic(folder / DONE, dump_json(notes))
     return CalibratedLayers(folder, notes)
+
+
+def _target(plan: Plan) -> Target:
+    target = Target(plan.architecture, plan.prefix, plan.before, plan.after[0].num_key_value_heads)
+    if plan.latent is None:
+        return target
+    wanted = plan.latent.target
+    return replace(
+        target,
+        latent=latent_shape(wanted),
+        frequencies=wanted.frequencies,
+        rotary_factor=wanted.rotary_factor,
+        key_weight=wanted.key_weight,
+    )
 
 
 def calibration_text(checkpoint: Checkpoint, plan: Plan) -> TokenText:
@@ -137,7 +167,11 @@ def calibration_text(checkpoint: Checkpoint, plan: Plan) -> TokenText:
         raise UsageError(f"--calibrate {name}: {error.message}", error.hint) from None
 
 
-def _save(path: Path, heads: LayerHeads) -> None:
+def _save(path: Path, heads: LayerHeads | LatentHeads) -> None:
+    if isinstance(heads, LatentHeads):
+        found = {name: array for name, array in vars(heads).items() if array is not None}
+        np.savez(path, **{name: np.asarray(array, np.float32) for name, array in found.items()})  # type: ignore[arg-type]
+        return
     arrays = {part: heads.part(part).weight for part in "qkvo"}
     arrays |= {f"{part}_bias": bias for part in "qkvo" if (bias := heads.part(part).bias) is not None}
     np.savez(path, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})  # type: ignore[arg-type]

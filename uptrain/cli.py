@@ -33,13 +33,27 @@ class Size(click.ParamType[int]):
         return int(float(number) * (1024 if binary else 1000) ** power)
 
 
+class Share(click.ParamType[float]):
+    """A share: 25% or 0.25."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the share that a text such as 25% means."""
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", str(value))
+        if not match:
+            self.fail(f"{value!r} is not a share. Write it like 25%.", param, ctx)
+        return float(match[1]) / (100 if match[2] else 1)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="uptrain")
 def cli() -> None:
     """Make a trained language model cheaper to serve without making it dumber.
 
     uptrain turns a checkpoint whose attention heads each keep their own keys and values (MHA, or GQA with many
-    groups) into one that keeps fewer (GQA, MQA), trains it briefly, and measures what it lost and saved.
+    groups) into one that keeps fewer (GQA, MQA) or a small latent (MLA), trains it briefly, and measures what it
+    lost and saved.
 
     MODEL is a checkpoint folder, a Hub id such as org/name, or 'demo', a small checkpoint inside this package.
 
@@ -75,18 +89,44 @@ def inspect(model: str, revision: str | None, allow_pickle: bool, as_json: bool)
     report.inspection(run(model, revision=revision, allow_pickle=allow_pickle), as_json)
 
 
+_LATENT_OPTIONS = (
+    click.option("--cache", type=Share(), help="Of --to mla: share of MODEL's cache to keep, e.g. 25%."),
+    click.option("--kv-lora-rank", type=int, help="Of --to mla: values a token in the latent, instead of --cache."),
+    click.option("--qk-rope-head-dim", type=int, help="Of --to mla: rotary values a token beside it."),
+    click.option(
+        "--rope",
+        help="Of --to mla, how keys carry positions: grid (the highest frequencies in a shared rotary key; stock "
+        "deepseek_v3, any engine; the default), longrope (a table of the model's own; transformers only), or "
+        "re-rotate (all keys in the latent, rotated when read; own class, decoding re-expands the context).",
+    ),
+    click.option("--q-lora-rank", type=int, help="Of --to mla: low-rank queries. Default: whole ones."),
+    click.option(
+        "--engine",
+        default="any",
+        show_default=True,
+        help="Of --to mla: any (transformers, vLLM) or llama.cpp, which wants queries in two factors.",
+    ),
+    click.option("--key-weight", type=float, help="Of --to mla: how much more keys count than values. Default: tried."),
+)
+
+
+def _latent_options(command: Command) -> Command:
+    for option in reversed(_LATENT_OPTIONS):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.argument("model")
 @click.argument("out", required=False)
-@click.option("--to", "target", default="gqa", show_default=True, help="Target attention: gqa or mqa.")
+@click.option("--to", "target", default="gqa", show_default=True, help="Target attention: gqa, mqa or mla.")
 @click.option("--groups", type=int, help="Key/value heads to keep; must divide those there are.")
+@_latent_options
 @click.option(
     "--method",
-    default="mean",
-    show_default=True,
-    help="How heads become one: mean (average, Ainslie et al. 2023); svd (align and factor, far closer to MODEL "
-    "before uptraining; needs torch); calibrated (svd weighted by what text makes the model use, and repaired); "
-    "first; random (fresh heads, for ablations).",
+    help="How heads become one: mean (average, Ainslie et al. 2023; the default); svd (align and factor, far closer "
+    "to MODEL before uptraining; needs torch; the default of --to mla); calibrated (svd weighted by what text makes "
+    "the model use, and repaired; the default with --calibrate); first; random (fresh heads, for ablations).",
 )
 @click.option(
     "--grouping",
@@ -97,9 +137,7 @@ def inspect(model: str, revision: str | None, allow_pickle: bool, as_json: bool)
 @click.option("--seed", type=int, default=0, show_default=True, help="For --method random and --grouping similar.")
 @click.option(
     "--calibrate",
-    help="Text for --method calibrated: a file, a dataset, or builtin.",
-    default="builtin",
-    show_default=True,
+    help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
     metavar="TEXT",
 )
 @click.option("--calibration-tokens", type=int, default=65_536, show_default=True, help="How much of it to use.")
@@ -118,7 +156,7 @@ def inspect(model: str, revision: str | None, allow_pickle: bool, as_json: bool)
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def convert(model: str, out: str | None, **options: Any) -> None:
-    """Convert MODEL to fewer key/value heads and write it to OUT (default ./NAME-gqa4 or ./NAME-mqa).
+    """Convert MODEL to fewer key/value heads, or a latent, and write it to OUT (default ./NAME-gqa4 or ./NAME-mqa).
 
     Weights stream through: memory stays at a few layers whatever the model's size. A run that was cut off
     resumes when the same command is repeated. OUT appears only when it is whole.
@@ -126,7 +164,9 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     \b
     uptrain convert demo --to gqa --groups 4
     uptrain convert demo --to mqa --method svd
-    uptrain convert ./llama --to mqa --method calibrated --calibrate text.txt
+    uptrain convert ./llama --to mqa --calibrate text.txt
+    uptrain convert demo --to mla --cache 25%
+    uptrain convert ./llama --to mla --kv-lora-rank 512 --calibrate text.txt
     uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """
@@ -135,10 +175,12 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     from uptrain.request import Request
 
     names = (
-        "target", "groups", "method", "grouping", "seed", "dtype", "max_shard_size",
-        "calibrate", "calibration_tokens", "repair_steps",
+        "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibration_tokens", "repair_steps",
+        "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight",
     )  # fmt: skip
-    request = Request(**{name: options[name] for name in names})
+    method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
+    calibrate = options["calibrate"] or "builtin"
+    request = Request(method=method, calibrate=calibrate, **{name: options[name] for name in names})
     source, checkpoint, plan = plan_conversion(
         model,
         request,

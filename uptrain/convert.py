@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.pipeline import Pipeline, Progress
 from uptrain.plan import Plan, make_plan
 from uptrain.request import Request
+from uptrain.transform import choose_by_weights
 
 if TYPE_CHECKING:
     from uptrain.calibration import CalibratedLayers
@@ -73,8 +74,10 @@ def plan_conversion(
 
 
 def default_out(source: Source, plan: Plan) -> Path:
-    """Return `./NAME-gqa4` or `./NAME-mqa`."""
+    """Return `./NAME-gqa4`, `./NAME-mqa` or, with the values a token that are cached, `./NAME-mla576`."""
     groups = plan.after[0].num_key_value_heads
+    if plan.latent is not None:
+        return Path(f"{source.short_name}-mla{plan.after[0].cache_values_per_token}")
     return Path(f"{source.short_name}-{'mqa' if groups == 1 else f'gqa{groups}'}")
 
 
@@ -150,6 +153,7 @@ def run_plan(
             on_progress(sum(tensor.info.nbytes for tensor in plan.shards[name]))
         state.save()
         calibrated = _calibrated(checkpoint, plan, folder, memory, on_layer, on_note)
+        plan = _with_slots(checkpoint, plan, calibrated)
         runner = Pipeline(checkpoint, plan, partial, state, on_progress, calibrated)
         digests = runner.run([name for name in plan.shards if name not in resumed])
         _write_companions(checkpoint, plan, partial)
@@ -181,6 +185,15 @@ def _calibrated(
         ) from None
     folder = out.with_name(out.name + ".calibration")
     return calibrate_plan(checkpoint, plan, folder, memory, on_layer, on_note)
+
+
+def _with_slots(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers | None) -> Plan:
+    """Put the rotary table of the model's own into the plan, where it asks for one."""
+    if plan.latent is None or not plan.latent.own_slots:
+        return plan
+    slots = tuple(calibrated.notes["slots"]) if calibrated else choose_by_weights(checkpoint, plan)
+    latent = plan.latent.with_slots(slots)
+    return replace(plan, latent=latent, config={**plan.config, "rope_parameters": latent.config["rope_parameters"]})
 
 
 @contextmanager
@@ -241,7 +254,23 @@ def _stage(source: Source, checkpoint: Checkpoint, plan: Plan, digests: dict[str
             "before": plan.before[0].num_key_value_heads,
             "after": plan.after[0].num_key_value_heads,
         },
+        **_latent_stage(plan),
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
         "host": {"model_type": plan.host.name, "remote_code": bool(plan.host.remote_code)},
         "plan": plan.digest,
+    }
+
+
+def _latent_stage(plan: Plan) -> dict[str, Any]:
+    if plan.latent is None:
+        return {}
+    sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return {
+        "latent": {
+            **{name: getattr(plan.after[0], name) for name in sizes},
+            "q_lora_rank": plan.latent.stored.q_lora_rank,
+            "rope": plan.latent.target.form,
+            "slots": plan.latent.target.slots,
+            "residual_scale": plan.latent.alpha,
+        }
     }

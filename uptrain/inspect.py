@@ -12,13 +12,19 @@ from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token
 from uptrain.checkpoint.header import ITEM_BITS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
+from uptrain.errors import UsageError
 from uptrain.hosts.table import host_of
 from uptrain.model_config import architecture_of, attention_layers, config_value
 from uptrain.packing import module_of
 from uptrain.plan import find_prefix
+from uptrain.plan_latent import plan_latent
+from uptrain.request import Request
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
+
+SHARES = (0.5, 0.25)
+"""Shares of the cache for which a latent is offered."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Option:
     cache_bytes_per_token: int
     host: str
     remote_code: bool
+    cache: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Inspection:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    kv_lora_rank: int | None
+    qk_rope_head_dim: int
     position: str
     rope: dict[str, Any]
     sliding_window: int | None
@@ -89,6 +98,8 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         num_attention_heads=layers[0].num_attention_heads,
         num_key_value_heads=layers[0].num_key_value_heads,
         head_dim=layers[0].head_dim,
+        kv_lora_rank=layers[0].kv_lora_rank,
+        qk_rope_head_dim=layers[0].qk_rope_head_dim,
         position=architecture.position.value,
         rope=_rope(checkpoint.config),
         sliding_window=windows[0] if windows else None,
@@ -101,7 +112,12 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         cache_bytes_per_token=cache_bytes_per_token(layers, itemsize),
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
-        options=tuple(_options(architecture, checkpoint.config, layers, itemsize)),
+        options=()
+        if layers[0].kind == "mla"
+        else (
+            *_options(architecture, checkpoint.config, layers, itemsize),
+            *_latent_options(checkpoint, architecture, layers, itemsize, model),
+        ),
     )
 
 
@@ -132,4 +148,19 @@ def _options(
         after = [spec.grouped(groups) for spec in layers]
         size = cache_bytes_per_token(after, itemsize)
         out.append(Option(target, groups, size, host.name, bool(host.remote_code)))
+    return out
+
+
+def _latent_options(
+    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], itemsize: int, name: str
+) -> list[Option]:
+    base = architecture.layer.format(prefix=find_prefix(architecture, checkpoint, name), layer=0)
+    out = []
+    for cache in SHARES:
+        try:
+            latent = plan_latent(checkpoint, Request("mla", cache=cache), architecture, layers, base, name)
+        except UsageError:
+            continue
+        size, host = cache_bytes_per_token(latent.after, itemsize), latent.entry.host
+        out.append(Option("mla", latent.after[0].num_key_value_heads, size, host.name, bool(host.remote_code), cache))
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from uptrain.architectures import ARCHITECTURES, NO_CACHE, Architecture, Sliding
@@ -74,7 +75,21 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
         raise CheckpointError(f"{where}: {key_value_heads} key/value heads don't divide {heads} attention heads.")
     layers = size(keys.num_hidden_layers)
     windows = _windows(architecture, config, layers, where)
+    if keys.latent:
+        spec = _latent(AttentionSpec(heads, key_value_heads, head_dim), config, where)
+        return tuple(replace(spec, sliding_window=window) for window in windows)
     return tuple(AttentionSpec(heads, key_value_heads, head_dim, sliding_window=window) for window in windows)
+
+
+def _latent(spec: AttentionSpec, config: Mapping[str, Any], where: str) -> AttentionSpec:
+    sizes = {}
+    for key, least in (("kv_lora_rank", 1), ("qk_rope_head_dim", 0), ("qk_nope_head_dim", 0), ("v_head_dim", 1)):
+        value = config.get(key)
+        if type(value) is not int or value < least:
+            raise CheckpointError(f"{where} has {key} {value!r}, not a whole number from {least} on.")
+        sizes[key] = value
+    width = sizes["qk_rope_head_dim"] + sizes["qk_nope_head_dim"]
+    return replace(spec, head_dim=width, **sizes)
 
 
 def _given(architecture: Architecture, config: Mapping[str, Any], key: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from uptrain.checkpoint.arrays import Array, cast, raw_bytes
+from uptrain.checkpoint.arrays import Array, as_float32, cast, raw_bytes
 from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import State, write_shard
@@ -101,7 +101,10 @@ class Pipeline:
             chunks = self.checkpoint.chunks(tensor.source)
             yield from follower.follow(source.start, chunks) if follower else chunks
             return
-        array = cast(self.checkpoint.read(tensor.source), tensor.info.dtype, tensor.source)
+        read = self.checkpoint.read(tensor.source)
+        if tensor.operation == "scale":
+            read = as_float32(read) * np.float32(tensor.factor)
+        array = cast(read, tensor.info.dtype, tensor.source)
         yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
 
 

@@ -15,25 +15,28 @@ from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.table import Host, host_config, host_of, own_host
+from uptrain.latent_packing import latent_shapes
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
+from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.request import CHANGED_PARTS, Request, resolve_groups
 
 PLAN_FORMAT = 1
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
 
-Operation = Literal["copy", "transpose", "attention"]
+Operation = Literal["copy", "transpose", "scale", "attention"]
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the result: what it is, and the source tensor or layer it is made from."""
+    """One tensor of the result: what it is, and the source tensor or layer it is made from; `factor` scales it."""
 
     info: TensorInfo
     operation: Operation
     source: str
     layer: int = -1
     module: str = ""
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Plan:
     config: dict[str, Any]
     shards: dict[str, list[OutputTensor]]
     digest: str
+    latent: LatentPlan | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -83,7 +87,7 @@ class Plan:
         for tensor in (tensor for shard in self.shards.values() for tensor in shard):
             if tensor.operation == "attention":
                 layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.info.nbytes
-        ratio = self.before[0].num_key_value_heads // self.after[0].num_key_value_heads
+        ratio = max(1, self.before[0].num_key_value_heads // self.after[0].num_key_value_heads)
         return max(layers.values(), default=0) * (ratio + 4) + 16 * 2**20
 
     def weight_map(self) -> dict[str, str]:
@@ -101,6 +105,10 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     architecture = architecture_of(checkpoint.config, name)
     _check_method(architecture, checkpoint.config, request.method, name)
     before = attention_layers(architecture, checkpoint.config, name)
+    if before[0].kind == "mla":
+        raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
+    if request.target == "mla":
+        return _latent_plan(checkpoint, request, architecture, before, name)
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
     host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
@@ -115,6 +123,22 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same)
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, after, config, shards, "")
+    return replace(plan, digest=_digest(plan, checkpoint))
+
+
+def _latent_plan(
+    checkpoint: Checkpoint, request: Request, architecture: Architecture, before: tuple[AttentionSpec, ...], name: str
+) -> Plan:
+    prefix = find_prefix(architecture, checkpoint, name)
+    base = architecture.layer.format(prefix=prefix, layer=0)
+    latent = plan_latent(checkpoint, request, architecture, before, base, name)
+    config = dict(latent.config)
+    if request.dtype:
+        _set_dtype(config, request.dtype)
+    host = latent.entry.host
+    planner = _Planner(checkpoint, request, architecture, host, prefix, before, latent.after, False, latent)
+    shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
+    plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent)
     return replace(plan, digest=_digest(plan, checkpoint))
 
 
@@ -154,6 +178,7 @@ class _Planner:
     before: tuple[AttentionSpec, ...]
     after: tuple[AttentionSpec, ...]
     same: bool
+    latent: LatentPlan | None = None
 
     def outputs(self) -> Iterator[OutputTensor]:
         """Yield the result's tensors in the order of the source's bytes."""
@@ -174,7 +199,7 @@ class _Planner:
     def _attention(self) -> dict[str, tuple[int, list[OutputTensor]]]:
         """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
         source, host = self.architecture, self.host.architecture
-        moved = source.projections != host.projections
+        moved = source.projections != host.projections or self.latent is not None
         parts = frozenset("qkvo") if moved else self.request.changed_parts
         out: dict[str, tuple[int, list[OutputTensor]]] = {}
         for layer, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
@@ -184,7 +209,10 @@ class _Planner:
             if self.same and not moved:
                 continue
             taken = modules_of(source.projections, parts)
-            outputs = list(self._layer_outputs(layer, parts, after, present))
+            if self.latent is None:
+                outputs = list(self._layer_outputs(layer, parts, after, present))
+            else:
+                outputs = list(self._latent_outputs(layer, after, self.latent))
             names = [f"{base}{module}.{kind}" for module in taken for kind in present[module]]
             out.update(dict.fromkeys(names, (layer, outputs)))
         return out
@@ -206,6 +234,15 @@ class _Planner:
                 shape = (rows, columns) if kind == "weight" else (out_features,)
                 info = TensorInfo(f"{base}{module}.{kind}", dtype, shape, "", -1, -1)
                 yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
+
+    def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[OutputTensor]:
+        base = self.host.architecture.layer.format(prefix=self.prefix, layer=layer)
+        origin = module_of(self.architecture.projections, "k")
+        first = self.architecture.layer.format(prefix=self.prefix, layer=layer) + origin + ".weight"
+        dtype = self._dtype(self.checkpoint.tensors[first].dtype)
+        shapes = latent_shapes(latent.stored, spec, self._hidden_size(), latent.biased, latent.output_bias)
+        for name, shape in shapes.items():
+            yield OutputTensor(TensorInfo(base + name, dtype, shape, "", -1, -1), "attention", first, layer, name)
 
     def _check(self, base: str, module: str, spec: AttentionSpec) -> list[str]:
         """Return which of weight and bias the source's module has, after checking their shapes."""
@@ -234,6 +271,10 @@ class _Planner:
             turned = False
         shape = info.shape[::-1] if turned else info.shape
         new = TensorInfo(name, self._dtype(info.dtype), shape, "", -1, -1)
+        scales = self.latent.scales if self.latent else {}
+        for ending, factor in scales.items():
+            if name == ending or name.endswith(f".{ending}"):
+                return OutputTensor(new, "scale", name, factor=factor)
         return OutputTensor(new, "transpose" if turned else "copy", name)
 
     def _dtype(self, dtype: str) -> str:
@@ -290,7 +331,9 @@ def _digest(plan: Plan, checkpoint: Checkpoint) -> str:
 
 
 def _row(tensor: OutputTensor) -> Iterable[Any]:
-    return (tensor.info.name, tensor.info.dtype, tensor.info.shape, tensor.operation, tensor.source)
+    return (
+        tensor.info.name, tensor.info.dtype, tensor.info.shape, tensor.operation, tensor.source, tensor.factor,
+    )  # fmt: skip
 
 
 def result_attention(checkpoint: Checkpoint, name: str) -> tuple[Host, tuple[AttentionSpec, ...]]:

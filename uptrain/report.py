@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from uptrain.convert import Conversion
     from uptrain.inspect import Inspection
     from uptrain.plan import Plan
+    from uptrain.plan_latent import LatentPlan
 
 
 def inspection(found: Inspection, as_json: bool) -> None:
@@ -33,6 +34,11 @@ def inspection(found: Inspection, as_json: bool) -> None:
                 f"num_attention_heads {found.num_attention_heads}, num_key_value_heads "
                 f"{found.num_key_value_heads}, head_dim {found.head_dim}, hidden_size {found.hidden_size}",
             ),
+            *(
+                [("latent", f"kv_lora_rank {found.kv_lora_rank}, qk_rope_head_dim {found.qk_rope_head_dim}")]
+                if found.kv_lora_rank
+                else []
+            ),
             ("position", found.position + (f" ({rope})" if rope else "")),
             ("sliding window", window if found.sliding_window else "none"),
             ("attention biases", found.biases),
@@ -43,11 +49,14 @@ def inspection(found: Inspection, as_json: bool) -> None:
         ],
     )
     if not found.options:
-        console.result("It keeps one key/value head already: there is nothing left to share.")
+        kept = "a latent" if found.kv_lora_rank else "one key/value head"
+        console.result(f"It keeps {kept} already: there is nothing left to share.")
         return
     rows = [
         (
-            f"--to {option.target}" + (f" --groups {option.num_key_value_heads}" if option.target == "gqa" else ""),
+            f"--to {option.target}"
+            + (f" --groups {option.num_key_value_heads}" if option.target == "gqa" else "")
+            + (f" --cache {option.cache:.0%}" if option.cache else ""),
             size(option.cache_bytes_per_token),
             f"{option.cache_bytes_per_token / found.cache_bytes_per_token:.1%}",
             option.host,
@@ -68,6 +77,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
             "before": plan.before[0].num_key_value_heads,
             "after": plan.after[0].num_key_value_heads,
         },
+        **(_latent_json(plan) if plan.latent else {}),
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
         "tensors": sum(len(shard) for shard in plan.shards.values()),
         "changed_tensors": plan.changed,
@@ -98,10 +108,37 @@ def dry_run(source: Source, plan: Plan, out: Path, as_json: bool) -> None:
 
 def _shared_facts(plan: Plan) -> list[tuple[str, str]]:
     before, after = plan.before[0].num_key_value_heads, plan.after[0].num_key_value_heads
+    if plan.latent is not None:
+        return [*_latent_facts(plan, plan.latent), *_class_facts(plan)]
+    return [
+        ("key/value heads", f"{before} → {after} for {plan.before[0].num_attention_heads} query heads"),
+        *_class_facts(plan),
+    ]
+
+
+def _latent_json(plan: Plan) -> dict[str, Any]:
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return {name: getattr(plan.after[0], name) for name in names}
+
+
+def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
+    spec = plan.after[0]
+    beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
+    heads = f"{plan.before[0].num_key_value_heads} key/value heads"
+    facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
+    if latent.target.form == "re-rotate":
+        facts.append(("decoding", "every step expands and rotates the whole context again"))
+    if latent.target.form == "longrope":
+        facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
+    if latent.alpha != 1:
+        facts.append(("residual stream", f"scaled by {latent.alpha:.4f}, so that rms_norm_eps 1e-6 changes no norm"))
+    return facts
+
+
+def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
     code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.host.remote_code else ""
     return [
-        ("key/value heads", f"{before} → {after} for {plan.before[0].num_attention_heads} query heads"),
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
         ("class", f"{plan.host.name} · {plan.host.architecture.class_name}{code}"),
     ]
@@ -122,7 +159,8 @@ def conversion(done: Conversion, as_json: bool) -> None:
         rows = [(str(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
         rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
         columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
-        console.table("Energy kept, and what pooling would keep", columns, rows)
+        title = "Energy kept" if done.plan.latent else "Energy kept, and what pooling would keep"
+        console.table(title, columns, rows)
     console.facts(f"Wrote {done.out}", pairs)
     if method == "mean" and done.kept:
         (layer, kept), *_ = done.kept.items()

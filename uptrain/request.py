@@ -9,7 +9,7 @@ from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.errors import UsageError, did_you_mean
 
-TARGETS = ("gqa", "mqa")
+TARGETS = ("gqa", "mqa", "mla")
 
 CHANGED_PARTS: Mapping[str, frozenset[str]] = {
     "mean": frozenset("kv"),
@@ -22,6 +22,11 @@ CHANGED_PARTS: Mapping[str, frozenset[str]] = {
 
 
 GROUPINGS = ("contiguous", "similar")
+ROPES = ("grid", "longrope", "re-rotate")
+ENGINES = ("any", "llama.cpp")
+LATENT_METHODS = ("svd", "calibrated")
+LATENT_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "cache", "rope", "key_weight")
+"""What only a latent has."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,15 @@ class Request:
 
     `grouping` says which heads share: neighbours, or those whose sharing loses least. `calibrate` names the text
     of `calibrated`: a file, a dataset or `builtin`; `repair_steps` are its gradient steps a layer, None the default.
+    `method` "auto" is mean, and svd for a latent.
+
+    Of a latent: `cache` is the share of the source's cache to keep, in place of `kv_lora_rank`; `rope` says how keys
+    carry positions; `engine` what must be able to load it; `key_weight` how much more keys count than values.
     """
 
     target: str = "gqa"
     groups: int | None = None
-    method: str = "mean"
+    method: str = "auto"
     seed: int = 0
     dtype: str | None = None
     max_shard_size: int | None = None
@@ -42,9 +51,19 @@ class Request:
     calibrate: str = "builtin"
     calibration_tokens: int = 65_536
     repair_steps: int | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    q_lora_rank: int | None = None
+    cache: float | None = None
+    rope: str | None = None
+    engine: str = "any"
+    key_weight: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("--to", self.target, TARGETS)
+        if self.method == "auto":
+            object.__setattr__(self, "method", "svd" if self.target == "mla" else "mean")
+        self._check_latent()
         _one_of("--method", self.method, CHANGED_PARTS)
         _one_of("--grouping", self.grouping, GROUPINGS)
         if self.dtype is not None:
@@ -58,10 +77,41 @@ class Request:
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size} is not a positive number of bytes.")
 
+    def _check_latent(self) -> None:
+        if self.target != "mla":
+            for name in LATENT_FIELDS:
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name.replace('_', '-')} is for a latent.", "Add --to mla.")
+            if self.engine != "any":
+                raise UsageError(f"--engine {self.engine} is for a latent.", "Add --to mla.")
+            return
+        if self.groups is not None:
+            raise UsageError(f"--to mla keeps a latent, so --groups {self.groups} contradicts it.", "Use --cache.")
+        if self.method not in LATENT_METHODS:
+            raise UsageError(
+                f"--method {self.method} makes fewer heads, not a latent.", f"Use {' or '.join(LATENT_METHODS)}."
+            )
+        if self.grouping != "contiguous":
+            raise UsageError("--grouping is for shared heads: a latent is one for all.")
+        _one_of("--engine", self.engine, ENGINES)
+        if self.rope is not None:
+            _one_of("--rope", self.rope, ROPES)
+        for name in ("kv_lora_rank", "q_lora_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value} is not a positive number.")
+        if self.cache is not None and not 0 < self.cache <= 1:
+            raise UsageError(f"--cache {self.cache:.3g} is no share of the cache.", "Give one like 25%.")
+        if self.cache is not None and self.kv_lora_rank is not None:
+            raise UsageError("--cache and --kv-lora-rank both set the latent's size.", "Give one of them.")
+        if self.key_weight is not None and not 0 < self.key_weight < float("inf"):
+            raise UsageError(f"--key-weight {self.key_weight} is not a positive number.")
+
     @property
     def changed_parts(self) -> frozenset[str]:
         """Return which of q, k, v and o change: moving heads takes their queries and output columns along."""
-        return CHANGED_PARTS[self.method] if self.grouping == "contiguous" else frozenset("qkvo")
+        plain = self.grouping == "contiguous" and self.target != "mla"
+        return CHANGED_PARTS[self.method] if plain else frozenset("qkvo")
 
 
 def _one_of(option: str, value: str, known: Mapping[str, object] | tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -11,10 +11,12 @@ from uptrain.architectures import Position
 from uptrain.checkpoint.arrays import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
+from uptrain.latent_packing import LatentHeads, join_latent
 from uptrain.methods import estimate
 from uptrain.methods.gqa import pool_layer
 from uptrain.packing import LayerHeads, join, module_of, modules_of, split
 from uptrain.plan import Plan
+from uptrain.plan_latent import LatentPlan
 
 
 class Calibrated(Protocol):
@@ -22,6 +24,9 @@ class Calibrated(Protocol):
 
     def read(self, layer: int) -> LayerHeads:
         """Return one layer's heads."""
+
+    def read_latent(self, layer: int) -> LatentHeads:
+        """Return one layer's latent."""
 
     def kept(self, layer: int) -> dict[str, dict[str, float]]:
         """Return what each method keeps of one layer's energy."""
@@ -58,6 +63,9 @@ class LayerMaker:
         names = [f"{m}.{kind}" for m in modules_of(projections, parts) for kind in ("weight", "bias")]
         tensors = {name: self.checkpoint.read(base + name) for name in names if base + name in self.checkpoint.tensors}
         heads = split(projections, plan.before[layer], tensors)
+        if plan.latent is not None:
+            out = join_latent(self._latent(heads, layer, plan.latent), plan.latent.stored, plan.before[layer].head_dim)
+            return {name: self._finish(layer, base, name, array) for name, array in out.items()}
         groups = plan.after[layer].num_key_value_heads
         if groups != plan.before[layer].num_key_value_heads:
             heads = self._shared(heads, groups, layer)
@@ -84,6 +92,17 @@ class LayerMaker:
         self.kept[layer] = {name: _rounded(share.keys, share.values) for name, share in kept.items()}
         return heads
 
+    def _latent(self, heads: LayerHeads, layer: int, latent: LatentPlan) -> LatentHeads:
+        if self.calibrated is not None:
+            self.kept[layer] = self.calibrated.kept(layer)
+            return self.calibrated.read_latent(layer)
+        self._check_finite(heads, layer)
+        methods = _torch_methods()
+        position = methods.position_of(self.plan.architecture, self.plan.before[layer])
+        found, kept = methods.latent_layer(heads, latent.target, position)
+        self.kept[layer] = {name: _rounded(share.keys, share.values) for name, share in kept.items()}
+        return found
+
     def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
         std = float(self.checkpoint.config.get("initializer_range") or 0.02)
         request = self.plan.request
@@ -108,22 +127,44 @@ def _not_finite(layer: int, name: str) -> CheckpointError:
     )
 
 
+def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
+    """Return which source frequency each rotary pair of a latent gets, by the weights of all layers."""
+    if plan.latent is None:
+        raise ValueError("only latents have rotary pairs to choose")
+    methods, architecture = _torch_methods(), plan.architecture
+    names = [
+        f"{m}.{kind}" for m in modules_of(architecture.projections, frozenset("qkvo")) for kind in ("weight", "bias")
+    ]
+
+    def layers() -> Iterator[LayerHeads]:
+        for layer, spec in enumerate(plan.before):
+            base = architecture.layer.format(prefix=plan.prefix, layer=layer)
+            stored = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
+            yield split(architecture.projections, spec, stored)
+
+    position = methods.position_of(architecture, plan.before[0])
+    return methods.slots_by_weights(layers(), plan.latent.target, position)
+
+
 class _TorchMethods(NamedTuple):
     factor_layer: Callable[..., Any]
     similar_layer: Callable[..., LayerHeads]
     position_of: Callable[..., Any]
+    latent_layer: Callable[..., tuple[LatentHeads, dict[str, Any]]]
+    slots_by_weights: Callable[..., tuple[int, ...]]
 
 
 def _torch_methods() -> _TorchMethods:
     """Import the methods that stand on torch, which pooling does without."""
     try:
         from uptrain.methods.bridge import factor_layer, position_of
+        from uptrain.methods.latent_bridge import latent_layer, slots_by_weights
         from uptrain.methods.similar import similar_layer
     except ImportError:
         raise UsageError(
-            "--method svd and --grouping similar need torch.", "Install it with: pip install 'uptrain[eval]'"
+            "--method svd, --grouping similar and --to mla need torch.", "Install it with: pip install 'uptrain[eval]'"
         ) from None
-    return _TorchMethods(factor_layer, similar_layer, position_of)
+    return _TorchMethods(factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
 
 
 def _estimate(heads: LayerHeads, groups: int, position: Position) -> dict[str, dict[str, float]]:

@@ -59,6 +59,15 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
 )
 
 
+MODELLING_FILES: Mapping[str, str] = MappingProxyType(
+    {
+        "uptrain_gpt2_mla": "modeling_uptrain_gpt2_mla.py",
+        "uptrain_llama_mla": "modeling_uptrain_llama_mla.py",
+    }
+)
+"""Our own modelling files of model types that are results only."""
+
+
 def host_of(architecture: Architecture, target: str, config: Mapping[str, Any], same: bool) -> Host:
     """Return the first host that holds `target` exactly for this source config; itself where it can.
 
@@ -75,7 +84,7 @@ def own_host(architecture: Architecture) -> Host:
     """Return the family's own class as a host, with its modelling file where that is ours."""
     known = HOSTS.get(architecture.model_type)
     if known is None or known.architecture is not architecture or not known.remote_code:
-        return Host(architecture)
+        return Host(architecture, remote_code=MODELLING_FILES.get(architecture.model_type, ""))
     return Host(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 

@@ -15,18 +15,20 @@ from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.arrays import as_float32
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
+from uptrain.latent_packing import LatentHeads
 from uptrain.methods.bridge import ModuleWeights, heads_of, maps_of, position_of
 from uptrain.methods.choose import Choice, LayerTask
 from uptrain.methods.energy import Shares
-from uptrain.methods.forms import DecoupledLatent, Form, PlainLatent, SharedHeads
+from uptrain.methods.forms import KEY_WEIGHTS, DecoupledLatent, Form, PlainLatent, SharedHeads
 from uptrain.methods.latent import LatentMaps
+from uptrain.methods.latent_bridge import heads_of_latent
 from uptrain.methods.layered import LayeredModel
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.methods.streams import Streams, open_streams
 from uptrain.packing import LayerHeads, modules_of, split
 
-Result = LayerHeads | LatentMaps
+Result = LayerHeads | LatentHeads
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Target:
     """Say what is converted: a family's layers under `prefix`, `before` as they are, to `groups` heads or a latent.
 
     `frequencies` are the source's rotary ones, (pairs,) radians a token, and `rotary_factor` what its tables are
-    multiplied by. `arrange` may put a layer's heads in another order first, as long as it changes no output.
+    multiplied by; `key_weight` is tried alone where it is given. `arrange` may put a layer's heads in another order
+    first, as long as it changes no output.
     """
 
     architecture: Architecture
@@ -44,6 +47,7 @@ class Target:
     latent: LatentShape | None = None
     frequencies: tuple[float, ...] = ()
     rotary_factor: float = 1.0
+    key_weight: float | None = None
     arrange: Callable[[LayerHeads], LayerHeads] | None = None
 
 
@@ -66,7 +70,7 @@ def calibrate(
 ) -> Iterator[tuple[int, Result, LayerReport]]:
     """Yield each layer's number, its new heads (float32; the source's own where nothing is shared) and its report.
 
-    For a latent they are its maps instead.
+    For a latent they are that instead.
 
     `blocks` (n, T) int64 are calibration tokens, n ≥ 2; some are held out, and every choice is made by the error of
     the layer's output on those.
@@ -80,7 +84,7 @@ def calibrate(
         for layer in range(len(target.before)):
             kept = dict.fromkeys(("calibrated", "svd", "mean"), Shares(1.0, 1.0))
             report = LayerReport(layer, kept, None, 0.0)
-            yield layer, _read_heads(checkpoint, target, layer), report
+            yield layer, read_heads(checkpoint, target, layer), report
         return
     if len(blocks) < 2:
         raise UsageError("Calibration needs at least two blocks of text, one of them to check on.", "Give more text.")
@@ -108,7 +112,7 @@ def _layer(
 ) -> tuple[Result, LayerReport]:
     began = time.monotonic()
     spec = target.before[index]
-    source = _read_heads(checkpoint, target, index)
+    source = read_heads(checkpoint, target, index)
     if target.arrange is not None:
         source = target.arrange(source)
     with model.layer(index) as layer, torch.no_grad():
@@ -128,7 +132,7 @@ def _layer(
             return heads_of(heads, source), LayerReport(index, kept, choice, time.monotonic() - began)
         form = _latent_form(target, target.latent, spec, source, model.device, output_bias)
         maps, kept, choice = LayerTask(layer, form, *rest).convert()
-    return maps, LayerReport(index, kept, choice, time.monotonic() - began)
+    return heads_of_latent(maps, bias), LayerReport(index, kept, choice, time.monotonic() - began)
 
 
 def _heads_form(target: Target, spec: AttentionSpec, source: LayerHeads, device: torch.device) -> SharedHeads:
@@ -146,11 +150,14 @@ def _latent_form(
     output_bias: Tensor | None,
 ) -> Form[LatentMaps]:
     position, maps = position_of(target.architecture, spec), maps_of(source)
+    key_weights = KEY_WEIGHTS if target.key_weight is None else (target.key_weight,)
     frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
     if shape.form == "decoupled":
-        return DecoupledLatent(maps, position, shape, frequencies, device, output_bias, target.rotary_factor)
+        factor = target.rotary_factor
+        return DecoupledLatent(maps, position, shape, frequencies, device, output_bias, factor, key_weights)
     weights = ModuleWeights(target.architecture.projections, spec)
-    return PlainLatent(maps, weights, position, shape, frequencies if target.frequencies else None, device)
+    known = frequencies if target.frequencies else None
+    return PlainLatent(maps, weights, position, shape, known, device, key_weights)
 
 
 def _gain(model: LayeredModel) -> float:
@@ -158,7 +165,8 @@ def _gain(model: LayeredModel) -> float:
     return float(getattr(model.config, "residual_multiplier", 1.0) or 1.0)
 
 
-def _read_heads(checkpoint: Checkpoint, target: Target, layer: int) -> LayerHeads:
+def read_heads(checkpoint: Checkpoint, target: Target, layer: int) -> LayerHeads:
+    """Return one layer's heads, as the checkpoint stores them."""
     projections = target.architecture.projections
     base = target.architecture.layer.format(prefix=target.prefix, layer=layer)
     names = [f"{m}.{kind}" for m in modules_of(projections, frozenset("qkvo")) for kind in ("weight", "bias")]

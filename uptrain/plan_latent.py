@@ -1,0 +1,260 @@
+"""Plan a latent: its sizes, the class that holds it, its config, and what else in the model must change for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from uptrain.architectures import Architecture, Position
+from uptrain.attention import AttentionSpec
+from uptrain.checkpoint.header import FLOAT_DTYPES
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import UsageError
+from uptrain.frequencies import Frequencies, highest, own_table, rope_parameters, source_frequencies
+from uptrain.hosts.latent_hosts import LATENT_HOSTS, LatentHost, latent_config
+from uptrain.latent_packing import LatentTarget, Rope, Stored
+from uptrain.request import Request
+
+ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
+
+FAST = 512 + 64
+"""Cached values a token that the fast MLA kernels of today's engines are written for."""
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """All that a conversion to a latent needs beyond what every plan has.
+
+    `scales` maps the ends of tensor names outside attention to what they are multiplied by, `alpha` is the residual
+    stream's factor. With `own_slots` the target's slots are still to be chosen, by what unrotated pairs would cost.
+    """
+
+    entry: LatentHost
+    target: LatentTarget
+    stored: Stored
+    after: tuple[AttentionSpec, ...]
+    config: dict[str, Any]
+    biased: bool
+    output_bias: bool
+    alpha: float = 1.0
+    scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    own_slots: bool = False
+
+    def with_slots(self, slots: tuple[int, ...]) -> LatentPlan:
+        """Return the plan with its rotary pairs chosen and their table in the config."""
+        target = replace(self.target, slots=slots)
+        config = {**self.config, **_rotation(target, self.config, self.config["rope_parameters"])}
+        return replace(self, target=target, config=config, own_slots=False)
+
+
+def plan_latent(
+    checkpoint: Checkpoint,
+    request: Request,
+    architecture: Architecture,
+    before: tuple[AttentionSpec, ...],
+    base: str,
+    name: str,
+) -> LatentPlan:
+    """Plan the latent that `request` asks of a checkpoint; `base` is the first layer's attention.
+
+    Raises:
+        UsageError: no class holds it, or its sizes don't go together.
+    """
+    config, spec = checkpoint.config, before[0]
+    modules = {tensor.removeprefix(base) for tensor in checkpoint.tensors if tensor.startswith(base)}
+    output = architecture.projections.o
+    biased = any(module.endswith(".bias") and module != f"{output}.bias" for module in modules)
+    rope = _rope(request, architecture, name)
+    entry = _host(architecture, request, config, rope, biased, name)
+    if any(layer.sliding_window for layer in before):
+        raise UsageError(f"{name} has sliding windows, which no latent host holds yet.", "Use --to gqa or --to mqa.")
+    frequencies = Frequencies(())
+    if rope in ("grid", "longrope"):
+        frequencies = source_frequencies(config, spec.head_dim, name)
+    rank, rotary = _sizes(request, spec, _hidden(architecture, config), rope, name)
+    target = _target(request, spec, rope, rank, rotary, frequencies)
+    dtype = _dtype(checkpoint, base, request)
+    if dtype not in entry.dtypes:
+        raise UsageError(
+            f"{entry.host.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
+            "Add --dtype bfloat16 or float32.",
+        )
+    alpha, scales = _rescale(entry, config)
+    q_lora_rank = _q_lora_rank(request, entry, _hidden(architecture, config), name)
+    heads = spec.num_key_value_heads if rope == "re-rotate" else spec.num_attention_heads
+    after = tuple(layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in before)
+    written = latent_config(entry, config)
+    written.update(_attention_config(entry, architecture, spec, target, heads, biased, q_lora_rank, config))
+    written.update(_rotation(target, written, rope_parameters(config), spec.head_dim))
+    return LatentPlan(
+        entry, target, Stored(entry.layout, alpha, q_lora_rank), after, written, biased, f"{output}.bias" in modules,
+        alpha, scales, own_slots=rope == "longrope" and not target.slots,
+    )  # fmt: skip
+
+
+def _rope(request: Request, architecture: Architecture, name: str) -> Rope:
+    if architecture.position is Position.ABSOLUTE:
+        if request.rope or request.qk_rope_head_dim:
+            option = "--rope" if request.rope else "--qk-rope-head-dim"
+            raise UsageError(f"{option} is for rotary keys; {name}'s keys see no rotation.", f"Leave {option} out.")
+        return "free"
+    rope = ROPES[request.rope or "grid"]
+    if rope == "re-rotate" and request.qk_rope_head_dim:
+        raise UsageError("--rope re-rotate has no shared rotary key.", "Leave --qk-rope-head-dim out.")
+    return rope
+
+
+def _host(
+    architecture: Architecture, request: Request, config: Mapping[str, Any], rope: str, biased: bool, name: str
+) -> LatentHost:
+    why = f"uptrain has no class that holds a latent of {architecture.model_type} yet"
+    for key in architecture.hosts.get("mla", ()):
+        entry = LATENT_HOSTS[key]
+        refused = [word for word, values in entry.refuses.items() if config.get(word) in values]
+        if rope not in entry.ropes:
+            why = f"{key} can't hold --rope {rope}"
+        elif (biased and not entry.biased) or refused:
+            why = f"{key} has no biases there"
+        elif request.engine not in entry.engines:
+            why = f"{request.engine} can't load {key}"
+        else:
+            return entry
+    raise UsageError(f"{name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
+
+
+def _hidden(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    key = architecture.keys.hidden_size
+    return int(config.get(key) or architecture.defaults[key])
+
+
+def _sizes(request: Request, spec: AttentionSpec, hidden: int, rope: str, name: str) -> tuple[int, int]:
+    """Return kv_lora_rank and qk_rope_head_dim."""
+    cached = spec.cache_values_per_token
+    if request.cache is not None:
+        budget = max(1, int(request.cache * cached))
+    elif rope in ("free", "re-rotate"):
+        budget = cached // (4 if rope == "free" else 2)
+    else:
+        budget = FAST if cached >= 2 * FAST else cached // 2
+    rotary = _rotary_dims(request, spec, budget, rope, name)
+    rank = request.kv_lora_rank if request.kv_lora_rank is not None else budget - rotary
+    if rank < 1:
+        raise UsageError(
+            f"{budget} values a token leave no latent beside {rotary} rotary ones.",
+            "Raise --cache, or lower --qk-rope-head-dim.",
+        )
+    widest = cached if rope in ("free", "re-rotate") else cached + spec.num_key_value_heads * spec.head_dim
+    if rank > widest:
+        raise UsageError(
+            f"--kv-lora-rank {rank} is more than the {widest} values that {name}'s keys and values have.",
+            f"A latent of {min(widest, hidden + 1)} loses nothing.",
+        )
+    return rank, rotary
+
+
+def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: str, name: str) -> int:
+    if rope in ("free", "re-rotate"):
+        return 0
+    dims = request.qk_rope_head_dim
+    if dims is None:
+        return 64 if budget >= FAST and spec.head_dim >= 64 else max(2, min(64, spec.head_dim // 4 * 2))
+    most = spec.head_dim if rope == "grid" else spec.head_dim * spec.num_key_value_heads
+    if dims < 2 or dims % 2 or dims > most:
+        hint = " --rope longrope takes more." if rope == "grid" and dims > most else ""
+        raise UsageError(f"--qk-rope-head-dim {dims} is no even number from 2 to {name}'s {most}.{hint}")
+    return dims
+
+
+def _target(
+    request: Request, spec: AttentionSpec, rope: Rope, rank: int, rotary: int, frequencies: Frequencies
+) -> LatentTarget:
+    pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
+    every = rope == "longrope" and rotary == spec.head_dim * heads
+    slots: tuple[int, ...] = tuple(range(rotary // 2)) if rope == "grid" else ()
+    if every:
+        slots = tuple(pair for pair in range(pairs) for _ in range(heads))
+    return LatentTarget(
+        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.speeds, slots, frequencies.factor,
+        request.key_weight,
+    )  # fmt: skip
+
+
+def _dtype(checkpoint: Checkpoint, base: str, request: Request) -> str:
+    if request.dtype:
+        return FLOAT_DTYPES[request.dtype]
+    return next(info.dtype for name, info in checkpoint.tensors.items() if name.startswith(base))
+
+
+def _rescale(entry: LatentHost, config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+    """Return what the residual stream is multiplied by, and the tensors that do it.
+
+    RMSNorm(αx; α²ε) = RMSNorm(x; ε), so every norm stays what it was under the ε that the host needs.
+    Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, section 4 (re-scaling invariance).
+    """
+    own = float(config.get("rms_norm_eps", 1e-6))
+    if entry.rms_norm_eps is None or own == entry.rms_norm_eps:
+        return 1.0, {}
+    if own <= 0:
+        raise UsageError("An rms_norm_eps of 0 can't be kept in a class that shares it with the latent's norm.")
+    alpha = (entry.rms_norm_eps / own) ** 0.5
+    scales = {f"{module}.{kind}": alpha for module in entry.rescaled for kind in ("weight", "bias")}
+    if config.get("tie_word_embeddings", False):
+        # The head is the embedding, α times too large; the norm before it takes that back.
+        scales[entry.final_norm] = 1 / alpha
+    return alpha, scales
+
+
+def _q_lora_rank(request: Request, entry: LatentHost, hidden: int, name: str) -> int | None:
+    rank = hidden if request.engine == "llama.cpp" and request.q_lora_rank is None else request.q_lora_rank
+    if rank is None:
+        return None
+    if not entry.layout.neutral:
+        raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.host.name} has whole queries.")
+    if rank > hidden:
+        raise UsageError(f"--q-lora-rank {rank} is more than {name}'s hidden_size {hidden}.")
+    return rank
+
+
+def _neutral() -> list[str]:
+    return [name for name, entry in LATENT_HOSTS.items() if entry.layout.neutral]
+
+
+def _attention_config(
+    entry: LatentHost, architecture: Architecture, spec: AttentionSpec, target: LatentTarget, heads: int,
+    biased: bool, q_lora_rank: int | None, source: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    keys = entry.architecture.keys
+    found: dict[str, Any] = {
+        "kv_lora_rank": target.kv_lora_rank,
+        "qk_rope_head_dim": target.qk_rope_head_dim,
+        "qk_nope_head_dim": target.qk_nope_head_dim,
+        "v_head_dim": spec.v_head_dim or spec.head_dim,
+    }
+    if keys.num_key_value_heads:
+        found[keys.num_key_value_heads] = heads
+    if entry.layout.neutral:
+        found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": source[architecture.keys.num_hidden_layers]}
+    elif target.form != "free":
+        found |= {
+            "rope_mode": "re-rotate" if target.form == "re-rotate" else "decoupled",
+            "qkv_bias": biased,
+            "attention_scale": spec.head_dim**-0.5,
+        }
+    return found
+
+
+def _rotation(
+    target: LatentTarget, config: Mapping[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
+) -> dict[str, Any]:
+    """Return the config's rotary parameters; for slots that are still to be chosen, the source's for now."""
+    if target.form == "free":
+        return {}
+    if target.form == "grid":
+        return {"rope_parameters": highest(parameters, target.qk_rope_head_dim, head_dim)}
+    if target.form == "re-rotate" or not target.slots:
+        return {"rope_parameters": dict(parameters)}
+    speeds = tuple(target.frequencies[slot] for slot in target.slots)
+    longest = int(config.get("max_position_embeddings") or 2048)
+    return {"rope_parameters": own_table(parameters, speeds, target.rotary_factor, longest)}
