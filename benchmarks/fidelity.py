@@ -1,6 +1,7 @@
 """Tabulate what each method costs in quality before any training: model x target x method.
 
     python benchmarks/fidelity.py --model demo
+    python benchmarks/fidelity.py --model demo --to mla --kv-lora-rank 256,128,64,32
     python benchmarks/fidelity.py --model SMOLLM2 --to mqa --methods mean,svd,calibrated --text TEST --calibrate VALID
 
 Fixed settings: blocks of 1,024 tokens (or the model's own limit), each scored whole and apart, the first --blocks of
@@ -128,26 +129,56 @@ def measure(arguments: argparse.Namespace) -> tuple[float, list[Row]]:
     checkpoint = open_checkpoint(source.path)
     heads = attention_layers(architecture_of(checkpoint.config, "source"), checkpoint.config, "source")[0]
     rows = []
-    for target in arguments.to.split(","):
-        groups = 1 if target == "mqa" else int(target.removeprefix("gqa").strip(":-"))
-        for method in arguments.methods.split(","):
+    for target, shape in targets(arguments):
+        for method in methods_for(arguments, target):
             started = time.monotonic()
             with tempfile.TemporaryDirectory(dir=arguments.work) as work:
                 if method in BASELINES:
-                    model = pool_in_place(source.path, groups, method)
+                    model = pool_in_place(source.path, shape.get("groups", 1), method)
                 else:
-                    request = Request("mqa" if groups == 1 else "gqa", groups, method, **extra(arguments, method))
-                    convert(arguments.model, Path(work) / "out", request)
+                    request = Request(method=method, **shape, **extra(arguments, method))
+                    done = convert(arguments.model, Path(work) / "out", request)
+                    cache = done.plan.cache_after / done.plan.cache_before
                     model = load(Path(work) / "out")
                 seconds = time.monotonic() - started
                 perplexity, kl, agreement = score(model, original, blocks)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            cache = groups / heads.num_key_value_heads
+            if method in BASELINES:
+                cache = shape.get("groups", 1) / heads.num_key_value_heads
             rows.append(
                 Row(target, method, cache, perplexity, perplexity / base, kl, agreement, round(seconds, 1), peak)
             )
             print(show(rows[-1]), flush=True)
     return base, rows
+
+
+def targets(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """Return each target's name and its part of the request."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name in arguments.to.split(","):
+        if name == "mqa":
+            found.append((name, {"target": "mqa"}))
+        elif name != "mla":
+            found.append((name, {"target": "gqa", "groups": int(name.removeprefix("gqa").strip(":-"))}))
+        else:
+            found += latents(arguments)
+    return found
+
+
+def latents(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """Pair every --rope with every --kv-lora-rank; a rank RANK+DIMS names its own rotary dims too."""
+    found = []
+    for rope in arguments.rope.split(",") if arguments.rope else [None]:
+        for text in arguments.kv_lora_rank.split(","):
+            rank, _, dims = text.partition("+")
+            sizes = {"kv_lora_rank": int(rank), "qk_rope_head_dim": int(dims) if dims and rope != "re-rotate" else None}
+            found.append((f"mla-{text}{f'-{rope}' if rope else ''}", {"target": "mla", "rope": rope, **sizes}))
+    return found
+
+
+def methods_for(arguments: argparse.Namespace, target: str) -> list[str]:
+    known = ["svd", "calibrated"] if target.startswith("mla") else [*CHANGED_PARTS, *BASELINES]
+    return [name for name in (arguments.methods or ",".join(known)).split(",") if name in known]
 
 
 def extra(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
@@ -158,7 +189,7 @@ def extra(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
 
 def show(row: Row) -> str:
     return (
-        f"{row.target:8} {row.method:20} {row.cache:6.1%} {row.perplexity:12.3f} {row.ratio:9.3f}x "
+        f"{row.target:18} {row.method:20} {row.cache:6.1%} {row.perplexity:12.3f} {row.ratio:9.3f}x "
         f"{row.kl:9.4f} {row.top1_agreement:7.1%} {row.seconds:8.1f} s"
     )
 
@@ -187,9 +218,12 @@ def main() -> None:
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--to", default="gqa4,gqa2,mqa", help="targets: gqaN or mqa, with commas")
-    known = [*CHANGED_PARTS, *BASELINES]
-    parser.add_argument("--methods", default=",".join(known), help="with commas")
+    parser.add_argument("--to", default="gqa4,gqa2,mqa", help="targets: gqaN, mqa or mla, with commas")
+    parser.add_argument("--methods", help="with commas (default: all that the target has)")
+    parser.add_argument(
+        "--kv-lora-rank", default="256,128,64,32", help="of --to mla: ranks, or RANK+ROTARY, with commas"
+    )
+    parser.add_argument("--rope", help="of --to mla: grid, longrope, re-rotate, with commas (default: the model's own)")
     parser.add_argument("--grouping", default="contiguous")
     parser.add_argument("--calibrate", default="builtin", help="text of the calibrated methods")
     parser.add_argument("--calibration-tokens", type=int, default=65_536)

@@ -25,7 +25,8 @@ from uptrain.plan import find_prefix, result_attention
 from uptrain.request import Request
 
 register()
-SOURCES = [name for name in ARCHITECTURES if name not in ("uptrain_gpt2", "gpt_bigcode")]
+RESULTS = ("uptrain_gpt2", "gpt_bigcode")
+SOURCES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
 TARGETS = [(name, 4, groups) for name in SOURCES for groups in (2, 1)] + [
     (name, 2, 1) for name in SOURCES if ARCHITECTURES[name].native
 ]

@@ -171,6 +171,13 @@ DEEPSEEK_V3 = LLAMA.for_model(
     "DeepseekV3ForCausalLM",
     keys=replace(LLAMA.keys, latent=True),
     position=Position.ROTARY_INTERLEAVED,
+    defaults={
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "vocab_size": 129280,
+        "max_position_embeddings": 4096,
+    },
     hosts={},
 )
 
