@@ -21,10 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.training import NO_DROPOUT, checkpoint, corpus
 from uptrain import recipes
 from uptrain.checkpoint.manifest import read_manifest, verify
-from uptrain.data import TokenFile
+from uptrain.convert import convert
+from uptrain.data import TokenFile, read_tokens
 from uptrain.errors import Interrupted, UptrainError, UsageError
+from uptrain.latent_packing import NEUTRAL_WEIGHT
 from uptrain.models import load_tokenizer
-from uptrain.train import Step, Training, train
+from uptrain.request import Request
+from uptrain.train import Step, Training, lm_loss, train
 
 
 @pytest.fixture
@@ -261,3 +264,42 @@ def test_requests_that_cannot_be_carried_out(recipe: Callable[..., recipes.Recip
     with pytest.raises(UsageError, match="makes no causal language model"):
         train(recipe(model=None, config={"model_type": "gpt3"}, tokenizer={"vocab_size": 300},
                      output=str(tmp_path / "new")))  # fmt: skip
+
+
+def test_a_latent_trains_without_its_norm_and_is_written_with_it(
+    recipe: Callable[..., recipes.Recipe], tmp_path: Path
+) -> None:
+    checkpoint(tmp_path / "llama", "llama", attention_bias=False, rms_norm_eps=1e-5)
+    convert(str(tmp_path / "llama"), tmp_path / "model", Request("mla", kv_lora_rank=16, qk_rope_head_dim=6))
+    whole = recipe(output=str(tmp_path / "whole"), learning_rate=1e-3, held_out=[str(tmp_path / "held.txt")])
+    done = run(whole)
+    made = recipe(learning_rate=1e-3, held_out=[str(tmp_path / "held.txt")])
+    with pytest.raises(Interrupted):
+        train(made, interrupt_at(3))
+    run(made)
+    assert same(made.output, whole.output)
+
+    model = AutoModelForCausalLM.from_pretrained(made.output)
+    assert type(model).__module__.startswith("transformers.models.deepseek_v3")
+    assert {n: t.shape for n, t in weights(made.output).items()} == {
+        n: t.shape for n, t in weights(tmp_path / "model").items()
+    }
+    for layer in model.model.layers:
+        assert (layer.self_attn.kv_a_layernorm.weight == NEUTRAL_WEIGHT).all()
+    # What is stored is what was trained: its loss on the held-out text is the run's own.
+    assert done.held_out_loss is not None
+    ids = read_tokens(whole.held_out, load_tokenizer(made.output), whole.held_out_tokens).ids
+    blocks = torch.from_numpy(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    with torch.no_grad():
+        assert abs(lm_loss(model, blocks).item() - done.held_out_loss) < 1e-4
+    assert not torch.equal(
+        weights(made.output)["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"],
+        weights(tmp_path / "model")["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"],
+    )
+
+
+def test_float16_for_a_latent_is_refused_before_training(recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
+    checkpoint(tmp_path / "llama", "llama", attention_bias=False)
+    convert(str(tmp_path / "llama"), tmp_path / "model", Request("mla", kv_lora_rank=16, qk_rope_head_dim=6))
+    with pytest.raises(UsageError, match="float16 can't hold"):
+        train(recipe(dtype="float16"))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from uptrain.errors import UptrainError as UptrainError
     from uptrain.evaluate import evaluate as evaluate
     from uptrain.inspect import inspect as inspect
+    from uptrain.loading import load as load
     from uptrain.request import Request as Request
     from uptrain.train import train as train
 
@@ -24,11 +25,12 @@ _PUBLIC = {
     "convert": "uptrain.convert",
     "evaluate": "uptrain.evaluate",
     "inspect": "uptrain.inspect",
+    "load": "uptrain.loading",
     "train": "uptrain.train",
     "verify": "uptrain.checkpoint.manifest",
 }
 
-__all__ = ["Request", "UptrainError", "convert", "evaluate", "inspect", "train", "verify"]
+__all__ = ["Request", "UptrainError", "convert", "evaluate", "inspect", "load", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from uptrain.data import BlockReader, TokenFile, TokenText, open_reader, read_to
 from uptrain.documents import pieces
 from uptrain.engine import make_accelerator, make_optimizer, on_stop_signal
 from uptrain.errors import Interrupted, UptrainError, UsageError
+from uptrain.hosts import latent_norm
 from uptrain.recipes import Dataset, Recipe, TokenizerSpec
 from uptrain.runfolder import RunFolder
 
@@ -161,6 +162,8 @@ class _Run:
         else:
             model = models.load_model(source)
             self.dtype = models.dtype_named(recipe.dtype) or model.dtype
+            if latent_norm.unfold(model):
+                latent_norm.check_dtype(self.dtype)
         longest = getattr(model.config, "max_position_embeddings", None)
         if isinstance(longest, int) and recipe.block_size > longest:
             raise UsageError(f"block_size {recipe.block_size} is longer than the model's {longest} positions.")
@@ -329,6 +332,7 @@ class _Run:
         }
         with staged(recipe.output, recipe.overwrite) as folder:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            latent_norm.fold(model, self.dtype)
             models.save(model, self.tokenizer, folder, self.dtype, source)
             (folder / "train_log.jsonl").write_bytes(self.folder.log.read_bytes())
             append_stage(folder, source.path if source else None, stage)

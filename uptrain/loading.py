@@ -1,0 +1,30 @@
+"""Load a checkpoint for generating, with absorbed decoding where its class lacks it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.source import resolve
+from uptrain.hosts.register import register
+
+
+def load(model: str | Path, *, absorbed: bool = True, revision: str | None = None, **options: Any) -> Any:
+    """Load a causal language model from a folder, a Hub id or `demo`, ready to generate.
+
+    Our own classes need no remote code here. Stock MLA classes cache a latent but expand all of it at every step;
+    with `absorbed` their layers attend over the latent itself instead, with the same logits up to rounding. `options`
+    go to transformers' `from_pretrained` (dtype, device_map, attn_implementation, …).
+
+    Raises:
+        UptrainError: there is no such checkpoint.
+    """
+    register()
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM.from_pretrained(resolve(str(model), revision).path, **{"dtype": "auto", **options})
+    if absorbed:
+        from uptrain.hosts.absorbed import absorb
+
+        absorb(found)
+    return found.eval()
