@@ -183,7 +183,10 @@ def methods_for(arguments: argparse.Namespace, target: str) -> list[str]:
 
 def extra(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     if method == "calibrated":
-        return {"calibrate": arguments.calibrate, "calibration_tokens": arguments.calibration_tokens}
+        names = ("calibrate", "calibration_tokens", "repair_steps")
+        return {name: getattr(arguments, name) for name in names}
+    if arguments.grouping == "contiguous":
+        return {}
     return {"grouping": arguments.grouping} if method in ("mean", "svd", "first") else {}
 
 
@@ -227,6 +230,7 @@ def main() -> None:
     parser.add_argument("--grouping", default="contiguous")
     parser.add_argument("--calibrate", default="builtin", help="text of the calibrated methods")
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
+    parser.add_argument("--repair-steps", type=int, help="gradient steps a layer (default: the converter's)")
     parser.add_argument("--text", default="python-stdlib:held-out", help="file or builtin text to score")
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--work", help="folder for converted checkpoints (default: the system's)")
