@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import uptrain
 from tests.conftest import tiny_config, tiny_model
 from uptrain.checkpoint.manifest import verify
 from uptrain.convert import convert
@@ -160,6 +161,25 @@ def test_the_cache_holds_what_was_promised_and_generates_as_without_it(tmp_path,
     assert done.plan.after[0].cache_values_per_token == sum(
         getattr(done.plan.after[0], name) for name in ("kv_lora_rank", "qk_rope_head_dim")
     )
+
+
+@pytest.mark.parametrize("rope", ["grid", "longrope", "re-rotate"])
+@pytest.mark.parametrize("parameters", [LLAMA3, YARN], ids=["llama3", "yarn"])
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_padding_and_chunks_change_no_token_under_scaled_rotation(tmp_path, rope, parameters, absorbed):
+    source(tmp_path / "src", "llama", rope_parameters=parameters)
+    convert(str(tmp_path / "src"), tmp_path / "out", Request("mla", kv_lora_rank=12, rope=rope))
+    model = uptrain.load(tmp_path / "out", dtype=torch.float32, absorbed=absorbed)
+    tokens = ids(1, 40)
+    padded = torch.cat([torch.zeros(1, 6, dtype=torch.long), tokens], dim=1)
+    mask = (torch.arange(46) >= 6).long()[None]
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        alone = model.generate(tokens, **settings)
+        whole = model(alone[:, :-1], use_cache=False).logits[0, 39:].argmax(-1)
+        assert alone[0, 40:].tolist() == whole.tolist()
+        assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 46:], alone[:, 40:])
+        assert torch.equal(model.generate(tokens, prefill_chunk_size=16, **settings), alone)
 
 
 def test_own_frequencies_are_in_the_config_and_the_manifest(tmp_path):

@@ -66,8 +66,9 @@ def plan_latent(
     modules = {tensor.removeprefix(base) for tensor in checkpoint.tensors if tensor.startswith(base)}
     output = architecture.projections.o
     biased = any(module.endswith(".bias") and module != f"{output}.bias" for module in modules)
+    output_bias = f"{output}.bias" in modules
     rope = _rope(request, architecture, name)
-    entry = _host(architecture, request, config, rope, biased, name)
+    entry = _host(architecture, request, config, rope, biased or output_bias, name)
     if any(layer.sliding_window for layer in before):
         raise UsageError(f"{name} has sliding windows, which no latent host holds yet.", "Use --to gqa or --to mqa.")
     frequencies = Frequencies(())
@@ -89,7 +90,7 @@ def plan_latent(
     written.update(_attention_config(entry, architecture, spec, target, heads, biased, q_lora_rank, config))
     written.update(_rotation(target, written, rope_parameters(config), spec.head_dim))
     return LatentPlan(
-        entry, target, Stored(entry.layout, alpha, q_lora_rank), after, written, biased, f"{output}.bias" in modules,
+        entry, target, Stored(entry.layout, alpha, q_lora_rank), after, written, biased, output_bias,
         alpha, scales, own_slots=rope == "longrope" and not target.slots,
     )  # fmt: skip
 
