@@ -67,9 +67,9 @@ class ConfigKeys:
     num_key_value_heads: str | None = "num_key_value_heads"
     head_dim: str | None = "head_dim"
     multi_query: str | None = None
+    """A flag that means one key/value head when it is true."""
     latent: bool = False
     """Whether the field's words for a latent (kv_lora_rank, …) say what is cached."""
-    """A flag that means one key/value head when it is true."""
     vocab_size: str = "vocab_size"
     max_position_embeddings: str = "max_position_embeddings"
 
@@ -126,7 +126,7 @@ UPTRAIN_GPT2 = GPT2.for_model(
     "uptrain_gpt2",
     "UptrainGPT2LMHeadModel",
     keys=replace(GPT2.keys, num_key_value_heads="num_key_value_heads"),
-    hosts={"mqa": ("gpt_bigcode", "uptrain_gpt2")},
+    hosts={"mqa": ("gpt_bigcode", "uptrain_gpt2"), "mla": ("uptrain_gpt2_mla",)},
     native=True,
 )
 
@@ -145,21 +145,29 @@ UPTRAIN_GPT2_MLA = GPT2.for_model(
     "uptrain_gpt2_mla", "UptrainGPT2MLALMHeadModel", keys=replace(GPT2.keys, latent=True), hosts={}
 )
 
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
+
 LLAMA = Architecture(
     model_type="llama",
     class_name="LlamaForCausalLM",
     hosts={"mla": ("deepseek_v3", "uptrain_llama_mla")},
     defaults={
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
-        "max_position_embeddings": 2048,
+        **dict(zip(_SIZES, (4096, 32, 32, 32000, 2048), strict=False)),
+        "intermediate_size": 11008, "bos_token_id": 1, "eos_token_id": 2,
     },
 )  # fmt: skip
 
 
-def _like_llama(model_type: str, class_name: str, *defaults: int, **changes: Any) -> Architecture:
+def _like_llama(
+    model_type: str, class_name: str, *sizes: int, also: Mapping[str, Any] = _NOTHING, **changes: Any
+) -> Architecture:
+    """Return an entry with Llama's names; `sizes` are its class's defaults of `_SIZES`, `also` other defaults."""
     changes.setdefault("hosts", _NOTHING)
-    names = (*LLAMA.defaults, "num_key_value_heads", "head_dim")
-    return LLAMA.for_model(model_type, class_name, defaults=dict(zip(names, defaults, strict=False)), **changes)
+    defaults = {**dict(zip(_SIZES, sizes, strict=False)), **also}
+    return LLAMA.for_model(model_type, class_name, defaults=defaults, **changes)
 
 
 UPTRAIN_LLAMA_MLA = LLAMA.for_model(
@@ -190,14 +198,19 @@ _ENTRIES = (
     UPTRAIN_LLAMA_MLA,
     DEEPSEEK_V3,
     _like_llama(
-        "mistral", "MistralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL, hosts=LLAMA.hosts
+        "mistral", "MistralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL, hosts=LLAMA.hosts,
+        also={"intermediate_size": 14336, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 4096},
     ),
     _like_llama(
         "qwen2", "Qwen2ForCausalLM", 4096, 32, 32, 151936, 32768, 32,
         sliding=Sliding.FLAG, hosts={"mla": ("uptrain_llama_mla",)},
+        also={"intermediate_size": 22016, "bos_token_id": None, "eos_token_id": None},
     ),
     _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
-    _like_llama("gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256, sliding=Sliding.EVEN),
+    _like_llama(
+        "gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256,
+        sliding=Sliding.EVEN, also={"sliding_window": 4096},
+    ),
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
     _like_llama(
         "olmo", "OlmoForCausalLM", 4096, 32, 32, 50304, 2048,

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from uptrain.errors import UsageError
+from uptrain.errors import CheckpointError, UsageError
 
 THETA = 10_000.0
+_MAGNITUDES = ("mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,26 @@ def source_frequencies(config: Mapping[str, Any], head_dim: int, where: str) -> 
     """Return the frequencies of a config's rotary embedding over `head_dim` dims.
 
     Raises:
-        UsageError: a rotary variant that changes with the length of the text.
+        UsageError: a rotary variant that changes with the length of the text, or rotates a part of each key.
+        CheckpointError: parameters that are missing or no numbers.
     """
     parameters = rope_parameters(config)
     kind = parameters["rope_type"]
+    part = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1.0):
+        raise UsageError(f"{where} rotates only {part} of each key (partial_rotary_factor), which fits no latent yet.")
     if kind not in _VARIANTS:
         raise UsageError(
             f"{where} has rope_type {kind}, whose frequencies change with the text's length: they fit no latent yet.",
             "Use --rope re-rotate, or --to gqa.",
         )
-    theta = float(parameters["rope_theta"])
-    base = [theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
-    return _VARIANTS[kind](base, parameters, config, head_dim)
+    try:
+        theta = float(parameters["rope_theta"])
+        base = [theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
+        return _VARIANTS[kind](base, parameters, config, head_dim)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{where} has {kind} rotary parameters that say no frequencies: {reason}.") from None
 
 
 def _default(base: list[float], _parameters: Mapping[str, Any], _config: Mapping[str, Any], _dim: int) -> Frequencies:
@@ -57,9 +66,10 @@ def _linear(base: list[float], parameters: Mapping[str, Any], _config: Mapping[s
     return Frequencies(tuple(speed / float(parameters["factor"]) for speed in base))
 
 
-def _llama3(base: list[float], parameters: Mapping[str, Any], _config: Mapping[str, Any], _dim: int) -> Frequencies:
+def _llama3(base: list[float], parameters: Mapping[str, Any], config: Mapping[str, Any], _dim: int) -> Frequencies:
     """Source: Llama Team 2024, The Llama 3 Herd of Models, section 3.4.2; transformers' modeling_rope_utils."""
-    factor, old = float(parameters["factor"]), float(parameters["original_max_position_embeddings"])
+    longest = parameters.get("original_max_position_embeddings", config.get("max_position_embeddings", 2048))
+    factor, old = float(parameters["factor"]), float(longest)
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
     out = []
     for speed in base:
@@ -111,12 +121,17 @@ _VARIANTS: Mapping[str, Callable[[list[float], Mapping[str, Any], Mapping[str, A
 }
 
 
-def highest(parameters: Mapping[str, Any], dims: int, head_dim: int) -> dict[str, Any]:
+def highest(parameters: Mapping[str, Any], dims: int, head_dim: int, factor: float = 1.0) -> dict[str, Any]:
     """Return rotary parameters whose `dims`/2 frequencies are the highest of `head_dim`/2, scaling included.
 
-    θ^(−2p/D) = θ'^(−2p/Dr) for θ' = θ^(Dr/D), and every variant scales a frequency by its own size alone.
+    θ^(−2p/D) = θ'^(−2p/Dr) for θ' = θ^(Dr/D). Linear and llama3 scale a frequency by its own size alone and yarn by
+    its place, which stays, but for a ramp that would end after the last dim. `factor` is what the tables are
+    multiplied by: latent classes read yarn's mscale_all_dim as a softmax scale besides, so it is said outright.
     """
-    return {**parameters, "rope_theta": float(parameters["rope_theta"]) ** (dims / head_dim)}
+    found = {key: value for key, value in parameters.items() if key not in _MAGNITUDES}
+    if found.keys() != parameters.keys():
+        found["attention_factor"] = factor
+    return {**found, "rope_theta": float(parameters["rope_theta"]) ** (dims / head_dim)}
 
 
 def own_table(parameters: Mapping[str, Any], speeds: tuple[float, ...], factor: float, longest: int) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def _given(architecture: Architecture, config: Mapping[str, Any], key: str) -> b
 
 
 def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[int | None]:
-    window = config.get("sliding_window")
+    # null says that there is none; silence leaves what the class assumes.
+    window = config.get("sliding_window", architecture.defaults.get("sliding_window"))
     if type(window) is not int or window < 1:
         return [None] * layers
     types = config.get("layer_types")

@@ -84,13 +84,15 @@ def plan_latent(
         )
     alpha, scales = _rescale(entry, config)
     q_lora_rank = _q_lora_rank(request, entry, _hidden(architecture, config), name)
-    heads = spec.num_key_value_heads if rope == "re-rotate" else spec.num_attention_heads
+    layout = replace(entry.layout, per_query=rope != "re-rotate")
+    heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
     after = tuple(layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in before)
-    written = latent_config(entry, config)
+    written = latent_config(entry, config, architecture)
     written.update(_attention_config(entry, architecture, spec, target, heads, biased, q_lora_rank, config))
     written.update(_rotation(target, written, rope_parameters(config), spec.head_dim))
+    _check_grid(target, written, name)
     return LatentPlan(
-        entry, target, Stored(entry.layout, alpha, q_lora_rank), after, written, biased, output_bias,
+        entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
         alpha, scales, own_slots=rope == "longrope" and not target.slots,
     )  # fmt: skip
 
@@ -118,8 +120,8 @@ def _host(
             why = f"{key} can't hold --rope {rope}"
         elif (biased and not entry.biased) or refused:
             why = f"{key} has no biases there"
-        elif request.engine not in entry.engines:
-            why = f"{request.engine} can't load {key}"
+        elif rope not in entry.engines.get(request.engine, ()):
+            why = f"{request.engine} can't load {key}" + (f" with --rope {rope}" if request.rope else "")
         else:
             return entry
     raise UsageError(f"{name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
@@ -202,7 +204,8 @@ def _rescale(entry: LatentHost, config: Mapping[str, Any]) -> tuple[float, dict[
     alpha = (entry.rms_norm_eps / own) ** 0.5
     scales = {f"{module}.{kind}": alpha for module in entry.rescaled for kind in ("weight", "bias")}
     if config.get("tie_word_embeddings", False):
-        # The head is the embedding, α times too large; the norm before it takes that back.
+        # The head is the embedding, α times too large, a copy of it too; the norm before it takes that back.
+        scales["lm_head.weight"] = alpha
         scales[entry.final_norm] = 1 / alpha
     return alpha, scales
 
@@ -226,7 +229,7 @@ def _attention_config(
     entry: LatentHost, architecture: Architecture, spec: AttentionSpec, target: LatentTarget, heads: int,
     biased: bool, q_lora_rank: int | None, source: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    keys = entry.architecture.keys
+    keys, count = entry.architecture.keys, architecture.keys.num_hidden_layers
     found: dict[str, Any] = {
         "kv_lora_rank": target.kv_lora_rank,
         "qk_rope_head_dim": target.qk_rope_head_dim,
@@ -236,7 +239,8 @@ def _attention_config(
     if keys.num_key_value_heads:
         found[keys.num_key_value_heads] = heads
     if entry.layout.neutral:
-        found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": source[architecture.keys.num_hidden_layers]}
+        layers = source.get(count, architecture.defaults.get(count))
+        found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": layers}
     elif target.form != "free":
         found |= {
             "rope_mode": "re-rotate" if target.form == "re-rotate" else "decoupled",
@@ -246,6 +250,19 @@ def _attention_config(
     return found
 
 
+def _check_grid(target: LatentTarget, written: Mapping[str, Any], name: str) -> None:
+    """Refuse a shared rotary key whose table the host would make another of; yarn's ramp ends with the dims."""
+    if target.form != "grid":
+        return
+    found = source_frequencies(written, target.qk_rope_head_dim, name).speeds
+    if any(abs(one - other) > 1e-6 * other for one, other in zip(found, target.frequencies, strict=False)):
+        raise UsageError(
+            f"{name}'s {written['rope_parameters']['rope_type']} scaling of its highest frequencies can't be written "
+            f"for {target.qk_rope_head_dim} rotary dims alone.",
+            "Raise --qk-rope-head-dim, or use --rope longrope.",
+        )
+
+
 def _rotation(
     target: LatentTarget, config: Mapping[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
 ) -> dict[str, Any]:
@@ -253,7 +270,7 @@ def _rotation(
     if target.form == "free":
         return {}
     if target.form == "grid":
-        return {"rope_parameters": highest(parameters, target.qk_rope_head_dim, head_dim)}
+        return {"rope_parameters": highest(parameters, target.qk_rope_head_dim, head_dim, target.rotary_factor)}
     if target.form == "re-rotate" or not target.slots:
         return {"rope_parameters": dict(parameters)}
     speeds = tuple(target.frequencies[slot] for slot in target.slots)

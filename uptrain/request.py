@@ -70,6 +70,10 @@ class Request:
             _one_of("--dtype", self.dtype, FLOAT_DTYPES)
         if self.method == "calibrated" and self.grouping != "contiguous":
             raise UsageError("--grouping similar doesn't go with --method calibrated.", "Use --method svd.")
+        if self.calibrate != "builtin" and self.method != "calibrated":
+            raise UsageError(
+                f"--calibrate {self.calibrate} is for --method calibrated, not {self.method}.", "Leave one of them out."
+            )
         if self.calibration_tokens < 1 or (self.repair_steps or 0) < 0:
             raise UsageError("--calibration-tokens and --repair-steps can't be negative.")
         if self.target == "mqa" and self.groups not in (None, 1):

@@ -20,9 +20,10 @@ class LatentHost:
 
     `ropes` are the rotary forms it has, the first its default; `biased` says whether queries and the latent may have
     biases; `refuses` maps a source config key to the values (None: any but null) it can't hold. `engines` are those
-    that load it. `keep` names the source config's keys to take over, None for all. `rms_norm_eps` is what the config
-    must say for all engines to agree, `rescaled` the modules whose output joins the residual stream, embeddings
-    included, and `final_norm` the norm before the head: scaling the stream keeps every other norm as it was.
+    that load it, and with which forms. `keep` names the source config's keys to take over, None for all.
+    `rms_norm_eps` is what the config must say for all engines to agree, `rescaled` the modules whose output joins
+    the residual stream, embeddings included, and `final_norm` the norm before the head: scaling the stream keeps
+    every other norm as it was.
     """
 
     host: Host
@@ -30,7 +31,7 @@ class LatentHost:
     ropes: tuple[str, ...]
     biased: bool = True
     refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _NOTHING)
-    engines: tuple[str, ...] = ("any",)
+    engines: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     keep: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
     rms_norm_eps: float | None = None
@@ -60,13 +61,14 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
                     "attention_bias": False, "rope_interleave": True, "q_lora_rank": None, "n_routed_experts": 8,
                     "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
                     "moe_intermediate_size": 64, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+                    "num_nextn_predict_layers": 0,
                 },
             ),
             LatentLayout(fold_scale=True, neutral=True),
             ropes=("grid", "longrope"),
             biased=False,
             refuses={"attention_bias": (True,), "mlp_bias": (True,)},
-            engines=("any", "llama.cpp"),
+            engines={"any": ("grid", "longrope"), "llama.cpp": ("grid", "longrope")},
             keep=_KEPT,
             dtypes=("F64", "F32", "BF16"),
             rms_norm_eps=1e-6,
@@ -87,10 +89,12 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
             ),
             LatentLayout(),
             ropes=("grid", "longrope", "re-rotate"),
+            engines={"any": ("grid", "longrope", "re-rotate")},
         ),
         "uptrain_gpt2_mla": LatentHost(
             Host(
                 UPTRAIN_GPT2_MLA,
+                drop=("num_key_value_heads",),
                 remote_code="modeling_uptrain_gpt2_mla.py",
                 auto_classes={
                     "AutoConfig": "UptrainGPT2MLAConfig",
@@ -100,14 +104,19 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
             ),
             LatentLayout(output="c_proj", output_transposed=True),
             ropes=("free",),
+            engines={"any": ("free",)},
         ),
     }
 )  # fmt: skip
 
 
-def latent_config(entry: LatentHost, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the source's config rewritten for a latent host, its attention sizes and rotation not yet set."""
-    kept = source if entry.keep is None else {key: source[key] for key in entry.keep if key in source}
+def latent_config(entry: LatentHost, source: Mapping[str, Any], family: Architecture) -> dict[str, Any]:
+    """Return the source's config rewritten for a latent host, its attention sizes and rotation not yet set.
+
+    Where the source is silent, its own family's default is written: the host's may be another.
+    """
+    said = {**family.defaults, **source}
+    kept = said if entry.keep is None else {key: said[key] for key in entry.keep if key in said}
     config = host_config(entry.host, kept)
     for key in ("rope_theta", "rope_scaling", "rope_parameters"):
         config.pop(key, None)
