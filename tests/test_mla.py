@@ -117,8 +117,10 @@ def test_a_single_key_head_fits_the_grid_exactly(tmp_path):
 
 
 def test_two_factor_queries_for_llama_cpp_change_nothing(tmp_path):
-    model = source(tmp_path / "src", "llama", num_key_value_heads=2)
-    convert(str(tmp_path / "src"), tmp_path / "out", everything_rotary(model, engine="llama.cpp"))
+    model = source(tmp_path / "src", "llama", num_key_value_heads=1)
+    dims = model.config.hidden_size // model.config.num_attention_heads
+    request = Request("mla", kv_lora_rank=dims, qk_rope_head_dim=dims, engine="llama.cpp")
+    convert(str(tmp_path / "src"), tmp_path / "out", request)
     found = loaded(tmp_path / "out")
     assert found.config.q_lora_rank == model.config.hidden_size
     assert_same_logits(found, model)

@@ -119,6 +119,17 @@ def test_one_key_head_on_the_grid_is_exact_whatever_the_scaling(
     assert_same_logits(load(tmp_path / "out"), load(source))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_unrotated_dims_keep_the_rotary_tables_factor(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
+    """All pairs but the first stand still in this source, so leaving them unrotated must lose nothing."""
+    still = {**YARN, "factor": 1e8, "original_max_position_embeddings": 7, "attention_factor": 1.5}
+    changes = {"attention_bias": False} if model_type == "llama" else {}
+    source = save_tiny(model_type, 1, head_dim=16, rope_parameters=still, **changes)
+    assert load(source).model.rotary_emb.inv_freq[1] < 1e-7
+    convert(str(source), tmp_path / "out", Request("mla", kv_lora_rank=31, qk_rope_head_dim=2))
+    assert_same_logits(load(tmp_path / "out"), load(source), atol=5e-5)
+
+
 @every_rope
 @pytest.mark.parametrize("heads", [1, 2])
 def test_rotating_on_reading_is_exact_for_shared_heads_too(
@@ -265,8 +276,9 @@ def test_a_window_is_refused_even_where_only_the_class_knows_of_it(save_tiny: Sa
 
 def test_what_an_engine_cannot_load_is_refused(save_tiny: Save) -> None:
     source = llama(save_tiny, 2)
-    with pytest.raises(UsageError, match=r"llama\.cpp can't load .* with --rope re-rotate"):
-        plan_conversion(str(source), Request("mla", rope="re-rotate", engine="llama.cpp"))
+    for rope in ("longrope", "re-rotate"):
+        with pytest.raises(UsageError, match=rf"llama\.cpp can't load .* with --rope {rope}"):
+            plan_conversion(str(source), Request("mla", rope=rope, engine="llama.cpp"))
 
 
 def test_text_without_calibration_is_a_contradiction() -> None:

@@ -68,7 +68,8 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
             ropes=("grid", "longrope"),
             biased=False,
             refuses={"attention_bias": (True,), "mlp_bias": (True,)},
-            engines={"any": ("grid", "longrope"), "llama.cpp": ("grid", "longrope")},
+            # llama.cpp has no place for a table of frequencies in this architecture.
+            engines={"any": ("grid", "longrope"), "llama.cpp": ("grid",)},
             keep=_KEPT,
             dtypes=("F64", "F32", "BF16"),
             rms_norm_eps=1e-6,

@@ -31,7 +31,7 @@ FORMS = {"free": "free", "grid": "decoupled", "longrope": "decoupled", "re-rotat
 def latent_shape(target: LatentTarget) -> LatentShape:
     """Return what a layer becomes, in the factorisation's words."""
     form: Any = FORMS[target.form]
-    return LatentShape(form, target.kv_lora_rank, target.slots, nope=target.qk_nope_head_dim > 0)
+    return LatentShape(form, target.kv_lora_rank, target.slots, target.qk_nope_head_dim > 0, target.rotary_factor)
 
 
 def latent_layer(

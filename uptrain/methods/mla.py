@@ -31,13 +31,15 @@ class LatentShape:
     """Say what a layer becomes: a latent of `rank`, and rotary pairs with the source's frequencies `slots`.
 
     `free` has keys without rotation; `decoupled` a shared rotary key of 2·len(slots) dims beside unrotated ones;
-    `re-rotate` a latent whose keys are rotated when they are read. `nope` says whether unrotated key dims exist.
+    `re-rotate` a latent whose keys are rotated when they are read. `nope` says whether unrotated key dims exist;
+    `factor` is what the source's rotary tables are multiplied by, which unrotated queries then carry squared.
     """
 
     form: Form
     rank: int
     slots: tuple[int, ...] = ()
     nope: bool = True
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def factor_latent(
             raise ValueError("a decoupled rotary key needs rotary positions")
         shared, q_rope, rest = _split_rotary(layer, shape.slots, position, weights)
         turn = _turns(weights.kept_turn, position, layer.q.shape[1])
-        q_nope = apply_factor(layer.q_rows, position, weights.kept_turn.conj())
+        q_nope = apply_factor(layer.q_rows, position, weights.kept_turn.conj()) * shape.factor**2
         queries = turn @ weights.queries @ turn.mT
     else:
         shared = layer.k_rows[0, :0]
