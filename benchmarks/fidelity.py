@@ -67,7 +67,8 @@ def token_blocks(folder: Path, text: str, count: int, length: int) -> torch.Tens
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    whole = "".join(piece.text for piece in pieces([parse_source(text)]))
+    # Published figures are on "\n"; a file may have come by way of "\r\n".
+    whole = "".join(piece.text for piece in pieces([parse_source(text)])).replace("\r\n", "\n")
     ids = tokenizer(whole[: count * length * 12], return_tensors="pt", verbose=False).input_ids[0]
     count = min(count, len(ids) // length)
     return ids[: count * length].view(count, length)
