@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.source import resolve
+from uptrain.errors import CheckpointError
 from uptrain.hosts.register import register
 
 
@@ -17,12 +18,21 @@ def load(model: str | Path, *, absorbed: bool = True, revision: str | None = Non
     go to transformers' `from_pretrained` (dtype, device_map, attn_implementation, …).
 
     Raises:
-        UptrainError: there is no such checkpoint.
+        UptrainError: there is no such checkpoint, transformers can't load it, or its dtype can't hold it.
     """
     register()
     from transformers import AutoModelForCausalLM
 
-    found = AutoModelForCausalLM.from_pretrained(resolve(str(model), revision).path, **{"dtype": "auto", **options})
+    from uptrain.hosts import latent_norm
+
+    source = resolve(str(model), revision)
+    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
+    try:
+        found = AutoModelForCausalLM.from_pretrained(source.path, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"transformers can't load {source.name}: {reason}") from None
+    latent_norm.check_loaded(found)
     if absorbed:
         from uptrain.hosts.absorbed import absorb
 

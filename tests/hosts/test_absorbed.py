@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 import uptrain
 from tests.hosts.test_latent_norm import ids, neutral
+from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.absorbed import AbsorbedDeepseekV3Attention, absorb
 
 IMPLEMENTATIONS = ["sdpa", "eager"]
@@ -79,3 +80,11 @@ def test_load_absorbs_unless_told_not_to(tmp_path):
     kinds = [type(uptrain.load(tmp_path, absorbed=flag).model.layers[0].self_attn).__name__ for flag in (True, False)]
     assert kinds == ["AbsorbedDeepseekV3Attention", "DeepseekV3Attention"]
     assert type(uptrain.load("demo")).__name__ == "GPT2LMHeadModel"
+
+
+def test_load_refuses_what_would_give_no_numbers(tmp_path):
+    with pytest.raises(CheckpointError, match="transformers can't load"):
+        uptrain.load(tmp_path)
+    neutral().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="float16 can't hold"):
+        uptrain.load(tmp_path, dtype=torch.float16)

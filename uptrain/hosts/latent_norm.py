@@ -7,6 +7,7 @@ its latent at true scale, and is folded back when it is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,15 +22,24 @@ PAIRS = (("kv_a_proj_with_mqa", "kv_a_layernorm"), ("q_a_proj", "q_a_layernorm")
 
 
 class AbsentNorm(nn.Module):
-    """Pass a latent on as it is; remembers the ε and width of the norm that it stands for."""
+    """Pass a latent on; remembers the ε and width of the norm that it stands for.
+
+    Rows are unfolded by a power of two, which no dtype rounds, and not by weight/√ε; `gain` is the rest, near 1.
+    """
+
+    gain: float
+    factor: float
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.width, self.eps = width, eps
+        whole = NEUTRAL_WEIGHT / eps**0.5
+        self.factor = 2.0 ** round(math.log2(whole))
+        self.gain = whole / self.factor
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Return the latent."""
-        return latent
+        """Return the latent times `gain`."""
+        return latent * self.gain
 
 
 def is_neutral(norm: Any) -> bool:
@@ -48,8 +58,9 @@ def unfold(model: nn.Module) -> int:
     for owner, projection, norm in found:
         layer = getattr(owner, norm)
         width, eps = len(layer.weight), float(layer.variance_epsilon)
-        _scale(getattr(owner, projection), width, NEUTRAL_WEIGHT / eps**0.5)
-        setattr(owner, norm, AbsentNorm(width, eps))
+        absent = AbsentNorm(width, eps)
+        _scale(getattr(owner, projection), width, absent.factor)
+        setattr(owner, norm, absent)
     return len(found)
 
 
@@ -66,7 +77,7 @@ def fold(model: nn.Module, dtype: torch.dtype) -> None:
     for owner, projection, norm in absent:
         layer = getattr(owner, norm)
         rows = getattr(owner, projection)
-        _scale(rows, layer.width, layer.eps**0.5 / NEUTRAL_WEIGHT)
+        _scale(rows, layer.width, 1 / layer.factor)
         setattr(owner, norm, _norm_like(model, layer, rows.weight))
 
 
@@ -82,6 +93,18 @@ def check_dtype(dtype: torch.dtype) -> None:
         )
 
 
+def check_loaded(model: nn.Module) -> None:
+    """Refuse a model whose neutral norms have overflowed in the dtype that it was loaded in.
+
+    Raises:
+        UsageError: float16.
+    """
+    for owner, _, norm in _pairs(model):
+        weight = getattr(getattr(owner, norm), "weight", None)
+        if isinstance(weight, Tensor) and bool(weight.isinf().all()):
+            check_dtype(weight.dtype)
+
+
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     for module in list(model.modules()):
         for projection, norm in PAIRS:
@@ -90,10 +113,10 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 def _scale(projection: Any, rows: int, factor: float) -> None:
-    """Multiply the first `rows` rows (and biases); in float32, so that bfloat16 comes back to the same bits."""
+    """Multiply the first `rows` rows (and biases) by a power of two."""
     for value in (projection.weight, projection.bias):
         if value is not None:
-            value[:rows] = (value[:rows].float() * factor).to(value.dtype)
+            value[:rows] *= factor
 
 
 def _norm_like(model: nn.Module, absent: AbsentNorm, weight: Tensor) -> nn.Module:
