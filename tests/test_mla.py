@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import uptrain
@@ -256,3 +257,14 @@ def test_a_latent_is_not_converted_again(tmp_path):
     convert(str(tmp_path / "src"), tmp_path / "out", CACHED["llama"])
     with pytest.raises(UsageError, match="keeps a latent already"):
         convert(str(tmp_path / "out"), tmp_path / "again", Request("mqa"))
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_a_tied_head_becomes_a_tensor_of_its_own(tmp_path, eps):
+    """vLLM's deepseek class never ties them: what it reads must be there."""
+    model = source(tmp_path / "src", "llama", num_key_value_heads=2, rms_norm_eps=eps, tie_word_embeddings=True)
+    convert(str(tmp_path / "src"), tmp_path / "out", everything_rotary(model))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    head = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(head, model.model.embed_tokens.weight)
+    assert_same_logits(loaded(tmp_path / "out"), model)

@@ -18,7 +18,7 @@ from uptrain.hosts.table import Host, host_config, host_of, own_host
 from uptrain.latent_packing import latent_shapes
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
-from uptrain.plan_latent import LatentPlan, plan_latent
+from uptrain.plan_latent import HEAD, LatentPlan, plan_latent
 from uptrain.request import CHANGED_PARTS, Request, resolve_groups
 
 PLAN_FORMAT = 1
@@ -188,6 +188,12 @@ class _Planner:
             if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
                 continue
             if name not in attention:
+                if self.latent is not None and self.latent.head_of:
+                    if name == HEAD:
+                        continue  # a copy of the embedding, which is made below
+                    if name.endswith(self.latent.head_of):
+                        head = TensorInfo(HEAD, self._dtype(info.dtype), info.shape, "", -1, -1)
+                        yield OutputTensor(head, "copy", name)
                 yield self._passed(name, info)
                 continue
             layer, outputs = attention[name]

@@ -19,6 +19,8 @@ from uptrain.request import Request
 
 ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
 
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
 FAST = 512 + 64
 """Cached values a token that the fast MLA kernels of today's engines are written for."""
 
@@ -28,7 +30,8 @@ class LatentPlan:
     """All that a conversion to a latent needs beyond what every plan has.
 
     `scales` maps the ends of tensor names outside attention to what they are multiplied by, `alpha` is the residual
-    stream's factor. With `own_slots` the target's slots are still to be chosen, by what unrotated pairs would cost.
+    stream's factor, `head_of` ends the name of the embedding that a head is copied from. With `own_slots` the target's
+    slots are still to be chosen, by what unrotated pairs would cost.
     """
 
     entry: LatentHost
@@ -41,6 +44,7 @@ class LatentPlan:
     alpha: float = 1.0
     scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     own_slots: bool = False
+    head_of: str = ""
 
     def with_slots(self, slots: tuple[int, ...]) -> LatentPlan:
         """Return the plan with its rotary pairs chosen and their table in the config."""
@@ -91,9 +95,12 @@ def plan_latent(
     written.update(_attention_config(entry, architecture, spec, target, heads, biased, q_lora_rank, config))
     written.update(_rotation(target, written, rope_parameters(config), spec.head_dim))
     _check_grid(target, written, name)
+    tied = entry.untied and bool(config.get("tie_word_embeddings", False))
+    if tied:
+        written["tie_word_embeddings"] = False
     return LatentPlan(
         entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
-        alpha, scales, own_slots=rope == "longrope" and not target.slots,
+        alpha, scales, rope == "longrope" and not target.slots, EMBEDDING if tied else "",
     )  # fmt: skip
 
 
@@ -203,10 +210,6 @@ def _rescale(entry: LatentHost, config: Mapping[str, Any]) -> tuple[float, dict[
         raise UsageError("An rms_norm_eps of 0 can't be kept in a class that shares it with the latent's norm.")
     alpha = (entry.rms_norm_eps / own) ** 0.5
     scales = {f"{module}.{kind}": alpha for module in entry.rescaled for kind in ("weight", "bias")}
-    if config.get("tie_word_embeddings", False):
-        # The head is the embedding, α times too large, a copy of it too; the norm before it takes that back.
-        scales["lm_head.weight"] = alpha
-        scales[entry.final_norm] = 1 / alpha
     return alpha, scales
 
 

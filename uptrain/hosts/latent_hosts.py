@@ -21,9 +21,9 @@ class LatentHost:
     `ropes` are the rotary forms it has, the first its default; `biased` says whether queries and the latent may have
     biases; `refuses` maps a source config key to the values (None: any but null) it can't hold. `engines` are those
     that load it, and with which forms. `keep` names the source config's keys to take over, None for all.
-    `rms_norm_eps` is what the config must say for all engines to agree, `rescaled` the modules whose output joins
-    the residual stream, embeddings included, and `final_norm` the norm before the head: scaling the stream keeps
-    every other norm as it was.
+    `rms_norm_eps` is what the config must say for all engines to agree, and `rescaled` the modules whose output joins
+    the residual stream, embeddings included: scaling the stream keeps every other norm as it was. `untied` hosts get
+    a head of their own where the source's is tied to its embedding.
     """
 
     host: Host
@@ -36,7 +36,7 @@ class LatentHost:
     dtypes: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
     rms_norm_eps: float | None = None
     rescaled: tuple[str, ...] = ()
-    final_norm: str = ""
+    untied: bool = False
 
     @property
     def architecture(self) -> Architecture:
@@ -74,7 +74,8 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
             dtypes=("F64", "F32", "BF16"),
             rms_norm_eps=1e-6,
             rescaled=("embed_tokens", "mlp.down_proj"),
-            final_norm="norm.weight",
+            # vLLM's class never ties its head: tied, it would compute nonsense there without a word.
+            untied=True,
         ),
         "uptrain_llama_mla": LatentHost(
             Host(
