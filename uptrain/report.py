@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain import console
+from uptrain.architectures import Position
 from uptrain.console import size
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ def conversion(done: Conversion, as_json: bool) -> None:
         console.note(
             f"In layer {layer}, mean keeps {ours['keys']:.0%} of key and {ours['values']:.0%} of value energy; "
             f"--method svd would keep {better['keys']:.0%} and {better['values']:.0%}."
+            # Energy alone is no guide where each frequency has one slot: text must say which components matter.
+            + ("" if done.plan.architecture.position is Position.ABSOLUTE else " Rotary keys want --calibrate TEXT.")
         )
     console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
 
