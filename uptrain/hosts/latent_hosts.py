@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import DEEPSEEK_V3, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA, Architecture
-from uptrain.hosts.table import Host, host_config
+from uptrain.architectures import DEEPSEEK_V3, Architecture
+from uptrain.hosts.table import HOSTS, Host, host_config
 from uptrain.latent_packing import LatentLayout
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -78,32 +78,13 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
             untied=True,
         ),
         "uptrain_llama_mla": LatentHost(
-            Host(
-                UPTRAIN_LLAMA_MLA,
-                fill={"rms_norm_eps": 1e-6},
-                drop=("head_dim", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-                remote_code="modeling_uptrain_llama_mla.py",
-                auto_classes={
-                    "AutoConfig": "UptrainLlamaMLAConfig",
-                    "AutoModel": "UptrainLlamaMLAModel",
-                    "AutoModelForCausalLM": "UptrainLlamaMLAForCausalLM",
-                },
-            ),
+            HOSTS["uptrain_llama_mla"],
             LatentLayout(),
             ropes=("grid", "longrope", "re-rotate"),
             engines={"any": ("grid", "longrope", "re-rotate")},
         ),
         "uptrain_gpt2_mla": LatentHost(
-            Host(
-                UPTRAIN_GPT2_MLA,
-                drop=("num_key_value_heads",),
-                remote_code="modeling_uptrain_gpt2_mla.py",
-                auto_classes={
-                    "AutoConfig": "UptrainGPT2MLAConfig",
-                    "AutoModel": "UptrainGPT2MLAModel",
-                    "AutoModelForCausalLM": "UptrainGPT2MLALMHeadModel",
-                },
-            ),
+            HOSTS["uptrain_gpt2_mla"],
             LatentLayout(output="c_proj", output_transposed=True),
             ropes=("free",),
             engines={"any": ("free",)},

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, Architecture
+from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA, Architecture
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -46,6 +46,27 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
             drop=("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "num_key_value_heads"),
             transposes=("mlp.c_fc", "mlp.c_proj"),
         ),
+        "uptrain_llama_mla": Host(
+            UPTRAIN_LLAMA_MLA,
+            fill={"rms_norm_eps": 1e-6},
+            drop=("head_dim", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+            remote_code="modeling_uptrain_llama_mla.py",
+            auto_classes={
+                "AutoConfig": "UptrainLlamaMLAConfig",
+                "AutoModel": "UptrainLlamaMLAModel",
+                "AutoModelForCausalLM": "UptrainLlamaMLAForCausalLM",
+            },
+        ),
+        "uptrain_gpt2_mla": Host(
+            UPTRAIN_GPT2_MLA,
+            drop=("num_key_value_heads",),
+            remote_code="modeling_uptrain_gpt2_mla.py",
+            auto_classes={
+                "AutoConfig": "UptrainGPT2MLAConfig",
+                "AutoModel": "UptrainGPT2MLAModel",
+                "AutoModelForCausalLM": "UptrainGPT2MLALMHeadModel",
+            },
+        ),
         "uptrain_gpt2": Host(
             UPTRAIN_GPT2,
             remote_code="modeling_uptrain_gpt2.py",
@@ -57,15 +78,6 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
         ),
     }
 )
-
-
-MODELLING_FILES: Mapping[str, str] = MappingProxyType(
-    {
-        "uptrain_gpt2_mla": "modeling_uptrain_gpt2_mla.py",
-        "uptrain_llama_mla": "modeling_uptrain_llama_mla.py",
-    }
-)
-"""Our own modelling files of model types that are results only."""
 
 
 def host_of(architecture: Architecture, target: str, config: Mapping[str, Any], same: bool) -> Host:
@@ -84,7 +96,7 @@ def own_host(architecture: Architecture) -> Host:
     """Return the family's own class as a host, with its modelling file where that is ours."""
     known = HOSTS.get(architecture.model_type)
     if known is None or known.architecture is not architecture or not known.remote_code:
-        return Host(architecture, remote_code=MODELLING_FILES.get(architecture.model_type, ""))
+        return Host(architecture)
     return Host(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 
