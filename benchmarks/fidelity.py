@@ -34,7 +34,7 @@ from uptrain.methods import baselines
 from uptrain.methods.bridge import maps_of, position_of
 from uptrain.methods.heads import HeadMaps
 from uptrain.model_config import architecture_of, attention_layers
-from uptrain.packing import modules_of, split
+from uptrain.packing import read_layer
 from uptrain.plan import find_prefix
 from uptrain.recipes import parse_source
 from uptrain.request import CHANGED_PARTS, Request
@@ -97,12 +97,10 @@ def pool_in_place(folder: Path, groups: int, method: str) -> Any:
     model, checkpoint = load(folder), open_checkpoint(folder)
     architecture = architecture_of(checkpoint.config, str(folder))
     prefix = find_prefix(architecture, checkpoint, str(folder))
-    names = modules_of(architecture.projections, frozenset("qkvo"))
     for number, spec in enumerate(attention_layers(architecture, checkpoint.config, str(folder))):
         base = architecture.layer.format(prefix=prefix, layer=number)
-        stored = {f"{m}.{k}": f"{base}{m}.{k}" for m in names for k in ("weight", "bias")}
-        tensors = {short: checkpoint.read(name) for short, name in stored.items() if name in checkpoint.tensors}
-        maps, position = maps_of(split(architecture.projections, spec, tensors)), position_of(architecture, spec)
+        maps = maps_of(read_layer(checkpoint, architecture.projections, spec, base))
+        position = position_of(architecture, spec)
         if method == "renormed":
             pooled = baselines.mean_renormed(maps, groups, None)
         else:

@@ -10,6 +10,7 @@ import numpy as np
 from uptrain.architectures import Packing, Projections
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.arrays import Array
+from uptrain.checkpoint.reader import Checkpoint
 
 PARTS = ("q", "k", "v", "o")
 
@@ -57,6 +58,19 @@ def module_of(projections: Projections, part: str) -> str:
 def modules_of(projections: Projections, parts: frozenset[str]) -> tuple[str, ...]:
     """Name the linear modules that hold `parts`, each once, in the order q, k, v, o."""
     return tuple(dict.fromkeys(module_of(projections, part) for part in PARTS if part in parts))
+
+
+def read_layer(
+    checkpoint: Checkpoint,
+    projections: Projections,
+    spec: AttentionSpec,
+    base: str,
+    parts: frozenset[str] = frozenset(PARTS),
+) -> LayerHeads:
+    """Read and split the modules that hold `parts` of the attention named `base` ("model.layers.0.self_attn.")."""
+    names = [f"{module}.{kind}" for module in modules_of(projections, parts) for kind in ("weight", "bias")]
+    stored = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
+    return split(projections, spec, stored)
 
 
 def split(projections: Projections, spec: AttentionSpec, tensors: Mapping[str, Array]) -> LayerHeads:

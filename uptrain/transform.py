@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from uptrain.errors import CheckpointError, UsageError
 from uptrain.latent_packing import LatentHeads, join_latent
 from uptrain.methods import estimate
 from uptrain.methods.gqa import pool_layer
-from uptrain.packing import LayerHeads, join, module_of, modules_of, split
+from uptrain.packing import LayerHeads, join, module_of, read_layer
 from uptrain.plan import Plan
 from uptrain.plan_latent import LatentPlan
 
@@ -60,9 +60,7 @@ class LayerMaker:
         moved = projections != plan.host.architecture.projections
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
         base = plan.architecture.layer.format(prefix=plan.prefix, layer=layer)
-        names = [f"{m}.{kind}" for m in modules_of(projections, parts) for kind in ("weight", "bias")]
-        tensors = {name: self.checkpoint.read(base + name) for name in names if base + name in self.checkpoint.tensors}
-        heads = split(projections, plan.before[layer], tensors)
+        heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
         if plan.latent is not None:
             out = join_latent(self._latent(heads, layer, plan.latent), plan.latent.stored, plan.before[layer].head_dim)
             return {name: self._finish(layer, base, name, array) for name, array in out.items()}
@@ -132,18 +130,14 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
     if plan.latent is None:
         raise ValueError("only latents have rotary pairs to choose")
     methods, architecture = _torch_methods(), plan.architecture
-    names = [
-        f"{m}.{kind}" for m in modules_of(architecture.projections, frozenset("qkvo")) for kind in ("weight", "bias")
-    ]
-
-    def layers() -> Iterator[LayerHeads]:
-        for layer, spec in enumerate(plan.before):
-            base = architecture.layer.format(prefix=plan.prefix, layer=layer)
-            stored = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
-            yield split(architecture.projections, spec, stored)
-
+    layers = (
+        read_layer(
+            checkpoint, architecture.projections, spec, architecture.layer.format(prefix=plan.prefix, layer=layer)
+        )
+        for layer, spec in enumerate(plan.before)
+    )
     position = methods.position_of(architecture, plan.before[0])
-    return methods.slots_by_weights(layers(), plan.latent.target, position)
+    return methods.slots_by_weights(layers, plan.latent.target, position)
 
 
 class _TorchMethods(NamedTuple):

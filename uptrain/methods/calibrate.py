@@ -26,7 +26,7 @@ from uptrain.methods.layered import LayeredModel
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.methods.streams import Streams, open_streams
-from uptrain.packing import LayerHeads, modules_of, split
+from uptrain.packing import LayerHeads, read_layer
 
 Result = LayerHeads | LatentHeads
 
@@ -167,8 +167,5 @@ def _gain(model: LayeredModel) -> float:
 
 def read_heads(checkpoint: Checkpoint, target: Target, layer: int) -> LayerHeads:
     """Return one layer's heads, as the checkpoint stores them."""
-    projections = target.architecture.projections
     base = target.architecture.layer.format(prefix=target.prefix, layer=layer)
-    names = [f"{m}.{kind}" for m in modules_of(projections, frozenset("qkvo")) for kind in ("weight", "bias")]
-    tensors = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
-    return split(projections, target.before[layer], tensors)
+    return read_layer(checkpoint, target.architecture.projections, target.before[layer], base)
