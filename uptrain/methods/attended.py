@@ -8,9 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uptrain.methods.energy import LayerWeights, Shares, layer_weights, rotated_energy, weighted_energy
+from uptrain.methods.energy import (
+    LayerWeights,
+    Shares,
+    layer_weights,
+    output_energy,
+    rotated_energy,
+    weighted_energy,
+)
 from uptrain.methods.factor import damped
-from uptrain.methods.factored import DAMPING, absorb, expand, pooled_rows, share_keys, share_values
+from uptrain.methods.factored import DAMPING, absorb, expand, pooled_rows, share_keys, share_values, spans_of
 from uptrain.methods.heads import HeadMaps
 from uptrain.methods.layered import Layer, Parameters
 from uptrain.methods.rotary import Rotary
@@ -75,10 +82,9 @@ def share_layer(
 
     The shares of `calibrated`, `svd` and `mean` are measured in these weights, in which `calibrated` is the best.
     """
-    spans = _spans(layer.kv_heads, groups)
+    spans = spans_of(layer.kv_heads, groups)
     energy = moments.queries if position is None else rotated_energy(moments.queries, position)
-    outputs = torch.stack([weight.mT @ weight for weight in layer.o.unbind(1)])
-    felt = outputs.unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
+    felt = output_energy(layer)
     key_weights = [LayerWeights(energy, felt, damped(_centred(moment), DAMPING)) for moment in moments.keys]
     value_weights = [LayerWeights(energy, felt, damped(moment, DAMPING)) for moment in moments.values]
     keys = [share_keys(layer, weights, span, position) for weights, span in zip(key_weights, spans, strict=True)]
@@ -100,11 +106,6 @@ def share_layer(
         for name, (k, v) in candidates.items()
     }
     return absorb(layer, keys, values, position), kept
-
-
-def _spans(heads: int, groups: int) -> list[range]:
-    size = heads // groups
-    return [range(start, start + size) for start in range(0, heads, size)]
 
 
 def _centred(moment: Tensor) -> Tensor:

@@ -44,13 +44,18 @@ def layer_weights(layer: HeadMaps, position: Rotary | None, second_moment: Tenso
             None,
         )
     queries = torch.stack([gram(rows, second_moment) for rows in layer.q_rows]) / dims
-    outputs = torch.stack([weight.mT @ weight for weight in layer.o.unbind(1)])
     per = layer.queries_per_kv
     keys = queries.unflatten(0, (layer.kv_heads, per)).sum(1)
-    values = outputs.unflatten(0, (layer.kv_heads, per)).sum(1)
     if position is not None:
         keys = rotated_energy(keys, position)
-    return LayerWeights(keys, values, second_moment)
+    return LayerWeights(keys, output_energy(layer), second_moment)
+
+
+def output_energy(layer: HeadMaps) -> Tensor:
+    """Return Σ W_oᵀ W_o over the query heads that read each value head, (G, Dv, Dv): what its errors are felt by."""
+    by_query = torch.stack([weight.mT @ weight for weight in layer.o.unbind(1)])
+    by_head: Tensor = by_query.unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
+    return by_head
 
 
 def shares(layer: HeadMaps, weights: LayerWeights, keys: Tensor, values: Tensor) -> Shares:

@@ -56,8 +56,7 @@ def factor_heads(
     name = "svd" if second_moment is None else "calibrated"
     if groups == layer.kv_heads:
         return Conversion(layer, {kind: Shares(1.0, 1.0) for kind in (name, "mean", "first")})
-    size = layer.kv_heads // groups
-    spans = [range(start, start + size) for start in range(0, layer.kv_heads, size)]
+    spans = spans_of(layer.kv_heads, groups)
     keys = [share_keys(layer, weights, span, position) for span in spans]
     values = [share_values(layer, weights, span) for span in spans]
     converted = absorb(layer, keys, values, position)
@@ -67,6 +66,12 @@ def factor_heads(
         "first": pooled_shares(layer, weights, groups, "first"),
     }
     return Conversion(converted, kept)
+
+
+def spans_of(heads: int, groups: int) -> list[range]:
+    """Return the heads of each group: neighbours, as `repeat_kv` has them."""
+    size = heads // groups
+    return [range(start, start + size) for start in range(0, heads, size)]
 
 
 def pooled_shares(layer: HeadMaps, weights: LayerWeights, groups: int, how: str) -> Shares:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from uptrain.methods.energy import Shares, rotated_energy, weighted_energy
+from uptrain.methods.energy import Shares, output_energy, rotated_energy, weighted_energy
 from uptrain.methods.factor import damped, factor, gram, matrix_root
 from uptrain.methods.factored import DAMPING
 from uptrain.methods.heads import HeadMaps
@@ -280,7 +280,5 @@ def calibrated_weights(
     layer: HeadMaps, queries: Tensor, second_moment: Tensor, distances: Tensor, frequencies: Tensor | None
 ) -> LatentWeights:
     """Return the weights that text gives: `queries` (H, D, D), `second_moment` (d̃, d̃), `distances` (H, T)."""
-    outputs = torch.stack([weight.mT @ weight for weight in layer.o.double().unbind(1)])
-    felt = outputs.unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
     kept = None if frequencies is None else mean_turn(frequencies, distances)
-    return LatentWeights(queries, felt, damped(second_moment, DAMPING), kept)
+    return LatentWeights(queries, output_energy(layer), damped(second_moment, DAMPING), kept)
