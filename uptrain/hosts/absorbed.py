@@ -16,7 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     eager_attention_forward,
 )
 
-from uptrain.hosts.modeling_uptrain_llama_mla import fold_heads
+from uptrain.hosts.modeling_uptrain_llama_mla import UptrainLlamaMLAAttention, fold_heads
 
 
 class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
@@ -25,22 +25,18 @@ class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
     Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.2: W_uk goes into the queries and W_uv into the output.
     """
 
-    def pays(self, tokens: int, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Tell whether `tokens` queries should attend over the latent (batch, 1, slots, kv_lora_rank) as it is."""
-        layer: Any = self  # the stock class declares None where its config allows it
-        slots, rank, rope = latent.shape[2], layer.kv_lora_rank, layer.qk_rope_head_dim
-        width = layer.qk_nope_head_dim + layer.v_head_dim
-        expanded = slots * (rank * width + tokens * (width + rope))
-        absorbed = tokens * (rank * width + slots * 2 * (rank + rope))
-        return (
-            tokens < slots
-            and absorbed < expanded
-            and self.config._attn_implementation in ("sdpa", "eager")
-            and (attention_mask is not None or tokens == 1)
-            # Adapted and quantised layers can only be called.
-            and type(self.kv_b_proj) is nn.Linear
-            and self.kv_b_proj.weight.device == latent.device
-        )
+    # The same reckoning as in our own class, from the same sizes.
+    pays = UptrainLlamaMLAAttention.absorbs
+
+    @property
+    def latent_sizes(self) -> list[Any]:
+        """Return the widths of what is cached: latent and rotary key."""
+        return [self.kv_lora_rank, self.qk_rope_head_dim]
+
+    @property
+    def kv_sizes(self) -> list[Any]:
+        """Return the widths that a head's latent expands to: key and value."""
+        return [self.qk_nope_head_dim, self.v_head_dim]
 
     def forward(  # type: ignore[override]
         self,
@@ -69,10 +65,10 @@ class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
         query_rope, key_rope = rotate(query_rope, key_rope, *position_embeddings)
         latent, key_rope = past_key_values.update(latent, key_rope, layer.layer_idx)
 
-        absorbed = self.pays(tokens, latent, attention_mask)
+        absorbed = layer.pays(tokens, latent, attention_mask)
         if absorbed:
             up = layer.kv_b_proj.weight.unflatten(0, (-1, layer.qk_nope_head_dim + layer.v_head_dim))
-            key_up, value_up = up.split([layer.qk_nope_head_dim, layer.v_head_dim], dim=1)
+            key_up, value_up = up.split(self.kv_sizes, dim=1)
             query = torch.einsum("bhtd,hdr->bhtr", query, key_up)
             query = fold_heads(torch.cat([query, query_rope], dim=-1))
             # The rotary part of the "value" is dropped below: kernels want keys and values of one width.
