@@ -110,7 +110,7 @@ def calibrate_plan(
         )
     settings = CalibrationSettings(memory=memory, folder=folder, seed=plan.request.seed)
     if plan.request.repair_steps is not None:
-        settings = CalibrationSettings(**{**asdict(settings), "repair_steps": plan.request.repair_steps})
+        settings = replace(settings, repair_steps=plan.request.repair_steps)
     blocks = torch.from_numpy(text.ids[: count * length]).view(count, length)
     target = _target(plan)
     slots: tuple[int, ...] = ()

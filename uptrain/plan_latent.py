@@ -15,6 +15,7 @@ from uptrain.errors import UsageError
 from uptrain.frequencies import Frequencies, highest, own_table, rope_parameters, source_frequencies
 from uptrain.hosts.latent_hosts import LATENT_HOSTS, LatentHost, latent_config
 from uptrain.latent_packing import LatentTarget, Rope, Stored
+from uptrain.model_config import config_value
 from uptrain.request import Request
 
 ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
@@ -78,7 +79,8 @@ def plan_latent(
     frequencies = Frequencies(())
     if rope in ("grid", "longrope"):
         frequencies = source_frequencies(config, spec.head_dim, name)
-    rank, rotary = _sizes(request, spec, _hidden(architecture, config), rope, name)
+    hidden = config_value(architecture, config, architecture.keys.hidden_size, name)
+    rank, rotary = _sizes(request, spec, hidden, rope, name)
     target = _target(request, spec, rope, rank, rotary, frequencies)
     dtype = _dtype(checkpoint, base, request)
     if dtype not in entry.dtypes:
@@ -87,7 +89,7 @@ def plan_latent(
             "Add --dtype bfloat16 or float32.",
         )
     alpha, scales = _rescale(entry, config)
-    q_lora_rank = _q_lora_rank(request, entry, _hidden(architecture, config), name)
+    q_lora_rank = _q_lora_rank(request, entry, hidden, name)
     layout = replace(entry.layout, per_query=rope != "re-rotate")
     heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
     after = tuple(layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in before)
@@ -132,11 +134,6 @@ def _host(
         else:
             return entry
     raise UsageError(f"{name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
-
-
-def _hidden(architecture: Architecture, config: Mapping[str, Any]) -> int:
-    key = architecture.keys.hidden_size
-    return int(config.get(key) or architecture.defaults[key])
 
 
 def _sizes(request: Request, spec: AttentionSpec, hidden: int, rope: str, name: str) -> tuple[int, int]:
