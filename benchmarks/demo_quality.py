@@ -18,7 +18,7 @@ from uptrain.data import read_tokens
 from uptrain.demo.text import documents
 from uptrain.evaluate import HELD_OUT, evaluate
 from uptrain.models import load_tokenizer
-from uptrain.recipes import Builtin
+from uptrain.recipe_schema import Builtin
 
 TRAIN = Builtin(builtin="python-stdlib")
 

@@ -36,7 +36,7 @@ from uptrain.methods.heads import HeadMaps
 from uptrain.model_config import architecture_of, attention_layers
 from uptrain.packing import read_layer
 from uptrain.plan import find_prefix
-from uptrain.recipes import parse_source
+from uptrain.recipe_schema import parse_source
 from uptrain.request import CHANGED_PARTS, Request
 
 BASELINES = ("renormed", "procrustes", "procrustes-renormed")

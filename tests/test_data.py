@@ -17,7 +17,7 @@ from tests.training import corpus, sentences, tokenizer
 from uptrain import documents
 from uptrain.data import BlockReader, TokenFile, TokenStream, read_tokens
 from uptrain.errors import UptrainError, UsageError
-from uptrain.recipes import Builtin, Dataset, DataSource, Files
+from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from uptrain.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.errors import UsageError
 from uptrain.evaluate import Evaluation, evaluate, windows
 from uptrain.hosts.register import register
-from uptrain.recipes import Files
+from uptrain.recipe_schema import Files
 
 
 @pytest.fixture

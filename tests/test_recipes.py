@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from uptrain import recipes
 from uptrain.errors import UsageError
-from uptrain.recipes import Builtin, Dataset, Files, parse_source
+from uptrain.recipe_schema import Builtin, Dataset, Files, parse_source
 
 BASE = {"model": "m", "output": "o", "data": ["a.txt"], "steps": 3}
 

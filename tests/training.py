@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import tiny_config, tiny_model
 from uptrain.models import new_tokenizer
-from uptrain.recipes import TokenizerSpec
+from uptrain.recipe_schema import TokenizerSpec
 
 WORDS = [
     "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew",

@@ -28,7 +28,7 @@ from uptrain.methods.latent_bridge import latent_shape
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.methods.slots import slots_by_text
 from uptrain.packing import Heads, LayerHeads
-from uptrain.recipes import parse_source
+from uptrain.recipe_schema import parse_source
 
 if TYPE_CHECKING:
     from uptrain.plan import Plan

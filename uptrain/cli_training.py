@@ -76,7 +76,7 @@ def evaluate(directory: str, texts: tuple[str, ...], as_json: bool, no_speed: bo
     from uptrain import report_training
     from uptrain.evaluate import HELD_OUT
     from uptrain.evaluate import evaluate as run
-    from uptrain.recipes import parse_source
+    from uptrain.recipe_schema import parse_source
 
     if no_speed:
         options["repeats"] = 0

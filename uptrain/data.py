@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.documents import Piece, fingerprint, open_dataset, pieces, rows
 from uptrain.errors import UptrainError, UsageError
-from uptrain.recipes import Dataset, DataSource
+from uptrain.recipe_schema import Dataset, DataSource
 
 Tokens = NDArray[np.integer[Any]]
 _BATCH_CHARACTERS = 2**20

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uptrain.errors import UptrainError, UsageError, did_you_mean
-from uptrain.recipes import Builtin, Dataset, DataSource, Files
+from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
 
 if TYPE_CHECKING:
     import datasets

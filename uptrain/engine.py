@@ -15,7 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
-from uptrain.recipes import Recipe
+from uptrain.recipe_schema import Recipe
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

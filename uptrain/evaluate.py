@@ -15,7 +15,7 @@ from uptrain import models
 from uptrain.checkpoint.source import resolve
 from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
-from uptrain.recipes import Builtin, DataSource
+from uptrain.recipe_schema import Builtin, DataSource
 
 HELD_OUT = Builtin(builtin="python-stdlib", split="held-out")
 _LOGITS = 2**24

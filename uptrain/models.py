@@ -17,7 +17,7 @@ from uptrain.checkpoint.manifest import MANIFEST
 from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.register import register
-from uptrain.recipes import TokenizerSpec
+from uptrain.recipe_schema import TokenizerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

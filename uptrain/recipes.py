@@ -1,154 +1,16 @@
-"""Recipes: strict YAML descriptions of a training run, with `key=value` overrides. Needs no torch."""
+"""Find, read and check recipes: YAML descriptions of a training run, with `key=value` overrides. Needs no torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from uptrain.errors import UsageError, did_you_mean
-
-TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson")
-
-
-class Strict(BaseModel):
-    """A frozen section of a recipe that knows all its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class Files(Strict):
-    """Local text files (a file is a document) or JSONL files (a line is one); names may be globs."""
-
-    files: str | list[str]
-    text_field: str = "text"
-
-
-class Dataset(Strict):
-    """A dataset that the `datasets` library can load: a Hub id or a local folder."""
-
-    dataset: str
-    name: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    stream: bool = False
-
-
-class Builtin(Strict):
-    """Text that every machine has: documentation and source of the running Python's standard library."""
-
-    builtin: Literal["python-stdlib"]
-    split: Literal["train", "held-out"] = "train"
-
-
-DataSource = Files | Dataset | Builtin
-
-
-def parse_source(value: Any) -> Any:
-    """Turn what stands in a recipe's `data`, or after `--text`, into a source.
-
-    A bare word is short for one: `python-stdlib` (or `python-stdlib:held-out`), a file or glob, or a dataset.
-    """
-    if isinstance(value, str):
-        kind, _, split = value.partition(":")
-        if kind == "python-stdlib":
-            return Builtin(builtin=kind, **({"split": split} if split else {}))  # type: ignore[arg-type]
-        if value.endswith(TEXT_ENDINGS) or any(char in value for char in "*?[") or Path(value).is_file():
-            return Files(files=value)
-        return Dataset(dataset=value)
-    if isinstance(value, Mapping):
-        for key, kind_of in (("files", Files), ("dataset", Dataset), ("builtin", Builtin)):
-            if key in value:
-                return kind_of.model_validate(value)
-        raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset or builtin")
-    return value
-
-
-Source = Annotated[DataSource, BeforeValidator(parse_source)]
-
-
-class TokenizerSpec(Strict):
-    """A byte-level BPE tokenizer to train on the recipe's own data."""
-
-    vocab_size: int = Field(gt=256)
-    end_of_text: str = "<|endoftext|>"
-
-
-class Recipe(Strict):
-    """One training run. Exactly one of `model` and `config`, and exactly one of `tokens` and `steps`."""
-
-    model: str | None = None
-    revision: str | None = None
-    config: dict[str, Any] | None = None
-    tokenizer: TokenizerSpec | str | None = None
-    output: Path
-    overwrite: bool = False
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-
-    data: list[Source] = Field(min_length=1)
-    held_out: list[Source] = []
-    held_out_tokens: int = Field(65_536, gt=0)
-    block_size: int = Field(1024, gt=1)
-
-    tokens: int | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    batch_size: int = Field(8, gt=0)
-    gradient_accumulation: int = Field(1, gt=0)
-
-    learning_rate: float = Field(1e-4, gt=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    warmup: float = Field(0.03, ge=0)
-    weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["bf16", "fp32"] = "bf16"
-    seed: int = Field(0, ge=0)
-
-    log_every: int = Field(10, gt=0)
-    save_every: int = Field(500, gt=0)
-    eval_every: int | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> Recipe:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("give either model (a checkpoint to train) or config (to train from scratch)")
-        if (self.tokens is None) == (self.steps is None):
-            raise ValueError("give either tokens or steps, the length of the run")
-        if self.config is not None and self.tokenizer is None:
-            raise ValueError("training from a config needs a tokenizer: a name, or a mapping with vocab_size")
-        if self.model is not None and isinstance(self.tokenizer, TokenizerSpec):
-            raise ValueError("a checkpoint keeps its own tokenizer: a new one would make its embeddings meaningless")
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(f"gradient_accumulation {self.gradient_accumulation} must divide batch_size "
-                             f"{self.batch_size}, which counts a whole step's sequences")  # fmt: skip
-        streams = [source for source in self.data if isinstance(source, Dataset) and source.stream]
-        if streams and len(self.data) > 1:
-            raise ValueError("a streamed dataset must be the only source in data")
-        return self
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step sees, over all processes and micro-batches."""
-        return self.batch_size * self.block_size
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / self.tokens_per_step)
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps of linear warm-up: `warmup` itself, or that share of the run where it is below 1."""
-        share = self.warmup * self.total_steps if self.warmup < 1 else self.warmup
-        return min(self.total_steps, math.ceil(share))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain JSON values, without the keys that are not set."""
-        return self.model_dump(mode="json", exclude_none=True)
+from uptrain.recipe_schema import Builtin, Dataset, Files, Recipe, Strict, TokenizerSpec
 
 
 def shipped_folder() -> Path:

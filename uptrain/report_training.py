@@ -11,7 +11,7 @@ from uptrain import console
 if TYPE_CHECKING:
     from uptrain.demo.run import Demo
     from uptrain.evaluate import Evaluation, Measured
-    from uptrain.recipes import Recipe
+    from uptrain.recipe_schema import Recipe
     from uptrain.train import Training
 
 

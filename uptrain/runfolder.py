@@ -11,7 +11,7 @@ from typing import IO, Any
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.writer import LOCK, sync, write_atomic
 from uptrain.errors import UsageError
-from uptrain.recipes import Recipe
+from uptrain.recipe_schema import Recipe
 
 _MAY_CHANGE = {"overwrite", "log_every", "save_every", "eval_every", "output"}
 

@@ -24,7 +24,7 @@ from uptrain.documents import pieces
 from uptrain.engine import make_accelerator, make_optimizer, on_stop_signal
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.hosts import latent_norm
-from uptrain.recipes import Dataset, Recipe, TokenizerSpec
+from uptrain.recipe_schema import Dataset, Recipe, TokenizerSpec
 from uptrain.runfolder import RunFolder
 
 
