@@ -11,11 +11,19 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
+from uptrain import models
 from uptrain.recipe_schema import Recipe
+
+
+def precision_of(recipe: Recipe) -> str:
+    """Return the precision that products are computed in: bf16 or fp32; `auto` is bf16 where hardware has it."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    return "bf16" if models.has_fast_bf16(PartialState().device) else "fp32"
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -23,7 +31,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     # A process that trains twice (a notebook, a test) may want another precision the second time.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        mixed_precision="bf16" if precision_of(recipe) == "bf16" else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.gradient_accumulation, sync_with_dataloader=False
         ),

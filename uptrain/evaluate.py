@@ -41,7 +41,8 @@ class Evaluation:
 
     `kl` is the mean of KL(baseline ‖ model) in nats per token; `top1_agreement` the share of tokens at which both
     rank the same one first. `dtype` is what these and perplexity were computed in; cache and speed are measured in
-    each checkpoint's own dtype, as it would be served.
+    each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in float32 on a device
+    that can't multiply it. `speed_dtype` is the model's.
     """
 
     model: Measured
@@ -52,6 +53,7 @@ class Evaluation:
     context: int
     stride: int
     speed_context: int
+    speed_dtype: str
     dtype: str
     device: str
 
@@ -102,9 +104,11 @@ def evaluate(
     if not 1 <= stride <= context:
         raise UsageError(f"stride {stride} must lie between 1 and the context of {context} tokens.")
     quality = _quality(loaded, torch.from_numpy(texts[0].ids), context, stride, on_tokens)
-    quality_dtype = str(loaded[0].dtype).removeprefix("torch.")
+    quality_dtype = _name(loaded[0])
     loaded = [each.to(itself) for each, itself in zip(loaded, own, strict=True)]
     cache = [cache_bytes_per_token(each) for each in loaded]
+    if not models.has_fast_bf16(device):
+        loaded = [each.float() if each.dtype is torch.bfloat16 else each for each in loaded]
     speed_context = max(1, min(speed_context, longest - decode_tokens - 1)) if repeats else 0
     speeds = _speeds(loaded, texts[0], speed_context, decode_tokens, repeats)
     share = texts[0].bytes / len(texts[0].ids)
@@ -114,13 +118,17 @@ def evaluate(
     ]
     return Evaluation(
         measured[0], measured[1] if baseline is not None else None, quality.kl, quality.agreement, quality.tokens,
-        context, stride, speed_context, quality_dtype, str(device),
+        context, stride, speed_context, _name(loaded[0]), quality_dtype, str(device),
     )  # fmt: skip
 
 
 def _device() -> torch.device:
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None else torch.device("cpu")
+
+
+def _name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _same(one: TokenText, other: TokenText) -> bool:

@@ -99,7 +99,7 @@ def _speed(value: float | None) -> str:
 
 
 def _how(found: Evaluation) -> str:
-    speed = f" Speed: one sequence at {found.speed_context} tokens." if found.speed_context else ""
+    speed = f" Speed: one sequence at {found.speed_context} tokens, {found.speed_dtype}." if found.speed_context else ""
     against = " KL is in nats per token." if found.kl is not None else ""
     return (
         f"{found.tokens:,} tokens, context {found.context}, stride {found.stride}, {found.dtype} on {found.device}."
