@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from uptrain.errors import UsageError, did_you_mean
-from uptrain.recipe_schema import Builtin, Dataset, Files, Recipe, Strict, TokenizerSpec
+from uptrain.recipe_schema import Builtin, Dataset, Distill, Files, Lora, Recipe, Strict, TokenizerSpec
 
 
 def shipped_folder() -> Path:
@@ -106,16 +106,19 @@ def _override(values: dict[str, Any], override: str) -> None:
         inner[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UsageError(f"The value of {override!r} is not YAML.", "Quote it.") from None
-    # The two ways to give a length, or a start, exclude each other; an override is the user's last word.
-    for one, other in (("tokens", "steps"), ("model", "config")):
-        for mine, theirs in ((one, other), (other, one)):
-            if key == mine and inner[last] is not None:
-                values.pop(theirs, None)
+    # Several ways to say one thing exclude each other; an override is the user's last word.
+    for group in (("tokens", "steps", "alpha"), ("model", "config"), ("eval_every", "eval_every_tokens")):
+        if key in group and inner[last] is not None:
+            for other in group:
+                if other != key:
+                    values.pop(other, None)
+            if "alpha" in group and key != "alpha":
+                values.pop("pretraining_tokens", None)
 
 
 def _sentence(error: ValidationError, where: str) -> tuple[str, str]:
     first = error.errors()[0]
-    sections = {"Files", "Dataset", "Builtin", "TokenizerSpec"}
+    sections = {"Files", "Dataset", "Builtin", "TokenizerSpec", "Distill", "Lora"}
     place = [part for part in map(str, first["loc"]) if part not in sections and not part.startswith("function-")]
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
@@ -133,5 +136,6 @@ def _sentence(error: ValidationError, where: str) -> tuple[str, str]:
 def _known_beside(place: Sequence[str]) -> list[str]:
     if len(place) == 1:
         return list(Recipe.model_fields)
-    sections: list[type[Strict]] = [TokenizerSpec] if place[0] == "tokenizer" else [Files, Dataset, Builtin]
+    named: dict[str, list[type[Strict]]] = {"tokenizer": [TokenizerSpec], "distill": [Distill], "lora": [Lora]}
+    sections = named.get(place[0], [Files, Dataset, Builtin])
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))

@@ -1,0 +1,224 @@
+"""The objective: cross-entropy, divergence from a teacher and distance from its hidden states, in any mixture.
+
+Logits of a whole batch are never held: the head is applied to a few hundred tokens at a time, and the gradient of
+those is taken at once, in the forward pass, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from uptrain.errors import UsageError
+from uptrain.logit_head import LogitHead
+from uptrain.recipe_schema import Distill
+
+IGNORED = -100
+"""The target of a token that no loss is taken of."""
+_LOGITS = 2**24
+"""Logits held at once for one model."""
+
+
+class Objective(nn.Module):
+    """A student and what is asked of it; its forward pass is the loss, so that DDP and FSDP wrap all of it.
+
+    The teacher is no submodule: it has no gradient, is not saved, and no optimizer sees it.
+    """
+
+    def __init__(self, student: Any, distill: Distill | None = None, teacher: Any = None) -> None:
+        super().__init__()
+        self.student = student
+        self.distill = distill or Distill.model_validate({"weight": 0.0})
+        self._hidden: tuple[Any, ...] = () if teacher is None else (teacher.requires_grad_(False).eval(),)
+        self._head = LogitHead(student)
+        self._teacher_head = None if teacher is None else LogitHead(teacher)
+        if teacher is not None:
+            _check_alike(student, teacher)
+
+    @property
+    def teacher(self) -> Any:
+        """Return the teacher, or None."""
+        return self._hidden[0] if self._hidden else None
+
+    def compile_bodies(self) -> None:
+        """Compile student and teacher up to the head, in place."""
+        for head in (self._head, self._teacher_head):
+            if head is not None:
+                head.body.compile()
+
+    def forward(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Return the sums over a batch's tokens, (4,) in fp32: total, cross-entropy, divergence, hidden distance.
+
+        `ids` is (sequences, tokens); `targets` is the same shape: the token that each position predicts, or IGNORED.
+        `position_ids` starts anew at each packed document and keeps documents apart; None for one a sequence.
+        Only total carries a gradient; cross-entropy and divergence are in nats.
+        """
+        wanted = self.distill.hidden_weight > 0 and self.teacher is not None
+        hidden, states = self._head.hidden(ids, position_ids, wanted)
+        taught: Tensor | None = None
+        taught_states: tuple[Tensor, ...] = ()
+        if self._teacher_head is not None:
+            with torch.no_grad():
+                taught, taught_states = self._teacher_head.hidden(ids, position_ids, wanted)
+                taught = taught.flatten(0, 1)
+        total, cross_entropy, divergence = _head_loss(
+            self._head, hidden.flatten(0, 1), targets.flatten(), self._teacher_head, taught, self.distill
+        )
+        far = torch.zeros((), device=ids.device)
+        if wanted:
+            far = hidden_distance(states, taught_states, targets != IGNORED)
+            total = total + self.distill.hidden_weight * far
+        return torch.stack([total, cross_entropy, divergence, far.detach()])
+
+
+def hidden_distance(states: tuple[Tensor, ...], taught: tuple[Tensor, ...], counted: Tensor) -> Tensor:
+    """Return Σ over tokens of the mean over layers of |student − teacher|² / |teacher|², a scalar in fp32.
+
+    Each of `states` and `taught` is (sequences, tokens, hidden_size); `counted` (sequences, tokens) says which tokens
+    count. Each token is measured by its own length: a first token's outlier must not outweigh the rest.
+    """
+    total = torch.zeros((), device=counted.device)
+    for mine, theirs in zip(states, taught, strict=True):
+        wanted = theirs.float()
+        error = (mine.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)
+        total = total + error[counted].sum()
+    return total / max(1, len(states))
+
+
+def token_losses(logits: Tensor, taught: Tensor | None, targets: Tensor, distill: Distill) -> Tensor:
+    """Return total, cross-entropy and divergence summed over tokens, (3,) in nats.
+
+    `logits` and `taught` are (tokens, vocab_size) in fp32, `targets` (tokens,), IGNORED where nothing is predicted.
+    total = (1 − weight) · cross-entropy + weight · temperature² · KL(teacher ‖ student), both at `temperature` in the
+    KL term. With `top_k`, KL is taken over the teacher's most likely tokens and one more event, all the others.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    """
+    counted = targets != IGNORED
+    logs = logits.log_softmax(-1)
+    cross_entropy = -(logs.gather(-1, targets.clamp(min=0)[:, None])[:, 0] * counted).sum()
+    if taught is None:
+        return torch.stack([cross_entropy, cross_entropy, cross_entropy.new_zeros(())])
+    heat = distill.temperature
+    mine = logs if heat == 1 else (logits / heat).log_softmax(-1)
+    theirs = (taught / heat).log_softmax(-1)
+    if distill.top_k is not None and distill.top_k < theirs.shape[-1]:
+        theirs, chosen = theirs.topk(distill.top_k, dim=-1)
+        mine = mine.gather(-1, chosen)
+        mine, theirs = _with_rest(mine), _with_rest(theirs)
+    divergence = ((theirs.exp() * (theirs - mine)).sum(-1) * counted).sum()
+    total = (1 - distill.weight) * cross_entropy + distill.weight * heat**2 * divergence
+    return torch.stack([total, cross_entropy, divergence])
+
+
+def _with_rest(logs: Tensor) -> Tensor:
+    """Append the log-probability of all tokens that are not in `logs`, (tokens, chosen) → (tokens, chosen + 1)."""
+    # log(1 − p): where the chosen ones hold all but rounding, the rest is a tiny number and not log 0.
+    rest = torch.log(-torch.expm1(logs.logsumexp(-1).clamp(max=-1e-7)))
+    return torch.cat([logs, rest[:, None]], dim=-1)
+
+
+def _head_loss(
+    head: LogitHead, hidden: Tensor, targets: Tensor, teacher: LogitHead | None, taught: Tensor | None, distill: Distill
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return total, cross-entropy and divergence of the rows of `hidden`; only total carries a gradient."""
+
+    def losses(logits: Tensor, rows: slice) -> Tensor:
+        theirs = None if teacher is None or taught is None else teacher.logits(taught[rows])
+        return token_losses(head.finish(logits), theirs, targets[rows], distill)
+
+    rows = max(1, _LOGITS // (head.vocab_size or hidden.shape[-1]))
+    out: tuple[Tensor, Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, losses, rows
+    )
+    return out[0], out[1][0], out[1][1]
+
+
+class _Chunked(torch.autograd.Function):
+    """Apply a linear head and a loss of its logits to a few rows at a time, taking gradients on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        losses: Callable[[Tensor, slice], Tensor],
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        wants = [ctx.needs_input_grad[position] for position in range(3)]
+        kind = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+        inputs = hidden if kind is None or weight is None else hidden.to(kind)
+        used = weight if kind is None or weight is None else weight.to(kind)
+        sums = torch.zeros(3, device=hidden.device)
+        grads = [
+            torch.empty_like(hidden) if wants[0] else None,
+            torch.zeros_like(weight, dtype=torch.float32) if wants[1] and weight is not None else None,
+            torch.zeros_like(bias, dtype=torch.float32) if wants[2] and bias is not None else None,
+        ]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), rows):
+                some = slice(start, min(start + rows, len(hidden)))
+                sums += _one(inputs[some], used, bias, losses, some, grads)
+        ctx.save_for_backward(*[each for each in grads if each is not None])
+        ctx.kept = [each is not None for each in grads]
+        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        figures = sums[1:]
+        ctx.mark_non_differentiable(figures)
+        return sums[0].clone(), figures
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [next(saved) if kept else None for kept in ctx.kept]
+        # In place: these are ours, and of the head's size.
+        scaled = [None if each is None else each.mul_(outer[0]) for each in grads]
+        return (
+            *(None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.dtypes, strict=True)),
+            None,
+            None,
+        )
+
+
+def _one(
+    inputs: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    losses: Callable[[Tensor, slice], Tensor],
+    some: slice,
+    grads: list[Tensor | None],
+) -> Tensor:
+    """Return the three sums of some rows, and add their gradients to `grads`, of hidden, weight and bias."""
+    low = None if bias is None else bias.to(inputs.dtype)
+    logits = (inputs if weight is None else functional.linear(inputs, weight, low)).float()
+    if all(each is None for each in grads):
+        return losses(logits, some)
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        sums = losses(leaf, some)
+        (outer,) = torch.autograd.grad(sums[0], leaf)
+    narrow = outer.to(inputs.dtype)
+    of_hidden, of_weight, of_bias = grads
+    if of_hidden is not None:
+        of_hidden[some] = narrow if weight is None else narrow @ weight
+    if of_weight is not None:
+        if of_weight.dtype == narrow.dtype:
+            of_weight.addmm_(narrow.T, inputs)
+        else:
+            of_weight += narrow.T @ inputs
+    if of_bias is not None:
+        of_bias += outer.sum(0)
+    return sums.detach()
+
+
+def _check_alike(student: Any, teacher: Any) -> None:
+    mine, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if mine != theirs:
+        raise UsageError(
+            f"The teacher predicts {theirs} tokens and the model {mine}, so their logits can't be compared.",
+            "Name the checkpoint that this model was converted from as distill.teacher.",
+        )

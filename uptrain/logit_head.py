@@ -1,0 +1,85 @@
+"""A causal language model in two parts: the body up to the last hidden state, and the head that makes logits of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class LogitHead:
+    """The head of a model of any family, so that logits can be made a few rows at a time.
+
+    What a family does to logits after the linear head (a scale, a soft-cap) is read off its config and checked against
+    the model's own logits on a few tokens; where they differ, `hidden` returns the logits themselves and the head is
+    the identity: slower, never wrong.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.body, self.linear = plain.base_model, plain.get_output_embeddings()
+        config = plain.config
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        self.split = self._holds(plain)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Return the head's matrix (vocab_size, hidden_size), or None where `hidden` gives logits already."""
+        return self.linear.weight if self.split else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the head's bias (vocab_size,), if it has one."""
+        return getattr(self.linear, "bias", None) if self.split else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of logits of a token."""
+        return int(self.model.config.vocab_size)
+
+    def hidden(
+        self, ids: Tensor, position_ids: Tensor | None = None, states: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the last hidden state (sequences, tokens, hidden_size) and, if asked for, that of every layer."""
+        body = self.body if self.split else self.model
+        also = {} if position_ids is None else {"position_ids": position_ids}
+        out = body(input_ids=ids, use_cache=False, output_hidden_states=states, **also)
+        return out[0], tuple(out.hidden_states[1:]) if states else ()
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Do to the linear head's output (tokens, vocab_size) what the family does."""
+        if not self.split:
+            return logits
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if not self.cap else self.cap * torch.tanh(logits / self.cap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits (tokens, vocab_size) of hidden states (tokens, hidden_size)."""
+        if not self.split:
+            return hidden.float()
+        weight = self.linear.weight
+        return self.finish(functional.linear(hidden.to(weight.dtype), weight, self.bias).float())
+
+    @torch.no_grad()
+    def _holds(self, plain: Any) -> bool:
+        if self.linear is None or self.body is plain:
+            return False
+        device = self.linear.weight.device
+        if device.type == "meta":
+            return True
+        ids = (torch.arange(4, device=device) % self.vocab_size)[None]
+        training = plain.training
+        plain.eval()
+        self.split = True
+        try:
+            mine = self.logits(self.hidden(ids)[0][0])
+            own = plain(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            plain.train(training)
+        return bool(torch.allclose(mine, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())))
