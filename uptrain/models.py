@@ -26,7 +26,7 @@ _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
+def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> Any:
     """Load a causal language model, in the checkpoint's own dtype unless another is given.
 
     Raises:
@@ -35,7 +35,11 @@ def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
     register()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
+            source.path,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=attn_implementation,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,39 +13,36 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from uptrain import models
 from uptrain.checkpoint.manifest import append_stage
-from uptrain.checkpoint.source import Source, resolve
+from uptrain.checkpoint.source import resolve
 from uptrain.checkpoint.writer import check_out, staged
 from uptrain.data import BlockReader, TokenFile, TokenText, open_reader, read_tokens
+from uptrain.distill import Objective
 from uptrain.documents import pieces
-from uptrain.engine import make_accelerator, make_optimizer, on_stop_signal
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.hosts import latent_norm
 from uptrain.recipe_schema import Dataset, Recipe, TokenizerSpec
-from uptrain.runfolder import RunFolder
+from uptrain.training import result, state
+from uptrain.training.batches import Batch, Boundary, batch_of
+from uptrain.training.engine import make_accelerator, on_stop_signal, shards
+from uptrain.training.journal import Figures, Journal, Step, memory_bytes
+from uptrain.training.parallel import Spread
+from uptrain.training.runfolder import RunFolder
+from uptrain.training.schedules import make_schedule
+from uptrain.training.scope import choose, make_optimizer
+from uptrain.training.teacher import find_teacher, load_teacher
 
+__all__ = ["Step", "Training", "lm_loss", "train"]
 
-@dataclass(frozen=True)
-class Step:
-    """Progress after an optimizer step: what a progress line shows."""
-
-    step: int
-    steps: int
-    tokens: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens_per_second: float
-    seconds_left: float
-    held_out_loss: float | None = None
+_SKIPS = 10
+"""Steps left out in a row before a run stops: something is wrong that skipping won't cure."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A finished run; losses are in nats per token."""
+    """A finished run; losses are in nats per token, `loss` and `held_out_loss` of what is written."""
 
     out: Path
     steps: int
@@ -53,6 +50,10 @@ class Training:
     loss: float
     held_out_loss: float | None
     bits_per_byte: float | None
+    best_step: int | None
+    skipped: int
+    teacher: str | None
+    precision: str
     resumed_from: int
     num_processes: int
     seconds: float
@@ -71,7 +72,7 @@ def train(recipe: Recipe, on_step: Callable[[Step], None] | None = None, restart
     Raises:
         UsageError: the recipe can't be carried out.
         Interrupted: Ctrl-C or SIGTERM; the run is saved.
-        UptrainError: the loss is not a number any more.
+        UptrainError: the loss is not a number any more, or a checkpoint can't be written.
     """
     models.quiet()
     run = _Run(recipe, on_step)
@@ -90,13 +91,14 @@ def lm_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 class _Run:
     def __init__(self, recipe: Recipe, on_step: Callable[[Step], None] | None) -> None:
         self.recipe, self.on_step = recipe, on_step
-        self.accelerator = make_accelerator(recipe)
         self.folder = RunFolder(recipe.output)
+        self.accelerator = make_accelerator(recipe, self.folder.path)
+        self.journal = Journal(recipe)
         self.step = 0
         self.resumed_from = 0
-        self.loss = math.nan
-        self.window: list[float] = []
-        self.pace: deque[float] = deque(maxlen=50)
+        self.last: Figures | None = None
+        self.best: tuple[float, int] | None = None
+        self.skips = 0
         self.stop = False
         share = self.accelerator.num_processes * recipe.gradient_accumulation
         if recipe.batch_size % share:
@@ -107,27 +109,27 @@ class _Run:
             )
 
     def run(self, restart: bool) -> Training | None:
-        recipe, accelerator = self.recipe, self.accelerator
-        source = resolve(recipe.model, recipe.revision) if recipe.model else None
-        self.source = source
+        recipe = self.recipe
+        self.source = source = resolve(recipe.model, recipe.revision) if recipe.model else None
+        self.taught_by = find_teacher(recipe.distill, source) if recipe.distill else None
         with self._first():
             check_out(recipe.output, recipe.overwrite, source.path if source else None)
-            if accelerator.is_main_process:
+            if self.accelerator.is_main_process:
                 self.folder.open(recipe, restart)
         started = time.monotonic()
-        self.tokenizer = self._tokenizer(source)
+        self.tokenizer = self._tokenizer()
+        self.boundary = Boundary.of(self.tokenizer) if recipe.isolate_documents else None
         self.held_out = self._read_held_out()
-        model = self._model(source)
-        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
-        self.schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            self.optimizer.optimizer, recipe.warmup_steps, recipe.total_steps, min_lr_rate=recipe.min_lr_ratio
-        )
-        self.reader = self._reader(source)
+        self.spread = self._spread()
+        self.optimizer = make_optimizer(self.spread.objective, recipe)
+        self.schedule = make_schedule(self.optimizer, recipe)
+        self.reader = self._reader()
         self._resume()
+        self.accelerator.init_trackers("uptrain", recipe.to_dict() if recipe.trackers else None)
         with on_stop_signal(self._stop):
             self._loop()
         held_out = self._evaluate() if self.held_out is not None else None
-        return self._finish(source, held_out, time.monotonic() - started)
+        return self._finish(held_out, time.monotonic() - started)
 
     def _stop(self) -> None:
         self.stop = True
@@ -138,7 +140,7 @@ class _Run:
         with self.accelerator.main_process_first():
             yield
 
-    def _tokenizer(self, source: Source | None) -> Any:
+    def _tokenizer(self) -> Any:
         spec = self.recipe.tokenizer
         if isinstance(spec, TokenizerSpec):
             with self._first():
@@ -150,17 +152,17 @@ class _Run:
             return models.load_tokenizer(self.folder.tokenizer)
         if spec is not None:
             return models.load_tokenizer(resolve(spec).path)
-        assert source is not None
-        return models.load_tokenizer(source.path)
+        assert self.source is not None
+        return models.load_tokenizer(self.source.path)
 
-    def _model(self, source: Source | None) -> Any:
+    def _spread(self) -> Spread:
         recipe = self.recipe
-        if source is None:
+        if self.source is None:
             assert recipe.config is not None
             model = models.new_model(recipe.config, self.tokenizer, recipe.seed)
             self.dtype = models.dtype_named(recipe.dtype) or torch.bfloat16
         else:
-            model = models.load_model(source)
+            model = models.load_model(self.source, attn_implementation=recipe.attn_implementation)
             self.dtype = models.dtype_named(recipe.dtype) or model.dtype
             if latent_norm.unfold(model):
                 latent_norm.check_dtype(self.dtype)
@@ -168,14 +170,23 @@ class _Run:
         if isinstance(longest, int) and recipe.block_size > longest:
             raise UsageError(f"block_size {recipe.block_size} is longer than the model's {longest} positions.")
         torch.manual_seed(recipe.seed)
-        # Master weights are fp32; autocast makes the low-precision copies.
-        return model.float().train()
+        model = choose(model.train(), recipe)
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        teacher = None
+        if self.taught_by is not None:
+            low = self.accelerator.mixed_precision == "bf16"
+            teacher = load_teacher(self.taught_by, low, recipe.attn_implementation)
+        objective = Objective(model, recipe.distill, teacher)
+        if recipe.compile:
+            objective.compile_bodies()
+        return Spread(objective, self.accelerator, shards(recipe))
 
-    def _reader(self, source: Source | None) -> BlockReader:
+    def _reader(self) -> BlockReader:
         recipe = self.recipe
         first = recipe.data[0]
         if not (isinstance(first, Dataset) and first.stream):
-            identity = f"{source.path if source else recipe.tokenizer}"
+            identity = f"{self.source.path if self.source else recipe.tokenizer}"
             with self._first():
                 TokenFile.build(self.folder.tokens, recipe.data, self.tokenizer, identity)
         return open_reader(recipe.data, self.tokenizer, self.folder.tokens, recipe.block_size, recipe.seed)
@@ -195,12 +206,14 @@ class _Run:
             with self._first():
                 self.folder.rewind_log(0)
             return
-        path, state = found
-        self.accelerator.load_state(str(path))
-        self.schedule.load_state_dict(state["schedule"])
-        self.reader.load_state_dict(state["reader"])
-        self.step = self.resumed_from = int(state["step"])
-        self.window, self.loss = list(state["window"]), float(state["loss"])
+        path, saved = found
+        state.load(path, self.spread.module, self.optimizer, self.accelerator)
+        self.schedule.load_state_dict(saved["schedule"])
+        self.reader.load_state_dict(saved["reader"])
+        self.journal.load_state_dict(saved["journal"])
+        self.step = self.resumed_from = int(saved["step"])
+        self.last = Figures(**saved["last"]) if saved["last"] else None
+        self.best = tuple(saved["best"]) if saved["best"] else None
         if self.accelerator.is_main_process:
             self.folder.rewind_log(self.step)
         self.accelerator.wait_for_everyone()
@@ -210,33 +223,37 @@ class _Run:
         if accelerator.is_main_process:
             self.folder.begin(self.step)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(self.folder.path / f"checkpoint-{self.step}.partial"))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
-            state = {"step": self.step, "reader": self.reader.state_dict(), "window": self.window, "loss": self.loss,
-                     "schedule": {**schedule, "lr_lambdas": [None] * len(self.schedule.lr_lambdas)}}  # fmt: skip
-            self.folder.commit(self.step, state)
+        try:
+            state.save(self.folder.partial(self.step), self.spread.module, self.optimizer, accelerator)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
+                saved = {
+                    "step": self.step, "reader": self.reader.state_dict(), "journal": self.journal.state_dict(),
+                    "last": asdict(self.last) if self.last else None, "best": self.best,
+                    "schedule": {**schedule, "lr_lambdas": [None] * len(self.schedule.lr_lambdas)},
+                }  # fmt: skip
+                self.folder.commit(self.step, saved)
+        except OSError as error:
+            self.folder.abandon(self.step, error)
         accelerator.wait_for_everyone()
 
     def _loop(self) -> None:
         recipe = self.recipe
         while self.step < recipe.total_steps:
             started = time.monotonic()
-            learning_rate = self.schedule.get_last_lr()[0]
-            self.loss, norm, stop = self._train_step()
+            learning_rate = float(self.schedule.get_last_lr()[0])
+            self.last, norm, stop, skipped = self._train_step()
             self.step += 1
-            self.pace.append(time.monotonic() - started)
-            if not math.isfinite(self.loss):
-                raise UptrainError(
-                    f"The loss became {self.loss} at step {self.step}.",
-                    "Lower learning_rate or max_grad_norm; the same command goes on from the last checkpoint.",
-                )
-            self.window.append(self.loss)
+            if not skipped:
+                self.journal.add(self.last, time.monotonic() - started)
             last = self.step == recipe.total_steps
-            due = recipe.eval_every is not None and self.step % recipe.eval_every == 0 and not last
+            every = recipe.steps_between_evaluations
+            due = every is not None and self.step % every == 0 and not last
             held_out = self._evaluate() if due and self.held_out is not None else None
-            self._report(self.loss, learning_rate, norm, held_out)
+            if held_out is not None:
+                self._keep_best(held_out.cross_entropy)
+            self._report(self.last, learning_rate, norm, held_out, skipped)
             if stop or (self.step % recipe.save_every == 0 and not last):
                 self._save()
             if stop:
@@ -245,82 +262,154 @@ class _Run:
                     f"{self.folder.path}.", "Run the same command to go on."
                 )  # fmt: skip
 
-    def _train_step(self) -> tuple[float, float, bool]:
+    def _train_step(self) -> tuple[Figures, float, bool, str]:
         recipe, accelerator = self.recipe, self.accelerator
-        blocks = torch.from_numpy(self.reader.take(recipe.batch_size))
-        mine = blocks[accelerator.process_index :: accelerator.num_processes]
-        total = torch.zeros((), device=accelerator.device)
-        norm = torch.zeros(())
-        for micro in mine.chunk(recipe.gradient_accumulation):
-            with accelerator.accumulate(self.model):
-                loss = lm_loss(self.model, micro.to(accelerator.device))
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            total += loss.detach() / recipe.gradient_accumulation
+        batch = batch_of(self.reader.take(recipe.batch_size), self.boundary)
+        # Every process sees the whole batch's tokens, so all know what the sum is to be divided by.
+        counted, processes = batch.counted, accelerator.num_processes
+        micro = batch.share(accelerator.process_index, processes, recipe.gradient_accumulation)
+        sums = torch.zeros(5, device=accelerator.device)
+        for position, part in enumerate(micro):
+            with self.spread.micro_batch(position == len(micro) - 1):
+                found = self._objective(part)
+                # Processes' gradients are averaged, hence the factor.
+                accelerator.backward(found[0] * (processes / max(1, counted)))
+            sums[:4] += found.detach()
+        norm = self.spread.clip(recipe.max_grad_norm)
+        # One small exchange a step: the losses, and whether any process was told to stop, so that all do together.
+        sums[4] = float(self.stop)
+        sums = accelerator.reduce(sums, reduction="sum")
+        figures = self._figures(sums[:4], counted)
+        wrong = self.journal.complaint(figures.loss, norm)
+        skipped = self._complain(wrong) if wrong else ""
+        if not skipped:
+            self.skips = 0
+            self.optimizer.step()
+        self.optimizer.zero_grad()
         self.schedule.step()
-        # One small reduction a step: the loss, and whether any process was told to stop, so that all do together.
-        shared = accelerator.reduce(torch.stack([total, total.new_tensor(float(self.stop))]), reduction="mean")
-        return float(shared[0]), float(norm), bool(shared[1] > 0)
+        return figures, norm, bool(sums[4] > 0), skipped
+
+    def _objective(self, part: Batch) -> torch.Tensor:
+        part = part.to(self.accelerator.device)
+        with self.spread.autocast():
+            found: torch.Tensor = self.spread.module(part.ids, part.targets, part.position_ids)
+        return found
+
+    def _figures(self, sums: torch.Tensor, tokens: int) -> Figures:
+        distill = self.recipe.distill
+        return Figures.of(sums, tokens, distill is not None, distill is not None and distill.hidden_weight > 0)
+
+    def _complain(self, wrong: str) -> str:
+        """Return what a log line says of a step that is left out; raise where the recipe says so."""
+        recipe, step = self.recipe, self.step + 1
+        where = f"{wrong} at step {step}, on sequences {step * recipe.batch_size - recipe.batch_size:,} to " \
+                f"{step * recipe.batch_size - 1:,} of the run"  # fmt: skip
+        self.skips += 1
+        if recipe.on_bad_loss == "skip" and self.skips < _SKIPS:
+            self.journal.skipped += 1
+            return where + "; the step was left out."
+        raise UptrainError(
+            f"{where}." if self.skips < _SKIPS else f"{where}, the {_SKIPS}th in a row.",
+            "Lower learning_rate or max_grad_norm, or set on_bad_loss: skip; the same command goes on from the last "
+            "checkpoint.",
+        )
 
     @torch.no_grad()
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> Figures:
         assert self.held_out is not None
         recipe, accelerator = self.recipe, self.accelerator
-        ids = torch.from_numpy(self.held_out.ids)
-        blocks = ids[: len(ids) // recipe.block_size * recipe.block_size].view(-1, recipe.block_size)
-        mine = blocks[accelerator.process_index :: accelerator.num_processes]
-        micro = max(1, recipe.batch_size // (accelerator.num_processes * recipe.gradient_accumulation))
-        total = torch.zeros(2, device=accelerator.device)
-        self.model.eval()
-        for rows in mine.split(micro):
-            loss = lm_loss(self.model, rows.to(accelerator.device))
-            total += torch.stack([loss * len(rows), loss.new_tensor(float(len(rows)))])
-        self.model.train()
-        total = accelerator.reduce(total, reduction="sum")
-        return float(total[0] / total[1])
+        ids = self.held_out.ids
+        # Documents run on as they do in `uptrain eval`, so that the figures compare.
+        batch = batch_of(ids[: len(ids) // recipe.block_size * recipe.block_size].reshape(-1, recipe.block_size), None)
+        rows = -(-len(batch.ids) // accelerator.num_processes)
+        size = max(1, recipe.batch_size // (accelerator.num_processes * recipe.gradient_accumulation))
+        sums = torch.zeros(4, device=accelerator.device)
+        self.spread.module.eval()
+        for number in range(-(-rows // size)):
+            begin = (accelerator.process_index * rows) + number * size
+            end = min(begin + size, (accelerator.process_index + 1) * rows, len(batch.ids))
+            # Under FSDP all processes must run as often, so one that has nothing left repeats the first and drops it.
+            part = batch.rows(slice(begin, end)) if begin < end else batch.rows(slice(0, 1))
+            found = self._objective(part)
+            sums += found if begin < end else 0
+        self.spread.module.train()
+        return self._figures(accelerator.reduce(sums, reduction="sum"), batch.counted)
 
-    def _report(self, loss: float, learning_rate: float, norm: float, held_out: float | None) -> None:
-        recipe = self.recipe
-        if not self.accelerator.is_main_process:
-            if self.step % recipe.log_every == 0:
-                self.window = []
+    def _keep_best(self, loss: float) -> None:
+        if self.best is not None and loss >= self.best[0]:
             return
-        pace = sum(self.pace) / len(self.pace)
-        speed = recipe.tokens_per_step / pace
-        tokens = self.step * recipe.tokens_per_step
-        if self.step % recipe.log_every == 0 or held_out is not None or self.step == recipe.total_steps:
-            entry = {"step": self.step, "tokens": tokens, "loss": round(sum(self.window) / len(self.window), 5),
-                     "lr": float(f"{learning_rate:.4g}"), "grad_norm": round(norm, 4),
-                     "tokens_per_s": round(speed)}  # fmt: skip
-            self.window = []
-            self.folder.record(entry if held_out is None else {**entry, "held_out_loss": round(held_out, 5)})
-        if self.on_step:
-            left = pace * (recipe.total_steps - self.step)
-            self.on_step(Step(self.step, recipe.total_steps, tokens, loss, learning_rate, norm, speed, left, held_out))
+        self.best = (loss, self.step)
+        if self.accelerator.is_main_process:
+            with self.folder.replacing("best") as folder:
+                self._write_model(folder)
+        else:
+            self._write_model(None)
+        self.accelerator.wait_for_everyone()
 
-    def _finish(self, source: Source | None, held_out: float | None, seconds: float) -> Training | None:
+    def _write_model(self, folder: Path | None) -> None:
+        """Write the model as it is now; all processes call this, and the one with a folder writes."""
+        student = self.spread.objective.student
+        weights = result.gather(student, self.dtype, keep=folder is not None)
+        if folder is not None:
+            model = result.assemble(student, weights, self.dtype)
+            models.save(model, self.tokenizer, folder, self.dtype, self.source)
+
+    def _report(
+        self, figures: Figures, learning_rate: float, norm: float, held_out: Figures | None, skipped: str
+    ) -> None:
+        recipe, journal = self.recipe, self.journal
+        due = self.step % recipe.log_every == 0 or held_out is not None or self.step == recipe.total_steps
+        if due or skipped:
+            entry = journal.entry(self.step, learning_rate, norm)
+            if held_out is not None:
+                entry |= held_out.held_out_log()
+            if self.accelerator.is_main_process:
+                self.folder.record({**entry, **({"skipped": skipped} if skipped else {})})
+            if recipe.trackers:
+                self.accelerator.log(entry, step=self.step)
+        if self.on_step and self.accelerator.is_main_process:
+            left = journal.seconds_per_step * (recipe.total_steps - self.step)
+            tokens = self.step * recipe.tokens_per_step
+            memory = memory_bytes(self.accelerator.device)
+            self.on_step(Step(
+                self.step, recipe.total_steps, tokens, figures.loss, learning_rate, norm, journal.speed, left,
+                None if held_out is None else held_out.cross_entropy, figures.divergence, memory, skipped,
+            ))  # fmt: skip
+
+    def _finish(self, held_out: Figures | None, seconds: float) -> Training | None:
         recipe, accelerator = self.recipe, self.accelerator
         out: Training | None = None
+        loss = None if held_out is None else held_out.cross_entropy
+        best = self.best if recipe.keep == "best" and self.best and loss is not None and self.best[0] < loss else None
+        if best is not None:
+            loss = best[0]
+        bits = None
+        if loss is not None and self.held_out is not None and held_out is not None:
+            bits = loss / math.log(2) * len(self.held_out.ids) / self.held_out.bytes
+            if accelerator.is_main_process:
+                entry = {"step": self.step, "tokens": self.step * recipe.tokens_per_step, **held_out.held_out_log()}
+                self.folder.record({**entry, "held_out_bits_per_byte": round(bits, 5)})
+        teacher = self.taught_by.name if self.taught_by else None
+        out = Training(
+            recipe.output, self.step, self.step * recipe.tokens_per_step, self.last.loss if self.last else math.nan,
+            loss, bits, best[1] if best else None, self.journal.skipped, teacher, accelerator.mixed_precision,
+            self.resumed_from, accelerator.num_processes, round(seconds, 1),
+        )  # fmt: skip
+        self._write(out, best is not None)
         if accelerator.is_main_process:
-            bits = None
-            if held_out is not None and self.held_out is not None:
-                bits = held_out / math.log(2) * len(self.held_out.ids) / self.held_out.bytes
-                entry = {"step": self.step, "tokens": self.step * recipe.tokens_per_step,
-                         "held_out_loss": round(held_out, 5), "held_out_bits_per_byte": round(bits, 5)}  # fmt: skip
-                self.folder.record(entry)
-            out = Training(recipe.output, self.step, self.step * recipe.tokens_per_step, self.loss, held_out, bits,
-                           self.resumed_from, accelerator.num_processes, round(seconds, 1))  # fmt: skip
-            self._write(source, out)
             self.folder.remove()
         accelerator.wait_for_everyone()
+        for tracker in accelerator.trackers:
+            tracker.finish()
         accelerator.free_memory()
-        return out
+        return out if accelerator.is_main_process else None
 
-    def _write(self, source: Source | None, result: Training) -> None:
-        recipe = self.recipe
+    def _write(self, done: Training, best: bool) -> None:
+        recipe, source = self.recipe, self.source
+        if not self.accelerator.is_main_process:
+            if not best:
+                self._write_model(None)
+            return
         count = asdict(self.reader.count) if isinstance(self.reader, TokenFile) else None
         stage = {
             "stage": "train",
@@ -328,11 +417,12 @@ class _Run:
             "source": source.name if source else None,
             "revision": source.revision if source else None,
             "data": count,
-            **{key: value for key, value in result.to_dict().items() if key not in ("out", "resumed_from", "seconds")},
+            **{key: value for key, value in done.to_dict().items() if key not in ("out", "resumed_from", "seconds")},
         }
         with staged(recipe.output, recipe.overwrite) as folder:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            latent_norm.fold(model, self.dtype)
-            models.save(model, self.tokenizer, folder, self.dtype, source)
+            if best:
+                shutil.copytree(self.folder.path / "best", folder, dirs_exist_ok=True)
+            else:
+                self._write_model(folder)
             (folder / "train_log.jsonl").write_bytes(self.folder.log.read_bytes())
             append_stage(folder, source.path if source else None, stage)

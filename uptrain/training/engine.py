@@ -8,15 +8,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
 
 from uptrain import models
 from uptrain.recipe_schema import Recipe
+
+_LAUNCHED_FSDP = "UPTRAIN_LAUNCHED_FSDP"
 
 
 def precision_of(recipe: Recipe) -> str:
@@ -26,15 +28,17 @@ def precision_of(recipe: Recipe) -> str:
     return "bf16" if models.has_fast_bf16(PartialState().device) else "fp32"
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """Join the processes that were launched, on whatever devices there are, and set precision and threads."""
     # A process that trains twice (a notebook, a test) may want another precision the second time.
     AcceleratorState._reset_state()
+    if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true":
+        # Weights are shared out by uptrain.training.parallel, the same on every device; accelerate only launches.
+        os.environ[_LAUNCHED_FSDP] = "true"
     accelerator = Accelerator(
         mixed_precision="bf16" if precision_of(recipe) == "bf16" else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=recipe.gradient_accumulation, sync_with_dataloader=False
-        ),
+        log_with=list(recipe.trackers) or None,
+        project_dir=str(folder) if recipe.trackers else None,
         # Rank 0 tokenises while the others wait, which may take hours.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
@@ -45,15 +49,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW over what trains; matrices and embeddings decay, norms and biases don't."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+def shards(recipe: Recipe) -> bool:
+    """Tell whether weights are to be shared out (FSDP), by the recipe or by `accelerate launch --use_fsdp`."""
+    return recipe.fsdp or os.environ.get(_LAUNCHED_FSDP, "") == "true"
 
 
 @contextmanager

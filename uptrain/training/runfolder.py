@@ -5,15 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.writer import LOCK, sync, write_atomic
-from uptrain.errors import UsageError
+from uptrain.errors import UptrainError, UsageError
 from uptrain.recipe_schema import Recipe
 
-_MAY_CHANGE = {"overwrite", "log_every", "save_every", "eval_every", "output"}
+_MAY_CHANGE = {"overwrite", "log_every", "save_every", "eval_every", "eval_every_tokens", "output", "trackers"}
 
 
 class RunFolder:
@@ -78,7 +80,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the whole checkpoints, oldest first."""
-        found = [path for path in self.path.glob("checkpoint-*") if path.suffix == ""]
+        found = [path for path in self.path.glob("checkpoint-*") if not path.suffix]
         return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -88,7 +90,7 @@ class RunFolder:
 
     def begin(self, step: int) -> Path:
         """Return an empty folder in which the checkpoint of `step` is to be written."""
-        partial = self._partial(step)
+        partial = self.partial(step)
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
@@ -96,12 +98,9 @@ class RunFolder:
 
     def commit(self, step: int, state: dict[str, Any]) -> None:
         """Make the checkpoint of `step` count, and drop the older ones."""
-        partial = self._partial(step)
+        partial = self.partial(step)
         (partial / "state.json").write_text(json.dumps(state))
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                sync(path)
-        sync(partial)
+        _sync_all(partial)
         older = self.checkpoints()
         final = partial.with_suffix("")
         if final.exists():
@@ -112,8 +111,36 @@ class RunFolder:
             if path != final:
                 shutil.rmtree(path)
 
-    def _partial(self, step: int) -> Path:
+    def partial(self, step: int) -> Path:
+        """Return where the checkpoint of `step` is written before it counts."""
         return self.path / f"checkpoint-{step}.partial"
+
+    def abandon(self, step: int, error: OSError) -> NoReturn:
+        """Remove a checkpoint that could not be written, and say what is left.
+
+        Raises:
+            UptrainError: always.
+        """
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+        whole = self.checkpoints()
+        left = f"{whole[-1].name} is whole" if whole else "there is no earlier one"
+        reason = error.strerror or str(error)
+        raise UptrainError(
+            f"The checkpoint of step {step} could not be written to {self.path}: {reason}; {left}.",
+            "Make room and run the same command again.",
+        ) from None
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """Yield an empty folder that takes the place of the one called `name` when all its bytes are on the disk."""
+        partial, final = self.path / f"{name}.partial", self.path / name
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        _sync_all(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync(self.path)
 
     def rewind_log(self, step: int) -> None:
         """Drop log lines after `step`: a run that was cut off logged steps that it is about to repeat."""
@@ -127,6 +154,13 @@ class RunFolder:
         """Append one line to the log."""
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _sync_all(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sync(path)
+    sync(folder)
 
 
 def _step(line: str) -> int | None:

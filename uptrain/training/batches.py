@@ -1,0 +1,76 @@
+"""Token blocks to what a step computes on: targets, and positions that keep packed documents apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from uptrain.distill import IGNORED
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The token that stands between documents, and whether it ends the one before or begins the one after."""
+
+    token: int
+    ends: bool
+
+    @staticmethod
+    def of(tokenizer: Any) -> Boundary | None:
+        """Return what `separator_of` puts between a tokenizer's documents; None where it has no such token."""
+        if tokenizer.eos_token_id is not None:
+            return Boundary(int(tokenizer.eos_token_id), True)
+        return None if tokenizer.bos_token_id is None else Boundary(int(tokenizer.bos_token_id), False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences, each (sequences, tokens) int64: tokens, the token each predicts (or IGNORED), and positions.
+
+    `position_ids` starts anew at each document, which keeps attention inside documents in transformers' classes; it is
+    None where each sequence is one document, so that the fastest causal attention is used.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    position_ids: Tensor | None
+
+    def share(self, process: int, processes: int, micro_batches: int) -> list[Batch]:
+        """Return this process's sequences, as micro-batches."""
+        return [self.rows(some) for some in torch.arange(len(self.ids))[process::processes].chunk(micro_batches)]
+
+    def rows(self, some: slice | Tensor) -> Batch:
+        """Return some of the sequences."""
+        positions = None if self.position_ids is None else self.position_ids[some]
+        return Batch(self.ids[some], self.targets[some], positions)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return Batch(self.ids.to(device), self.targets.to(device), positions)
+
+    @property
+    def counted(self) -> int:
+        """Return how many tokens have a target."""
+        return int((self.targets != IGNORED).sum())
+
+
+def batch_of(blocks: NDArray[np.integer[Any]], boundary: Boundary | None) -> Batch:
+    """Return next-token targets and positions of blocks (sequences, tokens), documents apart if `boundary` is given."""
+    ids = torch.from_numpy(np.ascontiguousarray(blocks, dtype=np.int64))
+    targets = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), IGNORED)], dim=1)
+    if boundary is None:
+        return Batch(ids, targets, None)
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, :-1] == boundary.token if boundary.ends else ids[:, 1:] == boundary.token
+    if not starts.any():
+        return Batch(ids, targets, None)
+    # What begins a document is not predicted from the one before it.
+    targets[:, :-1][starts[:, 1:]] = IGNORED
+    index = torch.arange(ids.shape[1]).expand_as(ids)
+    return Batch(ids, targets, index - torch.where(starts, index, 0).cummax(dim=1).values)

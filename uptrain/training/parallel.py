@@ -1,0 +1,98 @@
+"""How a run is spread over processes: each with all weights (DDP), or each with a share of them (FSDP2).
+
+FSDP is PyTorch's `fully_shard` itself on any device, so that what runs on GPUs is what the tests run on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from uptrain.distill import Objective
+
+
+class Spread:
+    """An objective on its devices, and the few things that differ between DDP and FSDP."""
+
+    def __init__(self, objective: Objective, accelerator: Accelerator, shard: bool, offload: bool = False) -> None:
+        self.objective, self.accelerator = objective, accelerator
+        self.sharded = shard and accelerator.num_processes > 1
+        if self.sharded:
+            _shard(objective, accelerator, offload)
+            self.module: Any = objective
+        else:
+            objective.student.float()
+            if objective.teacher is not None:
+                objective.teacher.to(accelerator.device)
+            self.module = accelerator.prepare(objective)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context a forward pass runs in; under FSDP the weights themselves are cast."""
+        return nullcontext() if self.sharded else self.accelerator.autocast()
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Exchange gradients only after the last micro-batch of a step."""
+        if self.accelerator.num_processes == 1 or last:
+            if self.sharded:
+                self.module.set_requires_gradient_sync(True)
+            yield
+        elif self.sharded:
+            self.module.set_requires_gradient_sync(False)
+            yield
+        else:
+            with self.accelerator.no_sync(self.module):
+                yield
+
+    def clip(self, limit: float) -> float:
+        """Scale gradients so that their norm is no more than `limit`; return what it was."""
+        norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _shard(objective: Objective, accelerator: Accelerator, offload: bool) -> None:
+    low = accelerator.mixed_precision == "bf16"
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    # Layer by layer, so that only one layer is ever in memory in fp32 and whole: the rest is still memory-mapped.
+    for layer in decoder_layers(objective.student):
+        fully_shard(layer.float(), **settings)
+    objective.student.float()
+    fully_shard(objective, **settings, reshard_after_forward=False)
+    if objective.teacher is not None:
+        _shard_teacher(objective.teacher, settings["mesh"], accelerator.device)
+
+
+def _shard_teacher(teacher: Any, mesh: DeviceMesh, device: torch.device) -> None:
+    # Its embeddings and head stay whole on every device: they are used outside its own forward pass.
+    for layer in decoder_layers(teacher):
+        fully_shard(layer, mesh=mesh)
+    for module in teacher.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if not isinstance(value, DTensor) and value.device != device:
+                if isinstance(value, nn.Parameter):
+                    value.data = value.data.to(device)
+                else:
+                    setattr(module, name, value.to(device))
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return a model's layers: its longest list of modules of one class."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor that every process holds all of; all processes must call this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,63 @@
+"""A trained model as a checkpoint folder: weights gathered, adapters merged, norms folded, in the stored dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uptrain.hosts import latent_norm
+from uptrain.training.parallel import whole
+
+
+@torch.no_grad()
+def gather(student: Any, dtype: torch.dtype, keep: bool = True) -> dict[str, Tensor]:
+    """Return a model's weights by name, whole, on the CPU and in `dtype`; adapters are added to what they adapt.
+
+    All processes must call this; only those that `keep` get the tensors. One tensor at a time is whole in fp32.
+    """
+    found: dict[str, Tensor] = {}
+    tied = set(getattr(student, "all_tied_weights_keys", None) or ())
+    for name, value in student.state_dict(keep_vars=True).items():
+        short = _plain_name(name)
+        if short is None or short in tied:
+            continue
+        full = whole(value.detach())
+        delta = _delta(student, name)
+        if keep:
+            full = full if delta is None else full + delta.to(full)
+            found[short] = full.to(device="cpu", dtype=dtype if full.is_floating_point() else full.dtype).clone()
+    return found
+
+
+@torch.no_grad()
+def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """Return a new model on the CPU with `weights`, as stock classes want it; the student is left alone."""
+    plain = student.get_base_model() if hasattr(student, "get_base_model") else student
+    with torch.device("meta"):
+        model = type(plain)(plain.config)
+    for name, module in plain.named_modules():
+        if isinstance(module, latent_norm.AbsentNorm):
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, latent_norm.AbsentNorm(module.width, module.eps))
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    latent_norm.fold(model, dtype)
+    return model
+
+
+def _plain_name(name: str) -> str | None:
+    """Return a weight's name without peft's wrapping, or None for an adapter's own."""
+    if ".lora_" in name:
+        return None
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _delta(student: Any, name: str) -> Tensor | None:
+    owner, _, last = name.rpartition(".base_layer.")
+    if last != "weight" or not owner:
+        return None
+    module: nn.Module = student.get_submodule(owner)
+    delta: Tensor = module.get_delta_weight("default")  # type: ignore[operator]
+    return delta

@@ -1,0 +1,46 @@
+"""The teacher of a run: the checkpoint that the student was converted from, found in its history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from uptrain import models
+from uptrain.checkpoint.manifest import read_manifest
+from uptrain.checkpoint.source import Source, resolve
+from uptrain.errors import UptrainError, UsageError
+from uptrain.hosts import latent_norm
+from uptrain.recipe_schema import Distill
+
+
+def find_teacher(distill: Distill, student: Source | None) -> Source:
+    """Return where the teacher is: as named, or the source of the student's conversion.
+
+    Raises:
+        UsageError: neither is known, or the conversion's source is not there any more.
+    """
+    if distill.teacher is not None:
+        return resolve(distill.teacher)
+    stages = (read_manifest(student.path) or {"stages": []})["stages"] if student else []
+    converted = next((stage["source"] for stage in stages if stage.get("stage") == "convert"), None)
+    if converted is None:
+        raise UsageError(
+            f"{student.name if student else 'The model'} has no uptrain.json that says what it was converted from.",
+            "Name the original with distill.teacher=MODEL.",
+        )
+    try:
+        return resolve(str(converted["name"]), converted.get("revision"))
+    except UptrainError as error:
+        raise UsageError(
+            f"The teacher {converted['name']}, from which {student.name if student else 'it'} was converted, "
+            f"can't be had: {error.message}",
+            "Name where it is now with distill.teacher=MODEL.",
+        ) from None
+
+
+def load_teacher(source: Source, low: bool, attn_implementation: str | None = None) -> Any:
+    """Load a teacher, frozen, in bfloat16 if the run computes in it (`low`), else in fp32."""
+    model = models.load_model(source, torch.bfloat16 if low else torch.float32, attn_implementation)
+    latent_norm.check_loaded(model)
+    return model.requires_grad_(False).eval()
