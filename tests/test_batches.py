@@ -18,6 +18,13 @@ from uptrain.training.batches import Boundary, batch_of
 
 register()
 END = 7
+SIZES: dict[str, dict[str, Any]] = {
+    "uptrain_gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "num_key_value_heads": 2},
+    "deepseek_v3": {
+        "kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "first_k_dense_replace": 2,
+    },
+}  # fmt: skip
 
 
 @given(blocks=st.lists(st.lists(st.integers(5, 9), min_size=6, max_size=6), min_size=1, max_size=4), ends=st.booleans())
@@ -41,10 +48,7 @@ def test_positions_and_targets_are_those_of_documents_cut_out_by_hand(blocks: li
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "uptrain_gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_loss_equals_the_loss_of_each_document_alone(family: str, attention: str) -> None:
-    own: dict[str, Any] = {"uptrain_gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "num_key_value_heads": 2},
-                           "deepseek_v3": {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8,
-                                           "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2}}  # fmt: skip
-    model = tiny_model(tiny_config(family, **own.get(family, {})))
+    model = tiny_model(tiny_config(family, **SIZES.get(family, {})))
     model.set_attn_implementation(attention)
     random = np.random.default_rng(0)
     documents = [[*random.integers(8, 60, size).tolist(), END] for size in (5, 1, 9, 12, 3)]
