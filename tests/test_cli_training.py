@@ -45,6 +45,28 @@ def test_train_then_eval_on_ones_own_text(tmp_path: Path, capsys: pytest.Capture
     assert "decode" not in shown
 
 
+def test_plot_draws_the_run_and_belongs_to_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    source = checkpoint(tmp_path / "model", "llama", attention_bias=False)
+    assert run(["convert", str(source), str(tmp_path / "gqa"), "--groups", "2"]) == 0
+    text = str(corpus(tmp_path / "text.txt"))
+    values = {
+        "model": tmp_path / "gqa", "output": tmp_path / "out", "data": f"[{text}]", "steps": 6, "block_size": 32,
+        "batch_size": 4, "warmup": 0, "distill": "{}", "held_out": f"[{text}]", "held_out_tokens": 64, "eval_every": 2,
+        "log_every": 1,
+    }  # fmt: skip
+    assert run(["train", "gqa-uptrain", *(f"{key}={value}" for key, value in values.items()), "--plot"]) == 0
+    shown = capsys.readouterr()
+    assert f"teacher{source}" in "".join(shown.out.split())
+    # Not on a terminal, progress is a few plain lines.
+    assert "Step 3 of 6: loss" in shown.err
+    assert "Step 2: held-out loss" in shown.err
+    with Image.open(tmp_path / "out/training.png") as picture:
+        assert len({*picture.convert("RGB").get_flattened_data()}) > 10
+    assert run(["verify", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -16,8 +16,9 @@ from uptrain.errors import UptrainError, UsageError
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--restart", is_flag=True, help="Forget an unfinished run of the same output instead of resuming it.")
+@click.option("--plot", is_flag=True, help="Draw loss, divergence, learning rate and speed to OUTPUT/training.png.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def train(recipe: str, overrides: tuple[str, ...], restart: bool, as_json: bool) -> None:
+def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as_json: bool) -> None:
     """Train a checkpoint, or a new model, as RECIPE says: a YAML file or the name of a shipped one.
 
     KEY=VALUE replaces a recipe's value; dots reach inside (tokenizer.vocab_size=8192), lists are YAML. A run that
@@ -26,6 +27,7 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, as_json: bool)
     \b
     uptrain train recipes/demo-uptrain.yaml
     uptrain train gqa-uptrain model=./llama-gqa4 output=./llama-up 'data=[corpus/*.txt]' tokens=100000000
+    uptrain train gqa-uptrain model=./llama-gqa4 output=./llama-up data=[python-stdlib] distill.weight=0.5 --plot
     torchrun --nproc_per_node 8 -m uptrain train gqa-uptrain …
     """
     from uptrain import recipes
@@ -37,8 +39,8 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, as_json: bool)
     try:
         from uptrain.train import train as run
 
-        with console.training_progress(loaded.total_steps, loaded.tokens_per_step, hidden=not first) as show:
-            done = run(loaded, show, restart)
+        with console.training_progress(loaded.total_steps, hidden=not first) as show:
+            done = run(loaded, show, restart, plot)
     except UptrainError as error:
         # One process speaks for all.
         if not first:
@@ -142,7 +144,7 @@ def demo(out: Path, as_json: bool) -> None:
     from uptrain.demo.run import RECIPE, run
 
     recipe = recipes.load(RECIPE)
-    with console.training_progress(recipe.total_steps, recipe.tokens_per_step) as show:
+    with console.training_progress(recipe.total_steps) as show:
         found = run(out, console.note, show)
     report_training.demo(found, as_json)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from uptrain.errors import UptrainError
-    from uptrain.train import Step
+    from uptrain.training.journal import Step
 
 
 @cache
@@ -121,27 +121,48 @@ def tokens_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def training_progress(steps: int, tokens_per_step: int, hidden: bool = False) -> Iterator[Callable[[Step], None]]:
-    """Show step, loss, learning rate, speed and time left on stderr, when that is a terminal; yield the callback."""
+def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[Step], None]]:
+    """Show step, loss, learning rate, speed, memory and time left on stderr; yield the callback.
+
+    On a terminal as a live line, elsewhere as a line at every tenth of the run.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    fields = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} tok/s  {task.fields[memory]}  "
     columns = (
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None),
-        TextColumn("loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} tok/s  {task.fields[left]}"),
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn(fields + "{task.fields[left]}"),
     )  # fmt: skip
     quiet = hidden or not sys.stderr.isatty()
     with Progress(*columns, console=_console(True), disable=quiet, transient=True, expand=True) as progress:
         # The bar appears with the first step: before it, text is tokenised and the model loaded.
-        task = progress.add_task("", total=steps, visible=False, loss="–", rate="–", speed="–", left="")
+        task = progress.add_task("", total=steps, visible=False, loss="–", rate="–", speed="–", memory="", left="")
 
         def show(step: Step) -> None:
-            minutes, seconds = divmod(round(step.seconds_left), 60)
+            kl = "" if step.divergence is None else f"  KL {step.divergence:.4f}"
             progress.update(
-                task, completed=step.step, visible=True, loss=f"{step.loss:.4f}", rate=f"{step.learning_rate:.2e}",
-                speed=f"{step.tokens_per_second:,.0f}", left=f"{minutes}:{seconds:02d} left",
+                task, completed=step.step, visible=True, loss=f"{step.loss:.4f}{kl}", rate=f"{step.learning_rate:.2e}",
+                speed=f"{step.tokens_per_second:,.0f}", memory=size(step.memory_bytes), left=f"{_clock(step)} left",
             )  # fmt: skip
+            if hidden:
+                return
+            if step.skipped:
+                note(step.skipped)
+            elif step.held_out_loss is not None:
+                note(f"Step {step.step:,}: held-out loss {step.held_out_loss:.4f}")
+            elif quiet and step.step in _tenths(steps):
+                # A log file or a notebook still says that something is happening.
+                note(f"Step {step.step:,} of {steps:,}: loss {step.loss:.4f}{kl}, {_clock(step)} left")
 
         yield show
+
+
+def _clock(step: Step) -> str:
+    minutes, seconds = divmod(round(step.seconds_left), 60)
+    return f"{minutes}:{seconds:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _tenths(steps: int) -> set[int]:
+    return {max(1, round(steps * tenth / 10)) for tenth in range(1, 10)}
 
 
 def size(count: float) -> str:

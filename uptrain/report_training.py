@@ -23,10 +23,15 @@ def training(done: Training, recipe: Recipe, as_json: bool) -> None:
     pairs = [("trained", f"{done.steps:,} steps, {done.tokens:,} tokens on {done.num_processes} process(es)")]
     if done.resumed_from:
         pairs.append(("resumed", f"from step {done.resumed_from:,}"))
-    pairs.append(("loss", f"{done.loss:.4f} nats per token at the last step"))
+    if done.teacher:
+        pairs.append(("teacher", done.teacher))
+    pairs.append(("loss", f"{done.loss:.4f} nats per token at the last step ({done.precision})"))
+    if done.skipped:
+        pairs.append(("left out", f"{done.skipped} step(s) whose loss was bad; train_log.jsonl names them"))
     if done.held_out_loss is not None:
         words = f"{done.held_out_loss:.4f} nats per token, perplexity {math.exp(done.held_out_loss):.2f}"
-        pairs.append(("held out", f"{words}, {done.bits_per_byte:.3f} bits per byte"))
+        best = "" if done.best_step is None else f"; the model of step {done.best_step:,}, the best"
+        pairs.append(("held out", f"{words}, {done.bits_per_byte:.3f} bits per byte{best}"))
     pairs.append(("time", f"{done.seconds:,.0f} s"))
     console.facts(f"Wrote {done.out}", pairs)
     original = _original(done.out) or recipe.model

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from uptrain import models
+from uptrain import models, plots
 from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.source import resolve
 from uptrain.checkpoint.writer import check_out, staged
@@ -26,7 +26,7 @@ from uptrain.hosts import latent_norm
 from uptrain.recipe_schema import Dataset, Recipe, TokenizerSpec
 from uptrain.training import result, state
 from uptrain.training.batches import Batch, Boundary, batch_of
-from uptrain.training.engine import make_accelerator, on_stop_signal, shards
+from uptrain.training.engine import make_accelerator, on_stop_signal, precision_of, shards
 from uptrain.training.journal import Figures, Journal, Step, memory_bytes
 from uptrain.training.parallel import Spread
 from uptrain.training.runfolder import RunFolder
@@ -63,8 +63,12 @@ class Training:
         return {**asdict(self), "out": str(self.out)}
 
 
-def train(recipe: Recipe, on_step: Callable[[Step], None] | None = None, restart: bool = False) -> Training | None:
+def train(
+    recipe: Recipe, on_step: Callable[[Step], None] | None = None, restart: bool = False, plot: bool = False
+) -> Training | None:
     """Run a recipe and write the result to its `output`; a run that was cut off is taken up where it stopped.
+
+    `plot` draws the log beside it, as training.png.
 
     Under torchrun or accelerate launch every process calls this; `on_step` is called in the first one, which also
     returns the result, while the others return None.
@@ -75,7 +79,9 @@ def train(recipe: Recipe, on_step: Callable[[Step], None] | None = None, restart
         UptrainError: the loss is not a number any more, or a checkpoint can't be written.
     """
     models.quiet()
-    run = _Run(recipe, on_step)
+    if plot:
+        plots.check()
+    run = _Run(recipe, on_step, plot)
     try:
         return run.run(restart)
     finally:
@@ -89,8 +95,8 @@ def lm_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, on_step: Callable[[Step], None] | None) -> None:
-        self.recipe, self.on_step = recipe, on_step
+    def __init__(self, recipe: Recipe, on_step: Callable[[Step], None] | None, plot: bool) -> None:
+        self.recipe, self.on_step, self.plot = recipe, on_step, plot
         self.folder = RunFolder(recipe.output)
         self.accelerator = make_accelerator(recipe, self.folder.path)
         self.journal = Journal(recipe)
@@ -392,7 +398,7 @@ class _Run:
         teacher = self.taught_by.name if self.taught_by else None
         out = Training(
             recipe.output, self.step, self.step * recipe.tokens_per_step, self.last.loss if self.last else math.nan,
-            loss, bits, best[1] if best else None, self.journal.skipped, teacher, accelerator.mixed_precision,
+            loss, bits, best[1] if best else None, self.journal.skipped, teacher, precision_of(recipe),
             self.resumed_from, accelerator.num_processes, round(seconds, 1),
         )  # fmt: skip
         self._write(out, best is not None)
@@ -425,4 +431,6 @@ class _Run:
             else:
                 self._write_model(folder)
             (folder / "train_log.jsonl").write_bytes(self.folder.log.read_bytes())
+            if self.plot:
+                plots.training(folder)
             append_stage(folder, source.path if source else None, stage)

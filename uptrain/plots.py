@@ -1,0 +1,79 @@
+"""Pictures of what was measured, as PNG; the only module that draws."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uptrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES = "training.png"
+
+
+def check() -> None:
+    """Make sure that pictures can be drawn, before hours are spent on what they are to show.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("Drawing needs matplotlib.", "pip install 'uptrain[plots]'")
+
+
+def training(folder: Path) -> Path:
+    """Draw a run's log (`train_log.jsonl`) against the tokens seen, into the same folder; return the picture.
+
+    Raises:
+        UsageError: there is no log, or matplotlib is not installed.
+    """
+    log = folder / "train_log.jsonl"
+    if not log.is_file():
+        raise UsageError(f"{folder} has no train_log.jsonl to draw.", "Name a folder that `uptrain train` wrote.")
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure, axes = _figure(3)
+    loss, rate, speed = axes
+    for name, label in (("loss", "loss"), ("cross_entropy", "cross-entropy"), ("kl", "KL to the teacher")):
+        _line(loss, entries, name, label)
+    for name, label in (("held_out_loss", "held-out cross-entropy"), ("held_out_kl", "held-out KL")):
+        _line(loss, entries, name, label, marker="o")
+    for entry in entries:
+        if "skipped" in entry:
+            loss.axvline(entry["tokens"], color="tab:red", linewidth=0.8, linestyle=":")
+    loss.set_ylabel("nats a token")
+    loss.legend(frameon=False)
+    _line(rate, entries, "lr", "learning rate")
+    rate.set_ylabel("learning rate")
+    _line(speed, entries, "tokens_per_s", "tokens/s")
+    speed.set_ylabel("tokens/s")
+    speed.set_ylim(bottom=0)
+    speed.set_xlabel("tokens seen")
+    out = folder / CURVES
+    figure.savefig(out, dpi=120)
+    return out
+
+
+def _line(axes: Axes, entries: list[dict[str, Any]], name: str, label: str, marker: str = "") -> None:
+    points = [(entry["tokens"], entry[name]) for entry in entries if name in entry]
+    if points:
+        # One point alone draws no line.
+        axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("." if len(points) == 1 else ""))
+
+
+def _figure(rows: int) -> tuple[Any, Any]:
+    check()
+    import matplotlib
+
+    # Without a display, and without touching the state of a notebook that draws too.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["axes.spines.top"] = matplotlib.rcParams["axes.spines.right"] = False
+    figure = Figure(figsize=(8, 2.2 * rows + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 1, sharex=True, height_ratios=[2.2, *[1.0] * (rows - 1)])
+    return figure, axes
