@@ -35,17 +35,23 @@ def training(folder: Path) -> Path:
     if not log.is_file():
         raise UsageError(f"{folder} has no train_log.jsonl to draw.", "Name a folder that `uptrain train` wrote.")
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure, axes = _figure(3)
-    loss, rate, speed = axes
-    for name, label in (("loss", "loss"), ("cross_entropy", "cross-entropy"), ("kl", "KL to the teacher")):
-        _line(loss, entries, name, label)
-    for name, label in (("held_out_loss", "held-out cross-entropy"), ("held_out_kl", "held-out KL")):
-        _line(loss, entries, name, label, marker="o")
-    for entry in entries:
-        if "skipped" in entry:
-            loss.axvline(entry["tokens"], color="tab:red", linewidth=0.8, linestyle=":")
-    loss.set_ylabel("nats a token")
-    loss.legend(frameon=False)
+    taught = any("kl" in entry for entry in entries)
+    figure, (first, *middle, rate, speed) = _figure(3 + taught)
+    _line(first, entries, "cross_entropy" if taught else "loss", "training")
+    _line(first, entries, "held_out_loss", "held out", marker="o")
+    first.set_ylabel("cross-entropy, nats a token")
+    # Divergences are far smaller than cross-entropies: on one axis they would be flat.
+    for panel in middle:
+        _line(panel, entries, "loss", "what is trained on")
+        _line(panel, entries, "kl", "KL to the teacher")
+        _line(panel, entries, "held_out_kl", "KL, held out", marker="o")
+        panel.set_ylabel("nats a token")
+        panel.set_ylim(bottom=0)
+    for panel in (first, *middle):
+        for entry in entries:
+            if "skipped" in entry:
+                panel.axvline(entry["tokens"], color="tab:red", linewidth=0.8, linestyle=":")
+        panel.legend(frameon=False)
     _line(rate, entries, "lr", "learning rate")
     rate.set_ylabel("learning rate")
     _line(speed, entries, "tokens_per_s", "tokens/s")
@@ -73,7 +79,7 @@ def _figure(rows: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["axes.spines.top"] = matplotlib.rcParams["axes.spines.right"] = False
-    figure = Figure(figsize=(8, 2.2 * rows + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 1.8 * rows + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 1, sharex=True, height_ratios=[2.2, *[1.0] * (rows - 1)])
+    axes = figure.subplots(rows, 1, sharex=True, height_ratios=[*[2.0] * (rows - 2), 1.0, 1.0])
     return figure, axes
