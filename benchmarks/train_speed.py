@@ -1,0 +1,119 @@
+"""Tokens per second of `uptrain train` against transformers.Trainer: same model, batch, dtype, data and optimizer.
+
+python benchmarks/train_speed.py --model demo
+python benchmarks/train_speed.py --model /dev/shm/smollm2 --batch 2 --block 1024 --steps 6
+
+Each arm runs in a process of its own, in turns, plain language-model loss and no teacher. The first steps of a run warm
+up and are not counted; peak memory is the process's resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ARMS = ("uptrain", "Trainer")
+WARM_UP = 2
+
+
+def run_uptrain(args: argparse.Namespace, folder: Path) -> list[float]:
+    """Return the time at which each step ended."""
+    from uptrain import recipes
+    from uptrain.train import train
+
+    recipe = recipes.parse({
+        "model": args.model, "output": str(folder / "out"), "data": [args.data], "block_size": args.block,
+        "batch_size": args.batch, "steps": args.steps, "precision": args.precision, "isolate_documents": False,
+        "save_every": 10**6, "log_every": 10**6,
+    })  # fmt: skip
+    ends: list[float] = []
+    train(recipe, lambda step: ends.append(time.perf_counter()))
+    return ends
+
+
+def run_trainer(args: argparse.Namespace, folder: Path) -> list[float]:
+    """Return the time at which each step ended."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from uptrain import models
+    from uptrain.checkpoint.source import resolve
+    from uptrain.data import TokenFile
+    from uptrain.recipe_schema import parse_source
+
+    models.quiet()
+    source = resolve(args.model)
+    TokenFile.build(folder / "tokens", [parse_source(args.data)], models.load_tokenizer(source.path))
+    blocks = torch.from_numpy(TokenFile(folder / "tokens", args.block, 0).take(args.batch * args.steps))
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=args.batch, max_steps=args.steps,
+        learning_rate=1e-4, lr_scheduler_type="cosine", weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
+        bf16=args.precision == "bf16", optim="adamw_torch_fused", report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = [{"input_ids": block, "labels": block} for block in blocks]
+    Trainer(
+        model=models.load_model(source).float(), args=arguments, train_dataset=rows, callbacks=[Clock()]
+    ).train()
+    return ends
+
+
+def worker(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        ends = (run_uptrain if args.arm == "uptrain" else run_trainer)(args, Path(folder))
+    seconds = [later - earlier for earlier, later in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
+    speed = args.batch * args.block / statistics.median(seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"tokens_per_second": round(speed, 1), "peak_rss_mb": round(peak / 1e6)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data", default="python-stdlib")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--block", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
+    parser.add_argument("--work", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.arm:
+        worker(args)
+        return
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    for turn in range(args.turns):
+        for arm in ARMS if turn % 2 == 0 else reversed(ARMS):
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--arm", arm], check=True, capture_output=True, text=True
+            )
+            found[arm].append(json.loads(done.stdout.splitlines()[-1]))
+            print(turn, arm, found[arm][-1], file=sys.stderr, flush=True)
+    speeds = {arm: [each["tokens_per_second"] for each in rows] for arm, rows in found.items()}
+    ratios = [mine / theirs for mine, theirs in zip(*speeds.values(), strict=True)]
+    print(json.dumps({
+        "model": args.model, "batch": args.batch, "block": args.block, "precision": args.precision,
+        "tokens_per_second": speeds, "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "peak_rss_mb": {arm: max(each["peak_rss_mb"] for each in rows) for arm, rows in found.items()},
+    }, indent=2))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
