@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.training import corpus, sentences, tokenizer
-from uptrain import documents
+from uptrain import documents, text_files
 from uptrain.data import BlockReader, TokenFile, TokenStream, read_tokens
 from uptrain.errors import UptrainError, UsageError
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
@@ -59,7 +59,7 @@ def test_a_long_document_is_read_in_pieces_and_stays_one_document(
     tmp_path: Path, words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = corpus(tmp_path / "long.txt", lines=300)
-    monkeypatch.setattr(documents, "PIECE", 500)
+    monkeypatch.setattr(text_files, "PIECE", 500)
     source = Files(files=str(path))
     assert len(list(documents.pieces([source]))) > 10
     ids = build(tmp_path / "tokens", [source], words)

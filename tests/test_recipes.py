@@ -62,6 +62,7 @@ def test_a_source_written_as_a_word_is_what_it_looks_like(tmp_path: Path) -> Non
     odd.write_text("x")
     assert parse_source("python-stdlib:held-out") == Builtin(builtin="python-stdlib", split="held-out")
     assert parse_source("corpus/*") == Files(files="corpus/*")
+    assert parse_source("corpus.parquet") == Files(files="corpus.parquet")
     assert parse_source(str(odd)) == Files(files=str(odd))
     assert parse_source("org/name") == Dataset(dataset="org/name")
     assert parse_source({"dataset": "org/name", "stream": True}) == Dataset(dataset="org/name", stream=True)

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uptrain.checkpoint.writer import write_atomic
-from uptrain.documents import Piece, fingerprint, open_dataset, pieces, rows
+from uptrain.documents import fingerprint, open_dataset, pieces, rows
 from uptrain.errors import UptrainError, UsageError
 from uptrain.recipe_schema import Dataset, DataSource
+from uptrain.text_files import Piece
 
 Tokens = NDArray[np.integer[Any]]
 _BATCH_CHARACTERS = 2**20

@@ -1,47 +1,41 @@
-"""Where text comes from: local files, JSONL, `datasets`, or the standard library. Never holds a corpus in memory."""
+"""Where text comes from: local files, `datasets`, or the standard library. Never holds a corpus in memory."""
 
 from __future__ import annotations
 
 import glob
-import json
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from uptrain.errors import UptrainError, UsageError, did_you_mean
+from uptrain.errors import UptrainError, UsageError
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
+from uptrain.text_files import Piece, file_rows, has_rows, plain, text_of
 
 if TYPE_CHECKING:
     import datasets
-
-PIECE = 2**20
-"""Characters. A longer document is handed on in pieces of about this size, cut at line ends."""
-
-
-class Piece(NamedTuple):
-    """A document, or a part of a long one; `first` says whether a new document starts here."""
-
-    text: str
-    first: bool
 
 
 def pieces(sources: Sequence[DataSource]) -> Iterator[Piece]:
     """Yield the text of all sources in order.
 
     Raises:
-        UsageError: no such file or dataset, text that is not UTF-8, or a line that is not a JSON object with the field.
+        UsageError: no such file or dataset, text that is not UTF-8, or a row without the field.
     """
     for source in sources:
         if isinstance(source, Files):
             for path in files_of(source):
-                yield from _jsonl(path, source.text_field) if _is_jsonl(path) else _plain(path)
+                yield from _rows_of(path, source.text_field) if has_rows(path) else plain(path)
         elif isinstance(source, Dataset):
             yield from (Piece(text, True) for text in rows(open_dataset(source), source))
         else:
             from uptrain.demo.text import documents
 
             yield from (Piece(text, True) for text in documents(source.split))
+
+
+def _rows_of(path: Path, field: str) -> Iterator[Piece]:
+    return (Piece(text_of(row, field, where), True) for where, row in file_rows(path, field))
 
 
 def files_of(source: Files) -> list[Path]:
@@ -58,7 +52,7 @@ def files_of(source: Files) -> list[Path]:
         matches = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207
         paths = [Path(match) for match in matches if Path(match).is_file()]
         if not paths:
-            raise UsageError(f"No file matches {name}.", "Name text or JSONL files, or a glob of them.")
+            raise UsageError(f"No file matches {name}.", "Name text, JSONL or Parquet files, or a glob of them.")
         found += paths
     return found
 
@@ -74,48 +68,6 @@ def fingerprint(sources: Sequence[DataSource]) -> list[Any]:
             entry["python"] = platform.python_version()
         out.append(entry)
     return out
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.suffix in (".jsonl", ".ndjson")
-
-
-def _plain(path: Path) -> Iterator[Piece]:
-    first = True
-    with path.open(encoding="utf-8", newline="") as file:
-        while lines := _lines(file, path):
-            yield Piece("".join(lines), first)
-            first = False
-
-
-def _lines(file: Any, path: Path) -> list[str]:
-    try:
-        return list(file.readlines(PIECE))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason} near byte {error.start}.") from None
-
-
-def _jsonl(path: Path, field: str) -> Iterator[Piece]:
-    number = 0
-    with path.open(encoding="utf-8") as file:
-        while lines := _lines(file, path):
-            for line in lines:
-                number += 1
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise UsageError(f"{path}, line {number}, is not JSON: {error}.") from None
-                yield Piece(_field(value, field, f"{path}, line {number},"), True)
-
-
-def _field(row: Any, field: str, where: str) -> str:
-    if isinstance(row, dict) and isinstance(row.get(field), str):
-        return str(row[field])
-    keys = list(row) if isinstance(row, dict) else []
-    hint = f"{did_you_mean(field, keys)} It has {', '.join(map(str, keys)) or 'none'}; set text_field.".strip()
-    raise UsageError(f"{where} has no text in a field {field!r}.", hint)
 
 
 def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset:
@@ -134,7 +86,7 @@ def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"The dataset {source.dataset} can't be loaded: {reason.rstrip('.')}.",
-            "Name a Hub dataset, a folder of data files, or text files ending in .txt or .jsonl.",
+            "Name a Hub dataset, a folder of data files, or text files ending in .txt, .jsonl or .parquet.",
         ) from None
 
 
@@ -146,6 +98,6 @@ def rows(dataset: Iterable[Any], source: Dataset) -> Iterator[str]:
     """
     for row in dataset:
         try:
-            yield _field(row, source.text_field, f"The dataset {source.dataset}")
+            yield text_of(row, source.text_field, f"The dataset {source.dataset}")
         except UsageError as error:
             raise UptrainError(error.message, error.hint) from None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson")
+TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson", ".parquet")
 
 
 class Strict(BaseModel):
@@ -19,7 +19,7 @@ class Strict(BaseModel):
 
 
 class Files(Strict):
-    """Local text files (a file is a document) or JSONL files (a line is one); names may be globs."""
+    """Local text files (a file is a document) or JSONL and Parquet files (a row is one); globs too."""
 
     files: str | list[str]
     text_field: str = "text"
