@@ -18,14 +18,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Files(Strict):
+class Weighted(Strict):
+    """A source of text; `weight` is its share of the blocks, beside the other sources' weights."""
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class Files(Weighted):
     """Local text files (a file is a document) or JSONL and Parquet files (a row is one); globs too."""
 
     files: str | list[str]
     text_field: str = "text"
 
 
-class Dataset(Strict):
+class Dataset(Weighted):
     """A dataset that the `datasets` library can load: a Hub id or a local folder."""
 
     dataset: str
@@ -35,7 +41,7 @@ class Dataset(Strict):
     stream: bool = False
 
 
-class Builtin(Strict):
+class Builtin(Weighted):
     """Text that every machine has: documentation and source of the running Python's standard library."""
 
     builtin: Literal["python-stdlib"]
@@ -122,9 +128,14 @@ class Recipe(Strict):
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(f"gradient_accumulation {self.gradient_accumulation} must divide batch_size "
                              f"{self.batch_size}, which counts a whole step's sequences")  # fmt: skip
+        weighted = [source.weight is not None for source in self.data]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every source in data a weight, or none of them")
+        if any(source.weight is not None for source in self.held_out):
+            raise ValueError("held_out is read in order, so its sources have no weight; weights belong in data")
         streams = [source for source in self.data if isinstance(source, Dataset) and source.stream]
-        if streams and len(self.data) > 1:
-            raise ValueError("a streamed dataset must be the only source in data")
+        if streams and len(self.data) > 1 and not all(weighted):
+            raise ValueError("a streamed dataset must be the only source in data, or every source needs a weight")
         return self
 
     @property

@@ -19,12 +19,12 @@ from uptrain import models
 from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out, staged
-from uptrain.data import BlockReader, TokenFile, TokenText, open_reader, read_tokens
+from uptrain.data import BlockReader, TokenFile, TokenText, build_tokens, open_reader, read_tokens
 from uptrain.documents import pieces
 from uptrain.engine import make_accelerator, make_optimizer, on_stop_signal
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.hosts import latent_norm
-from uptrain.recipe_schema import Dataset, Recipe, TokenizerSpec
+from uptrain.recipe_schema import Recipe, TokenizerSpec
 from uptrain.runfolder import RunFolder
 
 
@@ -173,11 +173,9 @@ class _Run:
 
     def _reader(self, source: Source | None) -> BlockReader:
         recipe = self.recipe
-        first = recipe.data[0]
-        if not (isinstance(first, Dataset) and first.stream):
-            identity = f"{source.path if source else recipe.tokenizer}"
-            with self._first():
-                TokenFile.build(self.folder.tokens, recipe.data, self.tokenizer, identity)
+        identity = f"{source.path if source else recipe.tokenizer}"
+        with self._first():
+            build_tokens(recipe.data, self.tokenizer, self.folder.tokens, identity)
         return open_reader(recipe.data, self.tokenizer, self.folder.tokens, recipe.block_size, recipe.seed)
 
     def _read_held_out(self) -> TokenText | None:

@@ -1,0 +1,113 @@
+"""Tokens of a whole corpus on disk: tokenised once, then read as blocks in an order that a seed fixes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uptrain.block_reader import Tokens
+from uptrain.checkpoint.writer import write_atomic
+from uptrain.documents import fingerprint
+from uptrain.errors import UsageError
+from uptrain.recipe_schema import DataSource
+from uptrain.token_text import encoded
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What was tokenised: tokens (separators included), documents, bytes of text, and the tokens' digest."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    digest: str
+
+
+class TokenFile:
+    """Tokens of all sources in a file, which stays on disk; read as blocks in a shuffled order.
+
+    Each epoch cuts the tokens into blocks at another offset and visits them in another order, both from the seed.
+    """
+
+    def __init__(self, folder: Path, block_size: int, seed: int) -> None:
+        meta = json.loads((folder / "tokens.json").read_text())
+        self.count = TokenCount(**meta["count"])
+        self.block_size, self.seed = block_size, seed
+        if self.count.tokens < block_size:
+            raise UsageError(
+                f"The data holds {self.count.tokens:,} tokens, less than one block of {block_size:,}.",
+                "Give more text, or a smaller block_size.",
+            )
+        self._tokens: Tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+        self._next = 0
+        self._epoch: tuple[int, int, Tokens] | None = None
+
+    @staticmethod
+    def build(folder: Path, sources: Sequence[DataSource], tokenizer: Any, identity: str = "") -> None:
+        """Tokenise the sources into `folder`, unless it holds them already.
+
+        `identity` names the tokenizer, so that another one's tokens are not taken for these.
+        """
+        key = json.dumps([fingerprint(sources), identity, len(tokenizer)])
+        meta = folder / "tokens.json"
+        if meta.is_file() and json.loads(meta.read_text())["key"] == key:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+        count, documents, size = 0, 0, 0
+        digest = hashlib.sha256()
+        temporary = folder / "tokens.bin.tmp"
+        with temporary.open("wb") as file:
+            for batch, ids in encoded(sources, tokenizer):
+                data = np.fromiter(chain.from_iterable(ids), dtype=dtype)
+                data.tofile(file)
+                digest.update(data.astype("<u4").tobytes())
+                count += len(data)
+                documents += sum(piece.first for piece in batch)
+                size += sum(len(piece.text.encode()) for piece in batch)
+        temporary.rename(folder / "tokens.bin")
+        counts = TokenCount(count, documents, size, "sha256:" + digest.hexdigest())
+        write_atomic(meta, json.dumps({"key": key, "dtype": dtype, "count": asdict(counts)}))
+
+    def take(self, count: int) -> Tokens:
+        """Return the next blocks, (count, block_size) int64."""
+        out = np.stack([self._block(index) for index in range(self._next, self._next + count)])
+        self._next += count
+        return out
+
+    def _block(self, index: int) -> Tokens:
+        # The offset leaves room in every epoch, so that all have the same number of blocks.
+        per_epoch = max(1, (self.count.tokens - self.block_size + 1) // self.block_size)
+        epoch, position = divmod(index, per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            slack = self.count.tokens - per_epoch * self.block_size
+            offset = int(random.integers(min(slack, self.block_size - 1) + 1))
+            self._epoch = (epoch, offset, random.permutation(per_epoch))
+        _, offset, order = self._epoch
+        start = offset + int(order[position]) * self.block_size
+        return self._tokens[start : start + self.block_size].astype(np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of blocks taken, and the digest of the tokens they came from."""
+        return {"blocks": self._next, "digest": self.count.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            UsageError: the position belongs to other data.
+        """
+        if state.get("digest") != self.count.digest:
+            raise UsageError(
+                "The data changed since this run started, so it can't be resumed exactly.",
+                "Restore the data, or start anew with --restart.",
+            )
+        self._next = int(state["blocks"])
