@@ -102,6 +102,16 @@ def test_what_provenance_records_is_the_recipe(name: str) -> None:
         ({"data": ["a.txt", {"files": "b.txt", "weight": 1}]}, "every source in data a weight, or none"),
         ({"data": [{"files": "b.txt", "weight": 0}]}, "data.0.weight 0 won't do"),
         ({"held_out": [{"files": "b.txt", "weight": 1}]}, "weights belong in data"),
+        ({"data": [{"files": "b.jsonl", "text_field": "a", "chat_field": "b"}]}, "either text_field or chat_field"),
+        (
+            {
+                "model": None,
+                "config": {},
+                "tokenizer": {"vocab_size": 300},
+                "data": [{"files": "b.jsonl", "chat_field": "messages"}],
+            },
+            "one trained on the data has none",
+        ),
         ({"precision": "int3"}, "'bf16' or 'fp32'"),
         ({"steps": "many"}, "steps 'many' won't do"),
     ],

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uptrain.chat import Render, messages_of
 from uptrain.errors import UptrainError, UsageError
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
-from uptrain.text_files import Piece, file_rows, has_rows, plain, text_of
+from uptrain.text_files import Piece, file_rows, has_rows, no_field, plain, text_of
 
 if TYPE_CHECKING:
     import datasets
 
 
-def pieces(sources: Sequence[DataSource]) -> Iterator[Piece]:
-    """Yield the text of all sources in order.
+def pieces(sources: Sequence[DataSource], render: Render | None = None) -> Iterator[Piece]:
+    """Yield the text of all sources in order; `render` writes the conversations of sources with a chat_field.
 
     Raises:
         UsageError: no such file or dataset, text that is not UTF-8, or a row without the field.
@@ -25,17 +26,37 @@ def pieces(sources: Sequence[DataSource]) -> Iterator[Piece]:
     for source in sources:
         if isinstance(source, Files):
             for path in files_of(source):
-                yield from _rows_of(path, source.text_field) if has_rows(path) else plain(path)
+                yield from _file(path, source, render)
         elif isinstance(source, Dataset):
-            yield from (Piece(text, True) for text in rows(open_dataset(source), source))
+            yield from (Piece(text, True) for text in rows(open_dataset(source), source, render))
         else:
             from uptrain.demo.text import documents
 
             yield from (Piece(text, True) for text in documents(source.split))
 
 
-def _rows_of(path: Path, field: str) -> Iterator[Piece]:
-    return (Piece(text_of(row, field, where), True) for where, row in file_rows(path, field))
+def _file(path: Path, source: Files, render: Render | None) -> Iterator[Piece]:
+    if has_rows(path):
+        found = file_rows(path, source.chat_field or source.text_field)
+        return (Piece(_text(row, source, where, render), True) for where, row in found)
+    if source.chat_field is not None:
+        raise UsageError(f"{path} is plain text, so it has no chat_field.", "Name JSONL or Parquet files.")
+    return plain(path)
+
+
+def _text(row: Any, source: Files | Dataset, where: str, render: Render | None) -> str:
+    field = source.chat_field
+    if field is None:
+        return text_of(row, source.text_field, where)
+    messages = messages_of(row.get(field)) if isinstance(row, dict) else None
+    if messages is None:
+        raise no_field(row, field, where, "messages with role and content", "chat_field")
+    if render is None:
+        raise UsageError("A source with chat_field needs a tokenizer that has a chat template.")
+    try:
+        return render(messages)
+    except UsageError as error:
+        raise UsageError(f"{where} can't be written as text. {error.message}", error.hint) from None
 
 
 def files_of(source: Files) -> list[Path]:
@@ -90,14 +111,14 @@ def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset
         ) from None
 
 
-def rows(dataset: Iterable[Any], source: Dataset) -> Iterator[str]:
+def rows(dataset: Iterable[Any], source: Dataset, render: Render | None = None) -> Iterator[str]:
     """Yield the text of each row.
 
     Raises:
-        UptrainError: the text field is missing.
+        UptrainError: the field is missing.
     """
     for row in dataset:
         try:
-            yield text_of(row, source.text_field, f"The dataset {source.dataset}")
+            yield _text(row, source, f"The dataset {source.dataset}", render)
         except UsageError as error:
             raise UptrainError(error.message, error.hint) from None

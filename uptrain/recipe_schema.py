@@ -24,20 +24,31 @@ class Weighted(Strict):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
-class Files(Weighted):
+class Rows(Weighted):
+    """A source whose rows hold text in one field, or a conversation, a list of {role, content}, in another."""
+
+    text_field: str = "text"
+    chat_field: str | None = None
+
+    @model_validator(mode="after")
+    def _one_field(self) -> Rows:
+        if self.chat_field is not None and self.text_field not in ("text", self.chat_field):
+            raise ValueError("give either text_field or chat_field: a row's text is one or the other")
+        return self
+
+
+class Files(Rows):
     """Local text files (a file is a document) or JSONL and Parquet files (a row is one); globs too."""
 
     files: str | list[str]
-    text_field: str = "text"
 
 
-class Dataset(Weighted):
+class Dataset(Rows):
     """A dataset that the `datasets` library can load: a Hub id or a local folder."""
 
     dataset: str
     name: str | None = None
     split: str = "train"
-    text_field: str = "text"
     stream: bool = False
 
 
@@ -49,6 +60,11 @@ class Builtin(Weighted):
 
 
 DataSource = Files | Dataset | Builtin
+
+
+def has_chats(source: DataSource) -> bool:
+    """Say whether a source's rows hold conversations."""
+    return isinstance(source, Rows) and source.chat_field is not None
 
 
 def parse_source(value: Any) -> Any:
@@ -133,6 +149,8 @@ class Recipe(Strict):
             raise ValueError("give every source in data a weight, or none of them")
         if any(source.weight is not None for source in self.held_out):
             raise ValueError("held_out is read in order, so its sources have no weight; weights belong in data")
+        if isinstance(self.tokenizer, TokenizerSpec) and any(map(has_chats, [*self.data, *self.held_out])):
+            raise ValueError("chat_field needs a tokenizer with a chat template, and one trained on the data has none")
         streams = [source for source in self.data if isinstance(source, Dataset) and source.stream]
         if streams and len(self.data) > 1 and not all(weighted):
             raise ValueError("a streamed dataset must be the only source in data, or every source needs a weight")

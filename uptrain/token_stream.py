@@ -10,7 +10,7 @@ from uptrain.block_reader import Tokens
 from uptrain.documents import open_dataset, rows
 from uptrain.errors import UptrainError
 from uptrain.recipe_schema import Dataset
-from uptrain.token_text import BATCH_CHARACTERS, encode, separator_of
+from uptrain.token_text import BATCH_CHARACTERS, encode, renderer_for, separator_of
 
 
 class TokenStream:
@@ -18,8 +18,9 @@ class TokenStream:
 
     def __init__(self, source: Dataset, tokenizer: Any, block_size: int) -> None:
         self.source, self.tokenizer, self.block_size = source, tokenizer, block_size
+        self._render = renderer_for([source], tokenizer)
         self._dataset = open_dataset(source)
-        self._rows = rows(self._dataset, source)
+        self._rows = rows(self._dataset, source, self._render)
         self._separator = separator_of(tokenizer)
         self._pending: list[int] = []
         self._epoch, self._in_epoch = 0, 0
@@ -43,7 +44,7 @@ class TokenStream:
             if not self._in_epoch:
                 raise UptrainError(f"The dataset {self.source.dataset} has no rows in {self.source.split}.")
             self._epoch, self._in_epoch = self._epoch + 1, 0
-            self._rows = rows(self._dataset, self.source)
+            self._rows = rows(self._dataset, self.source, self._render)
         for ids in encode(self.tokenizer, texts) if texts else ():
             self._pending += ids + self._separator
         self._in_epoch += len(texts)
@@ -56,6 +57,6 @@ class TokenStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position without replaying what came before it."""
         self._dataset.load_state_dict(state["dataset"])
-        self._rows = rows(self._dataset, self.source)
+        self._rows = rows(self._dataset, self.source, self._render)
         self._epoch, self._in_epoch = int(state["epoch"]), int(state["rows"])
         self._pending = list(state["pending"])

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from uptrain.block_reader import Tokens
+from uptrain.chat import Render, renderer
 from uptrain.documents import pieces
 from uptrain.errors import UsageError
-from uptrain.recipe_schema import DataSource
+from uptrain.recipe_schema import DataSource, has_chats
 from uptrain.text_files import Piece
 
 BATCH_CHARACTERS = 2**20
@@ -32,6 +33,15 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return list(out["input_ids"])
 
 
+def renderer_for(sources: Sequence[DataSource], tokenizer: Any) -> Render | None:
+    """Return what writes the sources' conversations, or None where there are none.
+
+    Raises:
+        UsageError: there are, and the tokenizer has no chat template.
+    """
+    return renderer(tokenizer) if any(has_chats(source) for source in sources) else None
+
+
 def _batches(text: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     size = 0
@@ -49,7 +59,7 @@ def encoded(sources: Sequence[DataSource], tokenizer: Any) -> Iterator[tuple[lis
     """Yield batches of the sources' pieces with the tokens of each, led by the separator where a document starts."""
     separator = separator_of(tokenizer)
     started = False
-    for batch in _batches(pieces(sources)):
+    for batch in _batches(pieces(sources, renderer_for(sources, tokenizer))):
         ids = encode(tokenizer, [piece.text for piece in batch])
         for position, piece in enumerate(batch):
             if piece.first and started:
