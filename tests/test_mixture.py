@@ -87,8 +87,8 @@ def open_recipe(tmp_path: Path, words: Any, **changes: Any) -> BlockReader:
         {"files": str(tmp_path / "b.txt"), "weight": 1},
     ]
     recipe = recipes.parse({"model": "m", "output": "o", "steps": 1, "data": data, **changes})
-    build_tokens(recipe.data, words, tmp_path / "tokens")
-    return open_reader(recipe.data, words, tmp_path / "tokens", 16, recipe.seed)
+    folders = build_tokens(recipe.data, words, tmp_path / "run")
+    return open_reader(recipe.data, words, folders, 16, recipe.seed)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 37, 400])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from uptrain.block_reader import BlockReader
+from uptrain.checkpoint.writer import write_atomic
+from uptrain.content_digest import content_digest
 from uptrain.mixture import Mixture
 from uptrain.recipe_schema import Dataset, DataSource
+from uptrain.token_cache import tokens_folder
 from uptrain.token_file import TokenCount, TokenFile
 from uptrain.token_stream import TokenStream
 from uptrain.token_text import TokenText, read_tokens
@@ -24,34 +28,45 @@ def _parts(sources: Sequence[DataSource]) -> list[list[DataSource]]:
     return [list(sources)] if sources[0].weight is None else [[source] for source in sources]
 
 
-def _folder_of(folder: Path, part: int, parts: int) -> Path:
-    return folder if parts == 1 else folder / str(part)
+def build_tokens(sources: Sequence[DataSource], tokenizer: Any, folder: Path, first: bool = True) -> list[Path | None]:
+    """Tokenise a recipe's `data`, unless the cache has its tokens; return the folder of each part, None for a stream.
 
+    `folder` is the run's own: what the cache can't hold is written there, and the digests, which only the `first`
+    process of a run makes, as that reads all the text.
 
-def build_tokens(sources: Sequence[DataSource], tokenizer: Any, folder: Path, identity: str = "") -> None:
-    """Tokenise a recipe's `data`, all but its streams, into `folder`, unless it is there already.
-
-    `identity` names the tokenizer, so that another one's tokens are not taken for these.
+    Raises:
+        UsageError: a source can't be read.
+        UptrainError: there is no place for the tokens.
     """
     parts = _parts(sources)
-    for index, part in enumerate(parts):
-        if not _is_stream(part[0]):
-            TokenFile.build(_folder_of(folder, index, len(parts)), part, tokenizer, identity)
+    known = folder / "digests.json"
+    if first:
+        found = [None if _is_stream(part[0]) else content_digest(part, tokenizer) for part in parts]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(known, json.dumps(found))
+    digests = json.loads(known.read_text())
+    return [
+        None if digest is None else tokens_folder(digest, part, tokenizer, folder)
+        for part, digest in zip(parts, digests, strict=True)
+    ]
 
 
-def open_reader(sources: Sequence[DataSource], tokenizer: Any, folder: Path, block_size: int, seed: int) -> BlockReader:
-    """Return the reader of a recipe's `data`, for which `build_tokens` must have been called.
+def open_reader(
+    sources: Sequence[DataSource], tokenizer: Any, folders: Sequence[Path | None], block_size: int, seed: int
+) -> BlockReader:
+    """Return the reader of a recipe's `data`, whose tokens `build_tokens` put into `folders`.
 
     Raises:
         UsageError: a source has less than one block of text.
     """
-    parts = _parts(sources)
     readers: list[BlockReader] = []
-    for index, part in enumerate(parts):
-        if isinstance(part[0], Dataset) and part[0].stream:
-            readers.append(TokenStream(part[0], tokenizer, block_size))
+    for part, folder in zip(_parts(sources), folders, strict=True):
+        if folder is None:
+            stream = part[0]
+            assert isinstance(stream, Dataset)
+            readers.append(TokenStream(stream, tokenizer, block_size))
         else:
-            readers.append(TokenFile(_folder_of(folder, index, len(parts)), block_size, seed))
+            readers.append(TokenFile(folder, block_size, seed))
     return readers[0] if len(readers) == 1 else Mixture(readers, [source.weight or 0 for source in sources], seed)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import glob
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain.chat import Render, messages_of
 from uptrain.errors import UptrainError, UsageError
-from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
+from uptrain.recipe_schema import Dataset, DataSource, Files
 from uptrain.text_files import Piece, file_rows, has_rows, no_field, plain, text_of
 
 if TYPE_CHECKING:
@@ -76,19 +75,6 @@ def files_of(source: Files) -> list[Path]:
             raise UsageError(f"No file matches {name}.", "Name text, JSONL or Parquet files, or a glob of them.")
         found += paths
     return found
-
-
-def fingerprint(sources: Sequence[DataSource]) -> list[Any]:
-    """Return what identifies the sources without reading them: names, sizes and times."""
-    out: list[Any] = []
-    for source in sources:
-        entry: dict[str, Any] = source.model_dump(mode="json")
-        if isinstance(source, Files):
-            entry["stat"] = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files_of(source)]
-        elif isinstance(source, Builtin):
-            entry["python"] = platform.python_version()
-        out.append(entry)
-    return out
 
 
 def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset:

@@ -14,7 +14,6 @@ import numpy as np
 
 from uptrain.block_reader import Tokens
 from uptrain.checkpoint.writer import write_atomic
-from uptrain.documents import fingerprint
 from uptrain.errors import UsageError
 from uptrain.recipe_schema import DataSource
 from uptrain.token_text import encoded
@@ -50,31 +49,36 @@ class TokenFile:
         self._epoch: tuple[int, int, Tokens] | None = None
 
     @staticmethod
-    def build(folder: Path, sources: Sequence[DataSource], tokenizer: Any, identity: str = "") -> None:
-        """Tokenise the sources into `folder`, unless it holds them already.
+    def build(folder: Path, sources: Sequence[DataSource], tokenizer: Any) -> None:
+        """Tokenise the sources into `folder`.
 
-        `identity` names the tokenizer, so that another one's tokens are not taken for these.
+        Raises:
+            UsageError: the sources can't be read.
         """
-        key = json.dumps([fingerprint(sources), identity, len(tokenizer)])
-        meta = folder / "tokens.json"
-        if meta.is_file() and json.loads(meta.read_text())["key"] == key:
-            return
         folder.mkdir(parents=True, exist_ok=True)
         dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
         count, documents, size = 0, 0, 0
         digest = hashlib.sha256()
-        temporary = folder / "tokens.bin.tmp"
-        with temporary.open("wb") as file:
+        with (folder / "tokens.bin").open("wb") as file:
             for batch, ids in encoded(sources, tokenizer):
                 data = np.fromiter(chain.from_iterable(ids), dtype=dtype)
-                data.tofile(file)
+                file.write(data.data)
                 digest.update(data.astype("<u4").tobytes())
                 count += len(data)
                 documents += sum(piece.first for piece in batch)
                 size += sum(len(piece.text.encode()) for piece in batch)
-        temporary.rename(folder / "tokens.bin")
         counts = TokenCount(count, documents, size, "sha256:" + digest.hexdigest())
-        write_atomic(meta, json.dumps({"key": key, "dtype": dtype, "count": asdict(counts)}))
+        write_atomic(folder / "tokens.json", json.dumps({"dtype": dtype, "count": asdict(counts)}))
+
+    @staticmethod
+    def is_whole(folder: Path) -> bool:
+        """Say whether `folder` holds all the tokens that it says it does."""
+        try:
+            meta = json.loads((folder / "tokens.json").read_text())
+            size = (folder / "tokens.bin").stat().st_size
+        except (OSError, ValueError):
+            return False
+        return bool(size == meta["count"]["tokens"] * np.dtype(meta["dtype"]).itemsize)
 
     def take(self, count: int) -> Tokens:
         """Return the next blocks, (count, block_size) int64."""

@@ -122,7 +122,7 @@ class _Run:
         self.schedule = get_cosine_with_min_lr_schedule_with_warmup(
             self.optimizer.optimizer, recipe.warmup_steps, recipe.total_steps, min_lr_rate=recipe.min_lr_ratio
         )
-        self.reader = self._reader(source)
+        self.reader = self._reader()
         self._resume()
         with on_stop_signal(self._stop):
             self._loop()
@@ -171,12 +171,11 @@ class _Run:
         # Master weights are fp32; autocast makes the low-precision copies.
         return model.float().train()
 
-    def _reader(self, source: Source | None) -> BlockReader:
+    def _reader(self) -> BlockReader:
         recipe = self.recipe
-        identity = f"{source.path if source else recipe.tokenizer}"
         with self._first():
-            build_tokens(recipe.data, self.tokenizer, self.folder.tokens, identity)
-        return open_reader(recipe.data, self.tokenizer, self.folder.tokens, recipe.block_size, recipe.seed)
+            tokens = build_tokens(recipe.data, self.tokenizer, self.folder.tokens, self.accelerator.is_main_process)
+        return open_reader(recipe.data, self.tokenizer, tokens, recipe.block_size, recipe.seed)
 
     def _read_held_out(self) -> TokenText | None:
         recipe = self.recipe

@@ -1,0 +1,77 @@
+"""What tokens are made of, as a digest: the text's content and the tokenizer's, whatever their names and times."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from uptrain.chat import template_of
+from uptrain.checkpoint.checksum import Checksum, checksum_file
+from uptrain.documents import files_of, open_dataset
+from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files, has_chats
+from uptrain.text_files import has_rows
+from uptrain.token_text import separator_of
+
+_VERSION = 1
+"""To be raised when the same content becomes other tokens."""
+
+
+def content_digest(sources: Sequence[DataSource], tokenizer: Any) -> str:
+    """Return a hex digest that is another one whenever the sources' tokens might be.
+
+    Raises:
+        UsageError: a source can't be found.
+        CheckpointError: a file can't be read.
+    """
+    chat = template_of(tokenizer) if any(map(has_chats, sources)) else None
+    content = [_VERSION, [_source(source) for source in sources], _tokenizer(tokenizer), chat]
+    return _digest(json.dumps(content).encode()).partition(":")[2]
+
+
+def _source(source: DataSource) -> Any:
+    if isinstance(source, Files):
+        fields = [source.text_field, source.chat_field]
+        # How a file is read depends on its name's ending, which is all of its name that counts.
+        return [
+            [checksum_file(path), path.suffix if has_rows(path) else "", *(fields if has_rows(path) else [])]
+            for path in files_of(source)
+        ]
+    if isinstance(source, Dataset):
+        return [open_dataset(source)._fingerprint, source.text_field, source.chat_field]
+    assert isinstance(source, Builtin)
+    return _builtin(source)
+
+
+def _builtin(source: Builtin) -> str:
+    from uptrain.demo.text import documents
+
+    # Distributions change the library without changing Python's version, so only its text tells.
+    checksum = Checksum()
+    for text in documents(source.split):
+        checksum.update(_digest(text.encode()).encode())
+    return checksum.text()
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    python_side = [type(tokenizer).__name__, len(tokenizer), separator_of(tokenizer)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Calls change these two, and tokenizing a corpus uses neither.
+        values = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _CALL_STATE}
+        return [*python_side, _digest(json.dumps(values).encode())]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return [*python_side, [[path.name, checksum_file(path)] for path in files]]
+
+
+_CALL_STATE = ("truncation", "padding")
+
+
+def _digest(data: bytes) -> str:
+    checksum = Checksum()
+    checksum.update(data)
+    return checksum.text()
