@@ -11,7 +11,8 @@ from typing import Any
 from uptrain.chat import template_of
 from uptrain.checkpoint.checksum import Checksum, checksum_file
 from uptrain.documents import files_of, open_dataset
-from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files, has_chats
+from uptrain.errors import UsageError
+from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files, Teacher, has_chats
 from uptrain.text_files import has_rows
 from uptrain.token_text import separator_of
 
@@ -27,7 +28,7 @@ def content_digest(sources: Sequence[DataSource], tokenizer: Any) -> str:
         CheckpointError: a file can't be read.
     """
     chat = template_of(tokenizer) if any(map(has_chats, sources)) else None
-    content = [_VERSION, [_source(source) for source in sources], _tokenizer(tokenizer), chat]
+    content = [_VERSION, [_source(source) for source in sources], tokenizer_digest(tokenizer), chat]
     return _digest(json.dumps(content).encode()).partition(":")[2]
 
 
@@ -39,9 +40,13 @@ def _source(source: DataSource) -> Any:
             [checksum_file(path), path.suffix if has_rows(path) else "", *(fields if has_rows(path) else [])]
             for path in files_of(source)
         ]
+    if isinstance(source, Teacher):
+        raise UsageError("What the teacher writes is not known before it is written.")
+    if isinstance(source, Dataset) and source.stream:
+        # It is not read until it is used, so its name has to do.
+        return source.model_dump(mode="json", exclude={"weight"})
     if isinstance(source, Dataset):
         return [open_dataset(source)._fingerprint, source.text_field, source.chat_field]
-    assert isinstance(source, Builtin)
     return _builtin(source)
 
 
@@ -55,17 +60,19 @@ def _builtin(source: Builtin) -> str:
     return checksum.text()
 
 
-def _tokenizer(tokenizer: Any) -> Any:
-    python_side = [type(tokenizer).__name__, len(tokenizer), separator_of(tokenizer)]
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of how the tokenizer makes tokens of text, its chat template aside."""
+    content: list[Any] = [type(tokenizer).__name__, len(tokenizer), separator_of(tokenizer)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # Calls change these two, and tokenizing a corpus uses neither.
-        values = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _CALL_STATE}
-        return [*python_side, _digest(json.dumps(values).encode())]
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return [*python_side, [[path.name, checksum_file(path)] for path in files]]
+        content.append({key: value for key, value in json.loads(backend.to_str()).items() if key not in _CALL_STATE})
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            content.append([[path.name, checksum_file(path)] for path in files])
+    return _digest(json.dumps(content).encode())
 
 
 _CALL_STATE = ("truncation", "padding")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from uptrain.block_reader import BlockReader
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.content_digest import content_digest
+from uptrain.errors import UsageError
 from uptrain.mixture import Mixture
-from uptrain.recipe_schema import Dataset, DataSource
+from uptrain.recipe_schema import Dataset, DataSource, Teacher, is_stream
 from uptrain.token_cache import tokens_folder
 from uptrain.token_file import TokenCount, TokenFile
 from uptrain.token_stream import TokenStream
@@ -28,27 +29,37 @@ def _parts(sources: Sequence[DataSource]) -> list[list[DataSource]]:
     return [list(sources)] if sources[0].weight is None else [[source] for source in sources]
 
 
-def build_tokens(sources: Sequence[DataSource], tokenizer: Any, folder: Path, first: bool = True) -> list[Path | None]:
+def build_tokens(
+    sources: Sequence[DataSource], tokenizer: Any, folder: Path, first: bool = True,
+    generate: Callable[[Teacher, Path], None] | None = None,
+) -> list[Path | None]:  # fmt: skip
     """Tokenise a recipe's `data`, unless the cache has its tokens; return the folder of each part, None for a stream.
 
     `folder` is the run's own: what the cache can't hold is written there, and the digests, which only the `first`
-    process of a run makes, as that reads all the text.
+    process of a run makes, as that reads all the text. `generate` writes a teacher's text into a folder.
 
     Raises:
-        UsageError: a source can't be read.
+        UsageError: a source can't be read, or there is no teacher to write one.
         UptrainError: there is no place for the tokens.
     """
     parts = _parts(sources)
     known = folder / "digests.json"
     if first:
-        found = [None if _is_stream(part[0]) else content_digest(part, tokenizer) for part in parts]
+        made = [None if is_stream(part[0]) or isinstance(part[0], Teacher) else content_digest(part, tokenizer)
+                for part in parts]  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(known, json.dumps(found))
-    digests = json.loads(known.read_text())
-    return [
-        None if digest is None else tokens_folder(digest, part, tokenizer, folder)
-        for part, digest in zip(parts, digests, strict=True)
-    ]
+        write_atomic(known, json.dumps(made))
+    found: list[Path | None] = []
+    for index, (part, digest) in enumerate(zip(parts, json.loads(known.read_text()), strict=True)):
+        source = part[0]
+        if isinstance(source, Teacher):
+            if generate is None:
+                raise UsageError("data has text from the teacher, but the run has no teacher.", "Give it one.")
+            found.append(folder / f"teacher-{index}")
+            generate(source, folder / f"teacher-{index}")
+        else:
+            found.append(None if digest is None else tokens_folder(digest, part, tokenizer, folder))
+    return found
 
 
 def open_reader(
@@ -68,7 +79,3 @@ def open_reader(
         else:
             readers.append(TokenFile(folder, block_size, seed))
     return readers[0] if len(readers) == 1 else Mixture(readers, [source.weight or 0 for source in sources], seed)
-
-
-def _is_stream(source: DataSource) -> bool:
-    return isinstance(source, Dataset) and source.stream

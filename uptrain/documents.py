@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from uptrain.chat import Render, messages_of
 from uptrain.errors import UptrainError, UsageError
-from uptrain.recipe_schema import Dataset, DataSource, Files
+from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
 from uptrain.text_files import Piece, file_rows, has_rows, no_field, plain, text_of
 
 if TYPE_CHECKING:
@@ -28,10 +28,12 @@ def pieces(sources: Sequence[DataSource], render: Render | None = None) -> Itera
                 yield from _file(path, source, render)
         elif isinstance(source, Dataset):
             yield from (Piece(text, True) for text in rows(open_dataset(source), source, render))
-        else:
+        elif isinstance(source, Builtin):
             from uptrain.demo.text import documents
 
             yield from (Piece(text, True) for text in documents(source.split))
+        else:
+            raise UsageError("What the teacher writes is tokens to train on; it can't be read as text.")
 
 
 def _file(path: Path, source: Files, render: Render | None) -> Iterator[Piece]:

@@ -59,12 +59,41 @@ class Builtin(Weighted):
     split: Literal["train", "held-out"] = "train"
 
 
-DataSource = Files | Dataset | Builtin
+class Teacher(Weighted):
+    """Text that the teacher model writes itself, for when the data it was trained on is not to be had.
+
+    It starts from nothing, or from the first tokens of the documents of `prompts`.
+    """
+
+    source: Literal["teacher"]
+    tokens: int = Field(gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(32, gt=0)
+    prompts: Prompts | None = None
+    prompt_tokens: int = Field(8, gt=0)
+
+    @model_validator(mode="after")
+    def _prompts_in_order(self) -> Teacher:
+        if self.prompts is not None and self.prompts.weight is not None:
+            raise ValueError("prompts has no weight: it gives the beginnings, and no blocks of its own")
+        return self
+
+
+DataSource = Files | Dataset | Builtin | Teacher
+KINDS: tuple[tuple[str, type[DataSource]], ...] = (
+    ("files", Files), ("dataset", Dataset), ("builtin", Builtin), ("source", Teacher),
+)  # fmt: skip
+"""The key that tells what a source is, and the source."""
 
 
 def has_chats(source: DataSource) -> bool:
     """Say whether a source's rows hold conversations."""
     return isinstance(source, Rows) and source.chat_field is not None
+
+
+def is_stream(source: DataSource) -> bool:
+    """Say whether a source is read as it comes, without tokens on disk."""
+    return isinstance(source, Dataset) and source.stream
 
 
 def parse_source(value: Any) -> Any:
@@ -80,14 +109,16 @@ def parse_source(value: Any) -> Any:
             return Files(files=value)
         return Dataset(dataset=value)
     if isinstance(value, Mapping):
-        for key, kind_of in (("files", Files), ("dataset", Dataset), ("builtin", Builtin)):
+        for key, kind_of in KINDS:
             if key in value:
                 return kind_of.model_validate(value)
-        raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset or builtin")
+        raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset, builtin or source")
     return value
 
 
 Source = Annotated[DataSource, BeforeValidator(parse_source)]
+Prompts = Annotated[Files | Dataset | Builtin, BeforeValidator(parse_source)]
+Teacher.model_rebuild()
 
 
 class TokenizerSpec(Strict):
@@ -151,9 +182,14 @@ class Recipe(Strict):
             raise ValueError("held_out is read in order, so its sources have no weight; weights belong in data")
         if isinstance(self.tokenizer, TokenizerSpec) and any(map(has_chats, [*self.data, *self.held_out])):
             raise ValueError("chat_field needs a tokenizer with a chat template, and one trained on the data has none")
-        streams = [source for source in self.data if isinstance(source, Dataset) and source.stream]
-        if streams and len(self.data) > 1 and not all(weighted):
-            raise ValueError("a streamed dataset must be the only source in data, or every source needs a weight")
+        if any(isinstance(source, Teacher) for source in self.held_out):
+            raise ValueError("held_out must be real text: what the teacher writes says nothing about other text")
+        if isinstance(self.tokenizer, TokenizerSpec) and any(isinstance(source, Teacher) for source in self.data):
+            raise ValueError("a tokenizer can't be trained on the teacher's text, which has the teacher's own tokens")
+        alone = [source for source in self.data if isinstance(source, Teacher) or is_stream(source)]
+        if alone and len(self.data) > 1 and not all(weighted):
+            kind = "the teacher" if isinstance(alone[0], Teacher) else "a streamed dataset"
+            raise ValueError(f"{kind} must be the only source in data, or every source needs a weight")
         return self
 
     @property

@@ -18,6 +18,9 @@ from uptrain.errors import UsageError
 from uptrain.recipe_schema import DataSource
 from uptrain.token_text import encoded
 
+_READ = 2**20
+"""Tokens."""
+
 
 @dataclass(frozen=True)
 class TokenCount:
@@ -69,6 +72,15 @@ class TokenFile:
                 size += sum(len(piece.text.encode()) for piece in batch)
         counts = TokenCount(count, documents, size, "sha256:" + digest.hexdigest())
         write_atomic(folder / "tokens.json", json.dumps({"dtype": dtype, "count": asdict(counts)}))
+
+    @staticmethod
+    def digest_of(file: Path, dtype: np.dtype[Any]) -> str:
+        """Return the digest of the tokens in a file, which is the same whatever their width there."""
+        digest = hashlib.sha256()
+        with file.open("rb") as opened:
+            while data := opened.read(_READ * dtype.itemsize):
+                digest.update(np.frombuffer(data, dtype=dtype).astype("<u4").tobytes())
+        return "sha256:" + digest.hexdigest()
 
     @staticmethod
     def is_whole(folder: Path) -> bool:
