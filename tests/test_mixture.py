@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.training import sentences, tokenizer
+from tests.test_train import interrupt_at
+from tests.training import NO_DROPOUT, checkpoint, sentences, tokenizer
 from uptrain import recipes
 from uptrain.data import BlockReader, Mixture, TokenFile, TokenStream, build_tokens, open_reader
-from uptrain.errors import UsageError
+from uptrain.errors import Interrupted, UsageError
+from uptrain.train import train
 
 
 class Counting:
@@ -73,7 +76,7 @@ def words() -> Any:
     return tokenizer()
 
 
-def open_recipe(tmp_path: Path, words: Any, **changes: Any) -> BlockReader:
+def mixed_data(tmp_path: Path) -> list[dict[str, Any]]:
     rows = tmp_path / "rows"
     if not rows.exists():
         rows.mkdir()
@@ -81,11 +84,15 @@ def open_recipe(tmp_path: Path, words: Any, **changes: Any) -> BlockReader:
         (rows / "a.jsonl").write_text("".join(lines))
         (tmp_path / "a.txt").write_text(sentences(100, 90))
         (tmp_path / "b.txt").write_text(sentences(30, 91))
-    data = [
+    return [
         {"files": str(tmp_path / "a.txt"), "weight": 2},
         {"dataset": str(rows), "stream": True, "weight": 1},
         {"files": str(tmp_path / "b.txt"), "weight": 1},
     ]
+
+
+def open_recipe(tmp_path: Path, words: Any, **changes: Any) -> BlockReader:
+    data = mixed_data(tmp_path)
     recipe = recipes.parse({"model": "m", "output": "o", "steps": 1, "data": data, **changes})
     folders = build_tokens(recipe.data, words, tmp_path / "run")
     return open_reader(recipe.data, words, folders, 16, recipe.seed)
@@ -122,3 +129,22 @@ def test_one_weighted_source_is_that_source(tmp_path: Path, words: Any) -> None:
 def test_a_position_in_another_mixture_is_refused() -> None:
     with pytest.raises(UsageError, match="weights in data changed"):
         mixture([1, 2], 0).load_state_dict(mixture([1, 1], 0).state_dict())
+
+
+def test_a_mixed_run_that_was_cut_off_and_lost_its_cache_ends_at_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPTRAIN_CACHE", str(tmp_path / "cache"))
+    checkpoint(tmp_path / "model", **NO_DROPOUT)
+
+    def run(name: str, until: int = 8) -> Path:
+        values = {"model": str(tmp_path / "model"), "output": str(tmp_path / name), "data": mixed_data(tmp_path),
+                  "block_size": 32, "batch_size": 4, "steps": 8, "learning_rate": 1e-2}  # fmt: skip
+        train(recipes.parse(values), interrupt_at(until) if until < 8 else None)
+        return tmp_path / name / "model.safetensors"
+
+    whole = run("whole").read_bytes()
+    with pytest.raises(Interrupted):
+        run("cut", until=3)
+    shutil.rmtree(tmp_path / "cache")
+    assert run("cut").read_bytes() == whole

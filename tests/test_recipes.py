@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from uptrain import recipes
 from uptrain.errors import UsageError
-from uptrain.recipe_schema import Builtin, Dataset, Files, parse_source
+from uptrain.recipe_schema import Builtin, Dataset, Files, Teacher, parse_source
 
 BASE = {"model": "m", "output": "o", "data": ["a.txt"], "steps": 3}
 
@@ -83,6 +83,20 @@ def test_warmup_is_a_share_below_one_and_steps_from_there(warmup: float, steps: 
 def test_what_provenance_records_is_the_recipe(name: str) -> None:
     recipe = recipes.load(name)
     assert recipes.parse(recipe.to_dict()) == recipe
+
+
+def test_what_provenance_records_of_every_kind_of_source_is_the_source() -> None:
+    data = [
+        {"files": ["a.parquet", "b.jsonl"], "chat_field": "messages", "weight": 1},
+        {"dataset": "org/name", "name": "en", "stream": True, "text_field": "body", "weight": 0.5},
+        {"source": "teacher", "tokens": 100, "temperature": 0.7, "prompts": "a/*.txt", "weight": 2},
+        {"source": "teacher", "tokens": 100, "weight": 2},
+        {"builtin": "python-stdlib", "weight": 3},
+    ]
+    recipe = recipes.parse({**BASE, "data": data})
+    assert recipes.parse(recipe.to_dict()) == recipe
+    assert isinstance(recipe.data[2], Teacher)
+    assert recipe.data[2].prompts == Files(files="a/*.txt")
 
 
 @pytest.mark.parametrize(
