@@ -46,6 +46,18 @@ def test_a_parquet_row_group_is_never_in_memory_whole(tmp_path: Path) -> None:
     assert most < sum(map(len, texts)) / 4
 
 
+def test_other_columns_of_a_parquet_file_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    images = [np.random.default_rng(row).bytes(100) for row in range(50)]
+    parquet.write_table(pa.table({"image": images, "text": ["x"] * 50}), path, compression="zstd")
+    chunk = parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * chunk.total_compressed_size)
+    assert [piece.text for piece in documents.pieces([Files(files=str(path))])] == ["x"] * 50
+
+
 def test_unusable_parquet_is_one_sentence(tmp_path: Path) -> None:
     def read(path: Path, **options: Any) -> None:
         list(documents.pieces([Files(files=str(path), **options)]))

@@ -59,7 +59,7 @@ def _same_on_every_day(template: str) -> str:
 
 
 def messages_of(value: Any) -> list[dict[str, Any]] | None:
-    """Return a value's messages, without keys that hold nothing, or None where it is no conversation."""
+    """Return a value's messages, or None where it is no conversation."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         return None
     for message in value:
@@ -67,5 +67,4 @@ def messages_of(value: Any) -> list[dict[str, Any]] | None:
             return None
         if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             return None
-    # Arrow fills in every key that any message of the file has, and templates ask whether a key is there.
-    return [{key: inner for key, inner in message.items() if inner is not None} for message in value]
+    return [dict(message) for message in value]

@@ -35,11 +35,8 @@ def content_digest(sources: Sequence[DataSource], tokenizer: Any) -> str:
 def _source(source: DataSource) -> Any:
     if isinstance(source, Files):
         fields = [source.text_field, source.chat_field]
-        # How a file is read depends on its name's ending, which is all of its name that counts.
-        return [
-            [checksum_file(path), path.suffix if has_rows(path) else "", *(fields if has_rows(path) else [])]
-            for path in files_of(source)
-        ]
+        # A file's name says whether it has rows, and nothing else that counts.
+        return [[checksum_file(path), *(fields if has_rows(path) else [])] for path in files_of(source)]
     if isinstance(source, Teacher):
         raise UsageError("What the teacher writes is not known before it is written.")
     if isinstance(source, Dataset) and source.stream:
