@@ -8,24 +8,20 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
-from uptrain.block_reader import Tokens
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.content_digest import content_digest, tokenizer_digest
-from uptrain.documents import pieces
-from uptrain.errors import UptrainError, UsageError
+from uptrain.errors import UptrainError
 from uptrain.recipe_schema import Teacher
+from uptrain.teacher_sampler import Sampler, stops_of
 from uptrain.token_file import TokenCount, TokenFile
-from uptrain.token_text import encode, renderer_for, separator_of
 
 _VERSION = 1
 """To be raised when the same teacher and options give other text."""
@@ -50,7 +46,7 @@ def generate_tokens(
     with _friendly_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokens.json").unlink(missing_ok=True)
-        _write(_Sampler(model, tokenizer, source, block_size, seed), folder, key, on_tokens or (lambda count: None))
+        _write(Sampler(model, tokenizer, source, block_size, seed), folder, key, on_tokens or (lambda count: None))
 
 
 def teacher_digest(model: Any, tokenizer: Any, source: Teacher, block_size: int, seed: int) -> str:
@@ -63,7 +59,7 @@ def teacher_digest(model: Any, tokenizer: Any, source: Teacher, block_size: int,
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_THE_MODEL}
     prompts = None if source.prompts is None else content_digest([source.prompts], tokenizer)
     options = source.model_dump(exclude={"weight", "prompts"})
-    stops = sorted(_stops(model, tokenizer))
+    stops = sorted(stops_of(model, tokenizer))
     parts = [_VERSION, config, options, prompts, tokenizer_digest(tokenizer), stops, block_size, seed]
     checksum.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -84,7 +80,7 @@ class _Progress:
     bytes: int = 0
 
 
-def _write(sampler: _Sampler, folder: Path, key: str, on_tokens: Callable[[int], None]) -> None:
+def _write(sampler: Sampler, folder: Path, key: str, on_tokens: Callable[[int], None]) -> None:
     wanted = sampler.source.tokens
     dtype = np.dtype("uint16" if len(sampler.tokenizer) <= 2**16 else "uint32")
     note, tokens = folder / "progress.json", folder / "tokens.bin"
@@ -116,104 +112,6 @@ def _write(sampler: _Sampler, folder: Path, key: str, on_tokens: Callable[[int],
             on_tokens(done.tokens - earlier.tokens)
     count = TokenCount(done.tokens, done.documents, done.bytes, TokenFile.digest_of(tokens, dtype))
     write_atomic(folder / "tokens.json", dump_json({"key": key, "dtype": dtype.name, "count": asdict(count)}))
-
-
-class _Sampler:
-    def __init__(self, model: Any, tokenizer: Any, source: Teacher, block_size: int, seed: int) -> None:
-        self.model, self.tokenizer, self.source, self.seed = model, tokenizer, source, seed
-        self.separator = separator_of(tokenizer)
-        self.start = self._start()
-        length = len(self.start) + (source.prompt_tokens if source.prompts is not None else 0)
-        if not self.start and source.prompts is None:
-            raise UsageError("The tokenizer has no token that begins or ends a text to start from.", "Give prompts.")
-        if length >= block_size:
-            raise UsageError(
-                f"prompt_tokens {source.prompt_tokens} leave nothing to write in a block of {block_size}.",
-                "Give fewer prompt_tokens or a larger block_size.",
-            )
-        self.stops = _stops(model, tokenizer)
-        # Plain sampling: what the checkpoint's own settings cut off would be missing in the student for good.
-        self.config = GenerationConfig(
-            do_sample=True, temperature=source.temperature, top_k=0, top_p=1.0, max_new_tokens=block_size - length,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(self.stops) or None,
-            pad_token_id=min(self.stops, default=0),
-        )  # fmt: skip
-
-    def _start(self) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        if self.source.prompts is None:
-            return [int(bos)] if bos is not None else self.separator
-        leads = self.tokenizer("a")["input_ids"][:1] == [bos]
-        return [int(bos)] if leads and bos is not None else []
-
-    def prompts(self, batches: int) -> Iterator[Tokens]:
-        """Yield each batch's beginnings, (batch, tokens) int64, after those of the first `batches`."""
-        size = self.source.batch_size
-        if self.source.prompts is None:
-            while True:
-                yield np.tile(np.array(self.start, dtype=np.int64), (size, 1))
-        found = islice(self._beginnings(), batches * size, None)
-        while True:
-            yield np.array([self.start + next(found) for _ in range(size)], dtype=np.int64)
-
-    def _beginnings(self) -> Iterator[list[int]]:
-        assert self.source.prompts is not None
-        wanted = self.source.prompt_tokens
-        sources = [self.source.prompts]
-        render = renderer_for(sources, self.tokenizer)
-        while True:
-            found = False
-            for piece in pieces(sources, render):
-                if not piece.first:
-                    continue
-                # A token is rarely more than 16 characters, and only the first ones of a long document are needed.
-                ids = encode(self.tokenizer, [piece.text[: 16 * wanted]])[0]
-                if len(ids) >= wanted:
-                    found = True
-                    yield ids[:wanted]
-            if not found:
-                raise UsageError(
-                    f"No document of prompts has {wanted} tokens.", "Give other prompts, or fewer prompt_tokens."
-                )
-
-    def sample(self, batch: int, begin: Tokens) -> list[list[int]]:
-        """Return the texts of a batch that hold anything, without the tokens that begin and end them."""
-        ids = torch.from_numpy(begin).to(self.model.device)
-        with _sampling(self.model, [self.seed, batch]):
-            out = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=self.config
-            ).tolist()
-        texts = []
-        for row in out:
-            written = row[begin.shape[1] :]
-            end = next((place for place, token in enumerate(written) if token in self.stops), len(written))
-            # Another stop than the separator, such as the end of a turn, belongs to the text.
-            extra = [token for token in written[end : end + 1] if token not in self.separator]
-            texts.append(row[len(self.start) : begin.shape[1]] + written[:end] + extra)
-        return [text for text in texts if text]
-
-
-def _stops(model: Any, tokenizer: Any) -> set[int]:
-    own = getattr(model.generation_config, "eos_token_id", None)
-    several = own if isinstance(own, list) else [own]
-    return {int(token) for token in (*several, *separator_of(tokenizer)) if token is not None}
-
-
-@contextmanager
-def _sampling(model: Any, entropy: list[int]) -> Iterator[None]:
-    devices = [model.device] if model.device.type == "cuda" else []
-    training, defaults = model.training, model.generation_config
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(state[0]))
-        model.eval()
-        # What a call leaves unset, transformers takes from here.
-        model.generation_config = GenerationConfig()
-        try:
-            yield
-        finally:
-            model.generation_config = defaults
-            model.train(training)
 
 
 @contextmanager
