@@ -28,7 +28,7 @@ from torch.nn import functional
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
 from uptrain.convert import convert
-from uptrain.documents import pieces
+from uptrain.data.documents import pieces
 from uptrain.hosts.register import register
 from uptrain.methods import baselines
 from uptrain.methods.bridge import maps_of, position_of

@@ -67,9 +67,7 @@ def run_trainer(args: argparse.Namespace, folder: Path) -> list[float]:
         dataloader_pin_memory=False,
     )  # fmt: skip
     rows = [{"input_ids": block, "labels": block} for block in blocks]
-    Trainer(
-        model=models.load_model(source).float(), args=arguments, train_dataset=rows, callbacks=[Clock()]
-    ).train()
+    Trainer(model=models.load_model(source).float(), args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
     return ends
 
 

@@ -58,6 +58,11 @@ def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
     return model.float().eval()
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def save_tiny(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that saves a tiny model and returns its folder."""

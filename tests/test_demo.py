@@ -34,7 +34,9 @@ def test_the_checkpoint_is_small_whole_and_made_by_its_recipe() -> None:
     manifest = verify(DEMO)
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 10_000_000
     (stage,) = manifest["stages"]
-    assert recipes.parse(stage["recipe"]) == recipes.load("demo-pretrain")
+    # Keys that came later say in the recipe what was done then.
+    shipped = recipes.load("demo-pretrain").to_dict()
+    assert {key: shipped.get(key) for key in stage["recipe"]} == stage["recipe"]
     assert (DEMO / "train_log.jsonl").is_file()
 
 

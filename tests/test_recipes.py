@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from uptrain import recipes
 from uptrain.errors import UsageError
-from uptrain.recipe_schema import Builtin, Dataset, Files, parse_source
+from uptrain.recipe_schema import Builtin, Dataset, Files, Teacher, parse_source
 
 BASE = {"model": "m", "output": "o", "data": ["a.txt"], "steps": 3}
 
@@ -62,6 +62,7 @@ def test_a_source_written_as_a_word_is_what_it_looks_like(tmp_path: Path) -> Non
     odd.write_text("x")
     assert parse_source("python-stdlib:held-out") == Builtin(builtin="python-stdlib", split="held-out")
     assert parse_source("corpus/*") == Files(files="corpus/*")
+    assert parse_source("corpus.parquet") == Files(files="corpus.parquet")
     assert parse_source(str(odd)) == Files(files=str(odd))
     assert parse_source("org/name") == Dataset(dataset="org/name")
     assert parse_source({"dataset": "org/name", "stream": True}) == Dataset(dataset="org/name", stream=True)
@@ -84,6 +85,20 @@ def test_what_provenance_records_is_the_recipe(name: str) -> None:
     assert recipes.parse(recipe.to_dict()) == recipe
 
 
+def test_what_provenance_records_of_every_kind_of_source_is_the_source() -> None:
+    data = [
+        {"files": ["a.parquet", "b.jsonl"], "chat_field": "messages", "weight": 1},
+        {"dataset": "org/name", "name": "en", "stream": True, "text_field": "body", "weight": 0.5},
+        {"source": "teacher", "tokens": 100, "temperature": 0.7, "prompts": "a/*.txt", "weight": 2},
+        {"source": "teacher", "tokens": 100, "weight": 2},
+        {"builtin": "python-stdlib", "weight": 3},
+    ]
+    recipe = recipes.parse({**BASE, "data": data})
+    assert recipes.parse(recipe.to_dict()) == recipe
+    assert isinstance(recipe.data[2], Teacher)
+    assert recipe.data[2].prompts == Files(files="a/*.txt")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -98,6 +113,35 @@ def test_what_provenance_records_is_the_recipe(name: str) -> None:
         ({"tokenizer": {"vocab_size": 300}}, "keeps its own tokenizer"),
         ({"batch_size": 6, "gradient_accumulation": 4}, "must divide batch_size 6"),
         ({"data": ["a.txt", {"dataset": "x", "stream": True}]}, "only source"),
+        ({"data": ["a.txt", {"files": "b.txt", "weight": 1}]}, "every source in data a weight, or none"),
+        ({"data": [{"files": "b.txt", "weight": 0}]}, "data.0.weight 0 won't do"),
+        ({"held_out": [{"files": "b.txt", "weight": 1}]}, "weights belong in data"),
+        ({"data": [{"files": "b.jsonl", "text_field": "a", "chat_field": "b"}]}, "either text_field or chat_field"),
+        (
+            {
+                "model": None,
+                "config": {},
+                "tokenizer": {"vocab_size": 300},
+                "data": [{"files": "b.jsonl", "chat_field": "messages"}],
+            },
+            "one trained on the data has none",
+        ),
+        ({"data": ["a.txt", {"source": "teacher", "tokens": 5}]}, "the teacher must be the only source"),
+        ({"data": [{"source": "teacher"}]}, "lacks the key data.0.tokens"),
+        ({"data": [{"source": "student", "tokens": 5}]}, "data.0.source 'student' won't do"),
+        ({"data": [{"source": "teacher", "tokens": 5, "temprature": 1}]}, "Did you mean 'temperature'?"),
+        ({"data": [{"source": "teacher", "tokens": 5, "prompts": {"file": "a"}}]}, "a source is a file name"),
+        ({"data": [{"source": "teacher", "tokens": 5, "prompts": {"files": "a", "weight": 1}}]}, "has no weight"),
+        ({"held_out": [{"source": "teacher", "tokens": 5}]}, "held_out must be real text"),
+        (
+            {
+                "model": None,
+                "config": {},
+                "tokenizer": {"vocab_size": 300},
+                "data": [{"source": "teacher", "tokens": 5}],
+            },
+            "a tokenizer can't be trained on the teacher's text",
+        ),
         ({"precision": "int3"}, "'bf16' or 'fp32'"),
         ({"steps": "many"}, "steps 'many' won't do"),
     ],

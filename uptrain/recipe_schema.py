@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson")
+TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson", ".parquet")
 
 
 class Strict(BaseModel):
@@ -18,31 +18,82 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Files(Strict):
-    """Local text files (a file is a document) or JSONL files (a line is one); names may be globs."""
+class Weighted(Strict):
+    """A source of text; `weight` is its share of the blocks, beside the other sources' weights."""
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class Rows(Weighted):
+    """A source whose rows hold text in one field, or a conversation, a list of {role, content}, in another."""
+
+    text_field: str = "text"
+    chat_field: str | None = None
+
+    @model_validator(mode="after")
+    def _one_field(self) -> Rows:
+        if self.chat_field is not None and self.text_field not in ("text", self.chat_field):
+            raise ValueError("give either text_field or chat_field: a row's text is one or the other")
+        return self
+
+
+class Files(Rows):
+    """Local text files (a file is a document) or JSONL and Parquet files (a row is one); globs too."""
 
     files: str | list[str]
-    text_field: str = "text"
 
 
-class Dataset(Strict):
+class Dataset(Rows):
     """A dataset that the `datasets` library can load: a Hub id or a local folder."""
 
     dataset: str
     name: str | None = None
     split: str = "train"
-    text_field: str = "text"
     stream: bool = False
 
 
-class Builtin(Strict):
+class Builtin(Weighted):
     """Text that every machine has: documentation and source of the running Python's standard library."""
 
     builtin: Literal["python-stdlib"]
     split: Literal["train", "held-out"] = "train"
 
 
-DataSource = Files | Dataset | Builtin
+class Teacher(Weighted):
+    """Text that the teacher model writes itself, for when the data it was trained on is not to be had.
+
+    It starts from nothing, or from the first tokens of the documents of `prompts`.
+    """
+
+    source: Literal["teacher"]
+    tokens: int = Field(gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(32, gt=0)
+    prompts: Prompts | None = None
+    prompt_tokens: int = Field(8, gt=0)
+
+    @model_validator(mode="after")
+    def _prompts_in_order(self) -> Teacher:
+        if self.prompts is not None and self.prompts.weight is not None:
+            raise ValueError("prompts has no weight: it gives the beginnings, and no blocks of its own")
+        return self
+
+
+DataSource = Files | Dataset | Builtin | Teacher
+KINDS: tuple[tuple[str, type[DataSource]], ...] = (
+    ("files", Files), ("dataset", Dataset), ("builtin", Builtin), ("source", Teacher),
+)  # fmt: skip
+"""The key that tells what a source is, and the source."""
+
+
+def has_chats(source: DataSource) -> bool:
+    """Say whether a source's rows hold conversations."""
+    return isinstance(source, Rows) and source.chat_field is not None
+
+
+def is_stream(source: DataSource) -> bool:
+    """Say whether a source is read as it comes, without tokens on disk."""
+    return isinstance(source, Dataset) and source.stream
 
 
 def parse_source(value: Any) -> Any:
@@ -58,14 +109,16 @@ def parse_source(value: Any) -> Any:
             return Files(files=value)
         return Dataset(dataset=value)
     if isinstance(value, Mapping):
-        for key, kind_of in (("files", Files), ("dataset", Dataset), ("builtin", Builtin)):
+        for key, kind_of in KINDS:
             if key in value:
                 return kind_of.model_validate(value)
-        raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset or builtin")
+        raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset, builtin or source")
     return value
 
 
 Source = Annotated[DataSource, BeforeValidator(parse_source)]
+Prompts = Annotated[Files | Dataset | Builtin, BeforeValidator(parse_source)]
+Teacher.model_rebuild()
 
 
 class TokenizerSpec(Strict):
@@ -176,9 +229,21 @@ class Recipe(Strict):
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(f"gradient_accumulation {self.gradient_accumulation} must divide batch_size "
                              f"{self.batch_size}, which counts a whole step's sequences")  # fmt: skip
-        streams = [source for source in self.data if isinstance(source, Dataset) and source.stream]
-        if streams and len(self.data) > 1:
-            raise ValueError("a streamed dataset must be the only source in data")
+        weighted = [source.weight is not None for source in self.data]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every source in data a weight, or none of them")
+        if any(source.weight is not None for source in self.held_out):
+            raise ValueError("held_out is read in order, so its sources have no weight; weights belong in data")
+        if isinstance(self.tokenizer, TokenizerSpec) and any(map(has_chats, [*self.data, *self.held_out])):
+            raise ValueError("chat_field needs a tokenizer with a chat template, and one trained on the data has none")
+        if any(isinstance(source, Teacher) for source in self.held_out):
+            raise ValueError("held_out must be real text: what the teacher writes says nothing about other text")
+        if isinstance(self.tokenizer, TokenizerSpec) and any(isinstance(source, Teacher) for source in self.data):
+            raise ValueError("a tokenizer can't be trained on the teacher's text, which has the teacher's own tokens")
+        alone = [source for source in self.data if isinstance(source, Teacher) or is_stream(source)]
+        if alone and len(self.data) > 1 and not all(weighted):
+            kind = "the teacher" if isinstance(alone[0], Teacher) else "a streamed dataset"
+            raise ValueError(f"{kind} must be the only source in data, or every source needs a weight")
         return self
 
     @property

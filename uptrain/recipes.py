@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from uptrain.errors import UsageError, did_you_mean
-from uptrain.recipe_schema import Builtin, Dataset, Distill, Files, Lora, Recipe, Strict, TokenizerSpec
+from uptrain.recipe_schema import KINDS, Distill, Lora, Recipe, Strict, TokenizerSpec
 
 
 def shipped_folder() -> Path:
@@ -118,7 +118,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _sentence(error: ValidationError, where: str) -> tuple[str, str]:
     first = error.errors()[0]
-    sections = {"Files", "Dataset", "Builtin", "TokenizerSpec", "Distill", "Lora"}
+    sections = {"TokenizerSpec", "Distill", "Lora", *(kind.__name__ for _, kind in KINDS)}
     place = [part for part in map(str, first["loc"]) if part not in sections and not part.startswith("function-")]
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
@@ -137,5 +137,5 @@ def _known_beside(place: Sequence[str]) -> list[str]:
     if len(place) == 1:
         return list(Recipe.model_fields)
     named: dict[str, list[type[Strict]]] = {"tokenizer": [TokenizerSpec], "distill": [Distill], "lora": [Lora]}
-    sections = named.get(place[0], [Files, Dataset, Builtin])
+    sections = named.get(place[0], [kind for _, kind in KINDS])
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))

@@ -16,14 +16,15 @@ from torch.nn import functional
 
 from uptrain import models, plots
 from uptrain.checkpoint.manifest import append_stage
-from uptrain.checkpoint.source import resolve
+from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out, staged
-from uptrain.data import BlockReader, TokenFile, TokenText, open_reader, read_tokens
+from uptrain.data import BlockReader, TokenText, build_tokens, counts_of, open_reader, read_tokens
+from uptrain.data.documents import pieces
+from uptrain.data.teacher_text import generate_tokens
 from uptrain.distill import Objective
-from uptrain.documents import pieces
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.hosts import latent_norm
-from uptrain.recipe_schema import Dataset, Recipe, TokenizerSpec
+from uptrain.recipe_schema import Distill, Recipe, Teacher, TokenizerSpec
 from uptrain.training import result, state
 from uptrain.training.batches import Batch, Boundary, batch_of
 from uptrain.training.engine import make_accelerator, on_stop_signal, precision_of, shards
@@ -181,8 +182,7 @@ class _Run:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         teacher = None
         if self.taught_by is not None:
-            low = self.accelerator.mixed_precision == "bf16"
-            teacher = load_teacher(self.taught_by, low, recipe.attn_implementation)
+            teacher = self._load_teacher(self.taught_by)
         objective = Objective(model, recipe.distill, teacher)
         if recipe.compile:
             objective.compile_bodies()
@@ -190,12 +190,24 @@ class _Run:
 
     def _reader(self) -> BlockReader:
         recipe = self.recipe
-        first = recipe.data[0]
-        if not (isinstance(first, Dataset) and first.stream):
-            identity = f"{self.source.path if self.source else recipe.tokenizer}"
-            with self._first():
-                TokenFile.build(self.folder.tokens, recipe.data, self.tokenizer, identity)
-        return open_reader(recipe.data, self.tokenizer, self.folder.tokens, recipe.block_size, recipe.seed)
+        with self._first():
+            tokens = build_tokens(
+                recipe.data, self.tokenizer, self.folder.tokens, self.accelerator.is_main_process, self._teacher_text
+            )
+        return open_reader(recipe.data, self.tokenizer, tokens, recipe.block_size, recipe.seed)
+
+    def _teacher_text(self, source: Teacher, folder: Path) -> None:
+        recipe = self.recipe
+        # A teacher whose weights are shared out can't write on one process alone.
+        model = None if self.spread.sharded else self.spread.objective.teacher
+        if model is None:
+            place = self.taught_by or find_teacher(Distill.model_validate({}), self.source)
+            model = self._load_teacher(place).to(self.accelerator.device)
+        generate_tokens(model, self.tokenizer, source, recipe.block_size, recipe.seed, folder)
+
+    def _load_teacher(self, place: Source) -> Any:
+        low = self.accelerator.mixed_precision == "bf16"
+        return load_teacher(place, low, self.recipe.attn_implementation)
 
     def _read_held_out(self) -> TokenText | None:
         recipe = self.recipe
@@ -416,13 +428,12 @@ class _Run:
             if not best:
                 self._write_model(None)
             return
-        count = asdict(self.reader.count) if isinstance(self.reader, TokenFile) else None
         stage = {
             "stage": "train",
             "recipe": recipe.to_dict(),
             "source": source.name if source else None,
             "revision": source.revision if source else None,
-            "data": count,
+            "data": counts_of(self.reader),
             **{key: value for key, value in done.to_dict().items() if key not in ("out", "resumed_from", "seconds")},
         }
         with staged(recipe.output, recipe.overwrite) as folder:

@@ -1,0 +1,70 @@
+"""Conversations as the text that the tokenizer's chat template makes of them, the same on every day."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from uptrain.errors import UsageError
+
+Render = Callable[[list[dict[str, Any]]], str]
+"""Turns a conversation, a list of messages with role and content, into text."""
+_DATE = {"%d": "26", "%-d": "26", "%B": "July", "%b": "Jul", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday",
+         "%a": "Fri", "%H": "12", "%I": "12", "%p": "PM", "%M": "00", "%S": "00", "%F": "2024-07-26"}  # fmt: skip
+
+
+def template_of(tokenizer: Any) -> str:
+    """Return the tokenizer's default chat template.
+
+    Raises:
+        UsageError: it has none.
+    """
+    try:
+        return str(tokenizer.get_chat_template())
+    except (ValueError, AttributeError):
+        raise UsageError(
+            "The tokenizer has no chat template, which a source with chat_field needs.",
+            "Use an instruct model's tokenizer, or text_field.",
+        ) from None
+
+
+def renderer(tokenizer: Any) -> Render:
+    """Return the function that writes a conversation as the tokenizer's chat template does.
+
+    Raises:
+        UsageError: there is no template; later, a conversation that the template refuses.
+    """
+    import jinja2
+
+    template = _same_on_every_day(template_of(tokenizer))
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UsageError(f"The tokenizer's chat template refuses a conversation: {reason}.") from None
+        return str(text)
+
+    return render
+
+
+def _same_on_every_day(template: str) -> str:
+    # Some templates write today's date into the system prompt, but a run's text must not depend on the day. The
+    # function can't be passed in, as transformers makes plain data of all that a template is given.
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(f".replace('{code}', '{value}')" for code, value in _DATE.items())
+    return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro +%}" + template
+
+
+def messages_of(value: Any) -> list[dict[str, Any]] | None:
+    """Return a value's messages, or None where it is no conversation."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        return None
+    for message in value:
+        if not isinstance(message, Mapping):
+            return None
+        if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            return None
+    return [dict(message) for message in value]

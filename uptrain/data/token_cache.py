@@ -1,0 +1,100 @@
+"""Tokenised text kept under the digest of its content, so that every run on the same text shares it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.writer import sync
+from uptrain.data.token_file import TokenFile
+from uptrain.errors import UptrainError
+from uptrain.recipe_schema import DataSource
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+def cache_root() -> Path | None:
+    """Return the cache's folder: $UPTRAIN_CACHE, else in $XDG_CACHE_HOME or ~/.cache; None where there is no home."""
+    if own := os.environ.get("UPTRAIN_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "uptrain"
+    try:
+        return Path.home() / ".cache" / "uptrain"
+    except RuntimeError:
+        return None
+
+
+def tokens_folder(digest: str, sources: Sequence[DataSource], tokenizer: Any, fallback: Path) -> Path:
+    """Return the folder with the tokens of `digest`, in the cache, or in `fallback` where that can't be written.
+
+    They are made if they are not there; a second process that wants the same ones waits for the first.
+
+    Raises:
+        UsageError: the sources can't be read.
+        UptrainError: neither place can be written.
+    """
+    root = cache_root()
+    places = [fallback] if root is None else [root / "tokens", fallback]
+    for place in places:
+        if TokenFile.is_whole(place / digest):
+            return place / digest
+    for place in places[:-1]:
+        try:
+            return _build(place, digest, sources, tokenizer)
+        except _Unwritable:
+            continue
+    try:
+        return _build(fallback, digest, sources, tokenizer)
+    except _Unwritable as error:
+        raise UptrainError(f"The data's tokens can't be written to {fallback}: {error}.", "Make room there.") from None
+
+
+class _Unwritable(Exception):
+    pass
+
+
+def _build(place: Path, digest: str, sources: Sequence[DataSource], tokenizer: Any) -> Path:
+    entry, partial = place / digest, place / f"{digest}.partial"
+    with _locked(place, digest):
+        if TokenFile.is_whole(entry):
+            return entry
+        try:
+            # What is left here is of a process that died, or of a disk that lost what it was told to keep.
+            for remains in (entry, partial):
+                if remains.exists():
+                    shutil.rmtree(remains)
+            partial.mkdir()
+            TokenFile.build(partial, sources, tokenizer)
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            partial.rename(entry)
+            sync(place)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+                raise _Unwritable(error.strerror) from None
+            raise
+    return entry
+
+
+@contextmanager
+def _locked(place: Path, digest: str) -> Iterator[None]:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = (place / f"{digest}.lock").open("w")
+    except OSError as error:
+        raise _Unwritable(error.strerror) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems know no locks, and without one two processes would write over each other.
+            raise _Unwritable(error.strerror) from None
+        yield

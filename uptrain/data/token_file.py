@@ -1,0 +1,129 @@
+"""Tokens of a whole corpus on disk: tokenised once, then read as blocks in an order that a seed fixes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uptrain.checkpoint.writer import write_atomic
+from uptrain.data.block_reader import Tokens
+from uptrain.data.token_text import encoded
+from uptrain.errors import UsageError
+from uptrain.recipe_schema import DataSource
+
+_READ = 2**20
+"""Tokens."""
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What was tokenised: tokens (separators included), documents, bytes of text, and the tokens' digest."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    digest: str
+
+
+class TokenFile:
+    """Tokens of all sources in a file, which stays on disk; read as blocks in a shuffled order.
+
+    Each epoch cuts the tokens into blocks at another offset and visits them in another order, both from the seed.
+    """
+
+    def __init__(self, folder: Path, block_size: int, seed: int) -> None:
+        meta = json.loads((folder / "tokens.json").read_text())
+        self.count = TokenCount(**meta["count"])
+        self.block_size, self.seed = block_size, seed
+        if self.count.tokens < block_size:
+            raise UsageError(
+                f"The data holds {self.count.tokens:,} tokens, less than one block of {block_size:,}.",
+                "Give more text, or a smaller block_size.",
+            )
+        self._tokens: Tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+        self._next = 0
+        self._epoch: tuple[int, int, Tokens] | None = None
+
+    @staticmethod
+    def build(folder: Path, sources: Sequence[DataSource], tokenizer: Any) -> None:
+        """Tokenise the sources into `folder`.
+
+        Raises:
+            UsageError: the sources can't be read.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+        count, documents, size = 0, 0, 0
+        digest = hashlib.sha256()
+        with (folder / "tokens.bin").open("wb") as file:
+            for batch, ids in encoded(sources, tokenizer):
+                data = np.fromiter(chain.from_iterable(ids), dtype=dtype)
+                file.write(data.data)
+                digest.update(data.astype("<u4").tobytes())
+                count += len(data)
+                documents += sum(piece.first for piece in batch)
+                size += sum(len(piece.text.encode()) for piece in batch)
+        counts = TokenCount(count, documents, size, "sha256:" + digest.hexdigest())
+        write_atomic(folder / "tokens.json", json.dumps({"dtype": dtype, "count": asdict(counts)}))
+
+    @staticmethod
+    def digest_of(file: Path, dtype: np.dtype[Any]) -> str:
+        """Return the digest of the tokens in a file, which is the same whatever their width there."""
+        digest = hashlib.sha256()
+        with file.open("rb") as opened:
+            while data := opened.read(_READ * dtype.itemsize):
+                digest.update(np.frombuffer(data, dtype=dtype).astype("<u4").tobytes())
+        return "sha256:" + digest.hexdigest()
+
+    @staticmethod
+    def is_whole(folder: Path) -> bool:
+        """Say whether `folder` holds all the tokens that it says it does."""
+        try:
+            meta = json.loads((folder / "tokens.json").read_text())
+            size = (folder / "tokens.bin").stat().st_size
+        except (OSError, ValueError):
+            return False
+        return bool(size == meta["count"]["tokens"] * np.dtype(meta["dtype"]).itemsize)
+
+    def take(self, count: int) -> Tokens:
+        """Return the next blocks, (count, block_size) int64."""
+        out = np.stack([self._block(index) for index in range(self._next, self._next + count)])
+        self._next += count
+        return out
+
+    def _block(self, index: int) -> Tokens:
+        # The offset leaves room in every epoch, so that all have the same number of blocks.
+        per_epoch = max(1, (self.count.tokens - self.block_size + 1) // self.block_size)
+        epoch, position = divmod(index, per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            slack = self.count.tokens - per_epoch * self.block_size
+            offset = int(random.integers(min(slack, self.block_size - 1) + 1))
+            self._epoch = (epoch, offset, random.permutation(per_epoch))
+        _, offset, order = self._epoch
+        start = offset + int(order[position]) * self.block_size
+        return self._tokens[start : start + self.block_size].astype(np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of blocks taken, and the digest of the tokens they came from."""
+        return {"blocks": self._next, "digest": self.count.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            UsageError: the position belongs to other data.
+        """
+        if state.get("digest") != self.count.digest:
+            raise UsageError(
+                "The data changed since this run started, so it can't be resumed exactly.",
+                "Restore the data, or start anew with --restart.",
+            )
+        self._next = int(state["blocks"])

@@ -1,0 +1,97 @@
+"""Text to tokens: documents encoded in batches, with a separator between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from uptrain.data.block_reader import Tokens
+from uptrain.data.chat import Render, renderer
+from uptrain.data.documents import pieces
+from uptrain.data.text_files import Piece
+from uptrain.errors import UsageError
+from uptrain.recipe_schema import DataSource, has_chats
+
+BATCH_CHARACTERS = 2**20
+_BATCH_PIECES = 256
+
+
+def separator_of(tokenizer: Any) -> list[int]:
+    """Return the tokens that stand between two documents: end of text, else beginning of text, else none."""
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token is not None:
+            return [int(token)]
+    return []
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenise texts without adding special tokens."""
+    out = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(out["input_ids"])
+
+
+def renderer_for(sources: Sequence[DataSource], tokenizer: Any) -> Render | None:
+    """Return what writes the sources' conversations, or None where there are none.
+
+    Raises:
+        UsageError: there are, and the tokenizer has no chat template.
+    """
+    return renderer(tokenizer) if any(has_chats(source) for source in sources) else None
+
+
+def _batches(text: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in text:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_CHARACTERS or len(batch) == _BATCH_PIECES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(sources: Sequence[DataSource], tokenizer: Any) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+    """Yield batches of the sources' pieces with the tokens of each, led by the separator where a document starts."""
+    separator = separator_of(tokenizer)
+    started = False
+    for batch in _batches(pieces(sources, renderer_for(sources, tokenizer))):
+        ids = encode(tokenizer, [piece.text for piece in batch])
+        for position, piece in enumerate(batch):
+            if piece.first and started:
+                ids[position] = separator + ids[position]
+            started = True
+        yield batch, ids
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """Tokens held in memory for evaluation, (tokens,) int64, and how many bytes of text they spell."""
+
+    ids: Tokens
+    bytes: int
+
+
+def read_tokens(sources: Sequence[DataSource], tokenizer: Any, limit: int) -> TokenText:
+    """Tokenise the beginning of the sources, at most `limit` tokens.
+
+    Raises:
+        UsageError: there is no text.
+    """
+    ids: list[int] = []
+    size = 0
+    for batch, batch_ids in encoded(sources, tokenizer):
+        for piece, piece_ids in zip(batch, batch_ids, strict=True):
+            room = limit - len(ids)
+            kept = piece_ids[:room]
+            size += len((piece.text if len(kept) == len(piece_ids) else tokenizer.decode(kept)).encode())
+            ids += kept
+            if len(ids) == limit:
+                return TokenText(np.array(ids, dtype=np.int64), size)
+    if len(ids) < 2:
+        raise UsageError("There is no text in it.", "Name a file that has some.")
+    return TokenText(np.array(ids, dtype=np.int64), size)
