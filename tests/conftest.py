@@ -29,6 +29,7 @@ LLAMA_LIKE = {
 EXTRA: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 8},
     "mistral": {"sliding_window": 8, "head_dim": 16},
     "granite": {"attention_bias": True},
     "llama": {"attention_bias": True},

@@ -206,6 +206,7 @@ _ENTRIES = (
         sliding=Sliding.FLAG, hosts={"mla": ("uptrain_llama_mla",)},
         also={"intermediate_size": 22016, "bos_token_id": None, "eos_token_id": None},
     ),
+    _like_llama("mixtral", "MixtralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL),
     _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
     _like_llama(
         "gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256,
