@@ -30,10 +30,14 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "mixtral": {"num_local_experts": 4, "sliding_window": 8},
+    "qwen2_moe": {
+        "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        "use_sliding_window": True, "sliding_window": 8,
+    },
     "mistral": {"sliding_window": 8, "head_dim": 16},
     "granite": {"attention_bias": True},
     "llama": {"attention_bias": True},
-}
+}  # fmt: skip
 
 
 def tiny_config(model_type: str, num_key_value_heads: int | None = None, **changes: Any) -> Any:

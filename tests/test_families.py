@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 
 from tests.conftest import tiny_config, tiny_model
 from tests.oracle import pool_model
-from uptrain.architectures import ARCHITECTURES
+from uptrain.architectures import ARCHITECTURES, Sliding
 from uptrain.attention import cache_bytes_per_token
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.convert import convert
@@ -46,6 +46,16 @@ def load(folder: Path) -> PreTrainedModel:
 def test_defaults_are_the_config_class_own(model_type: str) -> None:
     entry, config = ARCHITECTURES[model_type], CONFIG_MAPPING[model_type]()
     assert {key: getattr(config, key) for key in entry.defaults} == dict(entry.defaults)
+
+
+@pytest.mark.parametrize("model_type", [name for name in SOURCES if ARCHITECTURES[name].sliding is not Sliding.NEVER])
+def test_windows_are_the_class_own_where_the_config_does_not_list_them(model_type: str) -> None:
+    settings = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}
+    own = tiny_config(model_type, num_hidden_layers=8, **settings)
+    silent = {key: value for key, value in own.to_dict().items() if key not in ("layer_types", "no_rope_layers")}
+    kinds = getattr(own, "layer_types", ["sliding_attention"] * 8)
+    found = [spec.sliding_window for spec in attention_layers(ARCHITECTURES[model_type], silent, "src")]
+    assert found == [8 if kind == "sliding_attention" else None for kind in kinds]
 
 
 @pytest.mark.parametrize("model_type", SOURCES)

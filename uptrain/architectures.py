@@ -38,7 +38,12 @@ class Sliding(Enum):
     ALL = "all"
     FLAG = "flag"
     """Only with `use_sliding_window`, and then the layers from `max_window_layers` on."""
-    EVEN = "even"
+    FLAG_EVEN = "flag, even"
+    """Only with `use_sliding_window`, and then every other layer, the first included, before `max_window_layers`."""
+    FLAG_UNROTATED = "flag, unrotated"
+    """Only with `use_sliding_window`, and then the layers without rotation."""
+    PATTERN = "pattern"
+    """All but each `sliding_window_pattern`-th."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,10 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Architecture:
     """One model family: names, packing, config keys and the hosts of its results.
 
-    `defaults` holds what the family's config class assumes where config.json is silent. `hosts` names, for each
-    target, the entries of `uptrain.hosts` to try in order; `native` families hold any number of groups themselves.
-    `unsupported` maps a config key to the value that can't be converted, and why; `pool_only` maps a config key that,
-    when set, rules out methods that change queries and output, to the reason.
+    `defaults` holds what the family's config class assumes where config.json is silent, `sliding_window_pattern` too.
+    `hosts` names, for each target, the entries of `uptrain.hosts` to try in order; `native` families hold any number of
+    groups themselves. `unsupported` maps a config key to the value that can't be converted, and why; `pool_only` maps a
+    config key that, when set, rules out methods that change queries and output, to the reason.
     """
 
     model_type: str
@@ -95,6 +100,7 @@ class Architecture:
     keys: ConfigKeys = ConfigKeys()
     position: Position = Position.ROTARY
     sliding: Sliding = Sliding.NEVER
+    sliding_window_pattern: int = 2
     buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
@@ -207,10 +213,14 @@ _ENTRIES = (
         also={"intermediate_size": 22016, "bos_token_id": None, "eos_token_id": None},
     ),
     _like_llama("mixtral", "MixtralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL),
+    _like_llama(
+        "qwen2_moe", "Qwen2MoeForCausalLM", 2048, 24, 16, 151936, 32768, 16,
+        sliding=Sliding.FLAG_EVEN, also={"max_window_layers": 28},
+    ),
     _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
     _like_llama(
         "gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256,
-        sliding=Sliding.EVEN, also={"sliding_window": 4096},
+        sliding=Sliding.PATTERN, also={"sliding_window": 4096},
     ),
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
     _like_llama(
@@ -218,7 +228,10 @@ _ENTRIES = (
         pool_only={"clip_qkv": "it clips queries, keys and values, which no longer cancels when heads are re-scaled"},
     ),
     _like_llama("arcee", "ArceeForCausalLM", 2560, 32, 32, 32000, 4096),
-    _like_llama("smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4, sliding=Sliding.FLAG),
+    _like_llama(
+        "smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4,
+        sliding=Sliding.FLAG_UNROTATED, also={"no_rope_layer_interval": 4},
+    ),
     _like_llama("starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, sliding=Sliding.ALL),
     _like_llama(
         "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192,

@@ -109,11 +109,34 @@ def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int,
     elif architecture.sliding is Sliding.FLAG:
         first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else layers
         slides = [layer >= first for layer in range(layers)]
-    elif architecture.sliding is Sliding.EVEN:
-        slides = [layer % 2 == 0 for layer in range(layers)]
+    elif architecture.sliding is Sliding.FLAG_EVEN:
+        end = config.get("max_window_layers", architecture.defaults.get("max_window_layers", layers))
+        slides = [layer % 2 == 0 and layer < end for layer in range(layers)]
+        slides = slides if config.get("use_sliding_window") else [False] * layers
+    elif architecture.sliding is Sliding.FLAG_UNROTATED:
+        flag = bool(config.get("use_sliding_window"))
+        slides = [flag and not rotated for rotated in _rotated_layers(architecture, config, layers, where)]
+    elif architecture.sliding is Sliding.PATTERN:
+        every = config.get("sliding_window_pattern", architecture.sliding_window_pattern)
+        if type(every) is not int or every < 1:
+            raise CheckpointError(f"{where} has sliding_window_pattern {every!r}, not a positive whole number.")
+        slides = [(layer + 1) % every != 0 for layer in range(layers)]
     else:
         slides = [architecture.sliding is Sliding.ALL] * layers
     return [window if slide else None for slide in slides]
+
+
+def _rotated_layers(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[bool]:
+    # The list says 1 where a layer does rotate, whatever its name.
+    listed = config.get("no_rope_layers")
+    if isinstance(listed, list):
+        if len(listed) != layers:
+            raise CheckpointError(f"{where} lists {len(listed)} no_rope_layers for {layers} layers.")
+        return [bool(rotated) for rotated in listed]
+    if "no_rope_layer_interval" not in architecture.defaults:
+        return [True] * layers
+    every = config_value(architecture, config, "no_rope_layer_interval", where)
+    return [(layer + 1) % every != 0 for layer in range(layers)]
 
 
 def set_attention(architecture: Architecture, config: dict[str, Any], num_key_value_heads: int) -> None:
