@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from tests.conftest import tiny_config, tiny_model
-from tests.oracle import pool_model
+from tests.oracle import computed_heads, pool_model
 from uptrain.architectures import ARCHITECTURES, Sliding
 from uptrain.attention import cache_bytes_per_token
 from uptrain.checkpoint.reader import open_checkpoint
@@ -80,17 +80,11 @@ def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny
     assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
 
     x = torch.randn(5, 48, generator=torch.manual_seed(1))
-    module = model.get_submodule(base.rstrip("."))
-    if entry.projections.fused:
-        whole = getattr(module, entry.projections.fused)(x[None])[0].split(48, dim=1)
-        expected = dict(zip("qkv", whole, strict=True))
-    else:
-        expected = {part: getattr(module, getattr(entry.projections, part))(x) for part in "qkv"}
+    computed = computed_heads(model.get_submodule(base.rstrip(".")), x)
     for part in "qkv":
         ours = heads.part(part)
         y = np.einsum("td,hed->the", x.numpy(), ours.weight) + (0 if ours.bias is None else ours.bias)
-        want = expected[part].detach().unflatten(1, (-1, spec.head_dim)).numpy()
-        np.testing.assert_allclose(y, want, atol=2e-5)
+        np.testing.assert_allclose(y, computed[part].detach().numpy(), atol=2e-5)
 
 
 @pytest.mark.parametrize("model_type", SOURCES)
