@@ -26,10 +26,15 @@ LLAMA_LIKE = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 EXTRA: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "mixtral": {"num_local_experts": 4, "sliding_window": 8},
+    "stablelm": {"use_qkv_bias": True, "rope_parameters": PARTIAL},
+    "phi": {"rope_parameters": PARTIAL},
+    "phi3": {"sliding_window": 8},
+    "smollm3": {"no_rope_layer_interval": 2},
     "qwen2_moe": {
         "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
         "use_sliding_window": True, "sliding_window": 8,

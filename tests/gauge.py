@@ -12,20 +12,23 @@ from tests.oracle import head_views, linears_of
 from uptrain.architectures import ARCHITECTURES, Position
 
 
-def _phases(head_dim: int, interleaved: bool) -> torch.Tensor:
-    """Return a random (head_dim, head_dim) map that scales and turns every rotary pair: it commutes with rotation."""
-    pairs = head_dim // 2
-    first = torch.arange(0, head_dim, 2) if interleaved else torch.arange(pairs)
+def _phases(head_dim: int, rotated: int, interleaved: bool) -> torch.Tensor:
+    """Return a random (head_dim, head_dim) map that commutes with rotation of the first `rotated` dims.
+
+    It scales and turns every rotary pair, and does what it likes to the rest.
+    """
+    pairs = rotated // 2
+    first = torch.arange(0, rotated, 2) if interleaved else torch.arange(pairs)
     second = first + (1 if interleaved else pairs)
     size, angle = 0.5 + torch.rand(pairs), 6.28 * torch.rand(pairs)
-    out = torch.zeros(head_dim, head_dim)
+    out = torch.block_diag(torch.zeros(rotated, rotated), _invertible(head_dim - rotated))
     out[first, first] = out[second, second] = size * angle.cos()
     out[second, first], out[first, second] = size * angle.sin(), -size * angle.sin()
     return out
 
 
 def _invertible(head_dim: int) -> torch.Tensor:
-    return torch.eye(head_dim) + 0.4 * torch.randn(head_dim, head_dim) / head_dim**0.5
+    return torch.eye(head_dim) + 0.4 * torch.randn(head_dim, head_dim) / max(1, head_dim) ** 0.5
 
 
 @torch.no_grad()
@@ -33,8 +36,10 @@ def scatter_heads(model: PreTrainedModel, groups: int, seed: int = 0) -> PreTrai
     """Replace each group's key and value heads by gauge images of its first one, in place."""
     torch.manual_seed(seed)
     position = ARCHITECTURES[model.config.model_type].position
-    phases = partial(_phases, interleaved=position is Position.ROTARY_INTERLEAVED)
+    share = (getattr(model.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1)
     for views in map(head_views, filter(linears_of, model.modules())):
+        rotated = int(views["k"][0].shape[1] * share)
+        phases = partial(_phases, rotated=rotated, interleaved=position is Position.ROTARY_INTERLEAVED)
         for part, gauge in (("k", _invertible if position is Position.ABSOLUTE else phases), ("v", _invertible)):
             weight, *bias = views[part]
             rows = torch.cat([weight, *(one[..., None] for one in bias)], dim=2)

@@ -46,6 +46,8 @@ def load(folder: Path) -> PreTrainedModel:
 def test_defaults_are_the_config_class_own(model_type: str) -> None:
     entry, config = ARCHITECTURES[model_type], CONFIG_MAPPING[model_type]()
     assert {key: getattr(config, key) for key in entry.defaults} == dict(entry.defaults)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    assert rotary.get("partial_rotary_factor", 1) == entry.partial_rotary_factor
 
 
 @pytest.mark.parametrize("model_type", [name for name in SOURCES if ARCHITECTURES[name].sliding is not Sliding.NEVER])

@@ -86,7 +86,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Architecture:
     """One model family: names, packing, config keys and the hosts of its results.
 
-    `defaults` holds what the family's config class assumes where config.json is silent, `sliding_window_pattern` too.
+    `defaults` holds what the family's config class assumes where config.json is silent, `sliding_window_pattern` and
+    `partial_rotary_factor` (the share of a head's dims that are rotated) too.
     `hosts` names, for each target, the entries of `uptrain.hosts` to try in order; `native` families hold any number of
     groups themselves. `unsupported` maps a config key to the value that can't be converted, and why; `pool_only` maps a
     config key that, when set, rules out methods that change queries and output, to the reason.
@@ -99,6 +100,7 @@ class Architecture:
     projections: Projections = Projections()
     keys: ConfigKeys = ConfigKeys()
     position: Position = Position.ROTARY
+    partial_rotary_factor: float = 1.0
     sliding: Sliding = Sliding.NEVER
     sliding_window_pattern: int = 2
     buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
@@ -237,6 +239,18 @@ _ENTRIES = (
         "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192,
         position=Position.ROTARY_INTERLEAVED,
         unsupported={"use_qk_norm": (True, "its keys are normed head by head after projection")},
+    ),
+    _like_llama(
+        "stablelm", "StableLmForCausalLM", 2560, 32, 32, 50304, 4096, 32, partial_rotary_factor=0.25,
+        unsupported={"qk_layernorm": (True, "every key head has a norm of its own after projection")},
+    ),
+    _like_llama(
+        "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,
+        projections=Projections(o="dense"),
+    ),
+    _like_llama(
+        "phi3", "Phi3ForCausalLM", 3072, 32, 32, 32064, 4096, sliding=Sliding.ALL,
+        projections=Projections(fused="qkv_proj", packing=Packing.CONCAT),
     ),
 )  # fmt: skip
 

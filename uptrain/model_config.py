@@ -78,7 +78,11 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
     if keys.latent:
         spec = _latent(AttentionSpec(heads, key_value_heads, head_dim), config, where)
         return tuple(replace(spec, sliding_window=window) for window in windows)
-    return tuple(AttentionSpec(heads, key_value_heads, head_dim, sliding_window=window) for window in windows)
+    rotated = _rotated_dims(architecture, config, layers, head_dim, where)
+    return tuple(
+        AttentionSpec(heads, key_value_heads, head_dim, sliding_window=window, rotary_ndims=dims)
+        for window, dims in zip(windows, rotated, strict=True)
+    )
 
 
 def _latent(spec: AttentionSpec, config: Mapping[str, Any], where: str) -> AttentionSpec:
@@ -124,6 +128,20 @@ def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int,
     else:
         slides = [architecture.sliding is Sliding.ALL] * layers
     return [window if slide else None for slide in slides]
+
+
+def _rotated_dims(
+    architecture: Architecture, config: Mapping[str, Any], layers: int, head_dim: int, where: str
+) -> list[int | None]:
+    """Return how many of a head's dims each layer rotates, None for all that the family's position says."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling")
+    said = parameters if isinstance(parameters, dict) else {}
+    factor = said.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    factor = architecture.partial_rotary_factor if factor is None else factor
+    if type(factor) not in (int, float) or not 0 < factor <= 1:
+        raise CheckpointError(f"{where} has partial_rotary_factor {factor!r}, not a share of each head's dims.")
+    dims = None if factor == 1 else int(head_dim * factor)
+    return [dims if rotated else 0 for rotated in _rotated_layers(architecture, config, layers, where)]
 
 
 def _rotated_layers(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[bool]:

@@ -77,7 +77,9 @@ class LayerMaker:
             return self.calibrated.read(layer)
         if request.method != "svd" and request.grouping == "contiguous":
             if request.method == "mean" and layer == self.sample:
-                self.kept[layer] = _estimate(heads, groups, self.plan.architecture.position)
+                self.kept[layer] = _estimate(
+                    heads, groups, self.plan.architecture.position, self.plan.before[layer].rotary_ndims
+                )
             return self._pooled(heads, groups, layer)
         self._check_finite(heads, layer)
         methods = _torch_methods()
@@ -161,14 +163,17 @@ def _torch_methods() -> _TorchMethods:
     return _TorchMethods(factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
 
 
-def _estimate(heads: LayerHeads, groups: int, position: Position) -> dict[str, dict[str, float]]:
+def _estimate(
+    heads: LayerHeads, groups: int, position: Position, rotary_ndims: int | None
+) -> dict[str, dict[str, float]]:
     keys, values = estimate.rows_of(heads.part("k")), estimate.rows_of(heads.part("v"))
     if not (np.isfinite(keys).all() and np.isfinite(values).all()):
         return {}  # refused with its name when the layer is finished
-    if position is Position.ABSOLUTE:
+    if position is Position.ABSOLUTE or rotary_ndims == 0:
         best = estimate.kept_by_factor(keys, groups)
     else:
-        best = estimate.kept_by_phases(keys, groups, position is Position.ROTARY_INTERLEAVED)
+        interleaved = position is Position.ROTARY_INTERLEAVED
+        best = estimate.kept_by_phases(keys, groups, interleaved, rotary_ndims or keys.shape[1])
     return {
         "mean": _rounded(estimate.kept_by_mean(keys, groups), estimate.kept_by_mean(values, groups)),
         "svd": _rounded(best, estimate.kept_by_factor(values, groups)),

@@ -27,10 +27,10 @@ def factor_layer(layer: LayerHeads, groups: int, position: Rotary | None) -> tup
 
 def position_of(architecture: Architecture, spec: AttentionSpec) -> Rotary | None:
     """Return the rotary layout of a family's keys, None where keys see no rotation."""
-    if architecture.position is Position.ABSOLUTE:
+    if architecture.position is Position.ABSOLUTE or spec.rotary_ndims == 0:
         return None
     layout: Layout = "interleaved" if architecture.position is Position.ROTARY_INTERLEAVED else "half"
-    return Rotary(layout, spec.head_dim)
+    return Rotary(layout, spec.rotary_ndims or spec.head_dim)
 
 
 def maps_of(layer: LayerHeads) -> HeadMaps:
