@@ -35,6 +35,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phi": {"rope_parameters": PARTIAL},
     "phi3": {"sliding_window": 8},
     "smollm3": {"no_rope_layer_interval": 2},
+    "qwen3": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
     "qwen2_moe": {
         "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
         "use_sliding_window": True, "sliding_window": 8,
@@ -46,7 +49,12 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, num_key_value_heads: int | None = None, **changes: Any) -> Any:
-    """Return a two-layer config of `model_type` with four query heads and a vocabulary of 64."""
+    """Return a two-layer config of `model_type` with four query heads and a vocabulary of 64.
+
+    "phi+qk_layernorm" is phi with that flag set.
+    """
+    model_type, *flags = model_type.split("+")
+    changes = {**dict.fromkeys(flags, True), **changes}
     values = dict(TINY.get(model_type, {**LLAMA_LIKE, **EXTRA.get(model_type, {})}))
     if model_type not in TINY:
         values["num_key_value_heads"] = num_key_value_heads or 4
@@ -63,7 +71,7 @@ def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.2)
-            elif parameter.dim() == 1:
+            elif parameter.dim() == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.float().eval()
 

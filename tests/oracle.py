@@ -65,4 +65,8 @@ def pool_model(model: PreTrainedModel, groups: int, method: str = "mean") -> Pre
             views = head_views(module)
             for view in (*views["k"], *views["v"]):
                 view.copy_(pool_and_repeat(view, groups, method))
+            norm = getattr(module, "k_norm", None)
+            if norm is not None and norm.weight.numel() > module.head_dim:  # weights of its own for every head
+                weight = norm.weight.view(-1, module.head_dim)
+                weight.copy_(pool_and_repeat(weight, groups, method))
     return model

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 
 from tests.conftest import tiny_config, tiny_model
 from tests.oracle import computed_heads, pool_model
-from uptrain.architectures import ARCHITECTURES, Sliding
+from uptrain.architectures import ARCHITECTURES, Architecture, Sliding
 from uptrain.attention import cache_bytes_per_token
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.convert import convert
@@ -24,11 +24,18 @@ from uptrain.packing import join, modules_of, split
 from uptrain.plan import find_prefix, result_attention
 from uptrain.request import Request
 
+
+def family(name: str) -> Architecture:
+    return ARCHITECTURES[name.partition("+")[0]]
+
+
 register()
 RESULTS = ("uptrain_gpt2", "gpt_bigcode")
-SOURCES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
+FAMILIES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
+VARIANTS = ["phi+qk_layernorm", "cohere+use_qk_norm"]
+SOURCES = [*FAMILIES, *VARIANTS]
 TARGETS = [(name, 4, groups) for name in SOURCES for groups in (2, 1)] + [
-    (name, 2, 1) for name in SOURCES if ARCHITECTURES[name].native
+    (name, 2, 1) for name in SOURCES if family(name).native
 ]
 TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32]])
 Save = Callable[..., Path]
@@ -42,7 +49,7 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("model_type", SOURCES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_defaults_are_the_config_class_own(model_type: str) -> None:
     entry, config = ARCHITECTURES[model_type], CONFIG_MAPPING[model_type]()
     assert {key: getattr(config, key) for key in entry.defaults} == dict(entry.defaults)
@@ -50,7 +57,7 @@ def test_defaults_are_the_config_class_own(model_type: str) -> None:
     assert rotary.get("partial_rotary_factor", 1) == entry.partial_rotary_factor
 
 
-@pytest.mark.parametrize("model_type", [name for name in SOURCES if ARCHITECTURES[name].sliding is not Sliding.NEVER])
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if ARCHITECTURES[name].sliding is not Sliding.NEVER])
 def test_windows_are_the_class_own_where_the_config_does_not_list_them(model_type: str) -> None:
     settings = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}
     own = tiny_config(model_type, num_hidden_layers=8, **settings)
@@ -63,14 +70,14 @@ def test_windows_are_the_class_own_where_the_config_does_not_list_them(model_typ
 @pytest.mark.parametrize("model_type", SOURCES)
 def test_class_name_is_what_transformers_writes(model_type: str, save_tiny: Save) -> None:
     config = open_checkpoint(save_tiny(model_type)).config
-    assert config["architectures"] == [ARCHITECTURES[model_type].class_name]
+    assert config["architectures"] == [family(model_type).class_name]
 
 
 @pytest.mark.parametrize("model_type", SOURCES)
 def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny: Save) -> None:
     """q, k and v of our heads equal what the module's own projections give, head by head, on random input."""
     folder = save_tiny(model_type)
-    entry, checkpoint, model = ARCHITECTURES[model_type], open_checkpoint(folder), load(folder)
+    entry, checkpoint, model = family(model_type), open_checkpoint(folder), load(folder)
     spec = attention_layers(entry, checkpoint.config, "src")[1]
     base = entry.layer.format(prefix=find_prefix(entry, checkpoint, "src"), layer=1)
     names = [f"{m}.{kind}" for m in modules_of(entry.projections, frozenset("qkvo")) for kind in ("weight", "bias")]

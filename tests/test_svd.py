@@ -22,6 +22,8 @@ from uptrain.evaluate import evaluate
 from uptrain.request import Request
 
 Save = Callable[..., Path]
+NORMED_BY_HEAD = ["olmo2", "cohere+use_qk_norm"]
+NORMED = ["qwen3", "qwen3_moe", "gemma3_text", "phi+qk_layernorm", *NORMED_BY_HEAD]
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -30,7 +32,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("groups", [2, 1])
-@pytest.mark.parametrize("model_type", SOURCES)
+@pytest.mark.parametrize("model_type", [name for name in SOURCES if name not in NORMED])
 def test_heads_that_are_one_head_in_disguise_are_shared_without_loss(
     model_type: str, groups: int, tmp_path: Path
 ) -> None:
@@ -101,6 +103,22 @@ def test_clipped_projections_are_refused_with_what_to_use_instead(save_tiny: Sav
         plan_conversion(str(source), request(2, "svd"))
     assert "--method mean" in caught.value.hint
     plan_conversion(str(source), request(2, "mean"))
+
+
+@pytest.mark.parametrize("method", ["svd", "calibrated"])
+@pytest.mark.parametrize("model_type", NORMED)
+def test_keys_that_are_normed_after_projection_can_only_be_pooled(
+    model_type: str, method: str, save_tiny: Save
+) -> None:
+    with pytest.raises(UsageError, match="keys are normed after projection") as caught:
+        plan_conversion(str(save_tiny(model_type)), request(2, method))
+    assert "--method mean" in caught.value.hint
+
+
+@pytest.mark.parametrize("model_type", NORMED_BY_HEAD)
+def test_heads_whose_norms_have_their_own_weights_are_not_moved(model_type: str, save_tiny: Save) -> None:
+    with pytest.raises(UsageError, match="--grouping similar can't be used"):
+        plan_conversion(str(save_tiny(model_type)), Request("gqa", 2, grouping="similar"))
 
 
 @pytest.mark.parametrize("groups", [4, 1])

@@ -36,12 +36,12 @@ class Sliding(Enum):
 
     NEVER = "never"
     ALL = "all"
-    FLAG = "flag"
-    """Only with `use_sliding_window`, and then the layers from `max_window_layers` on."""
-    FLAG_EVEN = "flag, even"
-    """Only with `use_sliding_window`, and then every other layer, the first included, before `max_window_layers`."""
-    FLAG_UNROTATED = "flag, unrotated"
-    """Only with `use_sliding_window`, and then the layers without rotation."""
+    LAST = "last"
+    """The layers from `max_window_layers` on."""
+    EVEN = "even"
+    """Every other layer, the first included, before `max_window_layers`."""
+    UNROTATED = "unrotated"
+    """The layers without rotation."""
     PATTERN = "pattern"
     """All but each `sliding_window_pattern`-th."""
 
@@ -79,6 +79,19 @@ class ConfigKeys:
     max_position_embeddings: str = "max_position_embeddings"
 
 
+@dataclass(frozen=True)
+class KeyNorm:
+    """A norm on the keys after their projection, relative to the layer's attention.
+
+    `flag` is the config key that turns it on, if it isn't always there. With `by_head` its weight has an entry for
+    every dim of every key head, and so is pooled with the heads.
+    """
+
+    module: str = "k_norm"
+    flag: str = ""
+    by_head: bool = False
+
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -86,11 +99,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Architecture:
     """One model family: names, packing, config keys and the hosts of its results.
 
-    `defaults` holds what the family's config class assumes where config.json is silent, `sliding_window_pattern` and
-    `partial_rotary_factor` (the share of a head's dims that are rotated) too.
-    `hosts` names, for each target, the entries of `uptrain.hosts` to try in order; `native` families hold any number of
-    groups themselves. `unsupported` maps a config key to the value that can't be converted, and why; `pool_only` maps a
-    config key that, when set, rules out methods that change queries and output, to the reason.
+    `native` families hold any number of groups themselves; `hosts` names, for each target, the entries of
+    `uptrain.hosts` to try in order.
     """
 
     model_type: str
@@ -101,13 +111,21 @@ class Architecture:
     keys: ConfigKeys = ConfigKeys()
     position: Position = Position.ROTARY
     partial_rotary_factor: float = 1.0
+    """The share of a head's dims that are rotated, where the config is silent."""
+    key_norm: KeyNorm | None = None
     sliding: Sliding = Sliding.NEVER
+    sliding_flag: bool = False
+    """Whether layers slide only if the config says `use_sliding_window`."""
     sliding_window_pattern: int = 2
+    """What the config class assumes where the config is silent."""
     buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    """What the config class assumes where config.json is silent."""
     hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
+    """Config keys, the value that can't be converted, and why."""
     pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    """Config keys that, when set, rule out methods that change queries and output, and why."""
     native: bool = True
 
     def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
@@ -211,13 +229,13 @@ _ENTRIES = (
     ),
     _like_llama(
         "qwen2", "Qwen2ForCausalLM", 4096, 32, 32, 151936, 32768, 32,
-        sliding=Sliding.FLAG, hosts={"mla": ("uptrain_llama_mla",)},
+        sliding=Sliding.LAST, sliding_flag=True, hosts={"mla": ("uptrain_llama_mla",)},
         also={"intermediate_size": 22016, "bos_token_id": None, "eos_token_id": None},
     ),
     _like_llama("mixtral", "MixtralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL),
     _like_llama(
         "qwen2_moe", "Qwen2MoeForCausalLM", 2048, 24, 16, 151936, 32768, 16,
-        sliding=Sliding.FLAG_EVEN, also={"max_window_layers": 28},
+        sliding=Sliding.EVEN, sliding_flag=True, also={"max_window_layers": 28},
     ),
     _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
     _like_llama(
@@ -232,21 +250,35 @@ _ENTRIES = (
     _like_llama("arcee", "ArceeForCausalLM", 2560, 32, 32, 32000, 4096),
     _like_llama(
         "smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4,
-        sliding=Sliding.FLAG_UNROTATED, also={"no_rope_layer_interval": 4},
+        sliding=Sliding.UNROTATED, sliding_flag=True, also={"no_rope_layer_interval": 4},
     ),
     _like_llama("starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, sliding=Sliding.ALL),
     _like_llama(
         "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192,
         position=Position.ROTARY_INTERLEAVED,
-        unsupported={"use_qk_norm": (True, "its keys are normed head by head after projection")},
+        key_norm=KeyNorm(flag="use_qk_norm", by_head=True), also={"use_qk_norm": False},
     ),
+    _like_llama(
+        "qwen3", "Qwen3ForCausalLM", 4096, 32, 32, 151936, 32768, 32, 128,
+        sliding=Sliding.LAST, sliding_flag=True, key_norm=KeyNorm(), also={"max_window_layers": 28},
+    ),
+    _like_llama(
+        "qwen3_moe", "Qwen3MoeForCausalLM", 2048, 24, 32, 151936, 32768, 4,
+        sliding=Sliding.ALL, sliding_flag=True, key_norm=KeyNorm(),
+    ),
+    _like_llama(
+        "gemma3_text", "Gemma3ForCausalLM", 2304, 26, 8, 262208, 131072, 4, 256,
+        sliding=Sliding.PATTERN, sliding_window_pattern=6, key_norm=KeyNorm(), also={"sliding_window": 4096},
+        unsupported={"use_bidirectional_attention": (True, "it reads a text both ways and keeps no cache")},
+    ),
+    _like_llama("olmo2", "Olmo2ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True)),
     _like_llama(
         "stablelm", "StableLmForCausalLM", 2560, 32, 32, 50304, 4096, 32, partial_rotary_factor=0.25,
         unsupported={"qk_layernorm": (True, "every key head has a norm of its own after projection")},
     ),
     _like_llama(
         "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,
-        projections=Projections(o="dense"),
+        projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
     ),
     _like_llama(
         "phi3", "Phi3ForCausalLM", 3072, 32, 32, 32064, 4096, sliding=Sliding.ALL,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from uptrain.architectures import ARCHITECTURES, NO_CACHE, Architecture, Sliding
+from uptrain.architectures import ARCHITECTURES, NO_CACHE, Architecture, KeyNorm, Sliding
 from uptrain.attention import AttentionSpec
 from uptrain.errors import CheckpointError, UsageError, did_you_mean
 
@@ -33,6 +33,24 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         if config.get(key, architecture.defaults.get(key)) == value:
             raise UsageError(f"{where} has {key} {value}, which uptrain can't convert: {why}.")
     return architecture
+
+
+def key_norm_of(architecture: Architecture, config: Mapping[str, Any]) -> KeyNorm | None:
+    """Return the norm on a checkpoint's keys, None where there is none."""
+    norm = architecture.key_norm
+    if norm is None or not norm.flag or config.get(norm.flag, architecture.defaults.get(norm.flag)):
+        return norm
+    return None
+
+
+def why_pool_only(architecture: Architecture, config: Mapping[str, Any]) -> str:
+    """Return why a checkpoint's heads can be pooled but not re-scaled, empty where they can."""
+    if key_norm_of(architecture, config) is not None:
+        return "its keys are normed after projection, which no longer cancels when heads are re-scaled"
+    for key, why in architecture.pool_only.items():
+        if config.get(key) is not None:
+            return f"its {key} is {config[key]}: {why}"
+    return ""
 
 
 def config_value(architecture: Architecture, config: Mapping[str, Any], key: str, where: str) -> int:
@@ -110,16 +128,15 @@ def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int,
         if len(types) != layers:
             raise CheckpointError(f"{where} lists {len(types)} layer_types for {layers} layers.")
         slides = [kind == "sliding_attention" for kind in types]
-    elif architecture.sliding is Sliding.FLAG:
-        first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else layers
-        slides = [layer >= first for layer in range(layers)]
-    elif architecture.sliding is Sliding.FLAG_EVEN:
+    elif architecture.sliding_flag and not config.get("use_sliding_window"):
+        slides = [False] * layers
+    elif architecture.sliding is Sliding.LAST:
+        slides = [layer >= config.get("max_window_layers", 0) for layer in range(layers)]
+    elif architecture.sliding is Sliding.EVEN:
         end = config.get("max_window_layers", architecture.defaults.get("max_window_layers", layers))
         slides = [layer % 2 == 0 and layer < end for layer in range(layers)]
-        slides = slides if config.get("use_sliding_window") else [False] * layers
-    elif architecture.sliding is Sliding.FLAG_UNROTATED:
-        flag = bool(config.get("use_sliding_window"))
-        slides = [flag and not rotated for rotated in _rotated_layers(architecture, config, layers, where)]
+    elif architecture.sliding is Sliding.UNROTATED:
+        slides = [not rotated for rotated in _rotated_layers(architecture, config, layers, where)]
     elif architecture.sliding is Sliding.PATTERN:
         every = config.get("sliding_window_pattern", architecture.sliding_window_pattern)
         if type(every) is not int or every < 1:

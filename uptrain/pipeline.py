@@ -17,6 +17,7 @@ from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_fi
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import State, write_shard
 from uptrain.errors import Interrupted
+from uptrain.methods.gqa import pool_norm
 from uptrain.plan import OutputTensor, Plan
 from uptrain.transform import Calibrated, LayerMaker
 
@@ -104,6 +105,9 @@ class Pipeline:
         read = self.checkpoint.read(tensor.source)
         if tensor.operation == "scale":
             read = as_float32(read) * np.float32(tensor.factor)
+        if tensor.operation == "pool":
+            before, after = (layers[tensor.layer].num_key_value_heads for layers in (self.plan.before, self.plan.after))
+            read = pool_norm(read, before, after, self.plan.request.method)
         array = cast(read, tensor.info.dtype, tensor.source)
         yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
 

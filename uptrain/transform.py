@@ -14,6 +14,7 @@ from uptrain.errors import CheckpointError, UsageError
 from uptrain.latent_packing import LatentHeads, join_latent
 from uptrain.methods import estimate
 from uptrain.methods.gqa import pool_layer
+from uptrain.model_config import why_pool_only
 from uptrain.packing import LayerHeads, join, module_of, read_layer
 from uptrain.plan import Plan
 from uptrain.plan_latent import LatentPlan
@@ -43,6 +44,7 @@ class LayerMaker:
         self.kept: dict[int, dict[str, dict[str, float]]] = {}
         # Telling what svd would keep costs time, so mean tells it of the middle layer only.
         self.sample = len(plan.before) // 2
+        self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
         self._dtypes = {
             (tensor.layer, tensor.module): tensor.info.dtype
             for shard in plan.shards.values()
@@ -76,7 +78,7 @@ class LayerMaker:
             self.kept[layer] = self.calibrated.kept(layer)
             return self.calibrated.read(layer)
         if request.method != "svd" and request.grouping == "contiguous":
-            if request.method == "mean" and layer == self.sample:
+            if request.method == "mean" and layer == self.sample and not self._pool_only:
                 self.kept[layer] = _estimate(
                     heads, groups, self.plan.architecture.position, self.plan.before[layer].rotary_ndims
                 )
