@@ -18,7 +18,11 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
-}
+    "falcon": {
+        "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "multi_query": False, "parallel_attn": False, "bias": True,
+    },
+}  # fmt: skip
 LLAMA_LIKE = {
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -56,7 +60,9 @@ def tiny_config(model_type: str, num_key_value_heads: int | None = None, **chang
     model_type, *flags = model_type.split("+")
     changes = {**dict.fromkeys(flags, True), **changes}
     values = dict(TINY.get(model_type, {**LLAMA_LIKE, **EXTRA.get(model_type, {})}))
-    if model_type not in TINY:
+    if model_type == "falcon":
+        values["num_kv_heads"] = num_key_value_heads or 4
+    elif model_type not in TINY:
         values["num_key_value_heads"] = num_key_value_heads or 4
     tokens = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     values = {**tokens, "initializer_range": 0.15, **values, **changes}

@@ -14,7 +14,7 @@ Views = dict[str, list[Tensor]]
 
 def linears_of(module: nn.Module) -> list[nn.Module]:
     """Return what makes queries, keys and values in an attention module of transformers; none in any other module."""
-    for names in (("c_attn",), ("qkv_proj",), ("q_proj", "k_proj", "v_proj")):
+    for names in (("c_attn",), ("qkv_proj",), ("query_key_value",), ("q_proj", "k_proj", "v_proj")):
         if all(hasattr(module, name) for name in names):
             return [getattr(module, name) for name in names]
     return []
@@ -47,6 +47,10 @@ def _by_head(module: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
     elif hasattr(module, "qkv_proj"):
         heads = (module.config.num_attention_heads, module.num_key_value_heads, module.num_key_value_heads)
         rows = list(rows[0].split([count * module.head_dim for count in heads]))
+    elif hasattr(module, "query_key_value"):  # for each group its queries, its key, its value
+        per_group = module.num_heads // module.num_kv_heads + 2
+        slots = rows[0].unflatten(0, (-1, per_group, module.head_dim))
+        return {"q": slots[:, :-2].flatten(0, 1), "k": slots[:, -2], "v": slots[:, -1]}
     return {part: one.unflatten(0, (-1, module.head_dim)) for part, one in zip("qkv", rows, strict=True)}
 
 

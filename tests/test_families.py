@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from tests.oracle import computed_heads, pool_model
 from uptrain.architectures import ARCHITECTURES, Architecture, Sliding
 from uptrain.attention import cache_bytes_per_token
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.convert import convert
+from uptrain.cli import run
+from uptrain.convert import convert, plan_conversion
+from uptrain.errors import UsageError
 from uptrain.hosts.register import register
 from uptrain.model_config import attention_layers
 from uptrain.packing import join, modules_of, split
@@ -32,11 +35,16 @@ def family(name: str) -> Architecture:
 register()
 RESULTS = ("uptrain_gpt2", "gpt_bigcode")
 FAMILIES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
-VARIANTS = ["phi+qk_layernorm", "cohere+use_qk_norm"]
+EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
+"""Its class caches a copy of keys and values for every query head, whatever their number."""
+VARIANTS = ["phi+qk_layernorm", "cohere+use_qk_norm", "falcon+parallel_attn", "falcon+alibi", EXPANDED]
 SOURCES = [*FAMILIES, *VARIANTS]
-TARGETS = [(name, 4, groups) for name in SOURCES for groups in (2, 1)] + [
-    (name, 2, 1) for name in SOURCES if family(name).native
-]
+UNGROUPED = ["falcon", "falcon+parallel_attn", "falcon+alibi"]
+TARGETS = (
+    [(name, 4, 1) for name in SOURCES]
+    + [(name, 4, 2) for name in SOURCES if name not in UNGROUPED]
+    + [(name, 2, 1) for name in SOURCES if family(name).native and name not in UNGROUPED]
+)
 TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32]])
 Save = Callable[..., Path]
 
@@ -96,10 +104,10 @@ def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny
         np.testing.assert_allclose(y, computed[part].detach().numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("model_type", SOURCES)
-def test_as_many_groups_as_heads_changes_no_byte(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "groups"), [*((name, 4) for name in SOURCES), ("falcon+multi_query", 1)])
+def test_as_many_groups_as_heads_changes_no_byte(model_type: str, groups: int, save_tiny: Save, tmp_path: Path) -> None:
     source = save_tiny(model_type, dtype=torch.bfloat16)
-    convert(str(source), tmp_path / "out", request(4))
+    convert(str(source), tmp_path / "out", request(groups))
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -142,6 +150,7 @@ def test_cached_generation_equals_uncached_and_keeps_only_its_heads(
     with torch.no_grad():
         model(TOKENS[:, :context], past_key_values=cache)
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    layers = [replace(spec, num_key_value_heads=4) for spec in layers] if model_type == EXPANDED else layers
     assert held == context * cache_bytes_per_token(layers, itemsize=4)
 
 
@@ -175,3 +184,17 @@ def test_gpt2_without_prefix_and_with_old_buffers(tmp_path: Path, save_tiny: Sav
             torch.testing.assert_close(
                 load(tmp_path / str(groups))(TOKENS).logits, oracle(TOKENS).logits, atol=1e-5, rtol=1e-5
             )
+
+
+@pytest.mark.parametrize("model_type", UNGROUPED)
+def test_a_family_of_one_head_or_all_refuses_groups(model_type: str, save_tiny: Save) -> None:
+    with pytest.raises(UsageError, match="without new_decoder_architecture falcon has one or all"):
+        plan_conversion(str(save_tiny(model_type)), request(2))
+
+
+def test_a_class_that_copies_heads_into_its_cache_is_told_of(
+    save_tiny: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, told in ((EXPANDED, True), ("falcon", False)):
+        assert run(["convert", str(save_tiny(name, name=name)), "out", "--to", "mqa", "--dry-run"]) == 0
+        assert ("caches a copy for every query head" in " ".join(capsys.readouterr().out.split())) == told

@@ -29,6 +29,7 @@ class Position(Enum):
     ABSOLUTE = "absolute positions"
     ROTARY = "rotary"
     ROTARY_INTERLEAVED = "rotary, interleaved"
+    ALIBI = "ALiBi"
 
 
 class Sliding(Enum):
@@ -73,6 +74,10 @@ class ConfigKeys:
     head_dim: str | None = "head_dim"
     multi_query: str | None = None
     """A flag that means one key/value head when it is true."""
+    grouped: str | None = None
+    """A flag without which the family has no groups, only one key/value head or all; it overrides `multi_query`."""
+    alibi: str | None = None
+    """A flag that means ALiBi in place of the family's position."""
     latent: bool = False
     """Whether the field's words for a latent (kv_lora_rank, …) say what is cached."""
     vocab_size: str = "vocab_size"
@@ -127,6 +132,8 @@ class Architecture:
     pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     """Config keys that, when set, rule out methods that change queries and output, and why."""
     native: bool = True
+    expanded: str = ""
+    """The config flag under which transformers' class caches a copy for every query head; other engines don't."""
 
     def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
         """Return the same layout under another `model_type`, with the given fields changed."""
@@ -215,7 +222,26 @@ DEEPSEEK_V3 = LLAMA.for_model(
     hosts={},
 )
 
+FALCON = Architecture(
+    model_type="falcon",
+    class_name="FalconForCausalLM",
+    layer="{prefix}h.{layer}.self_attention.",
+    prefixes=("transformer.", ""),
+    projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
+    keys=ConfigKeys(
+        num_key_value_heads="num_kv_heads", head_dim=None,
+        multi_query="multi_query", grouped="new_decoder_architecture", alibi="alibi",
+    ),
+    buffers=("self_attention.rotary_emb.inv_freq",),
+    defaults={
+        **dict(zip(_SIZES, (4544, 32, 71, 65024, 2048), strict=False)),
+        "multi_query": True, "new_decoder_architecture": False, "alibi": False,
+    },
+    expanded="new_decoder_architecture",
+)  # fmt: skip
+
 _ENTRIES = (
+    FALCON,
     GPT2,
     UPTRAIN_GPT2,
     UPTRAIN_GPT2_MLA,

@@ -14,7 +14,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
 from uptrain.errors import UsageError
 from uptrain.hosts.table import host_of
-from uptrain.model_config import architecture_of, attention_layers, config_value
+from uptrain.model_config import architecture_of, attention_layers, config_value, holds_groups, position_of_config
 from uptrain.packing import module_of
 from uptrain.plan import find_prefix
 from uptrain.plan_latent import plan_latent
@@ -100,7 +100,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         head_dim=layers[0].head_dim,
         kv_lora_rank=layers[0].kv_lora_rank,
         qk_rope_head_dim=layers[0].qk_rope_head_dim,
-        position=architecture.position.value,
+        position=position_of_config(architecture, checkpoint.config).value,
         rope=_rope(checkpoint.config),
         sliding_window=windows[0] if windows else None,
         sliding_layers=len(windows),
@@ -145,6 +145,8 @@ def _options(
     for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
         target = "mqa" if groups == 1 else "gqa"
         host = host_of(architecture, target, config, same=False)
+        if not holds_groups(host.architecture, config, groups):
+            continue
         after = [spec.grouped(groups) for spec in layers]
         size = cache_bytes_per_token(after, itemsize)
         out.append(Option(target, groups, size, host.name, bool(host.remote_code)))

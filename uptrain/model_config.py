@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from uptrain.architectures import ARCHITECTURES, NO_CACHE, Architecture, KeyNorm, Sliding
+from uptrain.architectures import ARCHITECTURES, NO_CACHE, Architecture, KeyNorm, Position, Sliding
 from uptrain.attention import AttentionSpec
 from uptrain.errors import CheckpointError, UsageError, did_you_mean
 
@@ -35,10 +35,26 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     return architecture
 
 
+def position_of_config(architecture: Architecture, config: Mapping[str, Any]) -> Position:
+    """Return what tells a checkpoint's attention where a token stands."""
+    return Position.ALIBI if _flag(architecture, config, architecture.keys.alibi) else architecture.position
+
+
+def holds_groups(architecture: Architecture, config: Mapping[str, Any], num_key_value_heads: int) -> bool:
+    """Tell whether a family's class, as the config sets it, can have this many key/value heads below all."""
+    keys = architecture.keys
+    return num_key_value_heads == 1 or not keys.grouped or _flag(architecture, config, keys.grouped)
+
+
+def expands_cache(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Tell whether transformers' class caches a copy of keys and values for every query head."""
+    return bool(architecture.expanded) and _flag(architecture, config, architecture.expanded)
+
+
 def key_norm_of(architecture: Architecture, config: Mapping[str, Any]) -> KeyNorm | None:
     """Return the norm on a checkpoint's keys, None where there is none."""
     norm = architecture.key_norm
-    if norm is None or not norm.flag or config.get(norm.flag, architecture.defaults.get(norm.flag)):
+    if norm is None or not norm.flag or _flag(architecture, config, norm.flag):
         return norm
     return None
 
@@ -79,10 +95,12 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
 
     heads, hidden = size(keys.num_attention_heads), size(keys.hidden_size)
     key_value_heads = heads
-    if keys.num_key_value_heads and _given(architecture, config, keys.num_key_value_heads):
-        key_value_heads = size(keys.num_key_value_heads)
-    if keys.multi_query and config.get(keys.multi_query, architecture.defaults.get(keys.multi_query)):
+    if keys.multi_query and _flag(architecture, config, keys.multi_query):
         key_value_heads = 1
+    if keys.grouped and not _flag(architecture, config, keys.grouped):
+        pass  # the count is kept in the config, but not looked at
+    elif keys.num_key_value_heads and _given(architecture, config, keys.num_key_value_heads):
+        key_value_heads = size(keys.num_key_value_heads)
     if keys.head_dim and _given(architecture, config, keys.head_dim):
         head_dim = size(keys.head_dim)
     elif hidden % heads:
@@ -118,6 +136,10 @@ def _given(architecture: Architecture, config: Mapping[str, Any], key: str) -> b
     return config.get(key) is not None or key in architecture.defaults
 
 
+def _flag(architecture: Architecture, config: Mapping[str, Any], key: str | None) -> bool:
+    return key is not None and bool(config.get(key, architecture.defaults.get(key)))
+
+
 def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[int | None]:
     # null says that there is none; silence leaves what the class assumes.
     window = config.get("sliding_window", architecture.defaults.get("sliding_window"))
@@ -151,6 +173,8 @@ def _rotated_dims(
     architecture: Architecture, config: Mapping[str, Any], layers: int, head_dim: int, where: str
 ) -> list[int | None]:
     """Return how many of a head's dims each layer rotates, None for all that the family's position says."""
+    if position_of_config(architecture, config) is Position.ALIBI:
+        return [0] * layers
     parameters = config.get("rope_parameters") or config.get("rope_scaling")
     said = parameters if isinstance(parameters, dict) else {}
     factor = said.get("partial_rotary_factor", config.get("partial_rotary_factor"))

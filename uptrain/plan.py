@@ -21,6 +21,7 @@ from uptrain.model_config import (
     architecture_of,
     attention_layers,
     config_value,
+    holds_groups,
     key_norm_of,
     set_attention,
     why_pool_only,
@@ -120,6 +121,12 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
     host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
+    if not same and not holds_groups(host.architecture, checkpoint.config, groups):
+        raise UsageError(
+            f"{name} can't keep {groups} key/value heads: without {architecture.keys.grouped} "
+            f"{architecture.model_type} has one or all.",
+            "Use --to mqa.",
+        )
     after = tuple(spec.grouped(groups) for spec in before)
     prefix = find_prefix(architecture, checkpoint, name)
     config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None

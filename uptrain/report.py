@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uptrain import console
 from uptrain.architectures import Position
 from uptrain.console import size
+from uptrain.model_config import expands_cache
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.source import Source
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from uptrain.inspect import Inspection
     from uptrain.plan import Plan
     from uptrain.plan_latent import LatentPlan
+
+EXPANDED = "{} caches a copy for every query head, so that only engines of their own, such as vLLM, save memory"
 
 
 def inspection(found: Inspection, as_json: bool) -> None:
@@ -140,9 +143,11 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
+    expanded = expands_cache(plan.host.architecture, plan.config)
     code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.host.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
+        *([("in transformers", EXPANDED.format(plan.host.architecture.class_name))] if expanded else []),
         ("class", f"{plan.host.name} · {plan.host.architecture.class_name}{code}"),
     ]
 
