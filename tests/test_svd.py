@@ -116,6 +116,15 @@ def test_keys_that_are_normed_after_projection_can_only_be_pooled(
     assert "--method mean" in caught.value.hint
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_experts_that_no_layer_can_be_run_with_are_not_calibrated(model_type: str, save_tiny: Save) -> None:
+    source = str(save_tiny(model_type))
+    with pytest.raises(UsageError, match="no layer can be read alone") as caught:
+        plan_conversion(source, request(2, "calibrated"))
+    assert "--method svd" in caught.value.hint
+    plan_conversion(source, request(2, "svd"))
+
+
 @pytest.mark.parametrize("model_type", NORMED_BY_HEAD)
 def test_heads_whose_norms_have_their_own_weights_are_not_moved(model_type: str, save_tiny: Save) -> None:
     with pytest.raises(UsageError, match="--grouping similar can't be used"):

@@ -131,6 +131,8 @@ class Architecture:
     """Config keys, the value that can't be converted, and why."""
     pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     """Config keys that, when set, rule out methods that change queries and output, and why."""
+    uncalibrated: str = ""
+    """Why no layer can be run alone, which calibration does; empty where it can."""
     native: bool = True
     expanded: str = ""
     """The config flag under which transformers' class caches a copy for every query head; other engines don't."""
@@ -192,6 +194,9 @@ LLAMA = Architecture(
         "intermediate_size": 11008, "bos_token_id": 1, "eos_token_id": 2,
     },
 )  # fmt: skip
+
+
+_FUSED_EXPERTS = "transformers holds its experts in other tensors than the checkpoint, so no layer can be read alone"
 
 
 def _like_llama(
@@ -258,10 +263,14 @@ _ENTRIES = (
         sliding=Sliding.LAST, sliding_flag=True, hosts={"mla": ("uptrain_llama_mla",)},
         also={"intermediate_size": 22016, "bos_token_id": None, "eos_token_id": None},
     ),
-    _like_llama("mixtral", "MixtralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL),
+    _like_llama(
+        "mixtral", "MixtralForCausalLM", 4096, 32, 32, 32000, 131072, 8,
+        sliding=Sliding.ALL, uncalibrated=_FUSED_EXPERTS,
+    ),
     _like_llama(
         "qwen2_moe", "Qwen2MoeForCausalLM", 2048, 24, 16, 151936, 32768, 16,
-        sliding=Sliding.EVEN, sliding_flag=True, also={"max_window_layers": 28},
+        sliding=Sliding.EVEN, sliding_flag=True, uncalibrated=_FUSED_EXPERTS,
+        also={"max_window_layers": 28},
     ),
     _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
     _like_llama(
@@ -290,7 +299,7 @@ _ENTRIES = (
     ),
     _like_llama(
         "qwen3_moe", "Qwen3MoeForCausalLM", 2048, 24, 32, 151936, 32768, 4,
-        sliding=Sliding.ALL, sliding_flag=True, key_norm=KeyNorm(),
+        sliding=Sliding.ALL, sliding_flag=True, key_norm=KeyNorm(), uncalibrated=_FUSED_EXPERTS,
     ),
     _like_llama(
         "gemma3_text", "Gemma3ForCausalLM", 2304, 26, 8, 262208, 131072, 4, 256,

@@ -165,6 +165,10 @@ def _check_method(architecture: Architecture, config: dict[str, Any], request: R
         raise UsageError(
             f"--method {request.method} can't be used on {name}: {why}.", "Use --method mean and uptrain the result."
         )
+    if architecture.uncalibrated and request.method == "calibrated":
+        raise UsageError(
+            f"--method calibrated can't be used on {name}: {architecture.uncalibrated}.", "Use --method svd."
+        )
     norm = key_norm_of(architecture, config)
     if norm is not None and norm.by_head and request.grouping != "contiguous":
         raise UsageError(

@@ -183,7 +183,8 @@ class LayeredModel:
                 seen.append(hidden_states)
                 if record is not None:
                     self._calls[index][record] = Call(args, kwargs)
-                return hidden_states
+                # The first layer's, because models that take a layer's tuple apart take apart a tensor here.
+                return seen[0]
 
             return forward
 
