@@ -67,10 +67,10 @@ def test_defaults_are_the_config_class_own(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if ARCHITECTURES[name].sliding is not Sliding.NEVER])
 def test_windows_are_the_class_own_where_the_config_does_not_list_them(model_type: str) -> None:
-    settings = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}
+    settings = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3, "layer_types": None}
     own = tiny_config(model_type, num_hidden_layers=8, **settings)
     silent = {key: value for key, value in own.to_dict().items() if key not in ("layer_types", "no_rope_layers")}
-    kinds = getattr(own, "layer_types", ["sliding_attention"] * 8)
+    kinds = getattr(own, "layer_types", None) or ["sliding_attention"] * 8
     found = [spec.sliding_window for spec in attention_layers(ARCHITECTURES[model_type], silent, "src")]
     assert found == [8 if kind == "sliding_attention" else None for kind in kinds]
 

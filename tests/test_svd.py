@@ -22,8 +22,10 @@ from uptrain.evaluate import evaluate
 from uptrain.request import Request
 
 Save = Callable[..., Path]
-NORMED_BY_HEAD = ["olmo2", "cohere+use_qk_norm"]
-NORMED = ["qwen3", "qwen3_moe", "gemma3_text", "phi+qk_layernorm", *NORMED_BY_HEAD]
+NORMED_BY_HEAD = ["olmo2", "olmo3", "olmoe", "cohere+use_qk_norm"]
+NORMED = [
+    "qwen3", "qwen3_moe", "gemma3_text", "exaone4", "apertus", "hunyuan_v1_dense", "phi+qk_layernorm", *NORMED_BY_HEAD,
+]  # fmt: skip
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -116,7 +118,7 @@ def test_keys_that_are_normed_after_projection_can_only_be_pooled(
     assert "--method mean" in caught.value.hint
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "granitemoe"])
 def test_experts_that_no_layer_can_be_run_with_are_not_calibrated(model_type: str, save_tiny: Save) -> None:
     source = str(save_tiny(model_type))
     with pytest.raises(UsageError, match="no layer can be read alone") as caught:

@@ -319,6 +319,52 @@ _ENTRIES = (
         "phi3", "Phi3ForCausalLM", 3072, 32, 32, 32064, 4096, sliding=Sliding.ALL,
         projections=Projections(fused="qkv_proj", packing=Packing.CONCAT),
     ),
+    _like_llama(
+        "ministral", "MinistralForCausalLM", 4096, 32, 32, 32000, 131072, 8,
+        sliding=Sliding.ALL, also={"sliding_window": 4096},
+    ),
+    _like_llama("seed_oss", "SeedOssForCausalLM", 4096, 64, 80, 155136, 524288, 8, 128),
+    _like_llama(
+        "helium", "HeliumForCausalLM", 2560, 24, 20, 48000, 4096, 20, 128, position=Position.ROTARY_INTERLEAVED
+    ),
+    _like_llama(
+        "ernie4_5", "Ernie4_5ForCausalLM", 1024, 18, 16, 103424, 131072, 2, 128,
+        position=Position.ROTARY_INTERLEAVED,
+    ),
+    _like_llama(
+        "glm", "GlmForCausalLM", 4096, 40, 32, 151552, 131072, 2, 128,
+        position=Position.ROTARY_INTERLEAVED, partial_rotary_factor=0.5,
+    ),
+    _like_llama(
+        "glm4", "Glm4ForCausalLM", 4096, 40, 32, 151552, 131072, 2, 128,
+        position=Position.ROTARY_INTERLEAVED, partial_rotary_factor=0.5,
+    ),
+    _like_llama("nemotron", "NemotronForCausalLM", 6144, 32, 48, 256000, 4096, partial_rotary_factor=0.5),
+    _like_llama(
+        "cohere2", "Cohere2ForCausalLM", 8192, 40, 64, 256000, 8192,
+        position=Position.ROTARY_INTERLEAVED, sliding=Sliding.PATTERN, sliding_window_pattern=4,
+        also={"sliding_window": 4096},
+    ),
+    _like_llama(
+        "olmo3", "Olmo3ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True),
+        sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
+    ),
+    _like_llama(
+        "olmoe", "OlmoeForCausalLM", 2048, 16, 16, 50304, 4096,
+        key_norm=KeyNorm(by_head=True), uncalibrated=_FUSED_EXPERTS,
+    ),
+    _like_llama(
+        "granitemoe", "GraniteMoeForCausalLM", 4096, 32, 32, 32000, 2048, uncalibrated=_FUSED_EXPERTS
+    ),
+    _like_llama(
+        "exaone4", "Exaone4ForCausalLM", 4096, 32, 32, 102400, 2048, 32, key_norm=KeyNorm(),
+        sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
+    ),
+    _like_llama("apertus", "ApertusForCausalLM", 4096, 32, 32, 131072, 65536, key_norm=KeyNorm()),
+    _like_llama(
+        "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", 4096, 32, 32, 290943, 2048,
+        key_norm=KeyNorm("key_layernorm"),
+    ),
 )  # fmt: skip
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})

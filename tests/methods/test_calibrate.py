@@ -32,7 +32,7 @@ from uptrain.plan import find_prefix
 QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
 FAMILIES = [
     "gpt2", "llama", "cohere", "gemma2", "granite", "starcoder2", "phi", "phi3", "stablelm", "smollm3",
-    "falcon", "falcon+alibi",
+    "falcon", "falcon+alibi", "ministral", "seed_oss", "helium", "ernie4_5", "glm", "glm4", "nemotron", "cohere2",
 ]  # fmt: skip
 
 
