@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 Views = dict[str, list[Tensor]]
 """The weight, and the bias if there is one, of q, k, v and o as views by head that can be written through:
-(heads, head_dim, …), and (out, heads, head_dim) for the weight of o."""
+(heads, head_dim, …), and (out, heads, head_dim) for the weight of o. Queries that share grouped rows are a copy."""
 
 
 def linears_of(module: nn.Module) -> list[nn.Module]:
@@ -50,7 +50,8 @@ def _by_head(module: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
     elif hasattr(module, "query_key_value"):  # for each group its queries, its key, its value
         per_group = module.num_heads // module.num_kv_heads + 2
         slots = rows[0].unflatten(0, (-1, per_group, module.head_dim))
-        return {"q": slots[:, :-2].flatten(0, 1), "k": slots[:, -2], "v": slots[:, -1]}
+        queries = slots[:, 0] if per_group == 3 else slots[:, :-2].flatten(0, 1)
+        return {"q": queries, "k": slots[:, -2], "v": slots[:, -1]}
     return {part: one.unflatten(0, (-1, module.head_dim)) for part, one in zip("qkv", rows, strict=True)}
 
 
@@ -69,8 +70,18 @@ def pool_model(model: PreTrainedModel, groups: int, method: str = "mean") -> Pre
             views = head_views(module)
             for view in (*views["k"], *views["v"]):
                 view.copy_(pool_and_repeat(view, groups, method))
-            norm = getattr(module, "k_norm", None)
-            if norm is not None and norm.weight.numel() > module.head_dim:  # weights of its own for every head
-                weight = norm.weight.view(-1, module.head_dim)
-                weight.copy_(pool_and_repeat(weight, groups, method))
+            _pool_norm(module, groups, method)
     return model
+
+
+def _pool_norm(module: nn.Module, groups: int, method: str) -> None:
+    """Pool the key norm's weights too, where every head has its own."""
+    if hasattr(module, "k_layernorm") and hasattr(module.k_layernorm, "norms"):
+        norms = module.k_layernorm.norms
+        pooled = pool_and_repeat(torch.stack([norm.weight for norm in norms]), groups, method)
+        for norm, weight in zip(norms, pooled, strict=True):
+            norm.weight.copy_(weight)
+    norm = getattr(module, "k_norm", None)
+    if norm is not None and norm.weight.numel() > module.head_dim:
+        weight = norm.weight.view(-1, module.head_dim)
+        weight.copy_(pool_and_repeat(weight, groups, method))

@@ -37,7 +37,9 @@ RESULTS = ("uptrain_gpt2", "gpt_bigcode")
 FAMILIES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
 EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
 """Its class caches a copy of keys and values for every query head, whatever their number."""
-VARIANTS = ["phi+qk_layernorm", "cohere+use_qk_norm", "falcon+parallel_attn", "falcon+alibi", EXPANDED]
+VARIANTS = [
+    "phi+qk_layernorm", "stablelm+qk_layernorm", "cohere+use_qk_norm", "falcon+parallel_attn", "falcon+alibi", EXPANDED,
+]  # fmt: skip
 SOURCES = [*FAMILIES, *VARIANTS]
 UNGROUPED = ["falcon", "falcon+parallel_attn", "falcon+alibi"]
 TARGETS = (
@@ -196,5 +198,16 @@ def test_a_class_that_copies_heads_into_its_cache_is_told_of(
     save_tiny: Save, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, told in ((EXPANDED, True), ("falcon", False)):
-        assert run(["convert", str(save_tiny(name, name=name)), "out", "--to", "mqa", "--dry-run"]) == 0
-        assert ("caches a copy for every query head" in " ".join(capsys.readouterr().out.split())) == told
+        source = str(save_tiny(name, name=name))
+        for arguments in (["convert", source, "out", "--to", "mqa", "--dry-run"], ["inspect", source]):
+            assert run(arguments) == 0
+            assert ("caches a copy for every query head" in " ".join(capsys.readouterr().out.split())) == told
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "cohere+use_qk_norm"])
+def test_random_heads_of_families_that_norm_by_head_have_a_fresh_norm(
+    model_type: str, save_tiny: Save, tmp_path: Path
+) -> None:
+    convert(str(save_tiny(model_type)), tmp_path / "out", request(2, "random"))
+    norms = [value for name, value in load(tmp_path / "out").named_parameters() if name.endswith("k_norm.weight")]
+    assert len(norms) == 2 and all(torch.equal(norm, torch.ones_like(norm)) for norm in norms)

@@ -13,7 +13,7 @@ from uptrain.cli import run
 from uptrain.convert import plan_conversion
 from uptrain.errors import UsageError
 from uptrain.families import Family, families
-from uptrain.request import CHANGED_PARTS
+from uptrain.request import CHANGED_PARTS, Request
 
 Save = Callable[..., Path]
 KNOWN: dict[str, Family] = {found.model_type: found for found in families()}
@@ -35,6 +35,12 @@ def test_each_target_lands_where_the_table_says_by_the_methods_it_says(name: str
         host = plan_conversion(source, request(groups, method))[2].host
         assert (host.name, bool(host.remote_code)) in [(holder.model_type, holder.remote_code) for holder in holders]
         assert all(holder.needs in ("", *flags) for holder in holders)
+
+
+@pytest.mark.parametrize("name", [name for name, known in KNOWN.items() if not known.mla])
+def test_a_family_without_a_class_for_latents_says_so(name: str, save_tiny: Save) -> None:
+    with pytest.raises(UsageError, match=f"no class that holds a latent of {name} yet"):
+        plan_conversion(str(save_tiny(name)), Request("mla", cache=0.5))
 
 
 def test_the_readme_has_the_table_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

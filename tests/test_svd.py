@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,8 @@ from uptrain.evaluate import evaluate
 from uptrain.request import Request
 
 Save = Callable[..., Path]
-NORMED_BY_HEAD = ["olmo2", "olmo3", "olmoe", "cohere+use_qk_norm"]
+GROUPED = "falcon+new_decoder_architecture+parallel_attn"
+NORMED_BY_HEAD = ["olmo2", "olmo3", "olmoe", "cohere+use_qk_norm", "stablelm+qk_layernorm"]
 NORMED = [
     "qwen3", "qwen3_moe", "gemma3_text", "exaone4", "apertus", "hunyuan_v1_dense", "phi+qk_layernorm", *NORMED_BY_HEAD,
 ]  # fmt: skip
@@ -68,8 +70,13 @@ def test_the_same_command_twice_gives_the_same_bytes(save_tiny: Save, tmp_path: 
     assert one == two
 
 
-@pytest.mark.parametrize("method", ["mean", "svd"])
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "cohere"])
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        *itertools.product(("gpt2", "qwen2", "cohere", "phi3", "stablelm", GROUPED), ("mean", "svd")),
+        ("qwen3", "mean"),
+    ],
+)
 def test_similar_heads_are_found_wherever_they_stand(model_type: str, method: str, tmp_path: Path) -> None:
     """Heads 0 and 2, and 1 and 3, are alike; sharing by neighbours breaks the model, by likeness loses nothing."""
     model = tiny_model(tiny_config(model_type))

@@ -89,7 +89,7 @@ class KeyNorm:
     """A norm on the keys after their projection, relative to the layer's attention.
 
     `flag` is the config key that turns it on, if it isn't always there. With `by_head` its weight has an entry for
-    every dim of every key head, and so is pooled with the heads.
+    every dim of every key head, and so is pooled with the heads; a "{head}" in `module` gives each head its own.
     """
 
     module: str = "k_norm"
@@ -309,7 +309,7 @@ _ENTRIES = (
     _like_llama("olmo2", "Olmo2ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True)),
     _like_llama(
         "stablelm", "StableLmForCausalLM", 2560, 32, 32, 50304, 4096, 32, partial_rotary_factor=0.25,
-        unsupported={"qk_layernorm": (True, "every key head has a norm of its own after projection")},
+        key_norm=KeyNorm("k_layernorm.norms.{head}", "qk_layernorm", by_head=True),
     ),
     _like_llama(
         "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,

@@ -14,7 +14,14 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
 from uptrain.errors import UsageError
 from uptrain.hosts.table import host_of
-from uptrain.model_config import architecture_of, attention_layers, config_value, holds_groups, position_of_config
+from uptrain.model_config import (
+    architecture_of,
+    attention_layers,
+    config_value,
+    expands_cache,
+    holds_groups,
+    position_of_config,
+)
 from uptrain.packing import module_of
 from uptrain.plan import find_prefix
 from uptrain.plan_latent import plan_latent
@@ -41,7 +48,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is. Cache figures are bytes for one sequence, in the weights' own dtype."""
+    """What a checkpoint is. Cache figures are bytes for one sequence, in the weights' own dtype.
+
+    With `cache_expanded` transformers' own class caches more: a copy for every query head.
+    """
 
     name: str
     origin: str
@@ -66,6 +76,7 @@ class Inspection:
     weight_bytes: int
     cache_bytes_per_token: int
     cache_bytes: dict[int, int]
+    cache_expanded: bool
     options: tuple[Option, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +123,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         cache_bytes_per_token=cache_bytes_per_token(layers, itemsize),
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
+        cache_expanded=expands_cache(architecture, checkpoint.config),
         options=()
         if layers[0].kind == "mla"
         else (

@@ -105,9 +105,9 @@ class Pipeline:
         read = self.checkpoint.read(tensor.source)
         if tensor.operation == "scale":
             read = as_float32(read) * np.float32(tensor.factor)
-        if tensor.operation == "pool":
-            before, after = (layers[tensor.layer].num_key_value_heads for layers in (self.plan.before, self.plan.after))
-            read = pool_norm(read, before, after, self.plan.request.method)
+        if tensor.norm is not None:
+            read = np.concatenate([self.checkpoint.read(name) for name in tensor.norm.sources])
+            read = pool_norm(read, tensor.norm.heads, tensor.norm.groups, self.plan.request.method)
         array = cast(read, tensor.info.dtype, tensor.source)
         yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
 

@@ -16,19 +16,12 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.table import Host, host_config, host_of, own_host
 from uptrain.latent_packing import latent_shapes
-from uptrain.model_config import (
-    DTYPE_KEYS,
-    architecture_of,
-    attention_layers,
-    config_value,
-    holds_groups,
-    key_norm_of,
-    set_attention,
-    why_pool_only,
-)
+from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
+from uptrain.plan_checks import check_groups, check_method
 from uptrain.plan_latent import HEAD, LatentPlan, plan_latent
-from uptrain.request import CHANGED_PARTS, Request, resolve_groups
+from uptrain.plan_norms import PooledNorm, pooled_norms
+from uptrain.request import Request, resolve_groups
 
 PLAN_FORMAT = 1
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
@@ -46,6 +39,7 @@ class OutputTensor:
     layer: int = -1
     module: str = ""
     factor: float = 1.0
+    norm: PooledNorm | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         CheckpointError: the config and the tensors don't fit each other.
     """
     architecture = architecture_of(checkpoint.config, name)
-    _check_method(architecture, checkpoint.config, request, name)
+    check_method(architecture, checkpoint.config, request, name)
     before = attention_layers(architecture, checkpoint.config, name)
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
@@ -121,12 +115,8 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
     host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
-    if not same and not holds_groups(host.architecture, checkpoint.config, groups):
-        raise UsageError(
-            f"{name} can't keep {groups} key/value heads: without {architecture.keys.grouped} "
-            f"{architecture.model_type} has one or all.",
-            "Use --to mqa.",
-        )
+    if not same:
+        check_groups(architecture, host.architecture, checkpoint.config, groups, name)
     after = tuple(spec.grouped(groups) for spec in before)
     prefix = find_prefix(architecture, checkpoint, name)
     config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None
@@ -155,27 +145,6 @@ def _latent_plan(
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent)
     return replace(plan, digest=_digest(plan, checkpoint))
-
-
-def _check_method(architecture: Architecture, config: dict[str, Any], request: Request, name: str) -> None:
-    if request.target == "mla" and not architecture.hosts.get("mla"):
-        return  # that no class holds it is what to say
-    why = why_pool_only(architecture, config)
-    if why and "q" in CHANGED_PARTS[request.method]:
-        raise UsageError(
-            f"--method {request.method} can't be used on {name}: {why}.", "Use --method mean and uptrain the result."
-        )
-    if architecture.uncalibrated and request.method == "calibrated":
-        raise UsageError(
-            f"--method calibrated can't be used on {name}: {architecture.uncalibrated}.", "Use --method svd."
-        )
-    norm = key_norm_of(architecture, config)
-    if norm is not None and norm.by_head and request.grouping != "contiguous":
-        raise UsageError(
-            f"--grouping {request.grouping} can't be used on {name}: each head's keys are normed with weights of "
-            "their own, which would have to move too.",
-            "Leave --grouping out.",
-        )
 
 
 def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
@@ -209,13 +178,14 @@ class _Planner:
 
     def outputs(self) -> Iterator[OutputTensor]:
         """Yield the result's tensors in the order of the source's bytes."""
-        attention, norms = self._attention(), self._pooled_norms()
+        attention, norms = self._attention(), self._norms()
         placed: set[int] = set()
         for name, info in self.checkpoint.tensors.items():
             if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
                 continue
             if name in norms:
-                yield norms[name]
+                norm = norms[name]
+                yield from [norm] if norm else []
                 continue
             if name not in attention:
                 if self.latent is not None and self.latent.head_of:
@@ -253,30 +223,16 @@ class _Planner:
             out.update(dict.fromkeys(names, (layer, outputs)))
         return out
 
-    def _pooled_norms(self) -> dict[str, OutputTensor]:
-        """Map each norm weight that has entries for every key head to what it becomes."""
-        norm = key_norm_of(self.architecture, self.checkpoint.config)
-        if norm is None or not norm.by_head or self.same or self.latent is not None:
+    def _norms(self) -> dict[str, OutputTensor | None]:
+        """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
+        if self.same or self.latent is not None:
             return {}
-        out = {}
-        for layer, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
-            base = self.architecture.layer.format(prefix=self.prefix, layer=layer)
-            info = self._norm(f"{base}{norm.module}.weight", before)
-            rows = info.shape[0] // before.num_key_value_heads * after.num_key_value_heads
-            new = TensorInfo(info.name, self._dtype(info.dtype), (rows, *info.shape[1:]), "", -1, -1)
-            out[info.name] = OutputTensor(new, "pool", info.name, layer)
+        out: dict[str, OutputTensor | None] = {}
+        for norm in pooled_norms(self.checkpoint, self.architecture, self.prefix, self.before, self.after):
+            first = norm.sources[0]
+            info = TensorInfo(norm.name, self._dtype(self.checkpoint.tensors[first].dtype), norm.shape, "", -1, -1)
+            out |= {**dict.fromkeys(norm.sources), first: OutputTensor(info, "pool", first, norm=norm)}
         return out
-
-    def _norm(self, name: str, spec: AttentionSpec) -> TensorInfo:
-        info = self.checkpoint.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
-        heads, head_dim = spec.num_key_value_heads, spec.head_dim
-        if info.shape not in ((heads * head_dim,), (heads, head_dim)):
-            raise CheckpointError(
-                f"Tensor {name} is {list(info.shape)} where config.json promises {heads} heads of {head_dim}."
-            )
-        return info
 
     def _layer_outputs(
         self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]

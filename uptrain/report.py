@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from uptrain.plan import Plan
     from uptrain.plan_latent import LatentPlan
 
-EXPANDED = "{} caches a copy for every query head, so that only engines of their own, such as vLLM, save memory"
+EXPANDED = "{} caches a copy for every query head; memory is saved by engines that cache the heads themselves"
 
 
 def inspection(found: Inspection, as_json: bool) -> None:
@@ -49,6 +49,7 @@ def inspection(found: Inspection, as_json: bool) -> None:
             ("weights", f"{found.parameters:,} parameters, {found.dtype}, {size(found.weight_bytes)}"),
             ("shards", str(found.shards)),
             ("cache", f"{size(found.cache_bytes_per_token)} per token"),
+            *([("in transformers", EXPANDED.format("its class"))] if found.cache_expanded else []),
             *((f"  at {context // 1024} K", size(count)) for context, count in found.cache_bytes.items()),
         ],
     )
