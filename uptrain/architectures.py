@@ -323,7 +323,11 @@ _ENTRIES = (
         "ministral", "MinistralForCausalLM", 4096, 32, 32, 32000, 131072, 8,
         sliding=Sliding.ALL, also={"sliding_window": 4096},
     ),
-    _like_llama("seed_oss", "SeedOssForCausalLM", 4096, 64, 80, 155136, 524288, 8, 128),
+    _like_llama(
+        "seed_oss", "SeedOssForCausalLM", 4096, 64, 80, 155136, 524288, 8, 128,
+        hosts={"mla": ("uptrain_llama_mla",)},
+        also={"intermediate_size": 27648, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    ),
     _like_llama(
         "helium", "HeliumForCausalLM", 2560, 24, 20, 48000, 4096, 20, 128, position=Position.ROTARY_INTERLEAVED
     ),
