@@ -117,6 +117,8 @@ class Architecture:
     position: Position = Position.ROTARY
     partial_rotary_factor: float = 1.0
     """The share of a head's dims that are rotated, where the config is silent."""
+    rotates_sliding_only: bool = False
+    """Whether the layers that look back all the way see no rotation."""
     key_norm: KeyNorm | None = None
     sliding: Sliding = Sliding.NEVER
     sliding_flag: bool = False
@@ -346,8 +348,8 @@ _ENTRIES = (
     _like_llama("nemotron", "NemotronForCausalLM", 6144, 32, 48, 256000, 4096, partial_rotary_factor=0.5),
     _like_llama(
         "cohere2", "Cohere2ForCausalLM", 8192, 40, 64, 256000, 8192,
-        position=Position.ROTARY_INTERLEAVED, sliding=Sliding.PATTERN, sliding_window_pattern=4,
-        also={"sliding_window": 4096},
+        position=Position.ROTARY_INTERLEAVED, rotates_sliding_only=True,
+        sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
     ),
     _like_llama(
         "olmo3", "Olmo3ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True),

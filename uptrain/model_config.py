@@ -114,7 +114,7 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
     if keys.latent:
         spec = _latent(AttentionSpec(heads, key_value_heads, head_dim), config, where)
         return tuple(replace(spec, sliding_window=window) for window in windows)
-    rotated = _rotated_dims(architecture, config, layers, head_dim, where)
+    rotated = _rotated_dims(architecture, config, windows, head_dim, where)
     return tuple(
         AttentionSpec(heads, key_value_heads, head_dim, sliding_window=window, rotary_ndims=dims)
         for window, dims in zip(windows, rotated, strict=True)
@@ -170,9 +170,10 @@ def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int,
 
 
 def _rotated_dims(
-    architecture: Architecture, config: Mapping[str, Any], layers: int, head_dim: int, where: str
+    architecture: Architecture, config: Mapping[str, Any], windows: list[int | None], head_dim: int, where: str
 ) -> list[int | None]:
     """Return how many of a head's dims each layer rotates, None for all that the family's position says."""
+    layers = len(windows)
     if position_of_config(architecture, config) is Position.ALIBI:
         return [0] * layers
     parameters = config.get("rope_parameters") or config.get("rope_scaling")
@@ -182,6 +183,8 @@ def _rotated_dims(
     if type(factor) not in (int, float) or not 0 < factor <= 1:
         raise CheckpointError(f"{where} has partial_rotary_factor {factor!r}, not a share of each head's dims.")
     dims = None if factor == 1 else int(head_dim * factor)
+    if architecture.rotates_sliding_only:
+        return [dims if window else 0 for window in windows]
     return [dims if rotated else 0 for rotated in _rotated_layers(architecture, config, layers, where)]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uptrain import console
 from uptrain.architectures import Position
 from uptrain.console import size
-from uptrain.model_config import expands_cache
+from uptrain.model_config import expands_cache, position_of_config
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.source import Source
@@ -178,9 +178,14 @@ def conversion(done: Conversion, as_json: bool) -> None:
             f"In layer {layer}, mean keeps {ours['keys']:.0%} of key and {ours['values']:.0%} of value energy; "
             f"--method svd would keep {better['keys']:.0%} and {better['values']:.0%}."
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
-            + ("" if done.plan.architecture.position is Position.ABSOLUTE else " Rotary keys want --calibrate TEXT.")
+            + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
     console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
+
+
+def _wants_text(plan: Plan) -> bool:
+    rotary = position_of_config(plan.architecture, plan.config) in (Position.ROTARY, Position.ROTARY_INTERLEAVED)
+    return rotary and not plan.architecture.uncalibrated
 
 
 def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:
