@@ -77,6 +77,17 @@ def test_windows_are_the_class_own_where_the_config_does_not_list_them(model_typ
     assert found == [8 if kind == "sliding_attention" else None for kind in kinds]
 
 
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if ARCHITECTURES[name].partial_rotary_factor < 1])
+@pytest.mark.parametrize("said", [{}, {"partial_rotary_factor": 0.4}], ids=["silent", "said"])
+def test_rotated_dims_of_an_older_config_are_the_class_own(model_type: str, said: dict[str, float]) -> None:
+    """Before transformers 5 the share of rotated dims stood beside the rotary parameters."""
+    sizes = {"hidden_size": 160, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 40}
+    parameters = CONFIG_MAPPING[model_type](**sizes, **said, rope_theta=10_000.0).rope_parameters
+    config = {**sizes, **said, "rope_theta": 10_000.0, "rope_scaling": None}
+    spec = attention_layers(ARCHITECTURES[model_type], config, "src")[0]
+    assert spec.rotary_ndims == int(40 * parameters["partial_rotary_factor"])
+
+
 @pytest.mark.parametrize("model_type", SOURCES)
 def test_class_name_is_what_transformers_writes(model_type: str, save_tiny: Save) -> None:
     config = open_checkpoint(save_tiny(model_type)).config
