@@ -248,3 +248,19 @@ def test_random_heads_of_families_that_norm_by_head_have_a_fresh_norm(
     convert(str(save_tiny(model_type)), tmp_path / "out", request(2, "random"))
     norms = [value for name, value in load(tmp_path / "out").named_parameters() if name.endswith("k_norm.weight")]
     assert len(norms) == 2 and all(torch.equal(norm, torch.ones_like(norm)) for norm in norms)
+
+
+def test_a_model_that_reads_both_ways_has_no_cache_to_shrink(save_tiny: Save) -> None:
+    source = str(save_tiny("gemma3_text+use_bidirectional_attention"))
+    with pytest.raises(UsageError, match="use_bidirectional_attention True, which uptrain can't convert"):
+        plan_conversion(source, request(2))
+
+
+@pytest.mark.parametrize("method", ["mean", "first", "random"])
+def test_norms_pooled_with_their_heads_keep_the_checkpoint_s_dtype(
+    method: str, save_tiny: Save, tmp_path: Path
+) -> None:
+    convert(str(save_tiny("olmo2", dtype=torch.bfloat16)), tmp_path / "out", request(2, method))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert stored["model.layers.0.self_attn.k_norm.weight"].shape == (24,)

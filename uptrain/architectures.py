@@ -31,6 +31,11 @@ class Position(Enum):
     ROTARY_INTERLEAVED = "rotary, interleaved"
     ALIBI = "ALiBi"
 
+    @property
+    def rotates(self) -> bool:
+        """Tell whether keys are rotated."""
+        return self in (Position.ROTARY, Position.ROTARY_INTERLEAVED)
+
 
 class Sliding(Enum):
     """Which layers look back only `sliding_window` tokens when the config doesn't list `layer_types`."""
@@ -137,7 +142,7 @@ class Architecture:
     """Why no layer can be run alone, which calibration does; empty where it can."""
     native: bool = True
     expanded: str = ""
-    """The config flag under which transformers' class caches a copy for every query head; other engines don't."""
+    """The config flag under which transformers' class caches a copy for every query head."""
 
     def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
         """Return the same layout under another `model_type`, with the given fields changed."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import Architecture, Position
+from uptrain.architectures import Architecture
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.checkpoint.reader import Checkpoint
@@ -107,7 +107,7 @@ def plan_latent(
 
 
 def _rope(request: Request, architecture: Architecture, name: str) -> Rope:
-    if architecture.position is Position.ABSOLUTE:
+    if not architecture.position.rotates:
         if request.rope or request.qk_rope_head_dim:
             option = "--rope" if request.rope else "--qk-rope-head-dim"
             raise UsageError(f"{option} is for rotary keys; {name}'s keys see no rotation.", f"Leave {option} out.")

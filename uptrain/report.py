@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain import console
-from uptrain.architectures import Position
 from uptrain.console import size
 from uptrain.model_config import expands_cache, position_of_config
 
@@ -184,7 +183,7 @@ def conversion(done: Conversion, as_json: bool) -> None:
 
 
 def _wants_text(plan: Plan) -> bool:
-    rotary = position_of_config(plan.architecture, plan.config) in (Position.ROTARY, Position.ROTARY_INTERLEAVED)
+    rotary = position_of_config(plan.architecture, plan.config).rotates
     return rotary and not plan.architecture.uncalibrated
 
 

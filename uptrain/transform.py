@@ -171,7 +171,7 @@ def _estimate(
     keys, values = estimate.rows_of(heads.part("k")), estimate.rows_of(heads.part("v"))
     if not (np.isfinite(keys).all() and np.isfinite(values).all()):
         return {}  # refused with its name when the layer is finished
-    if position is Position.ABSOLUTE or rotary_ndims == 0:
+    if not position.rotates or rotary_ndims == 0:
         best = estimate.kept_by_factor(keys, groups)
     else:
         interleaved = position is Position.ROTARY_INTERLEAVED

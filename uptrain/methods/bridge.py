@@ -27,7 +27,7 @@ def factor_layer(layer: LayerHeads, groups: int, position: Rotary | None) -> tup
 
 def position_of(architecture: Architecture, spec: AttentionSpec) -> Rotary | None:
     """Return the rotary layout of a family's keys, None where keys see no rotation."""
-    if architecture.position is Position.ABSOLUTE or spec.rotary_ndims == 0:
+    if not architecture.position.rotates or spec.rotary_ndims == 0:
         return None
     layout: Layout = "interleaved" if architecture.position is Position.ROTARY_INTERLEAVED else "half"
     return Rotary(layout, spec.rotary_ndims or spec.head_dim)
