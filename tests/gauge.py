@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.oracle import head_views, linears_of
-from uptrain.architectures import ARCHITECTURES, Position
+from uptrain.architectures import ARCHITECTURES
+from uptrain.layout import Position
 
 
 def _phases(head_dim: int, rotated: int, interleaved: bool) -> torch.Tensor:

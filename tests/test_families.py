@@ -15,13 +15,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 
 from tests.conftest import tiny_config, tiny_model
 from tests.oracle import computed_heads, pool_model
-from uptrain.architectures import ARCHITECTURES, Architecture, Sliding
+from uptrain.architectures import ARCHITECTURES
 from uptrain.attention import cache_bytes_per_token
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.cli import run
 from uptrain.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.hosts.register import register
+from uptrain.layout import Architecture, Sliding
 from uptrain.model_config import attention_layers
 from uptrain.packing import join, modules_of, split
 from uptrain.plan import find_prefix, result_attention

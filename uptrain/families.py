@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from uptrain.architectures import ARCHITECTURES, Architecture, Position
+from uptrain.architectures import ARCHITECTURES
 from uptrain.hosts.latent_hosts import LATENT_HOSTS
 from uptrain.hosts.table import HOSTS, Host, own_host
+from uptrain.layout import Architecture, Position
 from uptrain.request import CHANGED_PARTS
 
 

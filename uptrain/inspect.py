@@ -7,13 +7,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from uptrain.architectures import Architecture
 from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token
 from uptrain.checkpoint.header import ITEM_BITS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
 from uptrain.errors import UsageError
 from uptrain.hosts.table import host_of
+from uptrain.layout import Architecture
 from uptrain.model_config import (
     architecture_of,
     attention_layers,

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from uptrain.architectures import ARCHITECTURES, NO_CACHE, Architecture, KeyNorm, Position, Sliding
+from uptrain.architectures import ARCHITECTURES, NO_CACHE
 from uptrain.attention import AttentionSpec
 from uptrain.errors import CheckpointError, UsageError, did_you_mean
+from uptrain.layout import Architecture, KeyNorm, Position, Sliding
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 

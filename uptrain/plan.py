@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from uptrain.architectures import Architecture
 from uptrain.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.checkpoint.arrays import is_float
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
@@ -16,6 +15,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.table import Host, host_config, host_of, own_host
 from uptrain.latent_packing import latent_shapes
+from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
 from uptrain.plan_checks import check_groups, check_method

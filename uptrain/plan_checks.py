@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from uptrain.architectures import Architecture
 from uptrain.errors import UsageError
+from uptrain.layout import Architecture
 from uptrain.model_config import holds_groups, key_norm_of, why_pool_only
 from uptrain.request import CHANGED_PARTS, Request
 

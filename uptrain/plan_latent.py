@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import Architecture
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.checkpoint.reader import Checkpoint
@@ -15,6 +14,7 @@ from uptrain.errors import UsageError
 from uptrain.frequencies import Frequencies, highest, own_table, rope_parameters, source_frequencies
 from uptrain.hosts.latent_hosts import LATENT_HOSTS, LatentHost, latent_config
 from uptrain.latent_packing import LatentTarget, Rope, Stored
+from uptrain.layout import Architecture
 from uptrain.model_config import config_value
 from uptrain.request import Request
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uptrain.architectures import Architecture, KeyNorm
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
+from uptrain.layout import Architecture, KeyNorm
 from uptrain.model_config import key_norm_of
 
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from uptrain.architectures import Position
 from uptrain.checkpoint.arrays import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.latent_packing import LatentHeads, join_latent
+from uptrain.layout import Position
 from uptrain.methods import estimate
 from uptrain.methods.gqa import pool_layer
 from uptrain.model_config import why_pool_only

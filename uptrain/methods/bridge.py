@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uptrain.architectures import Architecture, Position, Projections
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.arrays import Array, as_float32
+from uptrain.layout import Architecture, Position, Projections
 from uptrain.methods.energy import Shares
 from uptrain.methods.factored import factor_heads
 from uptrain.methods.heads import HeadMaps
