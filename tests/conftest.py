@@ -18,7 +18,11 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
-}
+    "falcon": {
+        "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "multi_query": False, "parallel_attn": False, "bias": True,
+    },
+}  # fmt: skip
 LLAMA_LIKE = {
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -26,22 +30,59 @@ LLAMA_LIKE = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+MIXED = ["sliding_attention", "full_attention"]
+PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 EXTRA: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 8},
+    "ministral": {"head_dim": 16, "sliding_window": 8},
+    "seed_oss": {"head_dim": 16, "attention_bias": True},
+    "helium": {"head_dim": 12},
+    "ernie4_5": {"head_dim": 16},
+    "glm": {"head_dim": 16, "attention_bias": True},
+    "glm4": {"head_dim": 16},
+    "nemotron": {"rope_parameters": PARTIAL},
+    "cohere2": {"sliding_window": 8, "layer_types": MIXED, "head_dim": 12},
+    "olmo3": {"sliding_window": 8, "layer_types": MIXED},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4},
+    "exaone4": {"sliding_window": 8, "layer_types": MIXED},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "stablelm": {"use_qkv_bias": True, "rope_parameters": PARTIAL},
+    "phi": {"rope_parameters": PARTIAL},
+    "phi3": {"sliding_window": 8},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "qwen3": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": MIXED},
+    "qwen2_moe": {
+        "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        "use_sliding_window": True, "sliding_window": 8,
+    },
     "mistral": {"sliding_window": 8, "head_dim": 16},
     "granite": {"attention_bias": True},
     "llama": {"attention_bias": True},
-}
+}  # fmt: skip
 
 
 def tiny_config(model_type: str, num_key_value_heads: int | None = None, **changes: Any) -> Any:
-    """Return a two-layer config of `model_type` with four query heads and a vocabulary of 64."""
+    """Return a two-layer config of `model_type` with four query heads and a vocabulary of 64.
+
+    "phi+qk_layernorm" is phi with that flag set.
+    """
+    model_type, *flags = model_type.split("+")
+    changes = {**dict.fromkeys(flags, True), **changes}
     values = dict(TINY.get(model_type, {**LLAMA_LIKE, **EXTRA.get(model_type, {})}))
-    if model_type not in TINY:
+    if model_type == "falcon":
+        values["num_kv_heads"] = num_key_value_heads or 4
+    elif model_type not in TINY:
         values["num_key_value_heads"] = num_key_value_heads or 4
     tokens = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     values = {**tokens, "initializer_range": 0.15, **values, **changes}
+    if values.get("layer_types"):
+        count = values["num_hidden_layers"]
+        values["layer_types"] = (values["layer_types"] * count)[:count]
     return AutoConfig.for_model(model_type, **values)
 
 
@@ -53,7 +94,7 @@ def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.2)
-            elif parameter.dim() == 1:
+            elif parameter.dim() == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.float().eval()
 

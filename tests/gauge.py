@@ -8,23 +8,28 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from uptrain.architectures import ARCHITECTURES, Position
+from tests.oracle import head_views, linears_of
+from uptrain.architectures import ARCHITECTURES
+from uptrain.layout import Position
 
 
-def _phases(head_dim: int, interleaved: bool) -> torch.Tensor:
-    """Return a random (head_dim, head_dim) map that scales and turns every rotary pair: it commutes with rotation."""
-    pairs = head_dim // 2
-    first = torch.arange(0, head_dim, 2) if interleaved else torch.arange(pairs)
+def _phases(head_dim: int, rotated: int, interleaved: bool) -> torch.Tensor:
+    """Return a random (head_dim, head_dim) map that commutes with rotation of the first `rotated` dims.
+
+    It scales and turns every rotary pair, and does what it likes to the rest.
+    """
+    pairs = rotated // 2
+    first = torch.arange(0, rotated, 2) if interleaved else torch.arange(pairs)
     second = first + (1 if interleaved else pairs)
     size, angle = 0.5 + torch.rand(pairs), 6.28 * torch.rand(pairs)
-    out = torch.zeros(head_dim, head_dim)
+    out = torch.block_diag(torch.zeros(rotated, rotated), _invertible(head_dim - rotated))
     out[first, first] = out[second, second] = size * angle.cos()
     out[second, first], out[first, second] = size * angle.sin(), -size * angle.sin()
     return out
 
 
 def _invertible(head_dim: int) -> torch.Tensor:
-    return torch.eye(head_dim) + 0.4 * torch.randn(head_dim, head_dim) / head_dim**0.5
+    return torch.eye(head_dim) + 0.4 * torch.randn(head_dim, head_dim) / max(1, head_dim) ** 0.5
 
 
 @torch.no_grad()
@@ -32,26 +37,26 @@ def scatter_heads(model: PreTrainedModel, groups: int, seed: int = 0) -> PreTrai
     """Replace each group's key and value heads by gauge images of its first one, in place."""
     torch.manual_seed(seed)
     position = ARCHITECTURES[model.config.model_type].position
-    for module in model.modules():
-        if hasattr(module, "c_attn"):
-            size = module.c_attn.weight.shape[0]
-            head_dim = size // module.num_heads
-            rows = torch.cat([module.c_attn.weight, module.c_attn.bias[None]]).T
-            keys, values = (rows[start : start + size].unflatten(0, (-1, head_dim)) for start in (size, 2 * size))
-            _scatter(keys, groups, _invertible)
-            _scatter(values, groups, _invertible)
-            module.c_attn.weight.copy_(rows[:, :-1].T)
-            module.c_attn.bias.copy_(rows[:, -1])
-        elif hasattr(module, "k_proj"):
-            phases = partial(_phases, interleaved=position is Position.ROTARY_INTERLEAVED)
-            for linear, gauge in ((module.k_proj, phases), (module.v_proj, _invertible)):
-                biases = [] if linear.bias is None else [linear.bias[:, None]]
-                rows = torch.cat([linear.weight, *biases], dim=1)
-                _scatter(rows.unflatten(0, (-1, module.head_dim)), groups, gauge)
-                linear.weight.copy_(rows[:, : linear.weight.shape[1]])
-                if biases:
-                    linear.bias.copy_(rows[:, -1])
+    share = (getattr(model.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1)
+    for module in filter(linears_of, model.modules()):
+        views = head_views(module)
+        rotated = int(views["k"][0].shape[1] * share) if _rotates(module) else 0
+        phases = partial(_phases, rotated=rotated, interleaved=position is Position.ROTARY_INTERLEAVED)
+        for part, gauge in (("k", _invertible if position is Position.ABSOLUTE else phases), ("v", _invertible)):
+            weight, *bias = views[part]
+            rows = torch.cat([weight, *(one[..., None] for one in bias)], dim=2)
+            _scatter(rows, groups, gauge)
+            weight.copy_(rows[..., : weight.shape[2]])
+            for one in bias:
+                one.copy_(rows[..., -1])
     return model
+
+
+def _rotates(module: torch.nn.Module) -> bool:
+    """Tell whether a layer of a model that rotates does so itself: SmolLM 3 and Cohere 2 leave some out."""
+    if module.config.model_type == "cohere2":
+        return module.sliding_window is not None
+    return bool(getattr(module, "use_rope", True)) and not getattr(module.config, "alibi", False)
 
 
 def _scatter(heads: torch.Tensor, groups: int, gauge: Callable[[int], torch.Tensor]) -> None:
@@ -65,20 +70,6 @@ def _scatter(heads: torch.Tensor, groups: int, gauge: Callable[[int], torch.Tens
 @torch.no_grad()
 def interleave_heads(model: PreTrainedModel) -> None:
     """Put four key/value heads in the order 0, 2, 1, 3, with their query heads and output columns, in place."""
-    for module in model.modules():
-        if hasattr(module, "c_attn"):
-            size = module.c_attn.weight.shape[0]
-            for start in range(0, 3 * size, size):
-                _interleave(module.c_attn.weight[:, start : start + size].T)
-                _interleave(module.c_attn.bias[start : start + size])
-            _interleave(module.c_proj.weight)
-        elif hasattr(module, "k_proj"):
-            for linear in (module.q_proj, module.k_proj, module.v_proj):
-                for parameter in linear.parameters():
-                    _interleave(parameter)
-            _interleave(module.o_proj.weight.T)
-
-
-def _interleave(rows: torch.Tensor) -> None:
-    heads = rows.unflatten(0, (4, -1))
-    heads.copy_(heads[[0, 2, 1, 3]].clone())
+    for views in map(head_views, filter(linears_of, model.modules())):
+        for view in (*views["q"], *views["k"], *views["v"], *(view.transpose(0, 1) for view in views["o"])):
+            view.copy_(view[[0, 2, 1, 3]].clone())

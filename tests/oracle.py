@@ -4,10 +4,58 @@ value heads are pooled with torch and then repeated so that the class still sees
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+Views = dict[str, list[Tensor]]
+"""The weight, and the bias if there is one, of q, k, v and o as views by head that can be written through:
+(heads, head_dim, …), and (out, heads, head_dim) for the weight of o. Queries that share grouped rows are a copy."""
 
-def pool_and_repeat(heads: torch.Tensor, groups: int, method: str) -> torch.Tensor:
+
+def linears_of(module: nn.Module) -> list[nn.Module]:
+    """Return what makes queries, keys and values in an attention module of transformers; none in any other module."""
+    for names in (("c_attn",), ("qkv_proj",), ("query_key_value",), ("q_proj", "k_proj", "v_proj")):
+        if all(hasattr(module, name) for name in names):
+            return [getattr(module, name) for name in names]
+    return []
+
+
+def head_views(module: nn.Module) -> Views:
+    """Return the views of an attention module of transformers."""
+    turned = hasattr(module, "c_attn")  # Conv1D stores (in, out)
+    linears = linears_of(module)
+    weights = _by_head(module, [linear.weight.T if turned else linear.weight for linear in linears])
+    views = {part: [view] for part, view in weights.items()}
+    if linears[0].bias is not None:
+        for part, view in _by_head(module, [linear.bias for linear in linears]).items():
+            views[part].append(view)
+    names = ("c_proj", "dense", "o_proj")
+    output = next(getattr(module, name) for name in names if hasattr(module, name)).weight
+    return {**views, "o": [(output.T if turned else output).unflatten(1, (-1, module.head_dim))]}
+
+
+def computed_heads(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the queries, keys and values that a module computes of x (T, d), each (T, heads, head_dim)."""
+    rows = [linear(x[None])[0].T for linear in linears_of(module)]
+    return {part: heads.permute(2, 0, 1) for part, heads in _by_head(module, rows).items()}
+
+
+def _by_head(module: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
+    """Split the linears' rows (out, …) by head, as the module's own forward does."""
+    if hasattr(module, "c_attn"):
+        rows = list(rows[0].chunk(3))
+    elif hasattr(module, "qkv_proj"):
+        heads = (module.config.num_attention_heads, module.num_key_value_heads, module.num_key_value_heads)
+        rows = list(rows[0].split([count * module.head_dim for count in heads]))
+    elif hasattr(module, "query_key_value"):  # for each group its queries, its key, its value
+        per_group = module.num_heads // module.num_kv_heads + 2
+        slots = rows[0].unflatten(0, (-1, per_group, module.head_dim))
+        queries = slots[:, 0] if per_group == 3 else slots[:, :-2].flatten(0, 1)
+        return {"q": queries, "k": slots[:, -2], "v": slots[:, -1]}
+    return {part: one.unflatten(0, (-1, module.head_dim)) for part, one in zip("qkv", rows, strict=True)}
+
+
+def pool_and_repeat(heads: Tensor, groups: int, method: str) -> Tensor:
     """Pool (heads, …) to `groups` and repeat each back, keeping the shape."""
     runs = heads.float().unflatten(0, (groups, -1))
     pooled = runs.mean(1) if method == "mean" else runs[:, 0]
@@ -18,23 +66,22 @@ def pool_and_repeat(heads: torch.Tensor, groups: int, method: str) -> torch.Tens
 def pool_model(model: PreTrainedModel, groups: int, method: str = "mean") -> PreTrainedModel:
     """Pool a model's key and value heads in place, in its own class, and return it."""
     for module in model.modules():
-        if hasattr(module, "c_attn"):
-            _pool_gpt2(module, groups, method)
-        elif hasattr(module, "k_proj") and hasattr(module, "v_proj"):
-            for linear in (module.k_proj, module.v_proj):
-                for parameter in linear.parameters():
-                    heads = parameter.unflatten(0, (-1, module.head_dim))
-                    parameter.copy_(pool_and_repeat(heads, groups, method).flatten(0, 1))
+        if linears_of(module):
+            views = head_views(module)
+            for view in (*views["k"], *views["v"]):
+                view.copy_(pool_and_repeat(view, groups, method))
+            _pool_norm(module, groups, method)
     return model
 
 
-def _pool_gpt2(module: torch.nn.Module, groups: int, method: str) -> None:
-    # Conv1D stores (in, out): the columns are all queries, all keys, all values.
-    for parameter in module.c_attn.parameters():
-        query, *key_value = parameter.T.chunk(3, dim=0) if parameter.dim() == 2 else parameter.chunk(3)
-        pooled = [
-            pool_and_repeat(part.unflatten(0, (module.num_heads, -1)), groups, method).flatten(0, 1)
-            for part in key_value
-        ]
-        whole = torch.cat([query, *pooled])
-        parameter.copy_(whole.T if parameter.dim() == 2 else whole)
+def _pool_norm(module: nn.Module, groups: int, method: str) -> None:
+    """Pool the key norm's weights too, where every head has its own."""
+    if hasattr(module, "k_layernorm") and hasattr(module.k_layernorm, "norms"):
+        norms = module.k_layernorm.norms
+        pooled = pool_and_repeat(torch.stack([norm.weight for norm in norms]), groups, method)
+        for norm, weight in zip(norms, pooled, strict=True):
+            norm.weight.copy_(weight)
+    norm = getattr(module, "k_norm", None)
+    if norm is not None and norm.weight.numel() > module.head_dim:
+        weight = norm.weight.view(-1, module.head_dim)
+        weight.copy_(pool_and_repeat(weight, groups, method))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,40 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from tests.conftest import tiny_config, tiny_model
-from tests.oracle import pool_model
+from tests.oracle import computed_heads, pool_model
 from uptrain.architectures import ARCHITECTURES
 from uptrain.attention import cache_bytes_per_token
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.convert import convert
+from uptrain.cli import run
+from uptrain.convert import convert, plan_conversion
+from uptrain.errors import UsageError
 from uptrain.hosts.register import register
+from uptrain.layout import Architecture, Sliding
 from uptrain.model_config import attention_layers
 from uptrain.packing import join, modules_of, split
 from uptrain.plan import find_prefix, result_attention
 from uptrain.request import Request
 
+
+def family(name: str) -> Architecture:
+    return ARCHITECTURES[name.partition("+")[0]]
+
+
 register()
 RESULTS = ("uptrain_gpt2", "gpt_bigcode")
-SOURCES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
-TARGETS = [(name, 4, groups) for name in SOURCES for groups in (2, 1)] + [
-    (name, 2, 1) for name in SOURCES if ARCHITECTURES[name].native
-]
+FAMILIES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
+EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
+"""Its class caches a copy of keys and values for every query head, whatever their number."""
+VARIANTS = [
+    "phi+qk_layernorm", "stablelm+qk_layernorm", "cohere+use_qk_norm", "falcon+parallel_attn", "falcon+alibi", EXPANDED,
+]  # fmt: skip
+SOURCES = [*FAMILIES, *VARIANTS]
+UNGROUPED = ["falcon", "falcon+parallel_attn", "falcon+alibi"]
+TARGETS = (
+    [(name, 4, 1) for name in SOURCES]
+    + [(name, 4, 2) for name in SOURCES if name not in UNGROUPED]
+    + [(name, 2, 1) for name in SOURCES if family(name).native and name not in UNGROUPED]
+)
 TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32]])
 Save = Callable[..., Path]
 
@@ -42,23 +60,46 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("model_type", SOURCES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_defaults_are_the_config_class_own(model_type: str) -> None:
     entry, config = ARCHITECTURES[model_type], CONFIG_MAPPING[model_type]()
     assert {key: getattr(config, key) for key in entry.defaults} == dict(entry.defaults)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    assert rotary.get("partial_rotary_factor", 1) == entry.partial_rotary_factor
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if ARCHITECTURES[name].sliding is not Sliding.NEVER])
+def test_windows_are_the_class_own_where_the_config_does_not_list_them(model_type: str) -> None:
+    settings = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3, "layer_types": None}
+    own = tiny_config(model_type, num_hidden_layers=8, **settings)
+    silent = {key: value for key, value in own.to_dict().items() if key not in ("layer_types", "no_rope_layers")}
+    kinds = getattr(own, "layer_types", None) or ["sliding_attention"] * 8
+    found = [spec.sliding_window for spec in attention_layers(ARCHITECTURES[model_type], silent, "src")]
+    assert found == [8 if kind == "sliding_attention" else None for kind in kinds]
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if ARCHITECTURES[name].partial_rotary_factor < 1])
+@pytest.mark.parametrize("said", [{}, {"partial_rotary_factor": 0.4}], ids=["silent", "said"])
+def test_rotated_dims_of_an_older_config_are_the_class_own(model_type: str, said: dict[str, float]) -> None:
+    """Before transformers 5 the share of rotated dims stood beside the rotary parameters."""
+    sizes = {"hidden_size": 160, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 40}
+    parameters = CONFIG_MAPPING[model_type](**sizes, **said, rope_theta=10_000.0).rope_parameters
+    config = {**sizes, **said, "rope_theta": 10_000.0, "rope_scaling": None}
+    spec = attention_layers(ARCHITECTURES[model_type], config, "src")[0]
+    assert spec.rotary_ndims == int(40 * parameters["partial_rotary_factor"])
 
 
 @pytest.mark.parametrize("model_type", SOURCES)
 def test_class_name_is_what_transformers_writes(model_type: str, save_tiny: Save) -> None:
     config = open_checkpoint(save_tiny(model_type)).config
-    assert config["architectures"] == [ARCHITECTURES[model_type].class_name]
+    assert config["architectures"] == [family(model_type).class_name]
 
 
 @pytest.mark.parametrize("model_type", SOURCES)
 def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny: Save) -> None:
     """q, k and v of our heads equal what the module's own projections give, head by head, on random input."""
     folder = save_tiny(model_type)
-    entry, checkpoint, model = ARCHITECTURES[model_type], open_checkpoint(folder), load(folder)
+    entry, checkpoint, model = family(model_type), open_checkpoint(folder), load(folder)
     spec = attention_layers(entry, checkpoint.config, "src")[1]
     base = entry.layer.format(prefix=find_prefix(entry, checkpoint, "src"), layer=1)
     names = [f"{m}.{kind}" for m in modules_of(entry.projections, frozenset("qkvo")) for kind in ("weight", "bias")]
@@ -70,23 +111,17 @@ def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny
     assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
 
     x = torch.randn(5, 48, generator=torch.manual_seed(1))
-    module = model.get_submodule(base.rstrip("."))
-    if entry.projections.fused:
-        whole = getattr(module, entry.projections.fused)(x[None])[0].split(48, dim=1)
-        expected = dict(zip("qkv", whole, strict=True))
-    else:
-        expected = {part: getattr(module, getattr(entry.projections, part))(x) for part in "qkv"}
+    computed = computed_heads(model.get_submodule(base.rstrip(".")), x)
     for part in "qkv":
         ours = heads.part(part)
         y = np.einsum("td,hed->the", x.numpy(), ours.weight) + (0 if ours.bias is None else ours.bias)
-        want = expected[part].detach().unflatten(1, (-1, spec.head_dim)).numpy()
-        np.testing.assert_allclose(y, want, atol=2e-5)
+        np.testing.assert_allclose(y, computed[part].detach().numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("model_type", SOURCES)
-def test_as_many_groups_as_heads_changes_no_byte(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "groups"), [*((name, 4) for name in SOURCES), ("falcon+multi_query", 1)])
+def test_as_many_groups_as_heads_changes_no_byte(model_type: str, groups: int, save_tiny: Save, tmp_path: Path) -> None:
     source = save_tiny(model_type, dtype=torch.bfloat16)
-    convert(str(source), tmp_path / "out", request(4))
+    convert(str(source), tmp_path / "out", request(groups))
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -94,11 +129,11 @@ def test_as_many_groups_as_heads_changes_no_byte(model_type: str, save_tiny: Sav
 
 
 @pytest.mark.parametrize(("model_type", "heads", "groups"), TARGETS)
-@pytest.mark.parametrize("method", ["mean", "first"])
+@pytest.mark.parametrize(("method", "seed"), [("mean", 0), ("first", 1), ("mean", 2)])
 def test_converted_logits_equal_the_pooled_source(
-    model_type: str, heads: int, groups: int, method: str, save_tiny: Save, tmp_path: Path
+    model_type: str, heads: int, groups: int, method: str, seed: int, save_tiny: Save, tmp_path: Path
 ) -> None:
-    source = save_tiny(model_type, heads, seed=groups)
+    source = save_tiny(model_type, heads, seed=seed)
     convert(str(source), tmp_path / "out", request(groups, method))
     oracle = pool_model(load(source), groups, method)
     converted = load(tmp_path / "out")
@@ -129,7 +164,34 @@ def test_cached_generation_equals_uncached_and_keeps_only_its_heads(
     with torch.no_grad():
         model(TOKENS[:, :context], past_key_values=cache)
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    layers = [replace(spec, num_key_value_heads=4) for spec in layers] if model_type == EXPANDED else layers
     assert held == context * cache_bytes_per_token(layers, itemsize=4)
+
+
+SCALED = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 6, "long_factor": [1.5] * 6, "factor": 4.0, "original_max_position_embeddings": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [*(("llama", kind) for kind in SCALED), ("phi3", "longrope")])
+def test_scaled_rotations_carry_over(model_type: str, kind: str, save_tiny: Save, tmp_path: Path) -> None:
+    source = save_tiny(
+        model_type, rope_parameters={"rope_type": kind, "rope_theta": 100.0, **SCALED[kind]}, tie_word_embeddings=False
+    )
+    plain = save_tiny(model_type, name="plain", tie_word_embeddings=False)
+    convert(str(source), tmp_path / "out", request(2))
+    with torch.no_grad():
+        found = load(tmp_path / "out")(TOKENS).logits
+        torch.testing.assert_close(found, pool_model(load(source), 2)(TOKENS).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(found, pool_model(load(plain), 2)(TOKENS).logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -162,3 +224,44 @@ def test_gpt2_without_prefix_and_with_old_buffers(tmp_path: Path, save_tiny: Sav
             torch.testing.assert_close(
                 load(tmp_path / str(groups))(TOKENS).logits, oracle(TOKENS).logits, atol=1e-5, rtol=1e-5
             )
+
+
+@pytest.mark.parametrize("model_type", UNGROUPED)
+def test_a_family_of_one_head_or_all_refuses_groups(model_type: str, save_tiny: Save) -> None:
+    with pytest.raises(UsageError, match="without new_decoder_architecture falcon has one or all"):
+        plan_conversion(str(save_tiny(model_type)), request(2))
+
+
+def test_a_class_that_copies_heads_into_its_cache_is_told_of(
+    save_tiny: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, told in ((EXPANDED, True), ("falcon", False)):
+        source = str(save_tiny(name, name=name))
+        for arguments in (["convert", source, "out", "--to", "mqa", "--dry-run"], ["inspect", source]):
+            assert run(arguments) == 0
+            assert ("caches a copy for every query head" in " ".join(capsys.readouterr().out.split())) == told
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "cohere+use_qk_norm"])
+def test_random_heads_of_families_that_norm_by_head_have_a_fresh_norm(
+    model_type: str, save_tiny: Save, tmp_path: Path
+) -> None:
+    convert(str(save_tiny(model_type)), tmp_path / "out", request(2, "random"))
+    norms = [value for name, value in load(tmp_path / "out").named_parameters() if name.endswith("k_norm.weight")]
+    assert len(norms) == 2 and all(torch.equal(norm, torch.ones_like(norm)) for norm in norms)
+
+
+def test_a_model_that_reads_both_ways_has_no_cache_to_shrink(save_tiny: Save) -> None:
+    source = str(save_tiny("gemma3_text+use_bidirectional_attention"))
+    with pytest.raises(UsageError, match="use_bidirectional_attention True, which uptrain can't convert"):
+        plan_conversion(source, request(2))
+
+
+@pytest.mark.parametrize("method", ["mean", "first", "random"])
+def test_norms_pooled_with_their_heads_keep_the_checkpoint_s_dtype(
+    method: str, save_tiny: Save, tmp_path: Path
+) -> None:
+    convert(str(save_tiny("olmo2", dtype=torch.bfloat16)), tmp_path / "out", request(2, method))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert stored["model.layers.0.self_attn.k_norm.weight"].shape == (24,)

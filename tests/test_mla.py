@@ -84,21 +84,29 @@ def test_full_rank_llama_is_stock_deepseek_with_the_same_logits(tmp_path, heads,
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize(("model_type", "changes"), [("qwen2", {}), ("llama", {"attention_bias": True})])
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen2", {}),
+        ("llama", {"attention_bias": True}),
+        ("seed_oss", {"head_dim": 12}),
+        ("seed_oss", {"head_dim": 12, "attention_bias": False, "attention_out_bias": True}),
+    ],
+)
 def test_full_rank_with_biases_fits_our_own_class(tmp_path, model_type, changes, heads):
     model = source(tmp_path / "src", model_type, num_key_value_heads=heads, **changes)
     convert(str(tmp_path / "src"), tmp_path / "out", everything_rotary(model))
     assert_same_logits(loaded(tmp_path / "out"), model)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "seed_oss"])
 @pytest.mark.parametrize("parameters", [None, LLAMA3, LINEAR], ids=["default", "llama3", "linear"])
 def test_a_latent_as_wide_as_the_input_is_exact_when_rotated_on_reading(tmp_path, model_type, parameters):
     changes = {} if parameters is None else {"rope_parameters": parameters}
     if model_type == "mistral":
         changes["sliding_window"] = None
     model = source(tmp_path / "src", model_type, **changes)
-    rank = model.config.hidden_size + 1 if model_type == "qwen2" else model.config.hidden_size
+    rank = model.config.hidden_size + 1 if model_type in ("qwen2", "seed_oss") else model.config.hidden_size
     rank = min(rank, 2 * model.config.num_key_value_heads * 8)
     convert(str(tmp_path / "src"), tmp_path / "out", Request("mla", rope="re-rotate", kv_lora_rank=rank))
     assert_same_logits(loaded(tmp_path / "out"), model)

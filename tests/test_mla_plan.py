@@ -179,7 +179,7 @@ def test_what_a_config_leaves_out_is_the_source_family_s_default(
         assert getattr(after, key) == getattr(before, key), key
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "seed_oss"])
 def test_a_config_that_says_nothing_is_planned_by_its_class(model_type: str) -> None:
     checkpoint = stub({"model_type": model_type, "sliding_window": None}, "model.layers.0.self_attn.")
     plan = planned(checkpoint, Request("mla"))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uptrain.architectures import Packing, Projections
 from uptrain.attention import AttentionSpec
+from uptrain.layout import Packing, Projections
 from uptrain.packing import join, module_shape, modules_of, split
 
 LAYOUTS = [

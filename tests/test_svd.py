@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from tests.conftest import tiny_config, tiny_model
 from tests.gauge import interleave_heads, scatter_heads
 from tests.oracle import pool_model
-from tests.test_families import SOURCES, TOKENS, load, request
+from tests.test_families import TARGETS, TOKENS, load, request
 from uptrain.checkpoint.checksum import checksum_file
 from uptrain.checkpoint.manifest import read_manifest
 from uptrain.convert import convert, plan_conversion
@@ -22,6 +23,11 @@ from uptrain.evaluate import evaluate
 from uptrain.request import Request
 
 Save = Callable[..., Path]
+GROUPED = "falcon+new_decoder_architecture+parallel_attn"
+NORMED_BY_HEAD = ["olmo2", "olmo3", "olmoe", "cohere+use_qk_norm", "stablelm+qk_layernorm"]
+NORMED = [
+    "qwen3", "qwen3_moe", "gemma3_text", "exaone4", "apertus", "hunyuan_v1_dense", "phi+qk_layernorm", *NORMED_BY_HEAD,
+]  # fmt: skip
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -29,8 +35,9 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("groups", [2, 1])
-@pytest.mark.parametrize("model_type", SOURCES)
+@pytest.mark.parametrize(
+    ("model_type", "groups"), [(name, groups) for name, heads, groups in TARGETS if heads == 4 and name not in NORMED]
+)
 def test_heads_that_are_one_head_in_disguise_are_shared_without_loss(
     model_type: str, groups: int, tmp_path: Path
 ) -> None:
@@ -63,8 +70,13 @@ def test_the_same_command_twice_gives_the_same_bytes(save_tiny: Save, tmp_path: 
     assert one == two
 
 
-@pytest.mark.parametrize("method", ["mean", "svd"])
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "cohere"])
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        *itertools.product(("gpt2", "qwen2", "cohere", "phi3", "stablelm", GROUPED), ("mean", "svd")),
+        ("qwen3", "mean"),
+    ],
+)
 def test_similar_heads_are_found_wherever_they_stand(model_type: str, method: str, tmp_path: Path) -> None:
     """Heads 0 and 2, and 1 and 3, are alike; sharing by neighbours breaks the model, by likeness loses nothing."""
     model = tiny_model(tiny_config(model_type))
@@ -101,6 +113,31 @@ def test_clipped_projections_are_refused_with_what_to_use_instead(save_tiny: Sav
         plan_conversion(str(source), request(2, "svd"))
     assert "--method mean" in caught.value.hint
     plan_conversion(str(source), request(2, "mean"))
+
+
+@pytest.mark.parametrize("method", ["svd", "calibrated"])
+@pytest.mark.parametrize("model_type", NORMED)
+def test_keys_that_are_normed_after_projection_can_only_be_pooled(
+    model_type: str, method: str, save_tiny: Save
+) -> None:
+    with pytest.raises(UsageError, match="keys are normed after projection") as caught:
+        plan_conversion(str(save_tiny(model_type)), request(2, method))
+    assert "--method mean" in caught.value.hint
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "granitemoe"])
+def test_experts_that_no_layer_can_be_run_with_are_not_calibrated(model_type: str, save_tiny: Save) -> None:
+    source = str(save_tiny(model_type))
+    with pytest.raises(UsageError, match="no layer can be read alone") as caught:
+        plan_conversion(source, request(2, "calibrated"))
+    assert "--method svd" in caught.value.hint
+    plan_conversion(source, request(2, "svd"))
+
+
+@pytest.mark.parametrize("model_type", NORMED_BY_HEAD)
+def test_heads_whose_norms_have_their_own_weights_are_not_moved(model_type: str, save_tiny: Save) -> None:
+    with pytest.raises(UsageError, match="--grouping similar can't be used"):
+        plan_conversion(str(save_tiny(model_type)), Request("gqa", 2, grouping="similar"))
 
 
 @pytest.mark.parametrize("groups", [4, 1])

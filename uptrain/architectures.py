@@ -6,106 +6,13 @@ To add a family, add its entry here and run `pytest tests/test_families.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-
-class Packing(Enum):
-    """How the query, key and value rows of a layer are stored."""
-
-    SEPARATE = "separate"
-    """Three projections."""
-    CONCAT = "concat"
-    """One projection: all queries, then all keys, then all values."""
-    GROUPED = "grouped"
-    """One projection; per key/value head its query heads, its key, its value."""
-
-
-class Position(Enum):
-    """What tells attention where a token stands."""
-
-    ABSOLUTE = "absolute positions"
-    ROTARY = "rotary"
-    ROTARY_INTERLEAVED = "rotary, interleaved"
-
-
-class Sliding(Enum):
-    """Which layers look back only `sliding_window` tokens when the config doesn't list `layer_types`."""
-
-    NEVER = "never"
-    ALL = "all"
-    FLAG = "flag"
-    """Only with `use_sliding_window`, and then the layers from `max_window_layers` on."""
-    EVEN = "even"
-
-
-@dataclass(frozen=True)
-class Projections:
-    """The attention's linear modules, relative to the layer's attention; `fused` replaces q, k and v.
-
-    `transposed` marks weights stored (in, out), as GPT-2's Conv1D does, instead of nn.Linear's (out, in).
-    """
-
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    fused: str = ""
-    packing: Packing = Packing.SEPARATE
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class ConfigKeys:
-    """What the family's config.json calls the field's words."""
-
-    hidden_size: str = "hidden_size"
-    num_hidden_layers: str = "num_hidden_layers"
-    num_attention_heads: str = "num_attention_heads"
-    num_key_value_heads: str | None = "num_key_value_heads"
-    head_dim: str | None = "head_dim"
-    multi_query: str | None = None
-    """A flag that means one key/value head when it is true."""
-    latent: bool = False
-    """Whether the field's words for a latent (kv_lora_rank, …) say what is cached."""
-    vocab_size: str = "vocab_size"
-    max_position_embeddings: str = "max_position_embeddings"
-
+from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections, Sliding
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One model family: names, packing, config keys and the hosts of its results.
-
-    `defaults` holds what the family's config class assumes where config.json is silent. `hosts` names, for each
-    target, the entries of `uptrain.hosts` to try in order; `native` families hold any number of groups themselves.
-    `unsupported` maps a config key to the value that can't be converted, and why; `pool_only` maps a config key that,
-    when set, rules out methods that change queries and output, to the reason.
-    """
-
-    model_type: str
-    class_name: str
-    layer: str = "{prefix}layers.{layer}.self_attn."
-    prefixes: tuple[str, ...] = ("model.", "")
-    projections: Projections = Projections()
-    keys: ConfigKeys = ConfigKeys()
-    position: Position = Position.ROTARY
-    sliding: Sliding = Sliding.NEVER
-    buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
-    defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
-    unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
-    pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-    native: bool = True
-
-    def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
-        """Return the same layout under another `model_type`, with the given fields changed."""
-        return replace(self, model_type=model_type, class_name=class_name, **changes)
-
 
 GPT2 = Architecture(
     model_type="gpt2",
@@ -161,6 +68,9 @@ LLAMA = Architecture(
 )  # fmt: skip
 
 
+_FUSED_EXPERTS = "transformers holds its experts in other tensors than the checkpoint, so no layer can be read alone"
+
+
 def _like_llama(
     model_type: str, class_name: str, *sizes: int, also: Mapping[str, Any] = _NOTHING, **changes: Any
 ) -> Architecture:
@@ -189,7 +99,26 @@ DEEPSEEK_V3 = LLAMA.for_model(
     hosts={},
 )
 
+FALCON = Architecture(
+    model_type="falcon",
+    class_name="FalconForCausalLM",
+    layer="{prefix}h.{layer}.self_attention.",
+    prefixes=("transformer.", ""),
+    projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
+    keys=ConfigKeys(
+        num_key_value_heads="num_kv_heads", head_dim=None,
+        multi_query="multi_query", grouped="new_decoder_architecture", alibi="alibi",
+    ),
+    buffers=("self_attention.rotary_emb.inv_freq",),
+    defaults={
+        **dict(zip(_SIZES, (4544, 32, 71, 65024, 2048), strict=False)),
+        "multi_query": True, "new_decoder_architecture": False, "alibi": False,
+    },
+    expanded="new_decoder_architecture",
+)  # fmt: skip
+
 _ENTRIES = (
+    FALCON,
     GPT2,
     UPTRAIN_GPT2,
     UPTRAIN_GPT2_MLA,
@@ -203,13 +132,22 @@ _ENTRIES = (
     ),
     _like_llama(
         "qwen2", "Qwen2ForCausalLM", 4096, 32, 32, 151936, 32768, 32,
-        sliding=Sliding.FLAG, hosts={"mla": ("uptrain_llama_mla",)},
+        sliding=Sliding.LAST, sliding_flag=True, hosts={"mla": ("uptrain_llama_mla",)},
         also={"intermediate_size": 22016, "bos_token_id": None, "eos_token_id": None},
+    ),
+    _like_llama(
+        "mixtral", "MixtralForCausalLM", 4096, 32, 32, 32000, 131072, 8,
+        sliding=Sliding.ALL, uncalibrated=_FUSED_EXPERTS,
+    ),
+    _like_llama(
+        "qwen2_moe", "Qwen2MoeForCausalLM", 2048, 24, 16, 151936, 32768, 16,
+        sliding=Sliding.EVEN, sliding_flag=True, uncalibrated=_FUSED_EXPERTS,
+        also={"max_window_layers": 28},
     ),
     _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
     _like_llama(
         "gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256,
-        sliding=Sliding.EVEN, also={"sliding_window": 4096},
+        sliding=Sliding.PATTERN, also={"sliding_window": 4096},
     ),
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
     _like_llama(
@@ -217,12 +155,91 @@ _ENTRIES = (
         pool_only={"clip_qkv": "it clips queries, keys and values, which no longer cancels when heads are re-scaled"},
     ),
     _like_llama("arcee", "ArceeForCausalLM", 2560, 32, 32, 32000, 4096),
-    _like_llama("smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4, sliding=Sliding.FLAG),
+    _like_llama(
+        "smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4,
+        sliding=Sliding.UNROTATED, sliding_flag=True, also={"no_rope_layer_interval": 4},
+    ),
     _like_llama("starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, sliding=Sliding.ALL),
     _like_llama(
         "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192,
         position=Position.ROTARY_INTERLEAVED,
-        unsupported={"use_qk_norm": (True, "its keys are normed head by head after projection")},
+        key_norm=KeyNorm(flag="use_qk_norm", by_head=True), also={"use_qk_norm": False},
+    ),
+    _like_llama(
+        "qwen3", "Qwen3ForCausalLM", 4096, 32, 32, 151936, 32768, 32, 128,
+        sliding=Sliding.LAST, sliding_flag=True, key_norm=KeyNorm(), also={"max_window_layers": 28},
+    ),
+    _like_llama(
+        "qwen3_moe", "Qwen3MoeForCausalLM", 2048, 24, 32, 151936, 32768, 4,
+        sliding=Sliding.ALL, sliding_flag=True, key_norm=KeyNorm(), uncalibrated=_FUSED_EXPERTS,
+    ),
+    _like_llama(
+        "gemma3_text", "Gemma3ForCausalLM", 2304, 26, 8, 262208, 131072, 4, 256,
+        sliding=Sliding.PATTERN, sliding_window_pattern=6, key_norm=KeyNorm(), also={"sliding_window": 4096},
+        unsupported={"use_bidirectional_attention": (True, "it reads a text both ways and keeps no cache")},
+    ),
+    _like_llama("olmo2", "Olmo2ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True)),
+    _like_llama(
+        "stablelm", "StableLmForCausalLM", 2560, 32, 32, 50304, 4096, 32, partial_rotary_factor=0.25,
+        key_norm=KeyNorm("k_layernorm.norms.{head}", "qk_layernorm", by_head=True),
+    ),
+    _like_llama(
+        "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,
+        projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
+    ),
+    _like_llama(
+        "phi3", "Phi3ForCausalLM", 3072, 32, 32, 32064, 4096, sliding=Sliding.ALL,
+        projections=Projections(fused="qkv_proj", packing=Packing.CONCAT),
+    ),
+    _like_llama(
+        "ministral", "MinistralForCausalLM", 4096, 32, 32, 32000, 131072, 8,
+        sliding=Sliding.ALL, also={"sliding_window": 4096},
+    ),
+    _like_llama(
+        "seed_oss", "SeedOssForCausalLM", 4096, 64, 80, 155136, 524288, 8, 128,
+        hosts={"mla": ("uptrain_llama_mla",)},
+        also={"intermediate_size": 27648, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    ),
+    _like_llama(
+        "helium", "HeliumForCausalLM", 2560, 24, 20, 48000, 4096, 20, 128, position=Position.ROTARY_INTERLEAVED
+    ),
+    _like_llama(
+        "ernie4_5", "Ernie4_5ForCausalLM", 1024, 18, 16, 103424, 131072, 2, 128,
+        position=Position.ROTARY_INTERLEAVED,
+    ),
+    _like_llama(
+        "glm", "GlmForCausalLM", 4096, 40, 32, 151552, 131072, 2, 128,
+        position=Position.ROTARY_INTERLEAVED, partial_rotary_factor=0.5,
+    ),
+    _like_llama(
+        "glm4", "Glm4ForCausalLM", 4096, 40, 32, 151552, 131072, 2, 128,
+        position=Position.ROTARY_INTERLEAVED, partial_rotary_factor=0.5,
+    ),
+    _like_llama("nemotron", "NemotronForCausalLM", 6144, 32, 48, 256000, 4096, partial_rotary_factor=0.5),
+    _like_llama(
+        "cohere2", "Cohere2ForCausalLM", 8192, 40, 64, 256000, 8192,
+        position=Position.ROTARY_INTERLEAVED, rotates_sliding_only=True,
+        sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
+    ),
+    _like_llama(
+        "olmo3", "Olmo3ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True),
+        sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
+    ),
+    _like_llama(
+        "olmoe", "OlmoeForCausalLM", 2048, 16, 16, 50304, 4096,
+        key_norm=KeyNorm(by_head=True), uncalibrated=_FUSED_EXPERTS,
+    ),
+    _like_llama(
+        "granitemoe", "GraniteMoeForCausalLM", 4096, 32, 32, 32000, 2048, uncalibrated=_FUSED_EXPERTS
+    ),
+    _like_llama(
+        "exaone4", "Exaone4ForCausalLM", 4096, 32, 32, 102400, 2048, 32, key_norm=KeyNorm(),
+        sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
+    ),
+    _like_llama("apertus", "ApertusForCausalLM", 4096, 32, 32, 131072, 65536, key_norm=KeyNorm()),
+    _like_llama(
+        "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", 4096, 32, 32, 290943, 2048,
+        key_norm=KeyNorm("key_layernorm"),
     ),
 )  # fmt: skip
 

@@ -15,7 +15,8 @@ class AttentionSpec:
 
     `kv_lora_rank` makes it MLA: the cache then holds the latent and `qk_rope_head_dim` shared rotary key values
     instead of heads, and a query head has `qk_nope_head_dim` dims for what the latent expands to beside the rotary
-    ones. `sliding_window` (tokens) bounds how many tokens the cache holds at all.
+    ones. `sliding_window` (tokens) bounds how many tokens the cache holds at all. `rotary_ndims` counts the first dims
+    of a head that are rotated, None for all that the family's position says.
     """
 
     num_attention_heads: int
@@ -26,6 +27,7 @@ class AttentionSpec:
     qk_rope_head_dim: int = 0
     qk_nope_head_dim: int | None = None
     sliding_window: int | None = None
+    rotary_ndims: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.num_attention_heads, self.num_key_value_heads, self.head_dim) < 1:

@@ -89,6 +89,24 @@ def inspect(model: str, revision: str | None, allow_pickle: bool, as_json: bool)
     report.inspection(run(model, revision=revision, allow_pickle=allow_pickle), as_json)
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--markdown", is_flag=True, help="Print the README's table.")
+def families(as_json: bool, markdown: bool) -> None:
+    """List the model families that can be converted, and the class that holds each result.
+
+    Where several classes are named, the first that is exact for the checkpoint takes it. A class marked * ships its
+    own modelling file inside the checkpoint.
+    """
+    from uptrain import report_families
+    from uptrain.families import families as known
+
+    if markdown:
+        console.result(report_families.markdown(known()))
+        return
+    report_families.table(known(), as_json)
+
+
 _LATENT_OPTIONS = (
     click.option("--cache", type=Share(), help="Of --to mla: share of MODEL's cache to keep, e.g. 25%."),
     click.option("--kv-lora-rank", type=int, help="Of --to mla: values a token in the latent, instead of --cache."),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,14 +47,16 @@ def fail(error: UptrainError) -> None:
         console.print(error.hint, markup=False, style="dim")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout; columns after the first are right-aligned."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], align: Literal["left", "right"] = "right"
+) -> None:
+    """Print a table on stdout; columns after the first are aligned as said."""
     from rich import box
     from rich.table import Table
 
     out = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for position, column in enumerate(columns):
-        out.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+        out.add_column(column, justify="left" if position == 0 else align, overflow="fold", no_wrap=position == 0)
     for row in rows:
         out.add_row(*row)
     _console(False).print(out, soft_wrap=False)

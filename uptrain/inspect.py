@@ -7,14 +7,21 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from uptrain.architectures import Architecture
 from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token
 from uptrain.checkpoint.header import ITEM_BITS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
 from uptrain.errors import UsageError
 from uptrain.hosts.table import host_of
-from uptrain.model_config import architecture_of, attention_layers, config_value
+from uptrain.layout import Architecture
+from uptrain.model_config import (
+    architecture_of,
+    attention_layers,
+    config_value,
+    expands_cache,
+    holds_groups,
+    position_of_config,
+)
 from uptrain.packing import module_of
 from uptrain.plan import find_prefix
 from uptrain.plan_latent import plan_latent
@@ -41,7 +48,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is. Cache figures are bytes for one sequence, in the weights' own dtype."""
+    """What a checkpoint is. Cache figures are bytes for one sequence, in the weights' own dtype.
+
+    With `cache_expanded` transformers' own class caches more: a copy for every query head.
+    """
 
     name: str
     origin: str
@@ -66,6 +76,7 @@ class Inspection:
     weight_bytes: int
     cache_bytes_per_token: int
     cache_bytes: dict[int, int]
+    cache_expanded: bool
     options: tuple[Option, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         head_dim=layers[0].head_dim,
         kv_lora_rank=layers[0].kv_lora_rank,
         qk_rope_head_dim=layers[0].qk_rope_head_dim,
-        position=architecture.position.value,
+        position=position_of_config(architecture, checkpoint.config).value,
         rope=_rope(checkpoint.config),
         sliding_window=windows[0] if windows else None,
         sliding_layers=len(windows),
@@ -112,6 +123,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         cache_bytes_per_token=cache_bytes_per_token(layers, itemsize),
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
+        cache_expanded=expands_cache(architecture, checkpoint.config),
         options=()
         if layers[0].kind == "mla"
         else (
@@ -145,6 +157,8 @@ def _options(
     for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
         target = "mqa" if groups == 1 else "gqa"
         host = host_of(architecture, target, config, same=False)
+        if not holds_groups(host.architecture, config, groups):
+            continue
         after = [spec.grouped(groups) for spec in layers]
         size = cache_bytes_per_token(after, itemsize)
         out.append(Option(target, groups, size, host.name, bool(host.remote_code)))

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from uptrain.architectures import ARCHITECTURES, NO_CACHE, Architecture, Sliding
+from uptrain.architectures import ARCHITECTURES, NO_CACHE
 from uptrain.attention import AttentionSpec
 from uptrain.errors import CheckpointError, UsageError, did_you_mean
+from uptrain.layout import Architecture, KeyNorm, Position, Sliding
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -33,6 +34,40 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         if config.get(key, architecture.defaults.get(key)) == value:
             raise UsageError(f"{where} has {key} {value}, which uptrain can't convert: {why}.")
     return architecture
+
+
+def position_of_config(architecture: Architecture, config: Mapping[str, Any]) -> Position:
+    """Return what tells a checkpoint's attention where a token stands."""
+    return Position.ALIBI if _flag(architecture, config, architecture.keys.alibi) else architecture.position
+
+
+def holds_groups(architecture: Architecture, config: Mapping[str, Any], num_key_value_heads: int) -> bool:
+    """Tell whether a family's class, as the config sets it, can have this many key/value heads below all."""
+    keys = architecture.keys
+    return num_key_value_heads == 1 or not keys.grouped or _flag(architecture, config, keys.grouped)
+
+
+def expands_cache(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Tell whether transformers' class caches a copy of keys and values for every query head."""
+    return bool(architecture.expanded) and _flag(architecture, config, architecture.expanded)
+
+
+def key_norm_of(architecture: Architecture, config: Mapping[str, Any]) -> KeyNorm | None:
+    """Return the norm on a checkpoint's keys, None where there is none."""
+    norm = architecture.key_norm
+    if norm is None or not norm.flag or _flag(architecture, config, norm.flag):
+        return norm
+    return None
+
+
+def why_pool_only(architecture: Architecture, config: Mapping[str, Any]) -> str:
+    """Return why a checkpoint's heads can be pooled but not re-scaled, empty where they can."""
+    if key_norm_of(architecture, config) is not None:
+        return "its keys are normed after projection, which no longer cancels when heads are re-scaled"
+    for key, why in architecture.pool_only.items():
+        if config.get(key) is not None:
+            return f"its {key} is {config[key]}: {why}"
+    return ""
 
 
 def config_value(architecture: Architecture, config: Mapping[str, Any], key: str, where: str) -> int:
@@ -61,10 +96,12 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
 
     heads, hidden = size(keys.num_attention_heads), size(keys.hidden_size)
     key_value_heads = heads
-    if keys.num_key_value_heads and _given(architecture, config, keys.num_key_value_heads):
-        key_value_heads = size(keys.num_key_value_heads)
-    if keys.multi_query and config.get(keys.multi_query, architecture.defaults.get(keys.multi_query)):
+    if keys.multi_query and _flag(architecture, config, keys.multi_query):
         key_value_heads = 1
+    if keys.grouped and not _flag(architecture, config, keys.grouped):
+        pass  # the count is kept in the config, but not looked at
+    elif keys.num_key_value_heads and _given(architecture, config, keys.num_key_value_heads):
+        key_value_heads = size(keys.num_key_value_heads)
     if keys.head_dim and _given(architecture, config, keys.head_dim):
         head_dim = size(keys.head_dim)
     elif hidden % heads:
@@ -78,7 +115,11 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
     if keys.latent:
         spec = _latent(AttentionSpec(heads, key_value_heads, head_dim), config, where)
         return tuple(replace(spec, sliding_window=window) for window in windows)
-    return tuple(AttentionSpec(heads, key_value_heads, head_dim, sliding_window=window) for window in windows)
+    rotated = _rotated_dims(architecture, config, windows, head_dim, where)
+    return tuple(
+        AttentionSpec(heads, key_value_heads, head_dim, sliding_window=window, rotary_ndims=dims)
+        for window, dims in zip(windows, rotated, strict=True)
+    )
 
 
 def _latent(spec: AttentionSpec, config: Mapping[str, Any], where: str) -> AttentionSpec:
@@ -96,6 +137,10 @@ def _given(architecture: Architecture, config: Mapping[str, Any], key: str) -> b
     return config.get(key) is not None or key in architecture.defaults
 
 
+def _flag(architecture: Architecture, config: Mapping[str, Any], key: str | None) -> bool:
+    return key is not None and bool(config.get(key, architecture.defaults.get(key)))
+
+
 def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[int | None]:
     # null says that there is none; silence leaves what the class assumes.
     window = config.get("sliding_window", architecture.defaults.get("sliding_window"))
@@ -106,14 +151,55 @@ def _windows(architecture: Architecture, config: Mapping[str, Any], layers: int,
         if len(types) != layers:
             raise CheckpointError(f"{where} lists {len(types)} layer_types for {layers} layers.")
         slides = [kind == "sliding_attention" for kind in types]
-    elif architecture.sliding is Sliding.FLAG:
-        first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else layers
-        slides = [layer >= first for layer in range(layers)]
+    elif architecture.sliding_flag and not config.get("use_sliding_window"):
+        slides = [False] * layers
+    elif architecture.sliding is Sliding.LAST:
+        slides = [layer >= config.get("max_window_layers", 0) for layer in range(layers)]
     elif architecture.sliding is Sliding.EVEN:
-        slides = [layer % 2 == 0 for layer in range(layers)]
+        end = config.get("max_window_layers", architecture.defaults.get("max_window_layers", layers))
+        slides = [layer % 2 == 0 and layer < end for layer in range(layers)]
+    elif architecture.sliding is Sliding.UNROTATED:
+        slides = [not rotated for rotated in _rotated_layers(architecture, config, layers, where)]
+    elif architecture.sliding is Sliding.PATTERN:
+        every = config.get("sliding_window_pattern", architecture.sliding_window_pattern)
+        if type(every) is not int or every < 1:
+            raise CheckpointError(f"{where} has sliding_window_pattern {every!r}, not a positive whole number.")
+        slides = [(layer + 1) % every != 0 for layer in range(layers)]
     else:
         slides = [architecture.sliding is Sliding.ALL] * layers
     return [window if slide else None for slide in slides]
+
+
+def _rotated_dims(
+    architecture: Architecture, config: Mapping[str, Any], windows: list[int | None], head_dim: int, where: str
+) -> list[int | None]:
+    """Return how many of a head's dims each layer rotates, None for all that the family's position says."""
+    layers = len(windows)
+    if position_of_config(architecture, config) is Position.ALIBI:
+        return [0] * layers
+    parameters = config.get("rope_parameters") or config.get("rope_scaling")
+    said = parameters if isinstance(parameters, dict) else {}
+    factor = said.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    factor = architecture.partial_rotary_factor if factor is None else factor
+    if type(factor) not in (int, float) or not 0 < factor <= 1:
+        raise CheckpointError(f"{where} has partial_rotary_factor {factor!r}, not a share of each head's dims.")
+    dims = None if factor == 1 else int(head_dim * factor)
+    if architecture.rotates_sliding_only:
+        return [dims if window else 0 for window in windows]
+    return [dims if rotated else 0 for rotated in _rotated_layers(architecture, config, layers, where)]
+
+
+def _rotated_layers(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[bool]:
+    # The list says 1 where a layer does rotate, whatever its name.
+    listed = config.get("no_rope_layers")
+    if isinstance(listed, list):
+        if len(listed) != layers:
+            raise CheckpointError(f"{where} lists {len(listed)} no_rope_layers for {layers} layers.")
+        return [bool(rotated) for rotated in listed]
+    if "no_rope_layer_interval" not in architecture.defaults:
+        return [True] * layers
+    every = config_value(architecture, config, "no_rope_layer_interval", where)
+    return [(layer + 1) % every != 0 for layer in range(layers)]
 
 
 def set_attention(architecture: Architecture, config: dict[str, Any], num_key_value_heads: int) -> None:

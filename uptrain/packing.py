@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from uptrain.architectures import Packing, Projections
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.arrays import Array
 from uptrain.checkpoint.reader import Checkpoint
+from uptrain.layout import Packing, Projections
 
 PARTS = ("q", "k", "v", "o")
 

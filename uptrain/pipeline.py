@@ -17,6 +17,7 @@ from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_fi
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import State, write_shard
 from uptrain.errors import Interrupted
+from uptrain.methods.gqa import pool_norm
 from uptrain.plan import OutputTensor, Plan
 from uptrain.transform import Calibrated, LayerMaker
 
@@ -104,6 +105,9 @@ class Pipeline:
         read = self.checkpoint.read(tensor.source)
         if tensor.operation == "scale":
             read = as_float32(read) * np.float32(tensor.factor)
+        if tensor.norm is not None:
+            read = np.concatenate([self.checkpoint.read(name) for name in tensor.norm.sources])
+            read = pool_norm(read, tensor.norm.heads, tensor.norm.groups, self.plan.request.method)
         array = cast(read, tensor.info.dtype, tensor.source)
         yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from uptrain.architectures import Architecture
 from uptrain.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.checkpoint.arrays import is_float
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
@@ -16,15 +15,18 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.table import Host, host_config, host_of, own_host
 from uptrain.latent_packing import latent_shapes
+from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
+from uptrain.plan_checks import check_groups, check_method
 from uptrain.plan_latent import HEAD, LatentPlan, plan_latent
-from uptrain.request import CHANGED_PARTS, Request, resolve_groups
+from uptrain.plan_norms import PooledNorm, pooled_norms
+from uptrain.request import Request, resolve_groups
 
 PLAN_FORMAT = 1
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
 
-Operation = Literal["copy", "transpose", "scale", "attention"]
+Operation = Literal["copy", "transpose", "scale", "pool", "attention"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class OutputTensor:
     layer: int = -1
     module: str = ""
     factor: float = 1.0
+    norm: PooledNorm | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         CheckpointError: the config and the tensors don't fit each other.
     """
     architecture = architecture_of(checkpoint.config, name)
-    _check_method(architecture, checkpoint.config, request.method, name)
+    check_method(architecture, checkpoint.config, request, name)
     before = attention_layers(architecture, checkpoint.config, name)
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
@@ -112,6 +115,8 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
     host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
+    if not same:
+        check_groups(architecture, host.architecture, checkpoint.config, groups, name)
     after = tuple(spec.grouped(groups) for spec in before)
     prefix = find_prefix(architecture, checkpoint, name)
     config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None
@@ -140,15 +145,6 @@ def _latent_plan(
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent)
     return replace(plan, digest=_digest(plan, checkpoint))
-
-
-def _check_method(architecture: Architecture, config: dict[str, Any], method: str, name: str) -> None:
-    for key, why in architecture.pool_only.items():
-        if config.get(key) is not None and "q" in CHANGED_PARTS[method]:
-            raise UsageError(
-                f"--method {method} can't be used on {name}, whose {key} is {config[key]}: {why}.",
-                "Use --method mean and uptrain the result.",
-            )
 
 
 def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
@@ -182,10 +178,14 @@ class _Planner:
 
     def outputs(self) -> Iterator[OutputTensor]:
         """Yield the result's tensors in the order of the source's bytes."""
-        attention = self._attention()
+        attention, norms = self._attention(), self._norms()
         placed: set[int] = set()
         for name, info in self.checkpoint.tensors.items():
             if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
+                continue
+            if name in norms:
+                norm = norms[name]
+                yield from [norm] if norm else []
                 continue
             if name not in attention:
                 if self.latent is not None and self.latent.head_of:
@@ -221,6 +221,17 @@ class _Planner:
                 outputs = list(self._latent_outputs(layer, after, self.latent))
             names = [f"{base}{module}.{kind}" for module in taken for kind in present[module]]
             out.update(dict.fromkeys(names, (layer, outputs)))
+        return out
+
+    def _norms(self) -> dict[str, OutputTensor | None]:
+        """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
+        if self.same or self.latent is not None:
+            return {}
+        out: dict[str, OutputTensor | None] = {}
+        for norm in pooled_norms(self.checkpoint, self.architecture, self.prefix, self.before, self.after):
+            first = norm.sources[0]
+            info = TensorInfo(norm.name, self._dtype(self.checkpoint.tensors[first].dtype), norm.shape, "", -1, -1)
+            out |= {**dict.fromkeys(norm.sources), first: OutputTensor(info, "pool", first, norm=norm)}
         return out
 
     def _layer_outputs(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import Architecture, Position
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.checkpoint.reader import Checkpoint
@@ -15,6 +14,7 @@ from uptrain.errors import UsageError
 from uptrain.frequencies import Frequencies, highest, own_table, rope_parameters, source_frequencies
 from uptrain.hosts.latent_hosts import LATENT_HOSTS, LatentHost, latent_config
 from uptrain.latent_packing import LatentTarget, Rope, Stored
+from uptrain.layout import Architecture
 from uptrain.model_config import config_value
 from uptrain.request import Request
 
@@ -93,8 +93,8 @@ def plan_latent(
     layout = replace(entry.layout, per_query=rope != "re-rotate")
     heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
     after = tuple(layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in before)
-    written = latent_config(entry, config, architecture)
-    written.update(_attention_config(entry, architecture, spec, target, heads, biased, q_lora_rank, config))
+    written, biases = latent_config(entry, config, architecture), (biased, output_bias)
+    written.update(_attention_config(entry, architecture, spec, target, heads, biases, q_lora_rank, config))
     written.update(_rotation(target, written, rope_parameters(config), spec.head_dim))
     _check_grid(target, written, name)
     tied = entry.untied and bool(config.get("tie_word_embeddings", False))
@@ -107,7 +107,7 @@ def plan_latent(
 
 
 def _rope(request: Request, architecture: Architecture, name: str) -> Rope:
-    if architecture.position is Position.ABSOLUTE:
+    if not architecture.position.rotates:
         if request.rope or request.qk_rope_head_dim:
             option = "--rope" if request.rope else "--qk-rope-head-dim"
             raise UsageError(f"{option} is for rotary keys; {name}'s keys see no rotation.", f"Leave {option} out.")
@@ -227,7 +227,7 @@ def _neutral() -> list[str]:
 
 def _attention_config(
     entry: LatentHost, architecture: Architecture, spec: AttentionSpec, target: LatentTarget, heads: int,
-    biased: bool, q_lora_rank: int | None, source: Mapping[str, Any],
+    biases: tuple[bool, bool], q_lora_rank: int | None, source: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     keys, count = entry.architecture.keys, architecture.keys.num_hidden_layers
     found: dict[str, Any] = {
@@ -244,7 +244,8 @@ def _attention_config(
     elif target.form != "free":
         found |= {
             "rope_mode": "re-rotate" if target.form == "re-rotate" else "decoupled",
-            "qkv_bias": biased,
+            "qkv_bias": biases[0],
+            "attention_bias": biases[1],
             "attention_scale": spec.head_dim**-0.5,
         }
     return found

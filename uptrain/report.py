@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain import console
-from uptrain.architectures import Position
 from uptrain.console import size
+from uptrain.model_config import expands_cache, position_of_config
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.source import Source
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from uptrain.inspect import Inspection
     from uptrain.plan import Plan
     from uptrain.plan_latent import LatentPlan
+
+EXPANDED = "{} caches a copy for every query head; memory is saved by engines that cache the heads themselves"
 
 
 def inspection(found: Inspection, as_json: bool) -> None:
@@ -46,6 +48,7 @@ def inspection(found: Inspection, as_json: bool) -> None:
             ("weights", f"{found.parameters:,} parameters, {found.dtype}, {size(found.weight_bytes)}"),
             ("shards", str(found.shards)),
             ("cache", f"{size(found.cache_bytes_per_token)} per token"),
+            *([("in transformers", EXPANDED.format("its class"))] if found.cache_expanded else []),
             *((f"  at {context // 1024} K", size(count)) for context, count in found.cache_bytes.items()),
         ],
     )
@@ -140,9 +143,11 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
+    expanded = expands_cache(plan.host.architecture, plan.config)
     code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.host.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
+        *([("in transformers", EXPANDED.format(plan.host.architecture.class_name))] if expanded else []),
         ("class", f"{plan.host.name} · {plan.host.architecture.class_name}{code}"),
     ]
 
@@ -172,9 +177,14 @@ def conversion(done: Conversion, as_json: bool) -> None:
             f"In layer {layer}, mean keeps {ours['keys']:.0%} of key and {ours['values']:.0%} of value energy; "
             f"--method svd would keep {better['keys']:.0%} and {better['values']:.0%}."
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
-            + ("" if done.plan.architecture.position is Position.ABSOLUTE else " Rotary keys want --calibrate TEXT.")
+            + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
     console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
+
+
+def _wants_text(plan: Plan) -> bool:
+    rotary = position_of_config(plan.architecture, plan.config).rotates
+    return rotary and not plan.architecture.uncalibrated
 
 
 def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from uptrain.architectures import Position
 from uptrain.checkpoint.arrays import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.latent_packing import LatentHeads, join_latent
+from uptrain.layout import Position
 from uptrain.methods import estimate
 from uptrain.methods.gqa import pool_layer
+from uptrain.model_config import why_pool_only
 from uptrain.packing import LayerHeads, join, module_of, read_layer
 from uptrain.plan import Plan
 from uptrain.plan_latent import LatentPlan
@@ -43,6 +44,7 @@ class LayerMaker:
         self.kept: dict[int, dict[str, dict[str, float]]] = {}
         # Telling what svd would keep costs time, so mean tells it of the middle layer only.
         self.sample = len(plan.before) // 2
+        self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
         self._dtypes = {
             (tensor.layer, tensor.module): tensor.info.dtype
             for shard in plan.shards.values()
@@ -76,8 +78,10 @@ class LayerMaker:
             self.kept[layer] = self.calibrated.kept(layer)
             return self.calibrated.read(layer)
         if request.method != "svd" and request.grouping == "contiguous":
-            if request.method == "mean" and layer == self.sample:
-                self.kept[layer] = _estimate(heads, groups, self.plan.architecture.position)
+            if request.method == "mean" and layer == self.sample and not self._pool_only:
+                self.kept[layer] = _estimate(
+                    heads, groups, self.plan.architecture.position, self.plan.before[layer].rotary_ndims
+                )
             return self._pooled(heads, groups, layer)
         self._check_finite(heads, layer)
         methods = _torch_methods()
@@ -161,14 +165,17 @@ def _torch_methods() -> _TorchMethods:
     return _TorchMethods(factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
 
 
-def _estimate(heads: LayerHeads, groups: int, position: Position) -> dict[str, dict[str, float]]:
+def _estimate(
+    heads: LayerHeads, groups: int, position: Position, rotary_ndims: int | None
+) -> dict[str, dict[str, float]]:
     keys, values = estimate.rows_of(heads.part("k")), estimate.rows_of(heads.part("v"))
     if not (np.isfinite(keys).all() and np.isfinite(values).all()):
         return {}  # refused with its name when the layer is finished
-    if position is Position.ABSOLUTE:
+    if not position.rotates or rotary_ndims == 0:
         best = estimate.kept_by_factor(keys, groups)
     else:
-        best = estimate.kept_by_phases(keys, groups, position is Position.ROTARY_INTERLEAVED)
+        interleaved = position is Position.ROTARY_INTERLEAVED
+        best = estimate.kept_by_phases(keys, groups, interleaved, rotary_ndims or keys.shape[1])
     return {
         "mean": _rounded(estimate.kept_by_mean(keys, groups), estimate.kept_by_mean(values, groups)),
         "svd": _rounded(best, estimate.kept_by_factor(values, groups)),

@@ -1,4 +1,4 @@
-"""Calibrated conversion on tiny models of three layouts: free, rotary and interleaved keys."""
+"""Calibrated conversion on tiny models of every layout: keys free or rotary, whole or in part, and fused rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ from uptrain.packing import LayerHeads
 from uptrain.plan import find_prefix
 
 QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
-FAMILIES = ["gpt2", "llama", "cohere", "gemma2", "granite", "starcoder2"]
+FAMILIES = [
+    "gpt2", "llama", "cohere", "gemma2", "granite", "starcoder2", "phi", "phi3", "stablelm", "smollm3",
+    "falcon", "falcon+alibi", "ministral", "seed_oss", "helium", "ernie4_5", "glm", "glm4", "nemotron", "cohere2",
+]  # fmt: skip
 
 
 def save(folder: Path, model_type: str, *, scattered: int = 0, **changes: Any) -> Path:
@@ -86,8 +89,8 @@ def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_t
             torch.testing.assert_close(states, expected[index], rtol=1e-5, atol=1e-5)
             with model.layer(index) as layer:
                 states = torch.stack([layer.run(block) for block in states])
-        norm = "ln_f" if model_type == "gpt2" else "norm"
-        torch.testing.assert_close(getattr(whole.base_model, norm)(states), expected[-1], rtol=1e-5, atol=1e-5)
+        norms = [name for name in ("ln_f", "norm", "final_layernorm") if hasattr(whole.base_model, name)]
+        torch.testing.assert_close(getattr(whole.base_model, norms[0])(states), expected[-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

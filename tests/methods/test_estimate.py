@@ -16,20 +16,20 @@ from uptrain.methods.rotary import Rotary
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(3, 20), st.integers(0, 999))
 
 
-@given(sizes, st.sampled_from(["none", "half", "interleaved"]))
-def test_shares_equal_the_factorisation_s(size: tuple[int, int, int, int, int], layout: str) -> None:
+@given(sizes, st.integers(0, 3), st.sampled_from(["none", "half", "interleaved"]))
+def test_shares_equal_the_factorisation_s(size: tuple[int, int, int, int, int], free: int, layout: str) -> None:
     groups, per_group, pairs, hidden, seed = size
-    generator, heads, dims = torch.Generator().manual_seed(seed), groups * per_group, 2 * pairs
+    generator, heads, dims = torch.Generator().manual_seed(seed), groups * per_group, 2 * pairs + free
     k, v, q = (torch.randn(heads, dims, hidden, generator=generator, dtype=torch.float64) for _ in range(3))
     bias = torch.randn(heads, dims, generator=generator, dtype=torch.float64)
     layer = HeadMaps(q, k, v, torch.randn(hidden, heads, dims, dtype=torch.float64), bias, bias, None)
-    position = None if layout == "none" else Rotary("half" if layout == "half" else "interleaved", dims)
+    position = None if layout == "none" else Rotary("half" if layout == "half" else "interleaved", 2 * pairs)
     kept = factor_heads(layer, groups, position).kept
     keys, values = layer.k_rows.float().numpy(), layer.v_rows.float().numpy()
     if position is None:
         found = estimate.kept_by_factor(keys, groups)
     else:
-        found = estimate.kept_by_phases(keys, groups, layout == "interleaved")
+        found = estimate.kept_by_phases(keys, groups, layout == "interleaved", 2 * pairs)
     assert found == pytest.approx(kept["svd"].keys, abs=1e-4)
     assert estimate.kept_by_factor(values, groups) == pytest.approx(kept["svd"].values, abs=1e-4)
     assert estimate.kept_by_mean(keys, groups) == pytest.approx(kept["mean"].keys, abs=1e-4)

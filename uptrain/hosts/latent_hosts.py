@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import DEEPSEEK_V3, Architecture
+from uptrain.architectures import DEEPSEEK_V3
 from uptrain.hosts.table import HOSTS, Host, host_config
 from uptrain.latent_packing import LatentLayout
+from uptrain.layout import Architecture
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA, Architecture
+from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.layout import Architecture
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 

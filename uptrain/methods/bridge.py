@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uptrain.architectures import Architecture, Position, Projections
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.arrays import Array, as_float32
+from uptrain.layout import Architecture, Position, Projections
 from uptrain.methods.energy import Shares
 from uptrain.methods.factored import factor_heads
 from uptrain.methods.heads import HeadMaps
@@ -27,10 +27,10 @@ def factor_layer(layer: LayerHeads, groups: int, position: Rotary | None) -> tup
 
 def position_of(architecture: Architecture, spec: AttentionSpec) -> Rotary | None:
     """Return the rotary layout of a family's keys, None where keys see no rotation."""
-    if architecture.position is Position.ABSOLUTE:
+    if not architecture.position.rotates or spec.rotary_ndims == 0:
         return None
     layout: Layout = "interleaved" if architecture.position is Position.ROTARY_INTERLEAVED else "half"
-    return Rotary(layout, spec.head_dim)
+    return Rotary(layout, spec.rotary_ndims or spec.head_dim)
 
 
 def maps_of(layer: LayerHeads) -> HeadMaps:

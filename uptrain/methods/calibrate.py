@@ -10,12 +10,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from uptrain.architectures import Architecture
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.arrays import as_float32
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.latent_packing import LatentHeads
+from uptrain.layout import Architecture
 from uptrain.methods.bridge import ModuleWeights, heads_of, maps_of, position_of
 from uptrain.methods.choose import Choice, LayerTask
 from uptrain.methods.energy import Shares

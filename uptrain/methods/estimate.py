@@ -37,13 +37,19 @@ def kept_by_factor(rows: Floats, groups: int) -> float:
     return sum(_leading(run, rows.shape[1]) for run in runs) / _energy(rows)
 
 
-def kept_by_phases(rows: Floats, groups: int, interleaved: bool) -> float:
-    """Return the share that one complex row a frequency and group explains, for rotated keys (heads, D, d̃)."""
-    half = rows.shape[1] // 2
-    real, imaginary = (rows[:, ::2], rows[:, 1::2]) if interleaved else (rows[:, :half], rows[:, half:])
+def kept_by_phases(rows: Floats, groups: int, interleaved: bool, dims: int) -> float:
+    """Return the share that shared rows explain for keys (heads, D, d̃) whose first `dims` dims are rotated.
+
+    There it is one complex row a frequency and group; the rest is as free as without rotation.
+    """
+    turned, free, half = rows[:, :dims], rows[:, dims:], dims // 2
+    real, imaginary = (turned[:, ::2], turned[:, 1::2]) if interleaved else (turned[:, :half], turned[:, half:])
     pairs = (real + 1j * imaginary).reshape(groups, -1, half, rows.shape[2]).transpose(0, 2, 1, 3)
     grams = pairs @ pairs.conj().swapaxes(2, 3)
-    return float(np.linalg.eigvalsh(grams)[..., -1].sum(dtype=np.float64)) / _energy(rows)
+    kept = float(np.linalg.eigvalsh(grams)[..., -1].sum(dtype=np.float64))
+    if dims < rows.shape[1]:
+        kept += kept_by_factor(free, groups) * _energy(free)
+    return kept / _energy(rows)
 
 
 def _energy(rows: Array) -> float:

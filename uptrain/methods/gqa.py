@@ -58,3 +58,13 @@ def pool_layer(
             bias = None if heads.bias is None else pool(heads.bias, groups)
         parts[part] = Heads(weight, bias)
     return layer.with_parts(**parts)
+
+
+def pool_norm(weight: Array, heads: int, groups: int, method: str) -> Array:
+    """Return a norm's weight, (heads · head_dim,) or (heads, head_dim), for `groups` heads in the same form.
+
+    It is pooled as the heads are; `random` heads get a fresh norm's ones.
+    """
+    by_head = weight.reshape(heads, -1)
+    pooled = np.ones((groups, by_head.shape[1]), np.float32) if method == "random" else POOLS[method](by_head, groups)
+    return pooled.reshape(-1, *weight.shape[1:])

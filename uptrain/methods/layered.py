@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from uptrain.architectures import Architecture
 from uptrain.checkpoint.arrays import as_float32
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
+from uptrain.layout import Architecture
 
 Parameters = dict[str, Tensor]
 """Weights and biases by name inside the attention module ("q_proj.weight"), (out, in) as the family stores them."""
@@ -183,7 +183,8 @@ class LayeredModel:
                 seen.append(hidden_states)
                 if record is not None:
                     self._calls[index][record] = Call(args, kwargs)
-                return hidden_states
+                # The first layer's, because models that take a layer's tuple apart take apart a tensor here.
+                return seen[0]
 
             return forward
 

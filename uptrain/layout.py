@@ -1,0 +1,146 @@
+"""The words the table of families is written in: where a family's attention lives and how it runs. Types only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+
+class Packing(Enum):
+    """How the query, key and value rows of a layer are stored."""
+
+    SEPARATE = "separate"
+    """Three projections."""
+    CONCAT = "concat"
+    """One projection: all queries, then all keys, then all values."""
+    GROUPED = "grouped"
+    """One projection; per key/value head its query heads, its key, its value."""
+
+
+class Position(Enum):
+    """What tells attention where a token stands."""
+
+    ABSOLUTE = "absolute positions"
+    ROTARY = "rotary"
+    ROTARY_INTERLEAVED = "rotary, interleaved"
+    ALIBI = "ALiBi"
+
+    @property
+    def rotates(self) -> bool:
+        """Tell whether keys are rotated."""
+        return self in (Position.ROTARY, Position.ROTARY_INTERLEAVED)
+
+
+class Sliding(Enum):
+    """Which layers look back only `sliding_window` tokens when the config doesn't list `layer_types`."""
+
+    NEVER = "never"
+    ALL = "all"
+    LAST = "last"
+    """The layers from `max_window_layers` on."""
+    EVEN = "even"
+    """Every other layer, the first included, before `max_window_layers`."""
+    UNROTATED = "unrotated"
+    """The layers without rotation."""
+    PATTERN = "pattern"
+    """All but each `sliding_window_pattern`-th."""
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The attention's linear modules, relative to the layer's attention; `fused` replaces q, k and v.
+
+    `transposed` marks weights stored (in, out), as GPT-2's Conv1D does, instead of nn.Linear's (out, in).
+    """
+
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    fused: str = ""
+    packing: Packing = Packing.SEPARATE
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """What the family's config.json calls the field's words."""
+
+    hidden_size: str = "hidden_size"
+    num_hidden_layers: str = "num_hidden_layers"
+    num_attention_heads: str = "num_attention_heads"
+    num_key_value_heads: str | None = "num_key_value_heads"
+    head_dim: str | None = "head_dim"
+    multi_query: str | None = None
+    """A flag that means one key/value head when it is true."""
+    grouped: str | None = None
+    """A flag without which the family has no groups, only one key/value head or all; it overrides `multi_query`."""
+    alibi: str | None = None
+    """A flag that means ALiBi in place of the family's position."""
+    latent: bool = False
+    """Whether the field's words for a latent (kv_lora_rank, …) say what is cached."""
+    vocab_size: str = "vocab_size"
+    max_position_embeddings: str = "max_position_embeddings"
+
+
+@dataclass(frozen=True)
+class KeyNorm:
+    """A norm on the keys after their projection, relative to the layer's attention.
+
+    `flag` is the config key that turns it on, if it isn't always there. With `by_head` its weight has an entry for
+    every dim of every key head, and so is pooled with the heads; a "{head}" in `module` gives each head its own.
+    """
+
+    module: str = "k_norm"
+    flag: str = ""
+    by_head: bool = False
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family: names, packing, config keys and the hosts of its results.
+
+    `native` families hold any number of groups themselves; `hosts` names, for each target, the entries of
+    `uptrain.hosts` to try in order.
+    """
+
+    model_type: str
+    class_name: str
+    layer: str = "{prefix}layers.{layer}.self_attn."
+    prefixes: tuple[str, ...] = ("model.", "")
+    projections: Projections = Projections()
+    keys: ConfigKeys = ConfigKeys()
+    position: Position = Position.ROTARY
+    partial_rotary_factor: float = 1.0
+    """The share of a head's dims that are rotated, where the config is silent."""
+    rotates_sliding_only: bool = False
+    """Whether the layers that look back all the way see no rotation."""
+    key_norm: KeyNorm | None = None
+    sliding: Sliding = Sliding.NEVER
+    sliding_flag: bool = False
+    """Whether layers slide only if the config says `use_sliding_window`."""
+    sliding_window_pattern: int = 2
+    """What the config class assumes where the config is silent."""
+    buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    """What the config class assumes where config.json is silent."""
+    hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
+    unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
+    """Config keys, the value that can't be converted, and why."""
+    pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    """Config keys that, when set, rule out methods that change queries and output, and why."""
+    uncalibrated: str = ""
+    """Why no layer can be run alone, which calibration does; empty where it can."""
+    native: bool = True
+    expanded: str = ""
+    """The config flag under which transformers' class caches a copy for every query head."""
+
+    def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
+        """Return the same layout under another `model_type`, with the given fields changed."""
+        return replace(self, model_type=model_type, class_name=class_name, **changes)

@@ -1,0 +1,53 @@
+"""Refuse what a family can't become, in a sentence that says why and one that says what can be done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uptrain.errors import UsageError
+from uptrain.layout import Architecture
+from uptrain.model_config import holds_groups, key_norm_of, why_pool_only
+from uptrain.request import CHANGED_PARTS, Request
+
+
+def check_method(architecture: Architecture, config: Mapping[str, Any], request: Request, name: str) -> None:
+    """Refuse a method or grouping that isn't exact for this family.
+
+    Raises:
+        UsageError: it isn't.
+    """
+    if request.target == "mla" and not architecture.hosts.get("mla"):
+        return  # that no class holds it is what to say
+    why = why_pool_only(architecture, config)
+    if why and "q" in CHANGED_PARTS[request.method]:
+        raise UsageError(
+            f"--method {request.method} can't be used on {name}: {why}.", "Use --method mean and uptrain the result."
+        )
+    if architecture.uncalibrated and request.method == "calibrated":
+        raise UsageError(
+            f"--method calibrated can't be used on {name}: {architecture.uncalibrated}.", "Use --method svd."
+        )
+    norm = key_norm_of(architecture, config)
+    if norm is not None and norm.by_head and request.grouping != "contiguous":
+        raise UsageError(
+            f"--grouping {request.grouping} can't be used on {name}: each head's keys are normed with weights of "
+            "their own, which would have to move too.",
+            "Leave --grouping out.",
+        )
+
+
+def check_groups(
+    architecture: Architecture, host: Architecture, config: Mapping[str, Any], groups: int, name: str
+) -> None:
+    """Refuse a number of key/value heads that the host's class can't have.
+
+    Raises:
+        UsageError: it can't.
+    """
+    if not holds_groups(host, config, groups):
+        raise UsageError(
+            f"{name} can't keep {groups} key/value heads: without {host.keys.grouped} "
+            f"{architecture.model_type} has one or all.",
+            "Use --to mqa.",
+        )
