@@ -75,6 +75,8 @@ def steps(stages: Sequence[Stage], name: str, base: str | None = None) -> list[S
         elif stage.get("stage") == "train":
             file = "recipe.yaml" if last else f"recipe-step{number}.yaml"
             out.append(Step(shlex.join(_train(stage, file)), file, _recipe(stage, before, folder)))
+        else:
+            out.append(Step(f"# {stage.get('stage')}: not a step of this version of uptrain"))
         before = Parent(folder, "folder")
     return out
 

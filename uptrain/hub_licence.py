@@ -28,10 +28,11 @@ class Licence:
 
 @dataclass(frozen=True)
 class Ancestor:
-    """A Hub model in the history: is it gated, and what its card declares. Nothing is known of one out of sight."""
+    """A Hub model in the history: is it gated, what does its card declare, and can it be seen at all."""
 
     name: str
     gated: bool = False
+    visible: bool = True
     card: dict[str, Any] | None = None
 
 
@@ -54,10 +55,10 @@ def look_up(parents: Iterable[Parent]) -> list[Ancestor]:
                 continue
             except RepositoryNotFoundError:
                 # Deleted, renamed or private: its terms can't be read there, so the licence must be given.
-                out.append(Ancestor(parent.name))
+                out.append(Ancestor(parent.name, visible=False))
                 continue
             card = info.card_data.to_dict() if info.card_data else None
-            out.append(Ancestor(parent.name, bool(info.gated), card))
+            out.append(Ancestor(parent.name, bool(info.gated), card=card))
     return out
 
 
