@@ -46,7 +46,10 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     failures: list[tuple[str, str, int, str]] = field(default_factory=list)
-    tokens: set[str] = field(default_factory=set)
+    storage_open: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.storage_open.set()
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         repository = self.repositories[name]
@@ -120,13 +123,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def route(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[bytes, dict[str, str]]:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if token:
-            self.hub.tokens.add(token)
         if token not in ("", TOKEN):
             raise Refused(401, message="Invalid credentials in Authorization header")
         if self.command in ("GET", "HEAD"):
             return self.read(path, token)
         if self.command == "PUT":
+            self.hub.storage_open.wait(60)
             oid = path.rsplit("/", 1)[1]
             if hashlib.sha256(body).hexdigest() != oid:
                 raise Refused(400, message="wrong bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from urllib.parse import urlparse
 
 from uptrain.errors import Interrupted, UptrainError, UsageError
@@ -76,8 +77,19 @@ def push_errors(repo: str, what: str = "pushed", revision: str | None = None) ->
             f"{repo} can't be {what}: {host} can't be reached ({reason or type(error).__name__}).",
             f"Check the network or HF_ENDPOINT. {_AGAIN}",
         ) from None
-    except (ValueError, RuntimeError) as error:
-        raise UptrainError(f"{repo} can't be {what}: {hide_token(str(error)).rstrip('.')}.", _AGAIN) from None
+    except RuntimeError as error:
+        # The client wraps what happened to one file of many.
+        cause = error.__cause__
+        if not isinstance(cause, HTTPError | OSError):
+            raise
+        with push_errors(repo, what, revision):
+            raise cause from None
+    except JSONDecodeError:
+        raise UptrainError(
+            f"{repo} can't be {what}: {host} does not answer like a Hub.", "Check HF_ENDPOINT."
+        ) from None
+    except ValueError as error:
+        raise UptrainError(f"{repo} can't be {what}: {hide_token(str(error)).rstrip('.')}.") from None
 
 
 _LOG_IN = "Run `hf auth login`, or set HF_TOKEN to one that may write."
@@ -88,6 +100,10 @@ def _of_status(error: BaseException, repo: str, what: str, host: str) -> tuple[s
     said = hide_token(str(getattr(error, "server_message", None) or "")).rstrip(".")
     because = f" ({said})" if said else ""
     if status == 401:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            return f"{repo} can't be {what}: {host} wants a token, and there is none.", _LOG_IN
         return f"{repo} can't be {what}: {host} does not accept the token{because}.", _LOG_IN
     if status == 403:
         return (
