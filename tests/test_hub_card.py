@@ -138,3 +138,20 @@ def test_an_author_s_metadata_wins_but_for_the_licence_that_was_asked_for(tmp_pa
     assert card == {
         "license": "mit", "tags": ["x"], "extra": 1, "library_name": "transformers", "pipeline_tag": "text-generation",
     }  # fmt: skip
+
+
+def test_measurements_of_the_weights_before_do_not_travel(tmp_path: Path) -> None:
+    """Neither by conversion nor by training: the new weights have not been measured."""
+    import torch
+
+    from uptrain import models
+    from uptrain.checkpoint.source import resolve
+
+    folder = checkpoint(tmp_path / "source", "llama")
+    (folder / "eval.json").write_text(json.dumps(evaluation().to_dict()))
+    source = resolve(str(folder))
+    (tmp_path / "trained").mkdir()
+    models.save(models.load_model(source), models.load_tokenizer(folder), tmp_path / "trained", torch.float32, source)
+    convert(str(folder), tmp_path / "converted", Request("mqa"))
+    for name in ("trained", "converted"):
+        assert (tmp_path / name / "tokenizer.json").is_file() and not (tmp_path / name / "eval.json").exists()

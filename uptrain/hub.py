@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uptrain.checkpoint.manifest import MANIFEST, read_manifest
+from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
 from uptrain.checkpoint.reader import read_config
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.hub_card import Subject, build_card
 from uptrain.hub_checks import check_folder
 from uptrain.hub_errors import push_errors
-from uptrain.hub_figures import EVALUATION, read_figures
+from uptrain.hub_figures import read_figures
 from uptrain.hub_history import Parent, Stage, hub_parents
 from uptrain.hub_licence import Ancestor, find_licence, look_up, read_card, refuse_gated
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain.checkpoint.jsonfile import read_json
+from uptrain.checkpoint.manifest import EVALUATION
 from uptrain.errors import CheckpointError
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-EVALUATION = "eval.json"
 
 # Each figure's name and place, how it is written, and by what name the Hub's metadata knows it, if at all.
 _OF_EACH = (
