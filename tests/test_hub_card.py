@@ -15,9 +15,10 @@ from uptrain.checkpoint.reader import read_config
 from uptrain.convert import convert
 from uptrain.errors import CheckpointError
 from uptrain.evaluate import Evaluation, Measured
-from uptrain.hub_card import Subject, build_card
+from uptrain.hub_card import build_card
 from uptrain.hub_figures import read_figures
 from uptrain.hub_licence import Licence, read_card
+from uptrain.hub_subject import Subject
 from uptrain.request import Request
 
 MIT = Licence("mit", "a test")
@@ -91,6 +92,12 @@ def test_the_cache_is_that_of_the_whole_way_from_the_public_model(tmp_path: Path
     text = text_of(convert(str(half), tmp_path / "one", Request("mqa")).out)
     assert "| cache, bytes per token | 4,096 | 512 (12.5%) |" in text
     assert "| key/value heads | 8 | 1 for 8 query heads |" in text
+    # Conversions into another dtype compare like with like, and training may store in another one again.
+    wide = convert(str(half), tmp_path / "wide", Request("mqa", dtype="float32")).out
+    assert "| cache, bytes per token | 8,192 | 1,024 (12.5%) |" in text_of(wide)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    assert "| cache, bytes per token | 4,096 | 512 (12.5%) |" in text_of(wide)
 
 
 @pytest.mark.parametrize(

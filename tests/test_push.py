@@ -263,6 +263,12 @@ def test_ctrl_c_says_how_to_go_on(hub: tuple[str, Hub], environment: dict[str, s
     assert list(hub[1].files("me/demo")) == [".gitattributes"]
 
 
+def test_the_same_from_python(hub: tuple[str, Hub], environment: dict[str, str], demo: Path) -> None:
+    code = "import uptrain; print(uptrain.push('demo-gqa4', 'me/demo', private=True).commit)"
+    said = python(code, environment, demo.parent)
+    assert said.strip() == hub[1].repositories["me/demo"].branches["main"] and hub[1].repositories["me/demo"].private
+
+
 def test_looking_needs_no_torch(environment: dict[str, str], demo: Path) -> None:
     script = (
         "import sys; from uptrain.cli import run; code = run(['push', 'demo-gqa4', 'me/demo', '--dry-run'])\n"

@@ -38,6 +38,7 @@ def push(directory: Path, repo: str, dry_run: bool, as_json: bool, **options: An
     uptrain push demo-gqa4 me/demo-gqa4 --private
     """
     from uptrain import hub, report_hub
+    from uptrain.hub_upload import upload
 
     with console.bytes_progress("Checking", report_hub.weight_bytes(directory)) as advance:
         prepared = hub.prepare(directory, repo, dry=dry_run, on_bytes=advance, **options)
@@ -46,7 +47,7 @@ def push(directory: Path, repo: str, dry_run: bool, as_json: bool, **options: An
     if dry_run:
         report_hub.dry_run(prepared, as_json)
         return
-    report_hub.pushed(prepared, hub.upload(prepared, progress=sys.stderr.isatty()), as_json)
+    report_hub.pushed(prepared, upload(prepared, progress=sys.stderr.isatty()), as_json)
 
 
 COMMANDS: dict[str, click.Command] = {"push": push}

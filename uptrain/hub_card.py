@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import PurePath
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from uptrain.hub_figures import Figures
-from uptrain.hub_history import Stage, parent_of, since_public, steps
+from uptrain.hub_history import Stage, steps
 from uptrain.hub_licence import Licence
+from uptrain.hub_subject import Subject
 from uptrain.hub_use import use
 from uptrain.request import Request
 
@@ -24,37 +24,6 @@ _METHODS = {
     "calibrated": "heads factored by what text makes the model use, and repaired on it",
 }
 _SAID = ("target", "method")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a card is about: the repository, the history and config of its checkpoint, and its base on the Hub."""
-
-    repo: str
-    stages: Sequence[Stage]
-    config: Mapping[str, Any]
-    base: str | None
-    revision: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Return the repository's name without its owner."""
-        return self.repo.rpartition("/")[2]
-
-    @property
-    def repeatable(self) -> Sequence[Stage]:
-        """Return the part of the history that starts from a public model."""
-        return since_public(self.stages)
-
-    @property
-    def source(self) -> str:
-        """Return what a reader would call the model this was made from; empty for one trained from scratch."""
-        parent = parent_of(self.repeatable[0]) if self.repeatable else None
-        if parent is None or parent.origin == "nothing":
-            return self.base or ""
-        if parent.origin == "demo":
-            return "uptrain's demo checkpoint"
-        return self.base or PurePath(parent.name).name
 
 
 def build_card(
@@ -80,7 +49,7 @@ def build_card(
 def _metadata(subject: Subject, figures: Figures | None) -> Any:
     from huggingface_hub import ModelCardData
 
-    converted = _converted(subject)
+    converted = subject.converted
     kind = converted[-1].get("request", {}).get("target") if converted else None
     results = figures.results() if figures else None
     return ModelCardData(
@@ -95,38 +64,35 @@ def _metadata(subject: Subject, figures: Figures | None) -> Any:
     )
 
 
-def _converted(subject: Subject) -> list[Stage]:
-    return [stage for stage in subject.repeatable if stage.get("stage") == "convert"]
-
-
 def _text(subject: Subject, licence: Licence, figures: Figures | None) -> str:
     sections = [
         f"# {subject.name}", _summary(subject), "## How it was made", _made(subject), *_evaluated(figures),
-        "## Use", use(subject.repo, subject.config, _converted(subject), subject.revision), "## Make it again",
+        "## Use", use(subject.repo, subject.config, subject.converted, subject.revision), "## Make it again",
         _again(subject), "## Licence", _licence(subject, licence),
     ]  # fmt: skip
     return "\n\n".join(sections)
 
 
 def _summary(subject: Subject) -> str:
-    source, converted = subject.source, _converted(subject)
+    source, converted = subject.source, subject.converted
     named = f"[{source}](https://huggingface.co/{source})" if source == subject.base else source
     if not converted:
         return f"A further training of {named}." if source else "A language model trained from scratch."
-    first, last = converted[0]["cache_bytes_per_token"]["before"], converted[-1]["cache_bytes_per_token"]["after"]
+    before, after = subject.cache_bytes
+    latent = "latent" in converted[-1]
+    heads = str(converted[0]["num_key_value_heads"]["before"])
     rows = [
-        ("key/value heads" if "latent" not in converted[-1] else "cached", _heads(converted[0]), _kept(converted[-1])),
-        ("cache, bytes per token", f"{first:,}", f"{last:,} ({last / first:.1%})"),
+        (
+            "cached a layer" if latent else "key/value heads",
+            f"{heads} heads" if latent else heads,
+            _kept(converted[-1]),
+        ),
+        ("cache, bytes per token", f"{before:,}", f"{after:,} ({after / before:.1%})"),
     ]
     return (
-        f"{named}, with a key/value cache of {last / first:.1%} of the size: {last:,} bytes per token instead of "
-        f"{first:,}.\n\n" + _table(("", source, "this model"), rows)
+        f"{named}, with a key/value cache of {after / before:.1%} of the size: {after:,} bytes per token instead of "
+        f"{before:,}.\n\n" + _table(("", source, "this model"), rows)
     )
-
-
-def _heads(stage: Stage) -> str:
-    before = stage["num_key_value_heads"]["before"]
-    return f"{before} key/value heads a layer" if "latent" in stage else f"{before}"
 
 
 def _kept(stage: Stage) -> str:
@@ -134,7 +100,7 @@ def _kept(stage: Stage) -> str:
         return f"{stage['num_key_value_heads']['after']} for {stage['num_attention_heads']} query heads"
     latent = stage["latent"]
     rotary = f" and a rotary key of {latent['qk_rope_head_dim']}" if latent["qk_rope_head_dim"] else ""
-    return f"a latent of {latent['kv_lora_rank']} values{rotary} a layer"
+    return f"a latent of {latent['kv_lora_rank']} values{rotary}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

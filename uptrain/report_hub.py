@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from uptrain import console
 
 if TYPE_CHECKING:
-    from uptrain.hub import Prepared, Pushed
+    from uptrain.hub_upload import Prepared, Pushed
 
 
 def weight_bytes(directory: Path) -> int:
