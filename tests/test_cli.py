@@ -145,7 +145,15 @@ def test_inspect_json_is_what_the_config_class_says(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["convert", "--help"], ["train", "--help"], ["inspect", "demo"], ["recipes", "list"]]
+    "arguments",
+    [
+        ["--help"],
+        ["convert", "--help"],
+        ["train", "--help"],
+        ["push", "--help"],
+        ["inspect", "demo"],
+        ["recipes", "list"],
+    ],
 )
 def test_quick_commands_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
     script = (

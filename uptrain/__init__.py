@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from uptrain.convert import convert as convert
     from uptrain.errors import UptrainError as UptrainError
     from uptrain.evaluate import evaluate as evaluate
+    from uptrain.hub import push as push
     from uptrain.inspect import inspect as inspect
     from uptrain.loading import load as load
     from uptrain.request import Request as Request
@@ -26,11 +27,12 @@ _PUBLIC = {
     "evaluate": "uptrain.evaluate",
     "inspect": "uptrain.inspect",
     "load": "uptrain.loading",
+    "push": "uptrain.hub",
     "train": "uptrain.train",
     "verify": "uptrain.checkpoint.manifest",
 }
 
-__all__ = ["Request", "UptrainError", "convert", "evaluate", "inspect", "load", "train", "verify"]
+__all__ = ["Request", "UptrainError", "convert", "evaluate", "inspect", "load", "push", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from uptrain import __version__, console
-from uptrain.cli_training import COMMANDS
+from uptrain import __version__, cli_hub, cli_training, console
 from uptrain.errors import Interrupted, UptrainError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -62,6 +61,7 @@ def cli() -> None:
     uptrain convert demo --to gqa --groups 4      writes ./demo-gqa4
     uptrain train recipes/demo-uptrain.yaml       uptrains it
     uptrain eval demo-gqa4 --baseline demo        proves what it lost and saved
+    uptrain push demo-gqa4 me/demo-gqa4           publishes it
     """
 
 
@@ -233,7 +233,7 @@ def verify(directory: Path, as_json: bool) -> None:
     report.verification(directory, run(directory), as_json)
 
 
-for _name, _command in COMMANDS.items():
+for _name, _command in {**cli_training.COMMANDS, **cli_hub.COMMANDS}.items():
     cli.add_command(_command, _name)
 
 

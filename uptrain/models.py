@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from uptrain.checkpoint.jsonfile import dump_json
-from uptrain.checkpoint.manifest import MANIFEST
+from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.register import register
@@ -126,7 +126,12 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
         return
     for path in sorted(source.path.iterdir()):
         wanted = path.suffix in _COMPANIONS or path.name.startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and wanted and not path.name.endswith(".index.json") and path.name != MANIFEST:
+        if (
+            path.is_file()
+            and wanted
+            and not path.name.endswith(".index.json")
+            and path.name not in (MANIFEST, EVALUATION)
+        ):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text())
     key = "torch_dtype" if "torch_dtype" in config else "dtype"

@@ -12,6 +12,8 @@ from uptrain.checkpoint.writer import LOCK, STATE, write_atomic
 from uptrain.errors import CheckpointError, VerificationError
 
 MANIFEST = "uptrain.json"
+EVALUATION = "eval.json"
+"""Measurements of a folder's weights; they say nothing of another's, so they are never carried over."""
 FORMAT = 1
 _RECORDED = ("uptrain", "numpy", "safetensors", "torch", "transformers", "accelerate", "tokenizers")
 

@@ -1,0 +1,164 @@
+"""A card says what was done, what it saves, what was measured and how to load it, and never more than is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.hub_push_server import front_matter, validated
+from tests.training import checkpoint
+from uptrain.checkpoint.reader import read_config
+from uptrain.convert import convert
+from uptrain.errors import CheckpointError
+from uptrain.evaluate import Evaluation, Measured
+from uptrain.hub.card import build_card
+from uptrain.hub.figures import read_figures
+from uptrain.hub.licence import Licence, read_card
+from uptrain.hub.subject import Subject
+from uptrain.request import Request
+
+MIT = Licence("mit", "a test")
+NOTHING: tuple[dict[str, Any], str] = ({}, "")
+
+
+def subject(folder: Path, base: str | None = None, **changes: Any) -> Subject:
+    stages = json.loads((folder / "uptrain.json").read_text())["stages"]
+    return Subject("me/small", stages, read_config(folder), base, **changes)
+
+
+def text_of(folder: Path, base: str | None = None, **changes: Any) -> str:
+    return str(build_card(subject(folder, base, **changes), MIT, read_figures(folder), NOTHING))
+
+
+def evaluation(**changes: Any) -> Evaluation:
+    ours = Measured("/home/me/small", 12.3456789, 1.5, 2048, 1000.0, 100.0)
+    theirs = Measured("/home/me/large", 11.25, 1.4, 4096, 990.0, 80.0)
+    values = {"kl": 0.0123, "top1_agreement": 0.9, "tokens": 4000, "context": 512, "stride": 256, "speed_context": 64}
+    return Evaluation(ours, theirs, **{**values, "dtype": "float32", "device": "cpu", **changes})
+
+
+def test_the_hub_takes_every_card(tmp_path: Path) -> None:
+    folder = convert("demo", tmp_path / "out", Request("gqa", 2)).out
+    for figures in (None, evaluation()):
+        if figures:
+            (folder / "eval.json").write_text(json.dumps(figures.to_dict()))
+        for licence in (MIT, Licence("other", "a test", "terms", "LICENSE")):
+            card = build_card(subject(folder, "org/base"), licence, read_figures(folder), NOTHING)
+            assert validated(str(card)) == {"errors": [], "warnings": []}
+
+
+def test_measurements_stand_in_the_table_and_in_the_metadata(tmp_path: Path) -> None:
+    folder = convert("demo", tmp_path / "out", Request("gqa", 2)).out
+    (folder / "eval.json").write_text(json.dumps(evaluation().to_dict()))
+    text = text_of(folder)
+    assert "| perplexity | 11.250 | 12.346 |" in text and "| top-1 agreement with the original | – | 90.0% |" in text
+    (model,) = front_matter(text)["model-index"]
+    (result,) = model["results"]
+    found = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert found == {"perplexity": 12.3457, "bits_per_byte": 1.5, "kl_divergence": 0.0123, "top1_agreement": 0.9}
+    assert "/home/me" not in text
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {}, {"model": None}, {"model": {"perplexity": "12"}}, {"model": [1]}, {"kl": True},
+        {"model": {"perplexity": float("nan")}, "kl": float("inf")},
+    ],
+)  # fmt: skip
+def test_an_evaluation_without_usable_figures_is_none(tmp_path: Path, found: dict[str, Any]) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    assert read_figures(tmp_path) is None
+
+
+def test_later_schemas_are_read_as_far_as_they_agree(tmp_path: Path) -> None:
+    found = {"schema": 7, "texts": ["/data/wiki.txt", "code.txt"], "model": {"perplexity": 3, "tasks": {"arc": 0.5}}}
+    (tmp_path / "eval.json").write_text(json.dumps({**found, "kl": {"mean": 1}}))
+    figures = read_figures(tmp_path)
+    assert figures is not None
+    assert [(row.name, row.value) for row in figures.rows] == [("perplexity", 3.0)]
+    assert figures.text == "wiki.txt, code.txt"
+    (tmp_path / "eval.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"eval\.json is not valid JSON"):
+        read_figures(tmp_path)
+
+
+def test_the_cache_is_that_of_the_whole_way_from_the_public_model(tmp_path: Path) -> None:
+    half = convert("demo", tmp_path / "half", Request("gqa", 4)).out
+    text = text_of(convert(str(half), tmp_path / "one", Request("mqa")).out)
+    assert "| cache, bytes per token | 4,096 | 512 (12.5%) |" in text
+    assert "| key/value heads | 8 | 1 for 8 query heads |" in text
+    # Conversions into another dtype compare like with like, and training may store in another one again.
+    wide = convert(str(half), tmp_path / "wide", Request("mqa", dtype="float32")).out
+    assert "| cache, bytes per token | 8,192 | 1,024 (12.5%) |" in text_of(wide)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    assert "| cache, bytes per token | 4,096 | 512 (12.5%) |" in text_of(wide)
+
+
+@pytest.mark.parametrize(
+    ("family", "request_", "remote", "served"),
+    [
+        ("llama", Request("mqa"), False, True),
+        ("gpt2", Request("mqa"), False, True),
+        ("gpt2", Request("gqa", 2), True, True),
+        ("llama", Request("mla", kv_lora_rank=16, qk_rope_head_dim=4), False, True),
+        ("llama", Request("mla", kv_lora_rank=16, qk_rope_head_dim=4, rope="longrope"), False, False),
+        ("gpt2", Request("mla", kv_lora_rank=16), True, False),
+    ],
+)
+def test_how_to_load_it_follows_from_its_class(
+    tmp_path: Path, family: str, request_: Request, remote: bool, served: bool
+) -> None:
+    source = checkpoint(tmp_path / "source", family, **({"attention_bias": False} if family == "llama" else {}))
+    folder = convert(str(source), tmp_path / "out", request_).out
+    text = text_of(folder, "org/base", revision="v1")
+    assert ("trust_remote_code=True" in text) is remote is any(folder.glob("*.py"))
+    assert ("No remote code" in text) is not remote
+    assert ("vllm serve me/small --revision v1" in text) is served
+    assert ("a latent of 16 values" in text) is (request_.target == "mla")
+    assert str(tmp_path) not in text, "a path of this machine went public"
+
+
+def test_training_is_told_with_its_recipe(tmp_path: Path) -> None:
+    folder = convert("demo", tmp_path / "out", Request("mqa")).out
+    manifest = json.loads((folder / "uptrain.json").read_text())
+    recipe = {"model": "/home/me/out", "output": "/home/me/up", "data": [{"files": "a.txt"}], "learning_rate": 3e-4}
+    stage = {"stage": "train", "recipe": recipe, "source": "/home/me/out", "revision": None, "steps": 10,
+             "tokens": 5120, "held_out_loss": 2.5, "num_processes": 1, "versions": {"torch": "9.9"}}  # fmt: skip
+    (folder / "uptrain.json").write_text(json.dumps({**manifest, "stages": [*manifest["stages"], stage]}))
+    text = text_of(folder)
+    assert "**Trained** for 10 steps on 5,120 tokens, learning rate 0.0003; loss 2.5000 nats" in text
+    block = text.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(block) == {**recipe, "model": "./small-step1", "output": "small"}
+    assert "torch 9.9" in text and "/home/me" not in text
+
+
+def test_an_author_s_metadata_wins_but_for_the_licence_that_was_asked_for(tmp_path: Path) -> None:
+    folder = convert("demo", tmp_path / "out", Request("mqa")).out
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\ntags: [x]\nextra: 1\n---\nHello.\n")
+    card = front_matter(str(build_card(subject(folder), MIT, None, read_card(folder))))
+    assert card == {
+        "license": "mit", "tags": ["x"], "extra": 1, "library_name": "transformers", "pipeline_tag": "text-generation",
+    }  # fmt: skip
+
+
+def test_measurements_of_the_weights_before_do_not_travel(tmp_path: Path) -> None:
+    """Neither by conversion nor by training: the new weights have not been measured."""
+    import torch
+
+    from uptrain import models
+    from uptrain.checkpoint.source import resolve
+
+    folder = checkpoint(tmp_path / "source", "llama")
+    (folder / "eval.json").write_text(json.dumps(evaluation().to_dict()))
+    source = resolve(str(folder))
+    (tmp_path / "trained").mkdir()
+    models.save(models.load_model(source), models.load_tokenizer(folder), tmp_path / "trained", torch.float32, source)
+    convert(str(folder), tmp_path / "converted", Request("mqa"))
+    for name in ("trained", "converted"):
+        assert (tmp_path / name / "tokenizer.json").is_file() and not (tmp_path / name / "eval.json").exists()

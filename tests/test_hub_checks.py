@@ -1,0 +1,152 @@
+"""A folder that nobody should get from the Hub is refused, with the file or tensor named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from uptrain.checkpoint.arrays import Array
+from uptrain.checkpoint.manifest import append_stage
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.convert import convert
+from uptrain.errors import CheckpointError, VerificationError
+from uptrain.hub.checks import check_finite, check_folder
+from uptrain.request import Request
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert("demo", tmp_path_factory.mktemp("hub") / "demo-gqa4", Request("gqa", 4)).out
+
+
+@pytest.fixture
+def folder(converted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
+def remade(folder: Path) -> None:
+    """Write the manifest anew, so that what was changed is what it lists."""
+    append_stage(folder, folder, {"stage": "edit"})
+
+
+def test_a_converted_folder_passes_and_all_its_weights_are_looked_at(folder: Path) -> None:
+    seen: list[int] = []
+    checkpoint, manifest = check_folder(folder, seen.append)
+    assert sum(seen) == sum(info.nbytes for info in checkpoint.tensors.values())
+    assert manifest["stages"][-1]["stage"] == "convert"
+
+
+def test_a_flipped_byte_is_a_mismatch(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(VerificationError, match=r"model\.safetensors does not match its checksum"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors", "modeling_uptrain_gpt2.py"])
+def test_a_missing_file_is_a_mismatch(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(VerificationError, match=f"{name} is missing"):
+        check_folder(folder)
+
+
+def test_a_folder_whose_manifest_never_had_a_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    remade(folder)
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        check_folder(folder)
+
+
+def test_files_that_unpickle_are_refused_even_if_listed(folder: Path) -> None:
+    (folder / "training_args.bin").write_bytes(b"")
+    remade(folder)
+    with pytest.raises(CheckpointError, match=r"training_args\.bin is not safetensors"):
+        check_folder(folder)
+    (folder / "training_args.bin").unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is not safetensors"):
+        check_folder(folder)
+
+
+def test_a_config_that_the_manifest_forgot_is_refused(folder: Path) -> None:
+    manifest = json.loads((folder / "uptrain.json").read_text())
+    del manifest["files"]["config.json"]
+    (folder / "uptrain.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match=r"config\.json is not listed"):
+        check_folder(folder)
+
+
+def test_folders_that_uptrain_did_not_write_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        check_folder(tmp_path / "nowhere")
+    (folder / "uptrain.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no uptrain\.json"):
+        check_folder(folder)
+
+
+def test_nan_in_a_folder_is_refused_with_the_tensor_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = sorted(tensors)[3]
+    tensors[name].flat[-1] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    remade(folder)
+    with pytest.raises(CheckpointError, match=f"NaN or infinity in tensor {name}"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2],
+)
+def test_every_dtype_says_what_isfinite_says(tmp_path: Path, dtype: type) -> None:
+    """Every bit pattern of 8 and 16 bits, and the edges of the wider ones."""
+    width = np.dtype(dtype).itemsize
+    if width <= 2:
+        values: Array = np.arange(2 ** (8 * width), dtype=f"u{width}").view(dtype)
+    else:
+        limits = np.finfo(dtype)
+        values = np.array([0, -0.0, limits.max, limits.min, limits.tiny, np.inf, -np.inf, np.nan], dtype)
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(values.astype(np.float64))
+    assert refuses(tmp_path, values[finite]) is False
+    for value in values[~finite][:: max(1, int((~finite).sum()) // 16)]:
+        assert refuses(tmp_path, np.array([0, value, 0], dtype)), value
+
+
+def refuses(tmp_path: Path, values: Array) -> bool:
+    save_file({"x": values}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    try:
+        check_finite(open_checkpoint(tmp_path), "x")
+    except CheckpointError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_values_cut_in_two_by_short_reads_are_still_seen(tmp_path: Path, size: int) -> None:
+    """Network file systems may hand out fewer bytes than asked for."""
+
+    class Short(Checkpoint):
+        def chunks(self, name: str) -> Iterator[memoryview]:
+            whole = b"".join(bytes(chunk) for chunk in super().chunks(name))
+            yield from (memoryview(whole)[start : start + size] for start in range(0, len(whole), size))
+
+    for values, bad in (([1.0, 2.0, 3.0], False), ([1.0, 2.0, np.nan], True)):
+        save_file({"x": np.array(values, np.float32)}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text("{}")
+        whole = open_checkpoint(tmp_path)
+        short = Short(whole.path, whole.config, whole.tensors)
+        if bad:
+            with pytest.raises(CheckpointError, match="NaN or infinity in tensor x"):
+                check_finite(short, "x")
+        else:
+            check_finite(short, "x")

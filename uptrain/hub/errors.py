@@ -1,0 +1,117 @@
+"""Turn what huggingface_hub raises while publishing into one sentence that says what to do, without the token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
+from urllib.parse import urlparse
+
+from uptrain.errors import Interrupted, UptrainError, UsageError
+
+_AGAIN = "Run the same command again: what has arrived is not sent twice."
+
+
+def hide_token(text: str) -> str:
+    """Return `text` on one line, without the token in it."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    plain = " ".join(text.split())
+    return plain.replace(token, "***") if token else plain
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that an error carries, if it does."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+@contextmanager
+def push_errors(repo: str, what: str = "pushed", revision: str | None = None) -> Iterator[None]:
+    """Name `repo`, the host and the way out for whatever goes wrong on the way to the Hub.
+
+    Raises:
+        UsageError: `repo` is no Hub id.
+        UptrainError: no or a wrong token, no right to write, nothing there, no connection, a server error.
+        Interrupted: stopped by Ctrl-C.
+    """
+    from huggingface_hub import constants
+
+    # HTTPError is that of the HTTP library in use, which has changed between versions.
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    host = urlparse(constants.ENDPOINT).netloc
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted.", _AGAIN) from None
+    except HFValidationError:
+        raise UsageError(f"{repo!r} is not a Hub id.", "Write OWNER/NAME.") from None
+    except OfflineModeIsEnabled:
+        raise UptrainError(f"{repo} can't be {what}: HF_HUB_OFFLINE is set.", "Unset it.") from None
+    except LocalTokenNotFoundError:
+        raise UptrainError(f"{repo} can't be {what}: there is no token.", _LOG_IN) from None
+    except RevisionNotFoundError:
+        raise UptrainError(f"{repo} on {host} has no revision {revision or 'main'}.", "Check --revision.") from None
+    except RepositoryNotFoundError:
+        # The Hub answers 401 here for repositories that don't exist and for those of others alike.
+        raise UptrainError(
+            f"{host} has no {repo}, or not for this token.", f"Check the spelling, and that you may see it. {_LOG_IN}"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UptrainError(*_of_status(error, repo, what, host)) from None
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        reason = hide_token(str(error)).rstrip(".")
+        raise UptrainError(
+            f"{repo} can't be {what}: {host} can't be reached ({reason or type(error).__name__}).",
+            f"Check the network or HF_ENDPOINT. {_AGAIN}",
+        ) from None
+    except RuntimeError as error:
+        # The client wraps what happened to one file of many.
+        cause = error.__cause__
+        if not isinstance(cause, HTTPError | OSError):
+            raise
+        with push_errors(repo, what, revision):
+            raise cause from None
+    except JSONDecodeError:
+        raise UptrainError(
+            f"{repo} can't be {what}: {host} does not answer like a Hub.", "Check HF_ENDPOINT."
+        ) from None
+    except ValueError as error:
+        raise UptrainError(f"{repo} can't be {what}: {hide_token(str(error)).rstrip('.')}.") from None
+
+
+_LOG_IN = "Run `hf auth login`, or set HF_TOKEN to one that may write."
+
+
+def _of_status(error: BaseException, repo: str, what: str, host: str) -> tuple[str, str]:
+    status = status_of(error)
+    said = hide_token(str(getattr(error, "server_message", None) or "")).rstrip(".")
+    because = f" ({said})" if said else ""
+    if status == 401:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            return f"{repo} can't be {what}: {host} wants a token, and there is none.", _LOG_IN
+        return f"{repo} can't be {what}: {host} does not accept the token{because}.", _LOG_IN
+    if status == 403:
+        return (
+            f"{repo} can't be {what}: the token may not write there{because}.",
+            "Use a token with write access, name a repository of your own, or add --create-pr.",
+        )
+    if status == 429:
+        return f"{host} takes no more requests for now{because}.", f"Wait a few minutes. {_AGAIN}"
+    if status is not None and status >= 500:
+        return f"{repo} can't be {what}: {host} failed with {status}{because}.", f"Try later. {_AGAIN}"
+    return f"{repo} can't be {what}: {host} refused it with {status}{because}.", _AGAIN

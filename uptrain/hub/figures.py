@@ -1,0 +1,127 @@
+"""Read eval.json for a card, tolerantly: what it lacks, or holds in another shape, is left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uptrain.checkpoint.jsonfile import read_json
+from uptrain.checkpoint.manifest import EVALUATION
+from uptrain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+# Each figure's name and place, how it is written, and by what name the Hub's metadata knows it, if at all.
+_OF_EACH = (
+    ("perplexity", "perplexity", "{:,.3f}", "perplexity"),
+    ("bits per byte", "bits_per_byte", "{:.4f}", "bits_per_byte"),
+    ("cache bytes per token, measured", "cache_bytes_per_token", "{:,.0f}", ""),
+    ("prefill, tokens/s", "prefill_tokens_per_second", "{:,.0f}", ""),
+    ("decode, tokens/s", "decode_tokens_per_second", "{:,.0f}", ""),
+)
+_OF_BOTH = (
+    ("KL from the original, nats per token", "kl", "{:.4g}", "kl_divergence"),
+    ("top-1 agreement with the original", "top1_agreement", "{:.1%}", "top1_agreement"),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the model and, where there is one, of its baseline; `metric` is empty for what isn't quality."""
+
+    name: str
+    metric: str
+    value: float
+    baseline: float | None
+    form: str
+
+    def cells(self) -> tuple[str, str, str]:
+        """Return name, baseline and value as they stand in a table."""
+        return (
+            self.name,
+            "–" if self.baseline is None else self.form.format(self.baseline),
+            self.form.format(self.value),
+        )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All figures of an evaluation, on which text, and the conditions in words."""
+
+    rows: tuple[Figure, ...]
+    text: str
+    conditions: str
+
+    def results(self) -> list[EvalResult]:
+        """Return the quality figures as the Hub's metadata knows them."""
+        from huggingface_hub import EvalResult
+
+        return [
+            EvalResult(
+                task_type="text-generation", dataset_type="text", dataset_name=self.text, metric_type=row.metric,
+                metric_name=row.name, metric_value=float(f"{row.value:.6g}"),
+            )
+            for row in self.rows if row.metric
+        ]  # fmt: skip
+
+
+def read_figures(directory: Path) -> Figures | None:
+    """Return the figures in the folder's eval.json, or None where there are none.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    path = directory / EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, "Run `uptrain eval` again, or remove it.") from None
+    model, baseline = _mapping(found.get("model")), _mapping(found.get("baseline"))
+    rows = [
+        Figure(name, metric, value, _number(baseline.get(key)), form)
+        for name, key, form, metric in _OF_EACH
+        if (value := _number(model.get(key))) is not None
+    ]
+    rows += [
+        Figure(name, metric, value, None, form)
+        for name, key, form, metric in _OF_BOTH
+        if (value := _number(found.get(key))) is not None
+    ]
+    return Figures(tuple(rows), _text(found), _conditions(found)) if rows else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> float | None:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    names = found.get("texts", found.get("text"))
+    names = [names] if isinstance(names, str) else names
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        # A path on somebody's machine tells a reader nothing.
+        return ", ".join(Path(name).name for name in names)
+    return "held-out text"
+
+
+def _conditions(found: Mapping[str, Any]) -> str:
+    tokens = _number(found.get("tokens"))
+    words = [f"{tokens:,.0f} tokens" if tokens is not None else ""]
+    for key in ("context", "stride"):
+        size = _number(found.get(key))
+        words.append(f"{key} {size:,.0f}" if size is not None else "")
+    if isinstance(found.get("dtype"), str):
+        words.append(f"{found['dtype']} on {found.get('device', 'an unknown device')}")
+    if speed := _number(found.get("speed_context")):
+        words.append(f"speed of one sequence at {speed:,.0f} tokens")
+    return ", ".join(filter(None, words))
