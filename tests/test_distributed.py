@@ -46,19 +46,24 @@ def recipe(tmp_path: Path) -> Make:
     return make
 
 
-def start(recipe: recipes.Recipe, processes: int) -> subprocess.Popen[str]:
+def start(recipe: recipes.Recipe, processes: int, config: str = "") -> subprocess.Popen[str]:
+    """Train in another process, or in several under torchrun, or under accelerate with a shipped config."""
     path = recipe.output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe.to_dict()))
     command = ["-m", "uptrain", "train", str(path), "--json"]
-    if processes > 1:
+    if config:
+        file = recipes.shipped_folder() / "accelerate" / f"{config}.yaml"
+        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+        command = [*launch, "--num_processes", str(processes), *command]
+    elif processes > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [*launch, *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def run(recipe: recipes.Recipe, processes: int) -> dict[str, Any]:
-    process = start(recipe, processes)
+def run(recipe: recipes.Recipe, processes: int, config: str = "") -> dict[str, Any]:
+    process = start(recipe, processes, config)
     out, _ = process.communicate()
     assert process.returncode == 0
     found: dict[str, Any] = json.loads(out)
@@ -79,12 +84,13 @@ def assert_alike(one: Path, other: Path) -> None:
         torch.testing.assert_close(after[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_learn_what_one_learns(recipe: Make, fsdp: bool) -> None:
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_two_processes_learn_what_one_learns(recipe: Make, config: str) -> None:
     alone = train(recipe("one"))
     assert alone is not None
-    two = recipe("two", fsdp=fsdp)
-    together = run(two, 2)
+    two = recipe("two")
+    together = run(two, 2, config)
+    assert together["sharded"] == (config == "fsdp2")
     assert together["held_out_loss"] == pytest.approx(alone.held_out_loss, abs=1e-4)
     assert_alike(alone.out, two.output)
 

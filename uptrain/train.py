@@ -57,6 +57,7 @@ class Training:
     precision: str
     resumed_from: int
     num_processes: int
+    sharded: bool
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -411,7 +412,7 @@ class _Run:
         out = Training(
             recipe.output, self.step, self.step * recipe.tokens_per_step, self.last.loss if self.last else math.nan,
             loss, bits, best[1] if best else None, self.journal.skipped, teacher, precision_of(recipe),
-            self.resumed_from, accelerator.num_processes, round(seconds, 1),
+            self.resumed_from, accelerator.num_processes, self.spread.sharded, round(seconds, 1),
         )  # fmt: skip
         self._write(out, best is not None)
         if accelerator.is_main_process:

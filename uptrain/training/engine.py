@@ -16,6 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 
 from uptrain import models
+from uptrain.errors import UsageError
 from uptrain.recipe_schema import Recipe
 
 _LAUNCHED_FSDP = "UPTRAIN_LAUNCHED_FSDP"
@@ -29,9 +30,18 @@ def precision_of(recipe: Recipe) -> str:
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
-    """Join the processes that were launched, on whatever devices there are, and set precision and threads."""
+    """Join the processes that were launched, on whatever devices there are, and set precision and threads.
+
+    Raises:
+        UsageError: launched under DeepSpeed.
+    """
     # A process that trains twice (a notebook, a test) may want another precision the second time.
     AcceleratorState._reset_state()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true":
+        raise UsageError(
+            "DeepSpeed is not supported.",
+            "FSDP2 shares out the same things as ZeRO-3: accelerate launch --config_file recipes/accelerate/fsdp2.yaml",
+        )
     if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true":
         # Weights are shared out by uptrain.training.parallel, the same on every device; accelerate only launches.
         os.environ[_LAUNCHED_FSDP] = "true"
