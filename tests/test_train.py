@@ -261,9 +261,21 @@ def test_requests_that_cannot_be_carried_out(recipe: Callable[..., recipes.Recip
     run(recipe(steps=1), restart=True)
     with pytest.raises(UsageError, match="exists already"):
         train(recipe(steps=1))
+    with pytest.raises(UsageError, match="tracker wandb is not installed"):
+        train(recipe(trackers=["wandb"]))
+    with pytest.raises(UsageError, match="no uptrain.json that says what it was converted from"):
+        train(recipe(distill={}))
     with pytest.raises(UsageError, match="makes no causal language model"):
         train(recipe(model=None, config={"model_type": "gpt3"}, tokenizer={"vocab_size": 300},
                      output=str(tmp_path / "new")))  # fmt: skip
+
+
+def test_a_launcher_that_can_not_be_served_is_refused(
+    recipe: Callable[..., recipes.Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match="DeepSpeed is not supported"):
+        train(recipe())
 
 
 def test_a_latent_trains_without_its_norm_and_is_written_with_it(

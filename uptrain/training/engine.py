@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from uptrain import models
 from uptrain.errors import UsageError
 from uptrain.recipe_schema import Recipe
 
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 _LAUNCHED_FSDP = "UPTRAIN_LAUNCHED_FSDP"
 
 
@@ -33,7 +35,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """Join the processes that were launched, on whatever devices there are, and set precision and threads.
 
     Raises:
-        UsageError: launched under DeepSpeed.
+        UsageError: launched under DeepSpeed, or a tracker is not installed.
     """
     # A process that trains twice (a notebook, a test) may want another precision the second time.
     AcceleratorState._reset_state()
@@ -42,6 +44,9 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             "DeepSpeed is not supported.",
             "FSDP2 shares out the same things as ZeRO-3: accelerate launch --config_file recipes/accelerate/fsdp2.yaml",
         )
+    for tracker in recipe.trackers:
+        if not any(importlib.util.find_spec(name) for name in _TRACKERS[tracker]):
+            raise UsageError(f"The tracker {tracker} is not installed.", f"pip install {_TRACKERS[tracker][0]}")
     if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true":
         # Weights are shared out by uptrain.training.parallel, the same on every device; accelerate only launches.
         os.environ[_LAUNCHED_FSDP] = "true"

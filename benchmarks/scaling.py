@@ -1,0 +1,125 @@
+"""Memory a GPU and tokens a second for uptraining large models, from first principles: the tables of docs/scaling.md.
+
+python benchmarks/scaling.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+LOGITS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like decoder."""
+
+    name: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+    @property
+    def attention(self) -> int:
+        """Parameters of all attention layers."""
+        kv = self.hidden_size * self.num_key_value_heads // self.num_attention_heads
+        return self.num_hidden_layers * (2 * self.hidden_size**2 + 2 * self.hidden_size * kv)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, norms left out."""
+        mlp = self.num_hidden_layers * 3 * self.hidden_size * self.intermediate_size
+        return self.attention + mlp + 2 * self.vocab_size * self.hidden_size
+
+    @property
+    def largest_unit(self) -> int:
+        """Parameters that FSDP makes whole at once: a layer, or embedding and head together."""
+        layer = (self.parameters - 2 * self.vocab_size * self.hidden_size) // self.num_hidden_layers
+        return max(layer, 2 * self.vocab_size * self.hidden_size)
+
+
+MODELS = (
+    Shape("7 B", 32, 4096, 11008, 32000, 32, 32),
+    Shape("70 B", 80, 8192, 28672, 128256, 64, 8),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    states: float
+    teacher: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """Return all of it, in GiB."""
+        return (self.states + self.teacher + self.working) / GIB
+
+
+def memory(shape: Shape, gpus: int, tokens: int, attention_only: bool, sharded: bool = True) -> Memory:
+    """Return what one GPU holds with `tokens` tokens in its micro-batch, activations recomputed.
+
+    A trained parameter takes 16 bytes (fp32 weight, gradient and two moments), a frozen one 4, the teacher's 2.
+    """
+    trained = shape.attention if attention_only else shape.parameters
+    share = gpus if sharded else 1
+    states = (16 * trained + 4 * (shape.parameters - trained)) / share
+    # Two units whole in bf16 (one in use, one on its way), and one gradient of a unit in fp32.
+    units = 8 * shape.largest_unit if sharded else 2 * shape.parameters
+    kept = shape.num_hidden_layers * tokens * shape.hidden_size * 2
+    layer = tokens * (34 * shape.hidden_size + 6 * shape.intermediate_size)
+    logits = 6 * 4 * LOGITS_AT_ONCE
+    # The teacher's embeddings and head are on every GPU: they are used outside its own forward pass.
+    ends = 2 * shape.vocab_size * shape.hidden_size
+    teacher = 2 * ((shape.parameters - ends) / share + ends)
+    return Memory(states, teacher, units + kept + layer + logits)
+
+
+def tokens_per_second(shape: Shape, gpus: int, tokens: int, flops: float, bandwidth: float, teacher: bool) -> float:
+    """Return tokens/s of all GPUs: the slower of computing and of exchanging weights, which overlap.
+
+    Computing: 6 FLOPs a parameter and token, 2 more for recomputing activations, 2 for a teacher. Exchanging, a
+    micro-batch: weights gathered twice in bf16, gradients scattered in fp32, the teacher's weights gathered once.
+    """
+    work = (8 + 2 * teacher) * shape.parameters * tokens / flops
+    moved = (2 * 2 + 4 + 2 * teacher) * shape.parameters / bandwidth
+    return gpus * tokens / max(work, moved)
+
+
+def tables() -> str:
+    """Return the page's tables, as Markdown."""
+    lines = [
+        "| model | GPUs | what trains | states | teacher | working | together, GiB a GPU |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for shape in MODELS:
+        for gpus in (8, 64):
+            for attention_only in (False, True):
+                one = memory(shape, gpus, 8192, attention_only)
+                lines.append(
+                    f"| {shape.name} | {gpus} | {'attention' if attention_only else 'all'} | {one.states / GIB:.1f} | "
+                    f"{one.teacher / GIB:.1f} | {one.working / GIB:.1f} | {one.total:.1f} |"
+                )
+    lines += [
+        "", "| model | GPUs | tokens a GPU and step | tokens/s, plain loss | tokens/s, with a teacher | 1 B tokens |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for shape in MODELS:
+        for gpus in (8, 64):
+            # 400 GB/s between the GPUs of a machine, 50 GB/s a GPU between machines; 40 % of 989 TFLOPS.
+            bandwidth = 400e9 if gpus <= 8 else 50e9
+            for tokens in (8192, 32768):
+                plain, taught = (tokens_per_second(shape, gpus, tokens, 0.4 * 989e12, bandwidth, t) for t in (0, 1))
+                lines.append(f"| {shape.name} | {gpus} | {tokens:,} | {plain:,.0f} | {taught:,.0f} | "
+                             f"{1e9 / taught / 3600:.1f} h |")  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(tables())
