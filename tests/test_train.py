@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -208,25 +209,25 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
 
 
-def test_kill_9_and_the_same_command_end_at_the_same_bits(
+def test_kill_9_at_random_moments_and_the_same_command_end_at_the_same_bits(
     recipe: Callable[..., recipes.Recipe], tmp_path: Path
 ) -> None:
-    changes = {"steps": 240, "save_every": 20, "precision": "bf16"}
+    changes = {"steps": 240, "save_every": 10, "isolate_documents": False}
     undisturbed = recipe(output=str(tmp_path / "whole"), **changes)
     made = recipe(**changes)
-    subprocess.run([sys.executable, *command(undisturbed, tmp_path)], env=environment(), check=True)
-    process = subprocess.Popen([sys.executable, *command(made, tmp_path)], env=environment())
-    log = tmp_path / "out.run/train_log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 50):
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not made.output.exists()
-    assert list((tmp_path / "out.run").glob("checkpoint-*"))
-    done = subprocess.run(
-        [sys.executable, *command(made, tmp_path), "--json"], env=environment(), check=True, capture_output=True
-    )
-    assert json.loads(done.stdout)["resumed_from"] >= 20
+    run(undisturbed)
+    folder = tmp_path / "out.run"
+    for lines in sorted(random.Random(7).sample(range(5, 200), 5)):
+        process = subprocess.Popen([sys.executable, *command(made, tmp_path)], env=environment())
+        log = folder / "train_log.jsonl"
+        # The next kill comes after a number of steps and a fraction of one, whatever is being written then.
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > lines):
+            time.sleep(0.003)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not made.output.exists()
+    done = run(made)
+    assert done.resumed_from >= 10
     assert same(made.output, undisturbed.output)
 
 
@@ -263,7 +264,7 @@ def test_requests_that_cannot_be_carried_out(recipe: Callable[..., recipes.Recip
         train(recipe(steps=1))
     with pytest.raises(UsageError, match="tracker wandb is not installed"):
         train(recipe(trackers=["wandb"]))
-    with pytest.raises(UsageError, match="no uptrain.json that says what it was converted from"):
+    with pytest.raises(UsageError, match=r"no uptrain\.json that says what it was converted from"):
         train(recipe(distill={}))
     with pytest.raises(UsageError, match="makes no causal language model"):
         train(recipe(model=None, config={"model_type": "gpt3"}, tokenizer={"vocab_size": 300},

@@ -128,11 +128,14 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[St
 
     On a terminal as a live line, elsewhere as a line at every tenth of the run.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
 
-    fields = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} tok/s  {task.fields[memory]}  "
+    words = "{task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} tok/s  {task.fields[memory]}"
     columns = (
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn(fields + "{task.fields[left]}"),
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None), TextColumn(words, table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
     )  # fmt: skip
     quiet = hidden or not sys.stderr.isatty()
     with Progress(*columns, console=_console(True), disable=quiet, transient=True, expand=True) as progress:
@@ -140,9 +143,11 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[St
         task = progress.add_task("", total=steps, visible=False, loss="–", rate="–", speed="–", memory="", left="")
 
         def show(step: Step) -> None:
-            kl = "" if step.divergence is None else f"  KL {step.divergence:.4f}"
+            # Pure distillation: the loss is the divergence.
+            alike = step.divergence is None or abs(step.divergence - step.loss) < 1e-6
+            losses = f"loss {step.loss:.4f}" + ("" if alike else f" KL {step.divergence:.4f}")
             progress.update(
-                task, completed=step.step, visible=True, loss=f"{step.loss:.4f}{kl}", rate=f"{step.learning_rate:.2e}",
+                task, completed=step.step, visible=True, loss=losses, rate=f"{step.learning_rate:.2e}",
                 speed=f"{step.tokens_per_second:,.0f}", memory=size(step.memory_bytes), left=f"{_clock(step)} left",
             )  # fmt: skip
             if hidden:
@@ -153,7 +158,7 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[St
                 note(f"Step {step.step:,}: held-out loss {step.held_out_loss:.4f}")
             elif quiet and step.step in _tenths(steps):
                 # A log file or a notebook still says that something is happening.
-                note(f"Step {step.step:,} of {steps:,}: loss {step.loss:.4f}{kl}, {_clock(step)} left")
+                note(f"Step {step.step:,} of {steps:,}: {losses}, {_clock(step)} left")
 
         yield show
 

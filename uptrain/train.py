@@ -100,7 +100,7 @@ class _Run:
     def __init__(self, recipe: Recipe, on_step: Callable[[Step], None] | None, plot: bool) -> None:
         self.recipe, self.on_step, self.plot = recipe, on_step, plot
         self.folder = RunFolder(recipe.output)
-        self.accelerator = make_accelerator(recipe, self.folder.path)
+        self.accelerator = make_accelerator(recipe)
         self.journal = Journal(recipe)
         self.step = 0
         self.resumed_from = 0

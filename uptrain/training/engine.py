@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def precision_of(recipe: Recipe) -> str:
     return "bf16" if models.has_fast_bf16(PartialState().device) else "fp32"
 
 
-def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+def make_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that were launched, on whatever devices there are, and set precision and threads.
 
     Raises:
@@ -53,7 +52,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if precision_of(recipe) == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
-        project_dir=str(folder) if recipe.trackers else None,
+        project_dir=f"{recipe.output}.logs" if recipe.trackers else None,
         # Rank 0 tokenises while the others wait, which may take hours.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
