@@ -13,8 +13,10 @@ from torch.nn import functional
 from tests.conftest import tiny_config
 from tests.conftest import tiny_model as tiny_from
 from uptrain import distill as subject
+from uptrain.architectures import ARCHITECTURES
 from uptrain.distill import IGNORED, Objective, hidden_distance, token_losses
 from uptrain.errors import UsageError
+from uptrain.hosts.register import register
 from uptrain.logit_head import LogitHead
 from uptrain.recipe_schema import Distill
 
@@ -76,6 +78,17 @@ def test_loss_and_gradients_equal_those_of_whole_logits(
     assert all(p.grad is None for p in teacher.parameters())
     assert bool(divergence > 0) == (weight > 0)
     torch.testing.assert_close(cross_entropy, textbook(model, teacher, 0.0, 1.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_every_family_is_served_a_few_logits_at_a_time(family: str) -> None:
+    register()
+    model = tiny_model(family, **({"logits_scaling": 4.0} if family == "granite" else {}))
+    head = LogitHead(model)
+    assert head.split
+    with torch.no_grad():
+        mine = head.logits(head.hidden(IDS)[0].flatten(0, 1))
+        torch.testing.assert_close(mine, model(input_ids=IDS).logits.flatten(0, 1))
 
 
 def test_a_family_with_an_unknown_head_still_gets_its_own_logits() -> None:
