@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +18,26 @@ from uptrain import models, plots
 from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out, staged
-from uptrain.data import BlockReader, TokenText, build_tokens, counts_of, open_reader, read_tokens
-from uptrain.data.documents import pieces
+from uptrain.data import BlockReader, build_tokens, counts_of, open_reader
 from uptrain.data.teacher_text import generate_tokens
 from uptrain.distill import Objective
 from uptrain.errors import Interrupted, UptrainError, UsageError
-from uptrain.hosts import latent_norm
-from uptrain.recipe_schema import Distill, Recipe, Teacher, TokenizerSpec
+from uptrain.recipe_schema import Distill, Recipe, Teacher
 from uptrain.training import result, state
 from uptrain.training.batches import Batch, Boundary, batch_of
 from uptrain.training.engine import make_accelerator, on_stop_signal, precision_of, shards
-from uptrain.training.journal import Figures, Journal, Step, memory_bytes
+from uptrain.training.journal import Figures, Journal, Step, Training, memory_bytes
 from uptrain.training.parallel import Spread
 from uptrain.training.runfolder import RunFolder
 from uptrain.training.schedules import make_schedule
-from uptrain.training.scope import choose, make_optimizer
+from uptrain.training.scope import make_optimizer
+from uptrain.training.setup import make_model, make_tokenizer, read_held_out
 from uptrain.training.teacher import find_teacher, load_teacher
 
 __all__ = ["Step", "Training", "lm_loss", "train"]
 
 _SKIPS = 10
 """Steps left out in a row before a run stops: something is wrong that skipping won't cure."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """A finished run; losses are in nats per token, `loss` and `held_out_loss` of what is written."""
-
-    out: Path
-    steps: int
-    tokens: int
-    loss: float
-    held_out_loss: float | None
-    bits_per_byte: float | None
-    best_step: int | None
-    skipped: int
-    teacher: str | None
-    precision: str
-    resumed_from: int
-    num_processes: int
-    sharded: bool
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "out": str(self.out)}
 
 
 def train(
@@ -125,9 +100,9 @@ class _Run:
             if self.accelerator.is_main_process:
                 self.folder.open(recipe, restart)
         started = time.monotonic()
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = make_tokenizer(recipe, source, self.folder, self._first())
         self.boundary = Boundary.of(self.tokenizer) if recipe.isolate_documents else None
-        self.held_out = self._read_held_out()
+        self.held_out = read_held_out(recipe, self.tokenizer)
         self.spread = self._spread()
         self.optimizer = make_optimizer(self.spread.objective, recipe)
         self.schedule = make_schedule(self.optimizer, recipe)
@@ -148,42 +123,10 @@ class _Run:
         with self.accelerator.main_process_first():
             yield
 
-    def _tokenizer(self) -> Any:
-        spec = self.recipe.tokenizer
-        if isinstance(spec, TokenizerSpec):
-            with self._first():
-                if not self.folder.tokenizer.is_dir():
-                    texts = (piece.text for piece in pieces(self.recipe.data))
-                    partial = self.folder.tokenizer.with_suffix(".partial")
-                    models.new_tokenizer(spec, texts).save_pretrained(partial)
-                    partial.rename(self.folder.tokenizer)
-            return models.load_tokenizer(self.folder.tokenizer)
-        if spec is not None:
-            return models.load_tokenizer(resolve(spec).path)
-        assert self.source is not None
-        return models.load_tokenizer(self.source.path)
-
     def _spread(self) -> Spread:
         recipe = self.recipe
-        if self.source is None:
-            assert recipe.config is not None
-            model = models.new_model(recipe.config, self.tokenizer, recipe.seed)
-            self.dtype = models.dtype_named(recipe.dtype) or torch.bfloat16
-        else:
-            model = models.load_model(self.source, attn_implementation=recipe.attn_implementation)
-            self.dtype = models.dtype_named(recipe.dtype) or model.dtype
-            if latent_norm.unfold(model):
-                latent_norm.check_dtype(self.dtype)
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if isinstance(longest, int) and recipe.block_size > longest:
-            raise UsageError(f"block_size {recipe.block_size} is longer than the model's {longest} positions.")
-        torch.manual_seed(recipe.seed)
-        model = choose(model.train(), recipe)
-        if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        teacher = None
-        if self.taught_by is not None:
-            teacher = self._load_teacher(self.taught_by)
+        model, self.dtype = make_model(recipe, self.source, self.tokenizer)
+        teacher = self._load_teacher(self.taught_by) if self.taught_by else None
         objective = Objective(model, recipe.distill, teacher)
         if recipe.compile:
             objective.compile_bodies()
@@ -209,15 +152,6 @@ class _Run:
     def _load_teacher(self, place: Source) -> Any:
         low = self.accelerator.mixed_precision == "bf16"
         return load_teacher(place, low, self.recipe.attn_implementation)
-
-    def _read_held_out(self) -> TokenText | None:
-        recipe = self.recipe
-        if not recipe.held_out:
-            return None
-        text = read_tokens(recipe.held_out, self.tokenizer, recipe.held_out_tokens)
-        if len(text.ids) < recipe.block_size:
-            raise UsageError(f"held_out has only {len(text.ids)} tokens, less than one block.", "Give more text.")
-        return text
 
     def _resume(self) -> None:
         found = self.folder.newest()

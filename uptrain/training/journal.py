@@ -6,7 +6,8 @@ import math
 import resource
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,30 @@ class Step:
     divergence: float | None = None
     memory_bytes: int = 0
     skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A finished run; losses are in nats per token, `loss` and `held_out_loss` of what is written."""
+
+    out: Path
+    steps: int
+    tokens: int
+    loss: float
+    held_out_loss: float | None
+    bits_per_byte: float | None
+    best_step: int | None
+    skipped: int
+    teacher: str | None
+    precision: str
+    resumed_from: int
+    num_processes: int
+    sharded: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "out": str(self.out)}
 
 
 class Journal:

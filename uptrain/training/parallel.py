@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from uptrain.distill import Objective
@@ -22,11 +22,11 @@ from uptrain.distill import Objective
 class Spread:
     """An objective on its devices, and the few things that differ between DDP and FSDP."""
 
-    def __init__(self, objective: Objective, accelerator: Accelerator, shard: bool, offload: bool = False) -> None:
+    def __init__(self, objective: Objective, accelerator: Accelerator, shard: bool) -> None:
         self.objective, self.accelerator = objective, accelerator
         self.sharded = shard and accelerator.num_processes > 1
         if self.sharded:
-            _shard(objective, accelerator, offload)
+            _shard(objective, accelerator)
             self.module: Any = objective
         else:
             objective.student.float()
@@ -58,12 +58,11 @@ class Spread:
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def _shard(objective: Objective, accelerator: Accelerator, offload: bool) -> None:
+def _shard(objective: Objective, accelerator: Accelerator) -> None:
     low = accelerator.mixed_precision == "bf16"
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy(),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     # Layer by layer, so that only one layer is ever in memory in fp32 and whole: the rest is still memory-mapped.
     for layer in decoder_layers(objective.student):

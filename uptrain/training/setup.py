@@ -1,0 +1,79 @@
+"""What a run starts from: tokenizer, model and its stored dtype, held-out text, teacher."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from uptrain import models
+from uptrain.checkpoint.source import Source, resolve
+from uptrain.data import TokenText, read_tokens
+from uptrain.data.documents import pieces
+from uptrain.errors import UsageError
+from uptrain.hosts import latent_norm
+from uptrain.recipe_schema import Recipe, TokenizerSpec
+from uptrain.training.runfolder import RunFolder
+from uptrain.training.scope import choose
+
+
+def make_tokenizer(
+    recipe: Recipe, source: Source | None, folder: RunFolder, first: AbstractContextManager[None]
+) -> Any:
+    """Load the tokenizer that a recipe names, or train the one it describes, once, into the run's folder.
+
+    `first` lets the first process through before the others.
+    """
+    spec = recipe.tokenizer
+    if isinstance(spec, TokenizerSpec):
+        with first:
+            if not folder.tokenizer.is_dir():
+                texts = (piece.text for piece in pieces(recipe.data))
+                partial = folder.tokenizer.with_suffix(".partial")
+                models.new_tokenizer(spec, texts).save_pretrained(partial)
+                partial.rename(folder.tokenizer)
+        return models.load_tokenizer(folder.tokenizer)
+    if spec is not None:
+        return models.load_tokenizer(resolve(spec).path)
+    assert source is not None
+    return models.load_tokenizer(source.path)
+
+
+def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[Any, torch.dtype]:
+    """Return the model to train, frozen where the recipe says so, and the dtype it will be stored in.
+
+    Raises:
+        UsageError: blocks longer than the model's positions, a dtype that can't hold it, or an impossible scope.
+    """
+    if source is None:
+        assert recipe.config is not None
+        model = models.new_model(recipe.config, tokenizer, recipe.seed)
+        dtype = models.dtype_named(recipe.dtype) or torch.bfloat16
+    else:
+        model = models.load_model(source, attn_implementation=recipe.attn_implementation)
+        dtype = models.dtype_named(recipe.dtype) or model.dtype
+        if latent_norm.unfold(model):
+            latent_norm.check_dtype(dtype)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and recipe.block_size > longest:
+        raise UsageError(f"block_size {recipe.block_size} is longer than the model's {longest} positions.")
+    torch.manual_seed(recipe.seed)
+    model = choose(model.train(), recipe)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, dtype
+
+
+def read_held_out(recipe: Recipe, tokenizer: Any) -> TokenText | None:
+    """Return the text that a recipe holds out, or None.
+
+    Raises:
+        UsageError: it is shorter than a block.
+    """
+    if not recipe.held_out:
+        return None
+    text = read_tokens(recipe.held_out, tokenizer, recipe.held_out_tokens)
+    if len(text.ids) < recipe.block_size:
+        raise UsageError(f"held_out has only {len(text.ids)} tokens, less than one block.", "Give more text.")
+    return text
