@@ -32,7 +32,7 @@ def recipe(tmp_path: Path) -> Make:
     words = corpus(tmp_path / "text.txt").read_text().splitlines()
     rows = [json.dumps({"text": " ".join(words[start : start + 2])}) for start in range(0, len(words), 2)]
     (tmp_path / "text.jsonl").write_text("\n".join(rows))
-    checkpoint(tmp_path / "original", "llama", attention_bias=False)
+    checkpoint(tmp_path / "original", "llama", attention_bias=False, tie_word_embeddings=True)
     convert(str(tmp_path / "original"), tmp_path / "model", Request("gqa", 2))
 
     def make(name: str, **changes: Any) -> recipes.Recipe:
