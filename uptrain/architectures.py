@@ -99,6 +99,51 @@ DEEPSEEK_V3 = LLAMA.for_model(
     hosts={},
 )
 
+PHI = _like_llama(
+    "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,
+    projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
+)  # fmt: skip
+
+GPT_NEOX = Architecture(
+    model_type="gpt_neox",
+    class_name="GPTNeoXForCausalLM",
+    layer="{prefix}layers.{layer}.attention.",
+    prefixes=("gpt_neox.", ""),
+    projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
+    keys=ConfigKeys(num_key_value_heads=None, head_dim=None, rotary_share="rotary_pct"),
+    partial_rotary_factor=0.25,
+    buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+    defaults=dict(zip(_SIZES, (6144, 44, 64, 50432, 2048), strict=False)),
+    hosts={"gqa": ("phi_of_gpt_neox",), "mqa": ("phi_of_gpt_neox",)},
+    unsupported={
+        "use_parallel_residual": (False, "no class with fewer key/value heads has its MLP after its attention"),
+    },
+    native=False,
+)
+
+GPTJ = Architecture(
+    model_type="gptj",
+    class_name="GPTJForCausalLM",
+    layer="{prefix}h.{layer}.attn.",
+    prefixes=("transformer.", ""),
+    projections=Projections(o="out_proj"),
+    keys=replace(GPT2.keys, rotary_ndims="rotary_dim"),
+    position=Position.ROTARY_INTERLEAVED,
+    buffers=("attn.bias", "attn.masked_bias", "attn.causal_mask", "attn.embed_positions"),
+    defaults={
+        "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048, "vocab_size": 50400, "rotary_dim": 64,
+    },
+    hosts={"gqa": ("phi_of_gptj",), "mqa": ("phi_of_gptj",)},
+    native=False,
+)  # fmt: skip
+
+CODEGEN = GPTJ.for_model(
+    "codegen",
+    "CodeGenForCausalLM",
+    projections=Projections(o="out_proj", fused="qkv_proj", packing=Packing.BLOCKS),
+    hosts={"gqa": ("phi_of_codegen",), "mqa": ("phi_of_codegen",)},
+)
+
 FALCON = Architecture(
     model_type="falcon",
     class_name="FalconForCausalLM",
@@ -118,7 +163,10 @@ FALCON = Architecture(
 )  # fmt: skip
 
 _ENTRIES = (
+    CODEGEN,
     FALCON,
+    GPT_NEOX,
+    GPTJ,
     GPT2,
     UPTRAIN_GPT2,
     UPTRAIN_GPT2_MLA,
@@ -183,10 +231,7 @@ _ENTRIES = (
         "stablelm", "StableLmForCausalLM", 2560, 32, 32, 50304, 4096, 32, partial_rotary_factor=0.25,
         key_norm=KeyNorm("k_layernorm.norms.{head}", "qk_layernorm", by_head=True),
     ),
-    _like_llama(
-        "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,
-        projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
-    ),
+    PHI,
     _like_llama(
         "phi3", "Phi3ForCausalLM", 3072, 32, 32, 32064, 4096, sliding=Sliding.ALL,
         projections=Projections(fused="qkv_proj", packing=Packing.CONCAT),

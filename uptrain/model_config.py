@@ -9,7 +9,7 @@ from typing import Any
 from uptrain.architectures import ARCHITECTURES, NO_CACHE
 from uptrain.attention import AttentionSpec
 from uptrain.errors import CheckpointError, UsageError, did_you_mean
-from uptrain.layout import Architecture, KeyNorm, Position, Sliding
+from uptrain.layout import BLOCKS, Architecture, KeyNorm, Packing, Position, Sliding
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -108,6 +108,8 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
         raise CheckpointError(f"{where}: {heads} attention heads don't divide the hidden size {hidden}.")
     else:
         head_dim = hidden // heads
+    if architecture.projections.packing is Packing.BLOCKS and heads % BLOCKS:
+        raise CheckpointError(f"{where} has {heads} attention heads, which don't fill the {BLOCKS} blocks it needs.")
     if heads % key_value_heads:
         raise CheckpointError(f"{where}: {key_value_heads} key/value heads don't divide {heads} attention heads.")
     layers = size(keys.num_hidden_layers)
@@ -177,9 +179,15 @@ def _rotated_dims(
     layers = len(windows)
     if position_of_config(architecture, config) is Position.ALIBI:
         return [0] * layers
+    counted = architecture.keys.rotary_ndims
+    if counted:
+        count = config_value(architecture, config, counted, where)
+        if count > head_dim or count % 2:
+            raise CheckpointError(f"{where} has {counted} {count}, no even number of a head's {head_dim} dims.")
+        return [count] * layers
     parameters = config.get("rope_parameters") or config.get("rope_scaling")
     said = parameters if isinstance(parameters, dict) else {}
-    factor = said.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    factor = said.get("partial_rotary_factor", config.get(architecture.keys.rotary_share))
     factor = architecture.partial_rotary_factor if factor is None else factor
     if type(factor) not in (int, float) or not 0 < factor <= 1:
         raise CheckpointError(f"{where} has partial_rotary_factor {factor!r}, not a share of each head's dims.")

@@ -18,7 +18,9 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import State, write_shard
 from uptrain.errors import Interrupted
 from uptrain.methods.gqa import pool_norm
-from uptrain.plan import OutputTensor, Plan
+from uptrain.plan import Plan
+from uptrain.plan_tensors import OutputTensor
+from uptrain.rehost import fold_norm
 from uptrain.transform import Calibrated, LayerMaker
 
 Progress = Callable[[int], None]
@@ -102,6 +104,12 @@ class Pipeline:
             chunks = self.checkpoint.chunks(tensor.source)
             yield from follower.follow(source.start, chunks) if follower else chunks
             return
+        if tensor.operation == "constant":
+            yield raw_bytes(cast(np.full(tensor.info.shape, tensor.factor, np.float32), tensor.info.dtype, ""))
+            return
+        if tensor.operation == "fold":
+            yield raw_bytes(np.ascontiguousarray(cast(self._folded(tensor), tensor.info.dtype, tensor.source)))
+            return
         read = self.checkpoint.read(tensor.source)
         if tensor.operation == "scale":
             read = as_float32(read) * np.float32(tensor.factor)
@@ -110,6 +118,13 @@ class Pipeline:
             read = pool_norm(read, tensor.norm.heads, tensor.norm.groups, self.plan.request.method)
         array = cast(read, tensor.info.dtype, tensor.source)
         yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
+
+    def _folded(self, tensor: OutputTensor) -> Array:
+        names = (f"{tensor.linear}.bias", f"{tensor.fold}.weight", f"{tensor.fold}.bias")
+        bias, scale, shift = (self.checkpoint.read(n) if n in self.checkpoint.tensors else None for n in names)
+        if scale is None or shift is None:
+            raise KeyError(tensor.fold)
+        return fold_norm(self.checkpoint.read(f"{tensor.linear}.weight"), bias, scale, shift)[tensor.module == "bias"]
 
 
 def _workers() -> int:

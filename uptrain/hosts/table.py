@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.hosts.host import Host
+from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Host:
-    """A class that can hold a result, and how a checkpoint of the source family becomes one of its own.
-
-    `requires` lists source config values the class is exact under; `fill` gives config values where the source is
-    silent (the two families' defaults differ); `fix` always; `drop` removes. `transposes` names the linear modules
-    outside attention that change between (in, out) and (out, in). `remote_code` is the modelling file shipped inside
-    the checkpoint, with `auto_classes`, when no stock class serves.
-    """
-
-    architecture: Architecture
-    requires: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    fill: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    fix: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    drop: tuple[str, ...] = ()
-    transposes: tuple[str, ...] = ()
-    remote_code: str = ""
-    auto_classes: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-
-    @property
-    def name(self) -> str:
-        """Return the host's model_type."""
-        return self.architecture.model_type
-
 
 HOSTS: Mapping[str, Host] = MappingProxyType(
     {
+        **PHI_HOSTS,
         "gpt_bigcode": Host(
             GPT_BIGCODE,
             requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -103,9 +77,13 @@ def own_host(architecture: Architecture) -> Host:
 
 def host_config(host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the source's config rewritten for `host`, its attention sizes still the source's."""
-    config = {key: value for key, value in source.items() if key not in (*host.drop, "auto_map")}
+    kept = {key: value for key, value in source.items() if key not in (*host.drop, "auto_map")}
+    config = {host.config_names.get(key, key): value for key, value in kept.items()}
     for key, value in host.fill.items():
         config.setdefault(key, value)
+    for key, (other, factor) in host.multiples.items():
+        if config.get(key) is None:
+            config[key] = factor * config[other]
     config.update(host.fix)
     config["model_type"] = host.name
     config["architectures"] = [host.architecture.class_name]

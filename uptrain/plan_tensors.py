@@ -1,0 +1,31 @@
+"""What a tensor of the result is, and what it is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from uptrain.checkpoint.header import TensorInfo
+
+if TYPE_CHECKING:
+    from uptrain.plan_norms import PooledNorm
+
+Operation = Literal["copy", "transpose", "scale", "pool", "fold", "constant", "attention"]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the result: what it is, and the source tensor or layer it is made from; `factor` scales it.
+
+    `fold` names the norm whose weight and bias move into the linear `linear`; a constant is `factor` throughout.
+    """
+
+    info: TensorInfo
+    operation: Operation
+    source: str
+    layer: int = -1
+    module: str = ""
+    factor: float = 1.0
+    norm: PooledNorm | None = None
+    linear: str = ""
+    fold: str = ""
