@@ -43,7 +43,7 @@ def scatter_heads(model: PreTrainedModel, groups: int, seed: int = 0) -> PreTrai
         views = head_views(module)
         rotated = (counted or int(views["k"][0].shape[1] * share)) if _rotates(module) else 0
         phases = partial(_phases, rotated=rotated, interleaved=position is Position.ROTARY_INTERLEAVED)
-        for part, gauge in (("k", _invertible if position is Position.ABSOLUTE else phases), ("v", _invertible)):
+        for part, gauge in (("k", phases if position.rotates else _invertible), ("v", _invertible)):
             weight, *bias = views[part]
             rows = torch.cat([weight, *(one[..., None] for one in bias)], dim=2)
             _scatter(rows, groups, gauge)

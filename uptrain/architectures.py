@@ -144,6 +144,29 @@ CODEGEN = GPTJ.for_model(
     hosts={"gqa": ("phi_of_codegen",), "mqa": ("phi_of_codegen",)},
 )
 
+OPT = Architecture(
+    model_type="opt",
+    class_name="OPTForCausalLM",
+    layer="{prefix}decoder.layers.{layer}.self_attn.",
+    prefixes=("model.", ""),
+    projections=Projections(o="out_proj"),
+    keys=ConfigKeys(num_key_value_heads=None, head_dim=None),
+    position=Position.ABSOLUTE,
+    buffers=(),
+    defaults=dict(zip(_SIZES, (768, 12, 12, 50272, 2048), strict=False)),
+    hosts={"gqa": ("uptrain_opt",), "mqa": ("uptrain_opt",)},
+    native=False,
+)
+
+
+def _with_groups(entry: Architecture, model_type: str, class_name: str) -> Architecture:
+    """Return the entry of our own class for a family that counts no key/value heads, which counts them."""
+    keys = replace(entry.keys, num_key_value_heads="num_key_value_heads")
+    return entry.for_model(model_type, class_name, keys=keys, hosts={}, native=True)
+
+
+UPTRAIN_OPT = _with_groups(OPT, "uptrain_opt", "UptrainOPTForCausalLM")
+
 FALCON = Architecture(
     model_type="falcon",
     class_name="FalconForCausalLM",
@@ -167,6 +190,8 @@ _ENTRIES = (
     FALCON,
     GPT_NEOX,
     GPTJ,
+    OPT,
+    UPTRAIN_OPT,
     GPT2,
     UPTRAIN_GPT2,
     UPTRAIN_GPT2_MLA,

@@ -33,7 +33,7 @@ QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
 FAMILIES = [
     "gpt2", "llama", "cohere", "gemma2", "granite", "starcoder2", "phi", "phi3", "stablelm", "smollm3",
     "falcon", "falcon+alibi", "ministral", "seed_oss", "helium", "ernie4_5", "glm", "glm4", "nemotron", "cohere2",
-    "gpt_neox", "gptj", "codegen",
+    "gpt_neox", "gptj", "codegen", "opt",
 ]  # fmt: skip
 
 
@@ -92,7 +92,8 @@ def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_t
             with model.layer(index) as layer:
                 states = torch.stack([layer.run(block) for block in states])
         names = ("ln_f", "norm", "final_layernorm", "final_layer_norm")
-        norm = next(getattr(whole.base_model, name) for name in names if hasattr(whole.base_model, name))
+        body = getattr(whole.base_model, "decoder", whole.base_model)
+        norm = next(getattr(body, name) for name in names if hasattr(body, name))
         torch.testing.assert_close(norm(states), expected[-1], rtol=1e-5, atol=1e-5)
 
 

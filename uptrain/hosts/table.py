@@ -6,10 +6,21 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA, UPTRAIN_OPT
 from uptrain.hosts.host import Host
 from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
+
+
+def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> Host:
+    """Return a host whose modelling file, with these classes, ships inside the checkpoint."""
+    return Host(
+        architecture,
+        remote_code=f"modeling_{architecture.model_type}.py",
+        auto_classes={"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": architecture.class_name},
+        **changes,
+    )
+
 
 HOSTS: Mapping[str, Host] = MappingProxyType(
     {
@@ -21,36 +32,18 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
             drop=("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "num_key_value_heads"),
             transposes=("mlp.c_fc", "mlp.c_proj"),
         ),
-        "uptrain_llama_mla": Host(
+        "uptrain_llama_mla": _ours(
             UPTRAIN_LLAMA_MLA,
+            "UptrainLlamaMLAConfig",
+            "UptrainLlamaMLAModel",
             fill={"rms_norm_eps": 1e-6},
             drop=("head_dim", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-            remote_code="modeling_uptrain_llama_mla.py",
-            auto_classes={
-                "AutoConfig": "UptrainLlamaMLAConfig",
-                "AutoModel": "UptrainLlamaMLAModel",
-                "AutoModelForCausalLM": "UptrainLlamaMLAForCausalLM",
-            },
         ),
-        "uptrain_gpt2_mla": Host(
-            UPTRAIN_GPT2_MLA,
-            drop=("num_key_value_heads",),
-            remote_code="modeling_uptrain_gpt2_mla.py",
-            auto_classes={
-                "AutoConfig": "UptrainGPT2MLAConfig",
-                "AutoModel": "UptrainGPT2MLAModel",
-                "AutoModelForCausalLM": "UptrainGPT2MLALMHeadModel",
-            },
+        "uptrain_gpt2_mla": _ours(
+            UPTRAIN_GPT2_MLA, "UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", drop=("num_key_value_heads",)
         ),
-        "uptrain_gpt2": Host(
-            UPTRAIN_GPT2,
-            remote_code="modeling_uptrain_gpt2.py",
-            auto_classes={
-                "AutoConfig": "UptrainGPT2Config",
-                "AutoModel": "UptrainGPT2Model",
-                "AutoModelForCausalLM": "UptrainGPT2LMHeadModel",
-            },
-        ),
+        "uptrain_gpt2": _ours(UPTRAIN_GPT2, "UptrainGPT2Config", "UptrainGPT2Model"),
+        "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
     }
 )
 
