@@ -29,6 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
         "hidden_size": 48, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 64, "init_std": 0.15,
     },
+    "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 4},
     "falcon": {
         "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
         "multi_query": False, "parallel_attn": False, "bias": True,

@@ -165,6 +165,24 @@ def _with_groups(entry: Architecture, model_type: str, class_name: str) -> Archi
     return entry.for_model(model_type, class_name, keys=keys, hosts={}, native=True)
 
 
+BLOOM = Architecture(
+    model_type="bloom",
+    class_name="BloomForCausalLM",
+    layer="{prefix}h.{layer}.self_attention.",
+    prefixes=("transformer.", ""),
+    projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
+    keys=ConfigKeys("hidden_size", "n_layer", "n_head", None, None, max_position_embeddings="seq_length"),
+    position=Position.ALIBI,
+    buffers=(),
+    defaults={"hidden_size": 64, "n_layer": 2, "n_head": 8, "vocab_size": 250880},
+    older={"hidden_size": "n_embed", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
+    hosts={"gqa": ("uptrain_bloom",), "mqa": ("uptrain_bloom",)},
+    unsupported={"slow_but_exact": (True, "it adds slices of its output one by one")},
+    native=False,
+)
+
+UPTRAIN_BLOOM = _with_groups(BLOOM, "uptrain_bloom", "UptrainBloomForCausalLM")
+
 UPTRAIN_OPT = _with_groups(OPT, "uptrain_opt", "UptrainOPTForCausalLM")
 
 FALCON = Architecture(
@@ -186,6 +204,8 @@ FALCON = Architecture(
 )  # fmt: skip
 
 _ENTRIES = (
+    BLOOM,
+    UPTRAIN_BLOOM,
     CODEGEN,
     FALCON,
     GPT_NEOX,

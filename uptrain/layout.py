@@ -139,6 +139,8 @@ class Architecture:
     buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     """What the config class assumes where config.json is silent."""
+    older: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    """Config keys and what older checkpoints call them, which the config class still reads."""
     hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
     """Config keys, the value that can't be converted, and why."""

@@ -76,7 +76,8 @@ def config_value(architecture: Architecture, config: Mapping[str, Any], key: str
     Raises:
         CheckpointError: it is neither given nor known, or no positive integer.
     """
-    value = config.get(key)
+    older = config.get(architecture.older.get(key, key))
+    value = older if config.get(key) is None else config[key]
     value = architecture.defaults.get(key) if value is None else value
     if type(value) is not int or not 0 < value < 2**31:
         raise CheckpointError(f"{where} has {key} {value!r}, not a positive whole number.")

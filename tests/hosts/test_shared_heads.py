@@ -16,14 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.hosts.test_gpt2_checkpoint import run_python
 from tests.oracle import pool_model
 from tests.test_families import TOKENS, load, request
+from uptrain.architectures import ARCHITECTURES
 from uptrain.convert import convert
 
 Save = Callable[..., Path]
-OWN = ["opt"]
+OWN = ["opt", "bloom"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     ("opt", {"enable_bias": False, "activation_function": "gelu", "layer_norm_elementwise_affine": False}),
     ("opt", {"_remove_final_layer_norm": True, "tie_word_embeddings": False}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True, "n_head": 6}),
 ]
 PAIRS = torch.tensor([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 32]])
 
@@ -158,3 +160,16 @@ def test_numbers_of_heads_that_do_not_divide_are_refused(model_type: str, save_t
     for wrong in (0, 3):
         with pytest.raises(ValueError, match=f"num_key_value_heads {wrong} does not divide"):
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "num_key_value_heads": wrong}))
+
+
+def test_a_bloom_config_with_its_older_words_is_read(save_tiny: Save, tmp_path: Path) -> None:
+    """As bigscience's own files have it."""
+    source = save_tiny("bloom")
+    config = json.loads((source / "config.json").read_text())
+    for key, older in ARCHITECTURES["bloom"].older.items():
+        config[older] = config.pop(key)
+    (source / "config.json").write_text(json.dumps({**config, "seq_length": 2048}))
+    convert(str(source), tmp_path / "out", request(2))
+    with torch.no_grad():
+        found, wanted = load(tmp_path / "out")(TOKENS).logits, pool_model(load(source), 2)(TOKENS).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

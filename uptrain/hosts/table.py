@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA, UPTRAIN_OPT
+from uptrain.architectures import (
+    GPT_BIGCODE,
+    UPTRAIN_BLOOM,
+    UPTRAIN_GPT2,
+    UPTRAIN_GPT2_MLA,
+    UPTRAIN_LLAMA_MLA,
+    UPTRAIN_OPT,
+)
 from uptrain.hosts.host import Host
 from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
@@ -43,6 +50,7 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
             UPTRAIN_GPT2_MLA, "UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", drop=("num_key_value_heads",)
         ),
         "uptrain_gpt2": _ours(UPTRAIN_GPT2, "UptrainGPT2Config", "UptrainGPT2Model"),
+        "uptrain_bloom": _ours(UPTRAIN_BLOOM, "UptrainBloomConfig", "UptrainBloomModel"),
         "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
     }
 )

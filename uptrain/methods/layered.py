@@ -78,7 +78,8 @@ class Layer:
     def trace(self, hidden: Tensor) -> Trace:
         """Run the layer on hidden states (T, d) and return its attention's output as well."""
         seen: list[Tensor] = []
-        hook = self._inner.register_forward_hook(lambda _module, _args, output: seen.append(_hidden(output)))
+        # Not the attention's own output, to which some families have added the residual already.
+        hook = self._output.register_forward_hook(lambda _module, _args, output: seen.append(_hidden(output)))
         try:
             output = self.run(hidden)
         finally:
