@@ -30,6 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64, "init_std": 0.15,
     },
     "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "use_cache": True},
     "falcon": {
         "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
         "multi_query": False, "parallel_attn": False, "bias": True,

@@ -14,7 +14,7 @@ Views = dict[str, list[Tensor]]
 
 def linears_of(module: nn.Module) -> list[nn.Module]:
     """Return what makes queries, keys and values in an attention module of transformers; none in any other module."""
-    for names in (("c_attn",), ("qkv_proj",), ("query_key_value",), ("q_proj", "k_proj", "v_proj")):
+    for names in (("c_attn",), ("Wqkv",), ("qkv_proj",), ("query_key_value",), ("q_proj", "k_proj", "v_proj")):
         if all(hasattr(module, name) for name in names):
             return [getattr(module, name) for name in names]
     return []
@@ -46,7 +46,7 @@ def computed_heads(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def _by_head(module: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
     """Split the linears' rows (out, …) by head, as the module's own forward does."""
-    if hasattr(module, "c_attn"):
+    if hasattr(module, "c_attn") or hasattr(module, "Wqkv"):
         rows = list(rows[0].chunk(3))
     elif type(module).__name__ == "CodeGenAttention":  # four blocks of q, v, k
         blocks = rows[0].unflatten(0, (4, 3, -1, module.head_dim))

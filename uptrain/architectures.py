@@ -68,6 +68,7 @@ LLAMA = Architecture(
 )  # fmt: skip
 
 
+_CLIPPED = "it clips queries, keys and values, which no longer cancels when heads are re-scaled"
 _FUSED_EXPERTS = "transformers holds its experts in other tensors than the checkpoint, so no layer can be read alone"
 
 
@@ -183,6 +184,28 @@ BLOOM = Architecture(
 
 UPTRAIN_BLOOM = _with_groups(BLOOM, "uptrain_bloom", "UptrainBloomForCausalLM")
 
+MPT = Architecture(
+    model_type="mpt",
+    class_name="MptForCausalLM",
+    layer="{prefix}blocks.{layer}.attn.",
+    prefixes=("transformer.", ""),
+    projections=Projections(o="out_proj", fused="Wqkv", packing=Packing.CONCAT),
+    keys=ConfigKeys("d_model", "n_layers", "n_heads", None, None, max_position_embeddings="max_seq_len"),
+    position=Position.ALIBI,
+    buffers=(),
+    defaults={"d_model": 2048, "n_layers": 24, "n_heads": 16, "max_seq_len": 2048, "vocab_size": 50368},
+    hosts={"gqa": ("uptrain_mpt",), "mqa": ("uptrain_mpt",)},
+    unsupported={
+        "attn_config.qk_ln": (True, "transformers' class leaves its norms on queries and keys out"),
+        "attn_config.alibi": (False, "transformers' class adds ALiBi all the same"),
+        "attn_config.prefix_lm": (True, "transformers' class reads every token from the left only"),
+    },
+    pool_only={"attn_config.clip_qkv": _CLIPPED},
+    native=False,
+)
+
+UPTRAIN_MPT = _with_groups(MPT, "uptrain_mpt", "UptrainMptForCausalLM")
+
 UPTRAIN_OPT = _with_groups(OPT, "uptrain_opt", "UptrainOPTForCausalLM")
 
 FALCON = Architecture(
@@ -210,6 +233,8 @@ _ENTRIES = (
     FALCON,
     GPT_NEOX,
     GPTJ,
+    MPT,
+    UPTRAIN_MPT,
     OPT,
     UPTRAIN_OPT,
     GPT2,
@@ -245,7 +270,7 @@ _ENTRIES = (
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
     _like_llama(
         "olmo", "OlmoForCausalLM", 4096, 32, 32, 50304, 2048,
-        pool_only={"clip_qkv": "it clips queries, keys and values, which no longer cancels when heads are re-scaled"},
+        pool_only={"clip_qkv": _CLIPPED},
     ),
     _like_llama("arcee", "ArceeForCausalLM", 2560, 32, 32, 32000, 4096),
     _like_llama(

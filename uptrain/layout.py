@@ -143,7 +143,7 @@ class Architecture:
     """Config keys and what older checkpoints call them, which the config class still reads."""
     hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
-    """Config keys, the value that can't be converted, and why."""
+    """Config keys, with a dot where they lead into a section, the value that can't be converted, and why."""
     pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     """Config keys that, when set, rule out methods that change queries and output, and why."""
     uncalibrated: str = ""

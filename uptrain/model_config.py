@@ -31,9 +31,16 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         )
     architecture = ARCHITECTURES[model_type]
     for key, (value, why) in architecture.unsupported.items():
-        if config.get(key, architecture.defaults.get(key)) == value:
+        if setting(config, key, architecture.defaults.get(key)) == value:
             raise UsageError(f"{where} has {key} {value}, which uptrain can't convert: {why}.")
     return architecture
+
+
+def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Return what a config says of `key`, which may lead into a section of it ("attn_config.clip_qkv")."""
+    section, _, last = key.rpartition(".")
+    inside = config.get(section) if section else config
+    return inside.get(last, default) if isinstance(inside, Mapping) else default
 
 
 def position_of_config(architecture: Architecture, config: Mapping[str, Any]) -> Position:
@@ -65,8 +72,9 @@ def why_pool_only(architecture: Architecture, config: Mapping[str, Any]) -> str:
     if key_norm_of(architecture, config) is not None:
         return "its keys are normed after projection, which no longer cancels when heads are re-scaled"
     for key, why in architecture.pool_only.items():
-        if config.get(key) is not None:
-            return f"its {key} is {config[key]}: {why}"
+        value = setting(config, key)
+        if value is not None:
+            return f"its {key} is {value}: {why}"
     return ""
 
 

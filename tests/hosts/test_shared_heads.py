@@ -17,15 +17,17 @@ from tests.hosts.test_gpt2_checkpoint import run_python
 from tests.oracle import pool_model
 from tests.test_families import TOKENS, load, request
 from uptrain.architectures import ARCHITECTURES
-from uptrain.convert import convert
+from uptrain.convert import convert, plan_conversion
+from uptrain.errors import UsageError
 
 Save = Callable[..., Path]
-OWN = ["opt", "bloom"]
+OWN = ["opt", "bloom", "mpt"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     ("opt", {"enable_bias": False, "activation_function": "gelu", "layer_norm_elementwise_affine": False}),
     ("opt", {"_remove_final_layer_norm": True, "tie_word_embeddings": False}),
     ("bloom", {"apply_residual_connection_post_layernorm": True, "n_head": 6}),
+    ("mpt", {"n_heads": 6, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.2, "alibi_bias_max": 4}}),
 ]
 PAIRS = torch.tensor([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 32]])
 
@@ -173,3 +175,18 @@ def test_a_bloom_config_with_its_older_words_is_read(save_tiny: Save, tmp_path: 
     with torch.no_grad():
         found, wanted = load(tmp_path / "out")(TOKENS).logits, pool_model(load(source), 2)(TOKENS).logits
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("key", "value"), [("qk_ln", True), ("alibi", False), ("prefix_lm", True)])
+def test_what_transformers_leaves_out_of_mpt_is_refused(key: str, value: bool, save_tiny: Save) -> None:
+    source = str(save_tiny("mpt", attn_config={key: value}))
+    with pytest.raises(UsageError, match=f"attn_config.{key} {value}, which uptrain can't convert"):
+        plan_conversion(source, request(2))
+
+
+def test_a_clipped_mpt_is_pooled_only(save_tiny: Save) -> None:
+    source = str(save_tiny("mpt", attn_config={"clip_qkv": 6.0}))
+    with pytest.raises(UsageError, match=r"attn_config\.clip_qkv is 6\.0") as caught:
+        plan_conversion(source, request(2, "svd"))
+    assert "--method mean" in caught.value.hint
+    plan_conversion(source, request(2))

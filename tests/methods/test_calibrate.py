@@ -33,7 +33,7 @@ QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
 FAMILIES = [
     "gpt2", "llama", "cohere", "gemma2", "granite", "starcoder2", "phi", "phi3", "stablelm", "smollm3",
     "falcon", "falcon+alibi", "ministral", "seed_oss", "helium", "ernie4_5", "glm", "glm4", "nemotron", "cohere2",
-    "gpt_neox", "gptj", "codegen", "opt", "bloom",
+    "gpt_neox", "gptj", "codegen", "opt", "bloom", "mpt",
 ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_type):
-    shallow = model_type in ("gpt2", "gptj", "codegen", "bloom")
+    shallow = model_type in ("gpt2", "gptj", "codegen", "bloom", "mpt")
     folder = save(tmp_path, model_type) if shallow else save(tmp_path, model_type, num_hidden_layers=3)
     checkpoint, target = opened(folder, 1)
     model = LayeredModel(checkpoint, target.architecture, target.prefix, torch.device("cpu"))
@@ -91,7 +91,7 @@ def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_t
             torch.testing.assert_close(states, expected[index], rtol=1e-5, atol=1e-5)
             with model.layer(index) as layer:
                 states = torch.stack([layer.run(block) for block in states])
-        names = ("ln_f", "norm", "final_layernorm", "final_layer_norm")
+        names = ("ln_f", "norm", "norm_f", "final_layernorm", "final_layer_norm")
         body = getattr(whole.base_model, "decoder", whole.base_model)
         norm = next(getattr(body, name) for name in names if hasattr(body, name))
         torch.testing.assert_close(norm(states), expected[-1], rtol=1e-5, atol=1e-5)

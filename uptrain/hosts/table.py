@@ -12,6 +12,7 @@ from uptrain.architectures import (
     UPTRAIN_GPT2,
     UPTRAIN_GPT2_MLA,
     UPTRAIN_LLAMA_MLA,
+    UPTRAIN_MPT,
     UPTRAIN_OPT,
 )
 from uptrain.hosts.host import Host
@@ -51,6 +52,7 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
         ),
         "uptrain_gpt2": _ours(UPTRAIN_GPT2, "UptrainGPT2Config", "UptrainGPT2Model"),
         "uptrain_bloom": _ours(UPTRAIN_BLOOM, "UptrainBloomConfig", "UptrainBloomModel"),
+        "uptrain_mpt": _ours(UPTRAIN_MPT, "UptrainMptConfig", "UptrainMptModel"),
         "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
     }
 )
