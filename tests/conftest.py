@@ -31,6 +31,10 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "use_cache": True},
+    "gpt_neo": {
+        "hidden_size": 48, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64,
+        "attention_types": [[["global", "local"], 1]], "window_size": 6,
+    },
     "falcon": {
         "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
         "multi_query": False, "parallel_attn": False, "bias": True,

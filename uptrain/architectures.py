@@ -184,6 +184,25 @@ BLOOM = Architecture(
 
 UPTRAIN_BLOOM = _with_groups(BLOOM, "uptrain_bloom", "UptrainBloomForCausalLM")
 
+GPT_NEO = Architecture(
+    model_type="gpt_neo",
+    class_name="GPTNeoForCausalLM",
+    layer="{prefix}h.{layer}.attn.attention.",
+    prefixes=("transformer.", ""),
+    projections=Projections(o="out_proj"),
+    keys=ConfigKeys("hidden_size", "num_layers", "num_heads", None, None),
+    position=Position.ABSOLUTE,
+    buffers=("attn.attention.bias", "attn.attention.masked_bias"),
+    defaults={
+        "hidden_size": 2048, "num_layers": 24, "num_heads": 16, "vocab_size": 50257, "max_position_embeddings": 2048,
+    },
+    older={"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"},
+    hosts={"gqa": ("uptrain_gpt_neo",), "mqa": ("uptrain_gpt_neo",)},
+    native=False,
+)  # fmt: skip
+
+UPTRAIN_GPT_NEO = _with_groups(GPT_NEO, "uptrain_gpt_neo", "UptrainGPTNeoForCausalLM")
+
 MPT = Architecture(
     model_type="mpt",
     class_name="MptForCausalLM",
@@ -233,6 +252,8 @@ _ENTRIES = (
     FALCON,
     GPT_NEOX,
     GPTJ,
+    GPT_NEO,
+    UPTRAIN_GPT_NEO,
     MPT,
     UPTRAIN_MPT,
     OPT,

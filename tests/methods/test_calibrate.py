@@ -33,7 +33,7 @@ QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
 FAMILIES = [
     "gpt2", "llama", "cohere", "gemma2", "granite", "starcoder2", "phi", "phi3", "stablelm", "smollm3",
     "falcon", "falcon+alibi", "ministral", "seed_oss", "helium", "ernie4_5", "glm", "glm4", "nemotron", "cohere2",
-    "gpt_neox", "gptj", "codegen", "opt", "bloom", "mpt",
+    "gpt_neox", "gptj", "codegen", "opt", "bloom", "mpt", "gpt_neo",
 ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_type):
-    shallow = model_type in ("gpt2", "gptj", "codegen", "bloom", "mpt")
+    shallow = model_type in ("gpt2", "gptj", "codegen", "bloom", "mpt", "gpt_neo")
     folder = save(tmp_path, model_type) if shallow else save(tmp_path, model_type, num_hidden_layers=3)
     checkpoint, target = opened(folder, 1)
     model = LayeredModel(checkpoint, target.architecture, target.prefix, torch.device("cpu"))

@@ -11,6 +11,7 @@ from uptrain.architectures import (
     UPTRAIN_BLOOM,
     UPTRAIN_GPT2,
     UPTRAIN_GPT2_MLA,
+    UPTRAIN_GPT_NEO,
     UPTRAIN_LLAMA_MLA,
     UPTRAIN_MPT,
     UPTRAIN_OPT,
@@ -52,6 +53,7 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
         ),
         "uptrain_gpt2": _ours(UPTRAIN_GPT2, "UptrainGPT2Config", "UptrainGPT2Model"),
         "uptrain_bloom": _ours(UPTRAIN_BLOOM, "UptrainBloomConfig", "UptrainBloomModel"),
+        "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO, "UptrainGPTNeoConfig", "UptrainGPTNeoModel"),
         "uptrain_mpt": _ours(UPTRAIN_MPT, "UptrainMptConfig", "UptrainMptModel"),
         "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
     }
