@@ -6,19 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures import (
-    GPT_BIGCODE,
-    UPTRAIN_BLOOM,
-    UPTRAIN_GPT2,
-    UPTRAIN_GPT2_MLA,
-    UPTRAIN_GPT_NEO,
-    UPTRAIN_LLAMA_MLA,
-    UPTRAIN_MPT,
-    UPTRAIN_OPT,
-)
+from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
 from uptrain.hosts.host import Host
 from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
+from uptrain.uncounted import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT
 
 
 def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> Host:
