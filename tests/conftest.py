@@ -86,10 +86,10 @@ EXTRA: dict[str, dict[str, Any]] = {
 def tiny_config(model_type: str, num_key_value_heads: int | None = None, **changes: Any) -> Any:
     """Return a two-layer config of `model_type` with four query heads and a vocabulary of 64.
 
-    "phi+qk_layernorm" is phi with that flag set.
+    "phi+qk_layernorm" is phi with that flag set, "gpt_neox+no_use_parallel_residual" gpt_neox with that one off.
     """
     model_type, *flags = model_type.split("+")
-    changes = {**dict.fromkeys(flags, True), **changes}
+    changes = {**{flag.removeprefix("no_"): not flag.startswith("no_") for flag in flags}, **changes}
     values = dict(TINY.get(model_type, {**LLAMA_LIKE, **EXTRA.get(model_type, {})}))
     if model_type == "falcon":
         values["num_kv_heads"] = num_key_value_heads or 4

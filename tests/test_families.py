@@ -41,6 +41,7 @@ EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
 """Its class caches a copy of keys and values for every query head, whatever their number."""
 VARIANTS = [
     "phi+qk_layernorm", "stablelm+qk_layernorm", "cohere+use_qk_norm", "falcon+parallel_attn", "falcon+alibi", EXPANDED,
+    "gpt_neox+no_use_parallel_residual",
 ]  # fmt: skip
 SOURCES = [*FAMILIES, *VARIANTS]
 UNGROUPED = ["falcon", "falcon+parallel_attn", "falcon+alibi"]

@@ -22,14 +22,15 @@ from tests.test_families import TOKENS, load, request
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import DEMO
 from uptrain.convert import convert, plan_conversion
-from uptrain.errors import CheckpointError, UsageError
+from uptrain.errors import CheckpointError
 from uptrain.models import load_tokenizer
 from uptrain.packing import Heads, LayerHeads
 from uptrain.rehost import half_split
 from uptrain.request import Request
 
 Save = Callable[..., Path]
-INTO_PHI = ["gpt_neox", "gptj", "codegen"]
+SEQUENTIAL = "gpt_neox+no_use_parallel_residual"
+REHOSTED = ["gpt_neox", "gptj", "codegen", SEQUENTIAL]
 
 
 def assert_pooled(source: Path, out: Path, groups: int = 2, **tolerance: float) -> None:
@@ -48,7 +49,7 @@ def rewrite_config(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> N
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-@pytest.mark.parametrize("model_type", INTO_PHI)
+@pytest.mark.parametrize("model_type", REHOSTED)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_tensor_of_the_stock_class_is_there_and_no_other(
     model_type: str, tied: bool, save_tiny: Save, tmp_path: Path
@@ -56,20 +57,23 @@ def test_every_tensor_of_the_stock_class_is_there_and_no_other(
     assert_pooled(save_tiny(model_type, tie_word_embeddings=tied), tmp_path / "out")
 
 
-@pytest.mark.parametrize("model_type", INTO_PHI)
+@pytest.mark.parametrize("model_type", REHOSTED)
 def test_norms_and_linears_in_different_shards_still_meet(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
     source = save_tiny(model_type, max_shard_size="8KB")
     assert len(open_checkpoint(source).files) > 5
     assert_pooled(source, tmp_path / "out")
 
 
-def test_a_neox_config_from_before_transformers_5_keeps_its_rotation(save_tiny: Save, tmp_path: Path) -> None:
-    source = save_tiny("gpt_neox")
+@pytest.mark.parametrize("model_type", ["gpt_neox", SEQUENTIAL])
+def test_a_neox_config_from_before_transformers_5_keeps_its_rotation(
+    model_type: str, save_tiny: Save, tmp_path: Path
+) -> None:
+    source = save_tiny(model_type)
     rewrite_config(source, ("rope_parameters",), rotary_pct=0.5, rotary_emb_base=5_000)
     assert_pooled(source, tmp_path / "said")
     written = json.loads((tmp_path / "said" / "config.json").read_text())["rope_parameters"]
     assert written == {"rope_type": "default", "rope_theta": 5_000, "partial_rotary_factor": 0.5}
-    source = save_tiny("gpt_neox", name="silent", hidden_size=64, rope_parameters=None)
+    source = save_tiny(model_type, name="silent", hidden_size=64, rope_parameters=None)
     rewrite_config(source, ("rope_parameters",))
     assert_pooled(source, tmp_path / "silent-out")
 
@@ -83,6 +87,7 @@ def test_scaled_rotations_carry_over(save_tiny: Save, tmp_path: Path) -> None:
     ("model_type", "changes"),
     [
         ("gpt_neox", {"attention_bias": False}),
+        (SEQUENTIAL, {"attention_bias": False, "layer_norm_eps": 0.1, "hidden_act": "relu"}),
         ("gpt_neox", {"hidden_act": "relu", "layer_norm_eps": 0.1}),
         ("gptj", {"n_inner": 40, "activation_function": "relu", "layer_norm_epsilon": 0.1}),
         ("codegen", {"rotary_dim": 12}),
@@ -94,7 +99,7 @@ def test_settings_keep_their_meaning_under_the_host_s_names(
     assert_pooled(save_tiny(model_type, **changes), tmp_path / "out")
 
 
-@pytest.mark.parametrize("model_type", INTO_PHI)
+@pytest.mark.parametrize("model_type", REHOSTED)
 def test_what_an_old_config_leaves_out_is_the_source_class_own_default(
     model_type: str, save_tiny: Save, tmp_path: Path
 ) -> None:
@@ -118,8 +123,9 @@ def test_a_neox_checkpoint_of_the_hub_s_form(save_tiny: Save, tmp_path: Path) ->
     assert_pooled(source, tmp_path / "out", groups=1)
 
 
-def test_bfloat16_stays_bfloat16_and_near(save_tiny: Save, tmp_path: Path) -> None:
-    source = save_tiny("gpt_neox", dtype=torch.bfloat16)
+@pytest.mark.parametrize("model_type", REHOSTED)
+def test_bfloat16_stays_bfloat16_and_near(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
+    source = save_tiny(model_type, dtype=torch.bfloat16)
     assert_pooled(source, tmp_path / "out", atol=0.15, rtol=0.05)
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -161,12 +167,6 @@ def test_reordered_dims_rotate_by_halves_as_they_did_by_neighbours(pairs: int, r
     np.testing.assert_allclose(by_halves, by_neighbours, atol=1e-12)
 
 
-def test_layers_that_no_host_has_are_refused(save_tiny: Save) -> None:
-    source = str(save_tiny("gpt_neox", use_parallel_residual=False))
-    with pytest.raises(UsageError, match="use_parallel_residual False, which uptrain can't convert"):
-        plan_conversion(source, request(2))
-
-
 @pytest.mark.parametrize(
     ("model_type", "values", "said"),
     [
@@ -191,7 +191,7 @@ def test_a_missing_norm_is_named(save_tiny: Save) -> None:
         plan_conversion(str(source), request(2))
 
 
-@pytest.mark.parametrize("model_type", INTO_PHI)
+@pytest.mark.parametrize("model_type", REHOSTED)
 def test_calibrated_heads_land_in_the_host_too(model_type: str, tmp_path: Path) -> None:
     """Heads that are one in disguise are found on text as well, and give the source's logits back."""
     tokenizer = load_tokenizer(DEMO)

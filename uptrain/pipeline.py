@@ -111,6 +111,8 @@ class Pipeline:
             yield raw_bytes(np.ascontiguousarray(cast(self._folded(tensor), tensor.info.dtype, tensor.source)))
             return
         read = self.checkpoint.read(tensor.source)
+        if tensor.operation == "shift":
+            read = as_float32(read) + np.float32(tensor.factor)
         if tensor.operation == "scale":
             read = as_float32(read) * np.float32(tensor.factor)
         if tensor.norm is not None:

@@ -52,6 +52,11 @@ class Rehost:
             copied = TensorInfo(self.named(info.name), dtype(info.dtype), info.shape, "", -1, -1)
             if zero not in self.checkpoint.tensors:
                 out[info.name] = [OutputTensor(copied, "copy", info.name), _constant(new, info.name, 0)]
+        for module, addend in self.host.shifts.items():
+            for name, info in self.checkpoint.tensors.items():
+                if f".{name}".endswith(f".{module}.weight"):
+                    new = TensorInfo(self.named(name), dtype(info.dtype), info.shape, "", -1, -1)
+                    out[name] = [OutputTensor(new, "shift", name, factor=addend)]
         for block in (self._block(layer) for layer in range(self.layers)):
             for linear, norm in self.host.folds.items():
                 out.update(self._folded(block + linear, block + norm, dtype))

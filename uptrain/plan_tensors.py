@@ -10,14 +10,15 @@ from uptrain.checkpoint.header import TensorInfo
 if TYPE_CHECKING:
     from uptrain.plan_norms import PooledNorm
 
-Operation = Literal["copy", "transpose", "scale", "pool", "fold", "constant", "attention"]
+Operation = Literal["copy", "transpose", "scale", "shift", "pool", "fold", "constant", "attention"]
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the result: what it is, and the source tensor or layer it is made from; `factor` scales it.
+    """One tensor of the result: what it is, and the source tensor or layer it is made from.
 
-    `fold` names the norm whose weight and bias move into the linear `linear`; a constant is `factor` throughout.
+    `factor` scales or shifts it, and a constant is that throughout; `fold` names the norm whose weight and bias move
+    into the linear `linear`.
     """
 
     info: TensorInfo

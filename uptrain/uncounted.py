@@ -19,10 +19,7 @@ GPT_NEOX = Architecture(
     partial_rotary_factor=0.25,
     buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
     defaults=dict(zip(_SIZES, (6144, 44, 64, 50432, 2048), strict=True)),
-    hosts={"gqa": ("phi_of_gpt_neox",), "mqa": ("phi_of_gpt_neox",)},
-    unsupported={
-        "use_parallel_residual": (False, "no class with fewer key/value heads has its MLP after its attention"),
-    },
+    hosts=dict.fromkeys(("gqa", "mqa"), ("phi_of_gpt_neox", "nemotron_of_gpt_neox")),
     native=False,
 )
 

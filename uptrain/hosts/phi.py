@@ -34,6 +34,7 @@ _GPTJ = Host(
 
 _GPT_NEOX = Host(
     PHI,
+    requires={"use_parallel_residual": True},
     config_names={"hidden_dropout": "resid_pdrop"},
     fill={
         "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44, "num_attention_heads": 64,

@@ -8,6 +8,7 @@ from typing import Any
 
 from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
 from uptrain.hosts.host import Host
+from uptrain.hosts.nemotron import NEMOTRON_HOSTS
 from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
 from uptrain.uncounted import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT
@@ -26,6 +27,7 @@ def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -
 HOSTS: Mapping[str, Host] = MappingProxyType(
     {
         **PHI_HOSTS,
+        **NEMOTRON_HOSTS,
         "gpt_bigcode": Host(
             GPT_BIGCODE,
             requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
