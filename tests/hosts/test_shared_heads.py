@@ -191,3 +191,8 @@ def test_a_clipped_mpt_is_pooled_only(save_tiny: Save) -> None:
         plan_conversion(source, request(2, "svd"))
     assert "--method mean" in caught.value.hint
     plan_conversion(source, request(2))
+
+
+def test_an_mpt_says_how_far_its_positions_reach(save_tiny: Save, tmp_path: Path) -> None:
+    convert(str(save_tiny("mpt")), tmp_path / "out", request(2))
+    assert AutoConfig.from_pretrained(tmp_path / "out").max_position_embeddings == 64

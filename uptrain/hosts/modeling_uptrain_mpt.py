@@ -5,7 +5,7 @@ One self-contained file: it is copied into converted checkpoints, where `trust_r
 without uptrain. Apart from `Wqkv`, which is narrower, every tensor has MPT's name, shape and bytes.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +18,10 @@ class UptrainMptConfig(MptConfig):
     """Configure an MPT with `num_key_value_heads` key/value heads; none given means one per query head."""
 
     model_type = "uptrain_mpt"
+    # The longest text, beyond which ALiBi's table ends, by the name that callers look for.
+    attribute_map: ClassVar[dict[str, str]] = {
+        **MptConfig.attribute_map, "max_position_embeddings": "max_seq_len",
+    }  # fmt: skip
 
     num_key_value_heads: int | None = None
 
