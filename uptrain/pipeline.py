@@ -20,7 +20,7 @@ from uptrain.errors import Interrupted
 from uptrain.methods.gqa import pool_norm
 from uptrain.plan import Plan
 from uptrain.plan_tensors import OutputTensor
-from uptrain.rehost import fold_norm
+from uptrain.rehost import folded_bias, folded_weight
 from uptrain.transform import Calibrated, LayerMaker
 
 Progress = Callable[[int], None]
@@ -122,11 +122,12 @@ class Pipeline:
         yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
 
     def _folded(self, tensor: OutputTensor) -> Array:
-        names = (f"{tensor.linear}.bias", f"{tensor.fold}.weight", f"{tensor.fold}.bias")
-        bias, scale, shift = (self.checkpoint.read(n) if n in self.checkpoint.tensors else None for n in names)
-        if scale is None or shift is None:
-            raise KeyError(tensor.fold)
-        return fold_norm(self.checkpoint.read(f"{tensor.linear}.weight"), bias, scale, shift)[tensor.module == "bias"]
+        weight = self.checkpoint.read(f"{tensor.linear}.weight")
+        if tensor.module == "weight":
+            return folded_weight(weight, self.checkpoint.read(f"{tensor.fold}.weight"))
+        name = f"{tensor.linear}.bias"
+        bias = self.checkpoint.read(name) if name in self.checkpoint.tensors else None
+        return folded_bias(weight, bias, self.checkpoint.read(f"{tensor.fold}.bias"))
 
 
 def _workers() -> int:

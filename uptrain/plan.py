@@ -76,11 +76,14 @@ class Plan:
     def peak_memory(self) -> int:
         """Estimate the bytes of memory that one worker needs: a layer in fp32 beside its own dtype, and buffers."""
         layers: dict[int, int] = {}
+        whole = 0
         for tensor in (tensor for shard in self.shards.values() for tensor in shard):
+            if tensor.operation == "fold":
+                whole = max(whole, 4 * tensor.info.nbytes)
             if tensor.operation == "attention":
                 layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.info.nbytes
         ratio = max(1, self.before[0].num_key_value_heads // self.after[0].num_key_value_heads)
-        return max(layers.values(), default=0) * (ratio + 4) + 16 * 2**20
+        return max(whole, max(layers.values(), default=0) * (ratio + 4)) + 16 * 2**20
 
     def weight_map(self) -> dict[str, str]:
         """Return the index's map from tensor name to shard file."""

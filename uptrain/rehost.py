@@ -8,10 +8,17 @@ from uptrain.checkpoint.arrays import Array, as_float32
 from uptrain.packing import Heads, LayerHeads
 
 
-def fold_norm(weight: Array, bias: Array | None, scale: Array, shift: Array) -> tuple[Array, Array]:
-    """Return weight (…, d) and bias (…,) that map x as the given ones map x·scale + shift; scale and shift (d,)."""
-    wide, moved = as_float32(weight), as_float32(weight) @ as_float32(shift)
-    return wide * as_float32(scale), moved if bias is None else moved + as_float32(bias)
+def folded_weight(weight: Array, scale: Array) -> Array:
+    """Return the weight (…, d) that maps x as the given one maps x·scale, scale being (d,)."""
+    wide = as_float32(weight)
+    wide *= as_float32(scale)
+    return wide
+
+
+def folded_bias(weight: Array, bias: Array | None, shift: Array) -> Array:
+    """Return the bias (…,) that stands for a shift (d,) of the input of a linear with this weight (…, d) and bias."""
+    moved: Array = as_float32(weight) @ as_float32(shift)
+    return moved if bias is None else moved + as_float32(bias)
 
 
 def fold_into_heads(heads: LayerHeads, scale: Array, shift: Array) -> LayerHeads:
@@ -19,7 +26,7 @@ def fold_into_heads(heads: LayerHeads, scale: Array, shift: Array) -> LayerHeads
     folded = {}
     for part in "qkv":
         found = heads.part(part)
-        folded[part] = Heads(*fold_norm(found.weight, found.bias, scale, shift))
+        folded[part] = Heads(folded_weight(found.weight, scale), folded_bias(found.weight, found.bias, shift))
     return heads.with_parts(**folded)
 
 
