@@ -18,6 +18,23 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {
+        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5_000.0, "partial_rotary_factor": 0.5},
+    },
+    "gptj": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+    "codegen": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+    "opt": {
+        "hidden_size": 48, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "init_std": 0.15,
+    },
+    "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "use_cache": True},
+    "gpt_neo": {
+        "hidden_size": 48, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64,
+        "attention_types": [[["global", "local"], 1]], "window_size": 6,
+    },
     "falcon": {
         "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
         "multi_query": False, "parallel_attn": False, "bias": True,
@@ -69,10 +86,10 @@ EXTRA: dict[str, dict[str, Any]] = {
 def tiny_config(model_type: str, num_key_value_heads: int | None = None, **changes: Any) -> Any:
     """Return a two-layer config of `model_type` with four query heads and a vocabulary of 64.
 
-    "phi+qk_layernorm" is phi with that flag set.
+    "phi+qk_layernorm" is phi with that flag set, "gpt_neox+no_use_parallel_residual" gpt_neox with that one off.
     """
     model_type, *flags = model_type.split("+")
-    changes = {**dict.fromkeys(flags, True), **changes}
+    changes = {**{flag.removeprefix("no_"): not flag.startswith("no_") for flag in flags}, **changes}
     values = dict(TINY.get(model_type, {**LLAMA_LIKE, **EXTRA.get(model_type, {})}))
     if model_type == "falcon":
         values["num_kv_heads"] = num_key_value_heads or 4

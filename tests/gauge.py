@@ -38,11 +38,12 @@ def scatter_heads(model: PreTrainedModel, groups: int, seed: int = 0) -> PreTrai
     torch.manual_seed(seed)
     position = ARCHITECTURES[model.config.model_type].position
     share = (getattr(model.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1)
+    counted = getattr(model.config, "rotary_dim", None)
     for module in filter(linears_of, model.modules()):
         views = head_views(module)
-        rotated = int(views["k"][0].shape[1] * share) if _rotates(module) else 0
+        rotated = (counted or int(views["k"][0].shape[1] * share)) if _rotates(module) else 0
         phases = partial(_phases, rotated=rotated, interleaved=position is Position.ROTARY_INTERLEAVED)
-        for part, gauge in (("k", _invertible if position is Position.ABSOLUTE else phases), ("v", _invertible)):
+        for part, gauge in (("k", phases if position.rotates else _invertible), ("v", _invertible)):
             weight, *bias = views[part]
             rows = torch.cat([weight, *(one[..., None] for one in bias)], dim=2)
             _scatter(rows, groups, gauge)
@@ -54,9 +55,10 @@ def scatter_heads(model: PreTrainedModel, groups: int, seed: int = 0) -> PreTrai
 
 def _rotates(module: torch.nn.Module) -> bool:
     """Tell whether a layer of a model that rotates does so itself: SmolLM 3 and Cohere 2 leave some out."""
-    if module.config.model_type == "cohere2":
+    config = getattr(module, "config", None)
+    if getattr(config, "model_type", "") == "cohere2":
         return module.sliding_window is not None
-    return bool(getattr(module, "use_rope", True)) and not getattr(module.config, "alibi", False)
+    return bool(getattr(module, "use_rope", True)) and not getattr(config, "alibi", False)
 
 
 def _scatter(heads: torch.Tensor, groups: int, gauge: Callable[[int], torch.Tensor]) -> None:

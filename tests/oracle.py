@@ -14,7 +14,7 @@ Views = dict[str, list[Tensor]]
 
 def linears_of(module: nn.Module) -> list[nn.Module]:
     """Return what makes queries, keys and values in an attention module of transformers; none in any other module."""
-    for names in (("c_attn",), ("qkv_proj",), ("query_key_value",), ("q_proj", "k_proj", "v_proj")):
+    for names in (("c_attn",), ("Wqkv",), ("qkv_proj",), ("query_key_value",), ("q_proj", "k_proj", "v_proj")):
         if all(hasattr(module, name) for name in names):
             return [getattr(module, name) for name in names]
     return []
@@ -29,9 +29,13 @@ def head_views(module: nn.Module) -> Views:
     if linears[0].bias is not None:
         for part, view in _by_head(module, [linear.bias for linear in linears]).items():
             views[part].append(view)
-    names = ("c_proj", "dense", "o_proj")
+    names = ("c_proj", "dense", "o_proj", "out_proj")
     output = next(getattr(module, name) for name in names if hasattr(module, name)).weight
-    return {**views, "o": [(output.T if turned else output).unflatten(1, (-1, module.head_dim))]}
+    return {**views, "o": [(output.T if turned else output).unflatten(1, (-1, head_dim_of(module)))]}
+
+
+def head_dim_of(module: nn.Module) -> int:
+    return module.head_size if hasattr(module, "head_size") else module.head_dim
 
 
 def computed_heads(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -42,14 +46,17 @@ def computed_heads(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def _by_head(module: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
     """Split the linears' rows (out, …) by head, as the module's own forward does."""
-    if hasattr(module, "c_attn"):
+    if hasattr(module, "c_attn") or hasattr(module, "Wqkv"):
         rows = list(rows[0].chunk(3))
+    elif type(module).__name__ == "CodeGenAttention":  # four blocks of q, v, k
+        blocks = rows[0].unflatten(0, (4, 3, -1, module.head_dim))
+        return {part: blocks[:, index].flatten(0, 1) for index, part in enumerate("qvk")}
     elif hasattr(module, "qkv_proj"):
         heads = (module.config.num_attention_heads, module.num_key_value_heads, module.num_key_value_heads)
         rows = list(rows[0].split([count * module.head_dim for count in heads]))
     elif hasattr(module, "query_key_value"):  # for each group its queries, its key, its value
-        per_group = module.num_heads // module.num_kv_heads + 2
-        slots = rows[0].unflatten(0, (-1, per_group, module.head_dim))
+        per_group = module.num_heads // module.num_kv_heads + 2 if hasattr(module, "num_kv_heads") else 3
+        slots = rows[0].unflatten(0, (-1, per_group, head_dim_of(module)))
         queries = slots[:, 0] if per_group == 3 else slots[:, :-2].flatten(0, 1)
         return {"q": queries, "k": slots[:, -2], "v": slots[:, -1]}
     return {part: one.unflatten(0, (-1, module.head_dim)) for part, one in zip("qkv", rows, strict=True)}

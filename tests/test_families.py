@@ -22,6 +22,7 @@ from uptrain.cli import run
 from uptrain.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.hosts.register import register
+from uptrain.hosts.table import HOSTS
 from uptrain.layout import Architecture, Sliding
 from uptrain.model_config import attention_layers
 from uptrain.packing import join, modules_of, split
@@ -34,12 +35,13 @@ def family(name: str) -> Architecture:
 
 
 register()
-RESULTS = ("uptrain_gpt2", "gpt_bigcode")
+RESULTS = {"gpt_bigcode", *(host.name for host in HOSTS.values() if host.remote_code)}
 FAMILIES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
 EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
 """Its class caches a copy of keys and values for every query head, whatever their number."""
 VARIANTS = [
     "phi+qk_layernorm", "stablelm+qk_layernorm", "cohere+use_qk_norm", "falcon+parallel_attn", "falcon+alibi", EXPANDED,
+    "gpt_neox+no_use_parallel_residual",
 ]  # fmt: skip
 SOURCES = [*FAMILIES, *VARIANTS]
 UNGROUPED = ["falcon", "falcon+parallel_attn", "falcon+alibi"]

@@ -17,6 +17,7 @@ LAYOUTS = [
     Projections(fused="qkv", packing=Packing.CONCAT, transposed=True),
     Projections(fused="qkv", packing=Packing.GROUPED),
 ]
+IN_BLOCKS = Projections(fused="qkv", packing=Packing.BLOCKS)
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
 
 
@@ -55,6 +56,24 @@ def test_grouped_rows_are_each_group_s_queries_then_its_key_then_its_value(shape
     heads = split(LAYOUTS[3], spec, {"qkv.weight": np.concatenate(rows)})
     for part in "qkv":
         np.testing.assert_array_equal(heads.part(part).weight, np.stack(expected[part]))
+
+
+@given(shapes, st.integers(0, 99))
+def test_blocks_of_query_value_key_split_and_join(shape: tuple[int, int, int, int], seed: int) -> None:
+    """By brute force, as codegen stores them: a quarter of the heads a block."""
+    quarter, _, head_dim, hidden = shape
+    spec, rows, expected = AttentionSpec(4 * quarter, 4 * quarter, head_dim), [], {"q": [], "k": [], "v": []}
+    for _block in range(4):
+        for kind in "qvk":
+            for _head in range(quarter):
+                rows.append(np.full((head_dim, hidden), len(rows), np.float32))
+                expected[kind].append(rows[-1])
+    stored = random_tensors(IN_BLOCKS, spec, hidden, seed)
+    heads = split(IN_BLOCKS, spec, {**stored, "qkv.weight": np.concatenate(rows)})
+    for part in "qkv":
+        np.testing.assert_array_equal(heads.part(part).weight, np.stack(expected[part]))
+    back = join(IN_BLOCKS, spec, split(IN_BLOCKS, spec, stored))
+    assert all(np.array_equal(back[name], stored[name]) for name in stored)
 
 
 @given(shapes, st.integers(0, 99))

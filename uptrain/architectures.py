@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections, Sliding
+from uptrain.uncounted import CLIPPED, UNCOUNTED
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -99,6 +100,11 @@ DEEPSEEK_V3 = LLAMA.for_model(
     hosts={},
 )
 
+PHI = _like_llama(
+    "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,
+    projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
+)  # fmt: skip
+
 FALCON = Architecture(
     model_type="falcon",
     class_name="FalconForCausalLM",
@@ -118,6 +124,7 @@ FALCON = Architecture(
 )  # fmt: skip
 
 _ENTRIES = (
+    *UNCOUNTED,
     FALCON,
     GPT2,
     UPTRAIN_GPT2,
@@ -152,7 +159,7 @@ _ENTRIES = (
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
     _like_llama(
         "olmo", "OlmoForCausalLM", 4096, 32, 32, 50304, 2048,
-        pool_only={"clip_qkv": "it clips queries, keys and values, which no longer cancels when heads are re-scaled"},
+        pool_only={"clip_qkv": CLIPPED},
     ),
     _like_llama("arcee", "ArceeForCausalLM", 2560, 32, 32, 32000, 4096),
     _like_llama(
@@ -183,10 +190,7 @@ _ENTRIES = (
         "stablelm", "StableLmForCausalLM", 2560, 32, 32, 50304, 4096, 32, partial_rotary_factor=0.25,
         key_norm=KeyNorm("k_layernorm.norms.{head}", "qk_layernorm", by_head=True),
     ),
-    _like_llama(
-        "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,
-        projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
-    ),
+    PHI,
     _like_llama(
         "phi3", "Phi3ForCausalLM", 3072, 32, 32, 32064, 4096, sliding=Sliding.ALL,
         projections=Projections(fused="qkv_proj", packing=Packing.CONCAT),

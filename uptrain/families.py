@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from uptrain.architectures import ARCHITECTURES
+from uptrain.hosts.host import Host
 from uptrain.hosts.latent_hosts import LATENT_HOSTS
-from uptrain.hosts.table import HOSTS, Host, own_host
+from uptrain.hosts.table import HOSTS, own_host
 from uptrain.layout import Architecture, Position
 from uptrain.request import CHANGED_PARTS
 
@@ -98,4 +99,5 @@ def _holder(host: Host, needs: str = "") -> Holder:
 def _position(entry: Architecture) -> str:
     share = entry.partial_rotary_factor
     words = entry.position.value + (f" ({share:g} of each head)" if share != 1 else "")
+    words += f" ({entry.defaults[entry.keys.rotary_ndims]} dims of each head)" if entry.keys.rotary_ndims else ""
     return f"{words}, or {Position.ALIBI.value}" if entry.keys.alibi else words

@@ -32,6 +32,21 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "rope_type": kind, "rope_theta": config.get("rope_theta", THETA)}
 
 
+def partly_rotated(config: Mapping[str, Any], theta: str, rotary_ndims: int, head_dim: int) -> dict[str, Any]:
+    """Return a config's rotary parameters with its base, kept under `theta`, and the share of dims written out.
+
+    Raises:
+        UsageError: an odd number of dims is rotated, which classes round differently.
+    """
+    if rotary_ndims % 2:
+        raise UsageError(f"Its keys rotate {rotary_ndims} of {head_dim} dims, an odd number no other class agrees on.")
+    parameters = rope_parameters({**config, "rope_theta": config.get(theta, THETA)})
+    share = rotary_ndims / head_dim
+    # Classes multiply and cut off the fraction, which must not fall short of the number.
+    share = share if int(head_dim * share) == rotary_ndims else math.nextafter(share, 2)
+    return {**parameters, "partial_rotary_factor": share}
+
+
 def source_frequencies(config: Mapping[str, Any], head_dim: int, where: str) -> Frequencies:
     """Return the frequencies of a config's rotary embedding over `head_dim` dims.
 

@@ -8,6 +8,9 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
+BLOCKS = 4
+"""The blocks of a projection that is packed in blocks, one for each core CodeGen was trained on."""
+
 
 class Packing(Enum):
     """How the query, key and value rows of a layer are stored."""
@@ -18,6 +21,8 @@ class Packing(Enum):
     """One projection: all queries, then all keys, then all values."""
     GROUPED = "grouped"
     """One projection; per key/value head its query heads, its key, its value."""
+    BLOCKS = "four blocks"
+    """One projection in four blocks, each the queries, then the values, then the keys of a quarter of the heads."""
 
 
 class Position(Enum):
@@ -78,6 +83,10 @@ class ConfigKeys:
     """A flag that means one key/value head when it is true."""
     grouped: str | None = None
     """A flag without which the family has no groups, only one key/value head or all; it overrides `multi_query`."""
+    rotary_share: str = "partial_rotary_factor"
+    """The share of a head's dims that are rotated, where rotary parameters don't say it."""
+    rotary_ndims: str | None = None
+    """The number of a head's dims that are rotated, in families that count them."""
     alibi: str | None = None
     """A flag that means ALiBi in place of the family's position."""
     latent: bool = False
@@ -130,9 +139,11 @@ class Architecture:
     buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     """What the config class assumes where config.json is silent."""
+    older: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    """Config keys and what older checkpoints call them, which the config class still reads."""
     hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
-    """Config keys, the value that can't be converted, and why."""
+    """Config keys, with a dot where they lead into a section, the value that can't be converted, and why."""
     pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     """Config keys that, when set, rule out methods that change queries and output, and why."""
     uncalibrated: str = ""

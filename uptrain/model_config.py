@@ -9,7 +9,7 @@ from typing import Any
 from uptrain.architectures import ARCHITECTURES, NO_CACHE
 from uptrain.attention import AttentionSpec
 from uptrain.errors import CheckpointError, UsageError, did_you_mean
-from uptrain.layout import Architecture, KeyNorm, Position, Sliding
+from uptrain.layout import BLOCKS, Architecture, KeyNorm, Packing, Position, Sliding
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -31,9 +31,16 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         )
     architecture = ARCHITECTURES[model_type]
     for key, (value, why) in architecture.unsupported.items():
-        if config.get(key, architecture.defaults.get(key)) == value:
+        if setting(config, key, architecture.defaults.get(key)) == value:
             raise UsageError(f"{where} has {key} {value}, which uptrain can't convert: {why}.")
     return architecture
+
+
+def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Return what a config says of `key`, which may lead into a section of it ("attn_config.clip_qkv")."""
+    section, _, last = key.rpartition(".")
+    inside = config.get(section) if section else config
+    return inside.get(last, default) if isinstance(inside, Mapping) else default
 
 
 def position_of_config(architecture: Architecture, config: Mapping[str, Any]) -> Position:
@@ -65,8 +72,9 @@ def why_pool_only(architecture: Architecture, config: Mapping[str, Any]) -> str:
     if key_norm_of(architecture, config) is not None:
         return "its keys are normed after projection, which no longer cancels when heads are re-scaled"
     for key, why in architecture.pool_only.items():
-        if config.get(key) is not None:
-            return f"its {key} is {config[key]}: {why}"
+        value = setting(config, key)
+        if value is not None:
+            return f"its {key} is {value}: {why}"
     return ""
 
 
@@ -76,7 +84,8 @@ def config_value(architecture: Architecture, config: Mapping[str, Any], key: str
     Raises:
         CheckpointError: it is neither given nor known, or no positive integer.
     """
-    value = config.get(key)
+    older = config.get(architecture.older.get(key, key))
+    value = older if config.get(key) is None else config[key]
     value = architecture.defaults.get(key) if value is None else value
     if type(value) is not int or not 0 < value < 2**31:
         raise CheckpointError(f"{where} has {key} {value!r}, not a positive whole number.")
@@ -108,6 +117,8 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
         raise CheckpointError(f"{where}: {heads} attention heads don't divide the hidden size {hidden}.")
     else:
         head_dim = hidden // heads
+    if architecture.projections.packing is Packing.BLOCKS and heads % BLOCKS:
+        raise CheckpointError(f"{where} has {heads} attention heads, which don't fill the {BLOCKS} blocks it needs.")
     if heads % key_value_heads:
         raise CheckpointError(f"{where}: {key_value_heads} key/value heads don't divide {heads} attention heads.")
     layers = size(keys.num_hidden_layers)
@@ -177,9 +188,15 @@ def _rotated_dims(
     layers = len(windows)
     if position_of_config(architecture, config) is Position.ALIBI:
         return [0] * layers
+    counted = architecture.keys.rotary_ndims
+    if counted:
+        count = config_value(architecture, config, counted, where)
+        if count > head_dim or count % 2:
+            raise CheckpointError(f"{where} has {counted} {count}, no even number of a head's {head_dim} dims.")
+        return [count] * layers
     parameters = config.get("rope_parameters") or config.get("rope_scaling")
     said = parameters if isinstance(parameters, dict) else {}
-    factor = said.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    factor = said.get("partial_rotary_factor", config.get(architecture.keys.rotary_share))
     factor = architecture.partial_rotary_factor if factor is None else factor
     if type(factor) not in (int, float) or not 0 < factor <= 1:
         raise CheckpointError(f"{where} has partial_rotary_factor {factor!r}, not a share of each head's dims.")

@@ -10,7 +10,7 @@ import numpy as np
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.arrays import Array
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.layout import Packing, Projections
+from uptrain.layout import BLOCKS, Packing, Projections
 
 PARTS = ("q", "k", "v", "o")
 
@@ -145,6 +145,9 @@ def _rows(projections: Projections, spec: AttentionSpec, part: str) -> slice | A
     if projections.packing is Packing.CONCAT:
         start, count = {"q": (0, heads), "k": (heads, groups), "v": (heads + groups, groups)}[part]
         return slice(start * head_dim, (start + count) * head_dim)
+    if projections.packing is Packing.BLOCKS:
+        rows = np.arange(3 * heads * head_dim).reshape(BLOCKS, 3, -1)
+        return np.asarray(rows[:, "qvk".index(part)].reshape(-1))
     per_group = heads // groups
     slots = np.arange(groups * (per_group + 2)).reshape(groups, per_group + 2)
     columns = {"q": slice(per_group), "k": slice(per_group, per_group + 1), "v": slice(per_group + 1, None)}

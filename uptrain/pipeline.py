@@ -18,7 +18,9 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import State, write_shard
 from uptrain.errors import Interrupted
 from uptrain.methods.gqa import pool_norm
-from uptrain.plan import OutputTensor, Plan
+from uptrain.plan import Plan
+from uptrain.plan_tensors import OutputTensor
+from uptrain.rehost import folded_bias, folded_weight
 from uptrain.transform import Calibrated, LayerMaker
 
 Progress = Callable[[int], None]
@@ -102,7 +104,15 @@ class Pipeline:
             chunks = self.checkpoint.chunks(tensor.source)
             yield from follower.follow(source.start, chunks) if follower else chunks
             return
+        if tensor.operation == "constant":
+            yield raw_bytes(cast(np.full(tensor.info.shape, tensor.factor, np.float32), tensor.info.dtype, ""))
+            return
+        if tensor.operation == "fold":
+            yield raw_bytes(np.ascontiguousarray(cast(self._folded(tensor), tensor.info.dtype, tensor.source)))
+            return
         read = self.checkpoint.read(tensor.source)
+        if tensor.operation == "shift":
+            read = as_float32(read) + np.float32(tensor.factor)
         if tensor.operation == "scale":
             read = as_float32(read) * np.float32(tensor.factor)
         if tensor.norm is not None:
@@ -110,6 +120,14 @@ class Pipeline:
             read = pool_norm(read, tensor.norm.heads, tensor.norm.groups, self.plan.request.method)
         array = cast(read, tensor.info.dtype, tensor.source)
         yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
+
+    def _folded(self, tensor: OutputTensor) -> Array:
+        weight = self.checkpoint.read(f"{tensor.linear}.weight")
+        if tensor.module == "weight":
+            return folded_weight(weight, self.checkpoint.read(f"{tensor.fold}.weight"))
+        name = f"{tensor.linear}.bias"
+        bias = self.checkpoint.read(name) if name in self.checkpoint.tensors else None
+        return folded_bias(weight, bias, self.checkpoint.read(f"{tensor.fold}.bias"))
 
 
 def _workers() -> int:

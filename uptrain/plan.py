@@ -6,40 +6,29 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from uptrain.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.checkpoint.arrays import is_float
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.hosts.table import Host, host_config, host_of, own_host
+from uptrain.frequencies import partly_rotated
+from uptrain.hosts.host import Host
+from uptrain.hosts.table import host_config, host_of, own_host
 from uptrain.latent_packing import latent_shapes
 from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
 from uptrain.plan_checks import check_groups, check_method
 from uptrain.plan_latent import HEAD, LatentPlan, plan_latent
-from uptrain.plan_norms import PooledNorm, pooled_norms
+from uptrain.plan_norms import pooled_norms
+from uptrain.plan_rehost import Rehost
+from uptrain.plan_tensors import OutputTensor
 from uptrain.request import Request, resolve_groups
 
 PLAN_FORMAT = 1
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
-
-Operation = Literal["copy", "transpose", "scale", "pool", "attention"]
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One tensor of the result: what it is, and the source tensor or layer it is made from; `factor` scales it."""
-
-    info: TensorInfo
-    operation: Operation
-    source: str
-    layer: int = -1
-    module: str = ""
-    factor: float = 1.0
-    norm: PooledNorm | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +76,14 @@ class Plan:
     def peak_memory(self) -> int:
         """Estimate the bytes of memory that one worker needs: a layer in fp32 beside its own dtype, and buffers."""
         layers: dict[int, int] = {}
+        whole = 0
         for tensor in (tensor for shard in self.shards.values() for tensor in shard):
+            if tensor.operation == "fold":
+                whole = max(whole, 4 * tensor.info.nbytes)
             if tensor.operation == "attention":
                 layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.info.nbytes
         ratio = max(1, self.before[0].num_key_value_heads // self.after[0].num_key_value_heads)
-        return max(layers.values(), default=0) * (ratio + 4) + 16 * 2**20
+        return max(whole, max(layers.values(), default=0) * (ratio + 4)) + 16 * 2**20
 
     def weight_map(self) -> dict[str, str]:
         """Return the index's map from tensor name to shard file."""
@@ -123,6 +115,10 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     config = dict(checkpoint.config) if config is None else config
     if not same or host.architecture is not architecture:
         set_attention(host.architecture, config, groups)
+    if host.rotary:
+        spec = before[0]
+        rotated = spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims
+        config["rope_parameters"] = partly_rotated(checkpoint.config, host.theta, rotated, spec.head_dim)
     if request.dtype:
         _set_dtype(config, request.dtype)
     planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same)
@@ -178,7 +174,7 @@ class _Planner:
 
     def outputs(self) -> Iterator[OutputTensor]:
         """Yield the result's tensors in the order of the source's bytes."""
-        attention, norms = self._attention(), self._norms()
+        attention, norms, rehosted = self._attention(), self._norms(), self._rehost().outputs(self._dtype)
         placed: set[int] = set()
         for name, info in self.checkpoint.tensors.items():
             if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
@@ -186,6 +182,9 @@ class _Planner:
             if name in norms:
                 norm = norms[name]
                 yield from [norm] if norm else []
+                continue
+            if name in rehosted:
+                yield from rehosted[name]
                 continue
             if name not in attention:
                 if self.latent is not None and self.latent.head_of:
@@ -223,6 +222,9 @@ class _Planner:
             out.update(dict.fromkeys(names, (layer, outputs)))
         return out
 
+    def _rehost(self) -> Rehost:
+        return Rehost(self.checkpoint, self.architecture, self.host, self.prefix, len(self.before))
+
     def _norms(self) -> dict[str, OutputTensor | None]:
         """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
         if self.same or self.latent is not None:
@@ -238,7 +240,7 @@ class _Planner:
         self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
     ) -> Iterator[OutputTensor]:
         source, host = self.architecture, self.host.architecture
-        base = host.layer.format(prefix=self.prefix, layer=layer)
+        base = host.layer.format(prefix=self._rehost().prefix, layer=layer)
         for module in modules_of(host.projections, parts):
             part = next(part for part in "qkvo" if module_of(host.projections, part) == module)
             origin = module_of(source.projections, part)
@@ -247,7 +249,7 @@ class _Planner:
             out_features = columns if host.projections.transposed else rows
             first = source.layer.format(prefix=self.prefix, layer=layer) + origin + ".weight"
             dtype = self._dtype(self.checkpoint.tensors[first].dtype)
-            for kind in present[origin]:
+            for kind in ("weight", "bias") if self.host.biased else present[origin]:
                 shape = (rows, columns) if kind == "weight" else (out_features,)
                 info = TensorInfo(f"{base}{module}.{kind}", dtype, shape, "", -1, -1)
                 yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
@@ -287,7 +289,7 @@ class _Planner:
         if len(info.shape) != 2:
             turned = False
         shape = info.shape[::-1] if turned else info.shape
-        new = TensorInfo(name, self._dtype(info.dtype), shape, "", -1, -1)
+        new = TensorInfo(self._rehost().named(name), self._dtype(info.dtype), shape, "", -1, -1)
         scales = self.latent.scales if self.latent else {}
         for ending, factor in scales.items():
             if name == ending or name.endswith(f".{ending}"):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from uptrain import rehost
 from uptrain.checkpoint.arrays import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
@@ -69,8 +70,20 @@ class LayerMaker:
         groups = plan.after[layer].num_key_value_heads
         if groups != plan.before[layer].num_key_value_heads:
             heads = self._shared(heads, groups, layer)
+        heads = self._rehosted(heads, layer, base)
         out = join(plan.host.architecture.projections, plan.after[layer], heads)
         return {name: self._finish(layer, base, name, array) for name, array in out.items()}
+
+    def _rehosted(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
+        """Fit heads as the source's class sees them to the host's."""
+        source, host, spec = self.plan.architecture, self.plan.host, self.plan.before[layer]
+        if host.attention_norm:
+            norm = f"{base.removesuffix('.').rpartition('.')[0]}.{host.attention_norm}"
+            scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
+            heads = rehost.fold_into_heads(heads, scale, shift)
+        if source.position is Position.ROTARY_INTERLEAVED and host.architecture.position is Position.ROTARY:
+            heads = rehost.half_split(heads, spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims)
+        return rehost.with_biases(heads) if host.biased else heads
 
     def _shared(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
         request = self.plan.request

@@ -33,6 +33,7 @@ QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
 FAMILIES = [
     "gpt2", "llama", "cohere", "gemma2", "granite", "starcoder2", "phi", "phi3", "stablelm", "smollm3",
     "falcon", "falcon+alibi", "ministral", "seed_oss", "helium", "ernie4_5", "glm", "glm4", "nemotron", "cohere2",
+    "gpt_neox", "gpt_neox+no_use_parallel_residual", "gptj", "codegen", "opt", "bloom", "mpt", "gpt_neo",
 ]  # fmt: skip
 
 
@@ -77,7 +78,8 @@ def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_type):
-    folder = save(tmp_path, model_type, num_hidden_layers=3) if model_type != "gpt2" else save(tmp_path, model_type)
+    shallow = model_type in ("gpt2", "gptj", "codegen", "bloom", "mpt", "gpt_neo")
+    folder = save(tmp_path, model_type) if shallow else save(tmp_path, model_type, num_hidden_layers=3)
     checkpoint, target = opened(folder, 1)
     model = LayeredModel(checkpoint, target.architecture, target.prefix, torch.device("cpu"))
     blocks = tokens(3)
@@ -89,8 +91,10 @@ def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_t
             torch.testing.assert_close(states, expected[index], rtol=1e-5, atol=1e-5)
             with model.layer(index) as layer:
                 states = torch.stack([layer.run(block) for block in states])
-        norms = [name for name in ("ln_f", "norm", "final_layernorm") if hasattr(whole.base_model, name)]
-        torch.testing.assert_close(getattr(whole.base_model, norms[0])(states), expected[-1], rtol=1e-5, atol=1e-5)
+        names = ("ln_f", "norm", "norm_f", "final_layernorm", "final_layer_norm")
+        body = getattr(whole.base_model, "decoder", whole.base_model)
+        norm = next(getattr(body, name) for name in names if hasattr(body, name))
+        torch.testing.assert_close(norm(states), expected[-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

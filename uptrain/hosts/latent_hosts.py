@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures import DEEPSEEK_V3
-from uptrain.hosts.table import HOSTS, Host, host_config
+from uptrain.hosts.host import Host
+from uptrain.hosts.table import HOSTS, host_config
 from uptrain.latent_packing import LatentLayout
 from uptrain.layout import Architecture
 

@@ -14,6 +14,10 @@ from types import MappingProxyType, ModuleType
 OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
         "modeling_uptrain_gpt2": ("UptrainGPT2Config", "UptrainGPT2Model", "UptrainGPT2LMHeadModel"),
+        "modeling_uptrain_bloom": ("UptrainBloomConfig", "UptrainBloomModel", "UptrainBloomForCausalLM"),
+        "modeling_uptrain_gpt_neo": ("UptrainGPTNeoConfig", "UptrainGPTNeoModel", "UptrainGPTNeoForCausalLM"),
+        "modeling_uptrain_mpt": ("UptrainMptConfig", "UptrainMptModel", "UptrainMptForCausalLM"),
+        "modeling_uptrain_opt": ("UptrainOPTConfig", "UptrainOPTModel", "UptrainOPTForCausalLM"),
         "modeling_uptrain_gpt2_mla": ("UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", "UptrainGPT2MLALMHeadModel"),
         "modeling_uptrain_llama_mla": ("UptrainLlamaMLAConfig", "UptrainLlamaMLAModel", "UptrainLlamaMLAForCausalLM"),
     }

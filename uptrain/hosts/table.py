@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.hosts.host import Host
+from uptrain.hosts.nemotron import NEMOTRON_HOSTS
+from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
+from uptrain.uncounted import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-
-@dataclass(frozen=True)
-class Host:
-    """A class that can hold a result, and how a checkpoint of the source family becomes one of its own.
-
-    `requires` lists source config values the class is exact under; `fill` gives config values where the source is
-    silent (the two families' defaults differ); `fix` always; `drop` removes. `transposes` names the linear modules
-    outside attention that change between (in, out) and (out, in). `remote_code` is the modelling file shipped inside
-    the checkpoint, with `auto_classes`, when no stock class serves.
-    """
-
-    architecture: Architecture
-    requires: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    fill: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    fix: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    drop: tuple[str, ...] = ()
-    transposes: tuple[str, ...] = ()
-    remote_code: str = ""
-    auto_classes: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-
-    @property
-    def name(self) -> str:
-        """Return the host's model_type."""
-        return self.architecture.model_type
+def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> Host:
+    """Return a host whose modelling file, with these classes, ships inside the checkpoint."""
+    return Host(
+        architecture,
+        remote_code=f"modeling_{architecture.model_type}.py",
+        auto_classes={"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": architecture.class_name},
+        **changes,
+    )
 
 
 HOSTS: Mapping[str, Host] = MappingProxyType(
     {
+        **PHI_HOSTS,
+        **NEMOTRON_HOSTS,
         "gpt_bigcode": Host(
             GPT_BIGCODE,
             requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -47,36 +35,21 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
             drop=("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "num_key_value_heads"),
             transposes=("mlp.c_fc", "mlp.c_proj"),
         ),
-        "uptrain_llama_mla": Host(
+        "uptrain_llama_mla": _ours(
             UPTRAIN_LLAMA_MLA,
+            "UptrainLlamaMLAConfig",
+            "UptrainLlamaMLAModel",
             fill={"rms_norm_eps": 1e-6},
             drop=("head_dim", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-            remote_code="modeling_uptrain_llama_mla.py",
-            auto_classes={
-                "AutoConfig": "UptrainLlamaMLAConfig",
-                "AutoModel": "UptrainLlamaMLAModel",
-                "AutoModelForCausalLM": "UptrainLlamaMLAForCausalLM",
-            },
         ),
-        "uptrain_gpt2_mla": Host(
-            UPTRAIN_GPT2_MLA,
-            drop=("num_key_value_heads",),
-            remote_code="modeling_uptrain_gpt2_mla.py",
-            auto_classes={
-                "AutoConfig": "UptrainGPT2MLAConfig",
-                "AutoModel": "UptrainGPT2MLAModel",
-                "AutoModelForCausalLM": "UptrainGPT2MLALMHeadModel",
-            },
+        "uptrain_gpt2_mla": _ours(
+            UPTRAIN_GPT2_MLA, "UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", drop=("num_key_value_heads",)
         ),
-        "uptrain_gpt2": Host(
-            UPTRAIN_GPT2,
-            remote_code="modeling_uptrain_gpt2.py",
-            auto_classes={
-                "AutoConfig": "UptrainGPT2Config",
-                "AutoModel": "UptrainGPT2Model",
-                "AutoModelForCausalLM": "UptrainGPT2LMHeadModel",
-            },
-        ),
+        "uptrain_gpt2": _ours(UPTRAIN_GPT2, "UptrainGPT2Config", "UptrainGPT2Model"),
+        "uptrain_bloom": _ours(UPTRAIN_BLOOM, "UptrainBloomConfig", "UptrainBloomModel"),
+        "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO, "UptrainGPTNeoConfig", "UptrainGPTNeoModel"),
+        "uptrain_mpt": _ours(UPTRAIN_MPT, "UptrainMptConfig", "UptrainMptModel"),
+        "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
     }
 )
 
@@ -103,9 +76,13 @@ def own_host(architecture: Architecture) -> Host:
 
 def host_config(host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the source's config rewritten for `host`, its attention sizes still the source's."""
-    config = {key: value for key, value in source.items() if key not in (*host.drop, "auto_map")}
+    kept = {key: value for key, value in source.items() if key not in (*host.drop, "auto_map")}
+    config = {host.config_names.get(key, key): value for key, value in kept.items()}
     for key, value in host.fill.items():
         config.setdefault(key, value)
+    for key, (other, factor) in host.multiples.items():
+        if config.get(key) is None:
+            config[key] = factor * config[other]
     config.update(host.fix)
     config["model_type"] = host.name
     config["architectures"] = [host.architecture.class_name]

@@ -78,7 +78,8 @@ class Layer:
     def trace(self, hidden: Tensor) -> Trace:
         """Run the layer on hidden states (T, d) and return its attention's output as well."""
         seen: list[Tensor] = []
-        hook = self._inner.register_forward_hook(lambda _module, _args, output: seen.append(_hidden(output)))
+        # Not the attention's own output, to which some families have added the residual already.
+        hook = self._output.register_forward_hook(lambda _module, _args, output: seen.append(_hidden(output)))
         try:
             output = self.run(hidden)
         finally:
@@ -147,18 +148,24 @@ class LayeredModel:
 
         The first block also records what the model passes to each of its layers, which is the same for all.
         """
-        for name, module in self._base.named_children():
-            if name != self._path:
-                self._fill(module, f"{self.prefix}{name}.")
+        beside = list(self._beside())
+        for owner, name, path in beside:
+            self._fill(owner.get_submodule(name), f"{self.prefix}{path}.")
         usual = self.config._attn_implementation
         for kind in dict.fromkeys((usual, "eager")):
             with implementation(self.config, kind):
                 self._enter(blocks[:1], kind)
         for block in blocks:
             yield self._enter(block[None], None)
-        for name, _ in list(self._base.named_children()):
-            if name != self._path:
-                setattr(self._base, name, nn.Identity())
+        for owner, name, _ in beside:
+            setattr(owner, name, nn.Identity())
+
+    def _beside(self) -> Iterator[tuple[nn.Module, str, str]]:
+        """Yield every module that doesn't hold the layers: its owner, its name there, and its path."""
+        owner, above = self._base, ""
+        for part in self._path.split("."):
+            yield from ((owner, name, above + name) for name, _ in owner.named_children() if name != part)
+            owner, above = owner.get_submodule(part), f"{above}{part}."
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Layer]:

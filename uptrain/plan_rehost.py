@@ -1,0 +1,96 @@
+"""What tensors outside attention become in the class of another family: new names, norms folded away, biases added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import CheckpointError
+from uptrain.hosts.host import Host
+from uptrain.layout import Architecture
+from uptrain.plan_tensors import OutputTensor
+
+
+@dataclass(frozen=True)
+class Rehost:
+    """Says what the source's tensors outside attention become in `host`; `source_prefix` starts the body's names."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    host: Host
+    source_prefix: str
+    layers: int
+
+    @property
+    def prefix(self) -> str:
+        """Return the prefix of the body's names in the host."""
+        if self.host.architecture is self.architecture:
+            return self.source_prefix
+        return self.host.architecture.prefixes[self.architecture.prefixes.index(self.source_prefix)]
+
+    def named(self, name: str) -> str:
+        """Return the host's name of a tensor outside attention."""
+        if self.source_prefix and name.startswith(self.source_prefix):
+            name = self.prefix + name.removeprefix(self.source_prefix)
+        dotted = f".{name}"
+        for old, new in self.host.renames.items():
+            dotted = dotted.replace(f".{old}.", f".{new}.")
+        return dotted[1:]
+
+    def outputs(self, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+        """Map each source tensor that is no plain copy to what it becomes; `dtype` gives the result's dtype.
+
+        Raises:
+            CheckpointError: a norm that moves into a linear, or that linear, is missing.
+        """
+        out: dict[str, list[OutputTensor]] = {}
+        for zero, like in self.host.zeros.items():
+            info = self._info(self.source_prefix + like)
+            new = TensorInfo(zero, dtype(info.dtype), info.shape[:1], "", -1, -1)
+            copied = TensorInfo(self.named(info.name), dtype(info.dtype), info.shape, "", -1, -1)
+            if zero not in self.checkpoint.tensors:
+                out[info.name] = [OutputTensor(copied, "copy", info.name), _constant(new, info.name, 0)]
+        for module, addend in self.host.shifts.items():
+            for name, info in self.checkpoint.tensors.items():
+                if f".{name}".endswith(f".{module}.weight"):
+                    new = TensorInfo(self.named(name), dtype(info.dtype), info.shape, "", -1, -1)
+                    out[name] = [OutputTensor(new, "shift", name, factor=addend)]
+        for block in (self._block(layer) for layer in range(self.layers)):
+            for linear, norm in self.host.folds.items():
+                out.update(self._folded(block + linear, block + norm, dtype))
+            if self.host.attention_norm:
+                out.update(self._neutral(block + self.host.attention_norm, dtype))
+        return out
+
+    def _block(self, layer: int) -> str:
+        attention = self.architecture.layer.format(prefix=self.source_prefix, layer=layer)
+        return attention.removesuffix(".").rpartition(".")[0] + "."
+
+    def _folded(self, linear: str, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+        source, out = self._info(f"{linear}.weight"), {}
+        for kind, shape in (("weight", source.shape), ("bias", source.shape[:1])):
+            new = TensorInfo(self.named(f"{linear}.{kind}"), dtype(source.dtype), shape, "", -1, -1)
+            out[f"{linear}.{kind}"] = [OutputTensor(new, "fold", source.name, module=kind, linear=linear, fold=norm)]
+        if f"{linear}.bias" not in self.checkpoint.tensors:
+            out[source.name] += out.pop(f"{linear}.bias")
+        return {**out, **{self._info(f"{norm}.{kind}").name: [] for kind in ("weight", "bias")}}
+
+    def _neutral(self, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+        out = {}
+        for kind, value in (("weight", 1), ("bias", 0)):
+            info = self._info(f"{norm}.{kind}")
+            new = TensorInfo(self.named(info.name), dtype(info.dtype), info.shape, "", -1, -1)
+            out[info.name] = [_constant(new, info.name, value)]
+        return out
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.checkpoint.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
+        return info
+
+
+def _constant(info: TensorInfo, source: str, value: int) -> OutputTensor:
+    return OutputTensor(info, "constant", source, factor=value)
