@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from uptrain import __version__, cli_hub, cli_training, console
+from uptrain import __version__, cli_hub, cli_report, cli_training, console
 from uptrain.errors import Interrupted, UptrainError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,6 +61,7 @@ def cli() -> None:
     uptrain convert demo --to gqa --groups 4      writes ./demo-gqa4
     uptrain train recipes/demo-uptrain.yaml       uptrains it
     uptrain eval demo-gqa4 --baseline demo        proves what it lost and saved
+    uptrain report demo-gqa4                      shows that as a page with pictures
     uptrain push demo-gqa4 me/demo-gqa4           publishes it
     """
 
@@ -233,7 +234,7 @@ def verify(directory: Path, as_json: bool) -> None:
     report.verification(directory, run(directory), as_json)
 
 
-for _name, _command in {**cli_training.COMMANDS, **cli_hub.COMMANDS}.items():
+for _name, _command in {**cli_training.COMMANDS, **cli_report.COMMANDS, **cli_hub.COMMANDS}.items():
     cli.add_command(_command, _name)
 
 
