@@ -92,6 +92,54 @@ def test_divergence_and_agreement_are_torchs(tmp_path: Path, text: list[Files]) 
     assert found.baseline.perplexity == quick(baseline, None, text, tokens=32, stride=32).model.perplexity
 
 
+@torch.no_grad()
+def test_the_first_five_and_flips_are_counted_as_defined(tmp_path: Path, text: list[Files]) -> None:
+    """Source: Dutta et al. 2024, section 3: a flip is an answer that turns from right to wrong, or back."""
+    baseline = checkpoint(tmp_path / "baseline")
+    changed = shutil.copytree(baseline, tmp_path / "changed")
+    for folder, scale in ((baseline, 1.5), (changed, 1.0)):
+        noisy = {n: t + scale * torch.randn_like(t) for n, t in load_file(folder / "model.safetensors").items()}
+        save_file(noisy, folder / "model.safetensors", {"format": "pt"})
+    found = quick(changed, baseline, text, tokens=400, stride=32)
+    ids = token_ids(baseline, text, 400)
+    p, q = (AutoModelForCausalLM.from_pretrained(f) for f in (baseline, changed))
+    shared, flips, count = 0, 0, 0
+    for start in range(0, 400, 32):
+        block = ids[start : start + 32]
+        for first, second, target in zip(p(block[None]).logits[0], q(block[None]).logits[0], block[1:], strict=False):
+            order = [sorted(range(len(row)), key=row.tolist().__getitem__)[::-1] for row in (first, second)]
+            shared += len({*order[0][:5]} & {*order[1][:5]})
+            flips += (order[0][0] == int(target)) is not (order[1][0] == int(target))
+            count += 1
+    assert found.tokens == count
+    assert found.top5_agreement == pytest.approx(shared / 5 / count)
+    assert flips > 0
+    assert found.flip_rate == pytest.approx(flips / count)
+
+
+def test_each_text_and_context_is_a_row_as_if_measured_alone(tmp_path: Path, text: list[Files]) -> None:
+    folder = checkpoint(tmp_path / "model")
+    other = shutil.copytree(folder, tmp_path / "other")
+    zero = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(zero, other / "model.safetensors", {"format": "pt"})
+    both = [*text, Files(files=str(corpus(tmp_path / "more.txt", 20, seed=3)))]
+    found = quick(other, folder, both, tokens=200, context=[16, 64])
+    assert [(Path(row.text).name, row.context) for row in found.rows] == [
+        (name, context) for context in (16, 64) for name in ("text.txt", "more.txt", "all")
+    ]
+    for row in (row for row in found.rows if row.text != "all"):
+        (alone,) = quick(other, folder, [Files(files=row.text)], tokens=200, context=row.context).rows
+        assert alone == row
+    first, second, all_ = found.rows[3:]
+    for figure in ("kl", "top1_agreement", "top5_agreement", "flip_rate"):
+        total = sum(getattr(row, figure) * row.tokens for row in (first, second))
+        assert getattr(all_, figure) == pytest.approx(total / all_.tokens)
+    assert all_.perplexity == pytest.approx(300, rel=1e-4)
+    assert all_.perplexity_ratio_interval is not None and all_.perplexity_ratio is not None
+    assert all_.perplexity_ratio_interval[0] < all_.perplexity_ratio < all_.perplexity_ratio_interval[1]
+    assert (found.kl, found.context, found.tokens) == (all_.kl, 64, all_.tokens)
+
+
 def test_an_identical_model_diverges_by_exactly_nothing(tmp_path: Path, text: list[Files]) -> None:
     folder = checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     found = quick(folder, folder, text, tokens=200)

@@ -37,7 +37,8 @@ def text_of(folder: Path, base: str | None = None, **changes: Any) -> str:
 def evaluation(**changes: Any) -> Evaluation:
     ours = Measured("/home/me/small", 12.3456789, 1.5, 2048, 1000.0, 100.0)
     theirs = Measured("/home/me/large", 11.25, 1.4, 4096, 990.0, 80.0)
-    values = {"kl": 0.0123, "top1_agreement": 0.9, "tokens": 4000, "context": 512, "stride": 256, "speed_context": 64}
+    values = {"kl": 0.0123, "top1_agreement": 0.9, "tokens": 4000, "context": 512, "stride": 256, "speed_context": 64,
+              "speed_dtype": "float32"}  # fmt: skip
     return Evaluation(ours, theirs, **{**values, "dtype": "float32", "device": "cpu", **changes})
 
 

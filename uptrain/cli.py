@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from uptrain import __version__, cli_hub, cli_training, console
+from uptrain import __version__, cli_hub, cli_report, cli_training, console
 from uptrain.errors import Interrupted, UptrainError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,6 +61,7 @@ def cli() -> None:
     uptrain convert demo --to gqa --groups 4      writes ./demo-gqa4
     uptrain train recipes/demo-uptrain.yaml       uptrains it
     uptrain eval demo-gqa4 --baseline demo        proves what it lost and saved
+    uptrain report demo-gqa4                      shows that as a page with pictures
     uptrain push demo-gqa4 me/demo-gqa4           publishes it
     """
 
@@ -77,16 +78,45 @@ def _source_options(command: Command) -> Command:
 @cli.command()
 @click.argument("model")
 @_source_options
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw which heads resemble each other, and the "
+    "spectra of all keys and values.",
+)  # fmt: skip
+@click.option(
+    "--suggest", type=Share(), metavar="SHARE", help="Name what keeps at most this share of the cache, e.g. 25%, and "
+    "the energy each keeps. Needs torch.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def inspect(model: str, revision: str | None, allow_pickle: bool, as_json: bool) -> None:
+def inspect(
+    model: str, revision: str | None, allow_pickle: bool, plot: Path | None, suggest: float | None, as_json: bool
+) -> None:
     """Say what MODEL is, what its cache costs, and what it can become.
 
-    Reads headers and config.json only: a 70 B checkpoint takes no longer than a small one.
+    Reads headers and config.json only: a 70 B checkpoint takes no longer than a small one. --plot and --suggest read
+    the weights of a few layers too.
+
+    \b
+    uptrain inspect demo
+    uptrain inspect demo --suggest 25%
+    uptrain inspect ./llama --plot heads.png
     """
     from uptrain import report
     from uptrain.inspect import inspect as run
 
-    report.inspection(run(model, revision=revision, allow_pickle=allow_pickle), as_json)
+    found = run(model, revision=revision, allow_pickle=allow_pickle)
+    layers = None
+    if plot is not None:
+        from uptrain.page.head_maps import plot_heads
+
+        layers = plot_heads(model, plot, revision=revision, allow_pickle=allow_pickle)
+    if suggest is None:
+        report.inspection(found, as_json)
+    else:
+        from uptrain.suggest import suggest as look
+
+        report.suggestions(found, look(model, suggest, revision=revision, allow_pickle=allow_pickle), as_json)
+    if layers is not None:
+        console.note(f"Drew layers {', '.join(map(str, layers))} to {plot}.")
 
 
 @cli.command()
@@ -233,7 +263,7 @@ def verify(directory: Path, as_json: bool) -> None:
     report.verification(directory, run(directory), as_json)
 
 
-for _name, _command in {**cli_training.COMMANDS, **cli_hub.COMMANDS}.items():
+for _name, _command in {**cli_training.COMMANDS, **cli_report.COMMANDS, **cli_hub.COMMANDS}.items():
     cli.add_command(_command, _name)
 
 

@@ -33,7 +33,7 @@ def push(directory: Path, repo: str, dry_run: bool, as_json: bool, **options: An
     The token is that of `hf auth login`, or HF_TOKEN.
 
     \b
-    uptrain eval demo-gqa4 --baseline demo --json > demo-gqa4/eval.json
+    uptrain eval demo-gqa4 --baseline demo
     uptrain push demo-gqa4 me/demo-gqa4 --dry-run
     uptrain push demo-gqa4 me/demo-gqa4 --private
     """

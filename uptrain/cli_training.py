@@ -59,24 +59,50 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
     "--text",
     "texts",
     multiple=True,
-    help="Text or JSONL file, glob, or dataset name; repeatable. Default: python-stdlib:held-out, which is here.",
+    help="Text or JSONL file, glob, or dataset name; repeatable, each is a row. Default: python-stdlib:held-out, "
+    "which is here.",
 )
-@click.option("--context", type=click.IntRange(2), default=1024, show_default=True, help="Window, in tokens.")
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(2),
+    multiple=True,
+    default=(1024,),
+    show_default=True,
+    help="Window, in tokens; repeatable.",
+)
 @click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
-@click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="How much text to score.")
+@click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
 @click.option("--speed-context", type=click.IntRange(1), default=512, show_default=True, help="Measure speed there.")
 @click.option("--no-speed", is_flag=True, help="Leave speed out.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def evaluate(directory: str, texts: tuple[str, ...], as_json: bool, no_speed: bool, **options: Any) -> None:
+def evaluate(
+    directory: str,
+    texts: tuple[str, ...],
+    contexts: tuple[int, ...],
+    out: Path | None,
+    as_json: bool,
+    no_speed: bool,
+    **options: Any,
+) -> None:
     """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
+
+    Against a baseline also how far apart their predictions are, with 95 % intervals. docs/evaluation.md says how each
+    figure is computed, and what the JSON holds.
 
     \b
     uptrain eval demo-gqa4 --baseline demo
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
+    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024 --context 4096
     """
     from uptrain import report_training
-    from uptrain.evaluate import HELD_OUT
+    from uptrain.evaluate import HELD_OUT, save_place, write_evaluation
     from uptrain.evaluate import evaluate as run
     from uptrain.recipe_schema import parse_source
 
@@ -87,9 +113,14 @@ def evaluate(directory: str, texts: tuple[str, ...], as_json: bool, no_speed: bo
     except ValueError:
         raise UsageError(f"--text {' '.join(texts)} is not a text.", "Name a file, a glob or a dataset.") from None
     baseline = options.pop("baseline")
-    with console.tokens_progress("Scoring", options["tokens"]) as advance:
-        found = run(directory, baseline, text, on_tokens=advance, **options)
+    # What can't be written is said before anything is measured.
+    place = save_place(directory, out)
+    with console.tokens_progress("Scoring", options["tokens"] * len(text) * len(contexts)) as advance:
+        found = run(directory, baseline, text, context=contexts, on_tokens=advance, **options)
     report_training.evaluation(found, as_json)
+    if place is not None:
+        write_evaluation(found, place)
+        console.note(f"Wrote {place}.")
 
 
 @click.group()

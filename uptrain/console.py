@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from uptrain.words import size as size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -170,12 +172,3 @@ def _clock(step: Step) -> str:
 
 def _tenths(steps: int) -> set[int]:
     return {max(1, round(steps * tenth / 10)) for tenth in range(1, 10)}
-
-
-def size(count: float) -> str:
-    """Return bytes in words: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"

@@ -48,7 +48,7 @@ class Objective(nn.Module):
         """Compile student and teacher up to the head, in place."""
         for head in (self._head, self._teacher_head):
             if head is not None:
-                head.body.compile()
+                (head.model if head.body is None else head.body).compile()
 
     def forward(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return the sums over a batch's tokens, (4,) in fp32: total, cross-entropy, divergence, hidden distance.

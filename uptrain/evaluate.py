@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from uptrain import models
+from uptrain.checkpoint.jsonfile import dump_json
+from uptrain.checkpoint.manifest import EVALUATION, read_manifest, versions
 from uptrain.checkpoint.source import resolve
+from uptrain.checkpoint.writer import write_atomic
 from uptrain.data import TokenText, read_tokens
-from uptrain.errors import UsageError
-from uptrain.recipe_schema import Builtin, DataSource
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.measure.quality import Row, Window, make_row, score, windows
+from uptrain.measure.speed import cache_bytes_per_token, speeds
+from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
+from uptrain.training.journal import memory_bytes
+
+__all__ = ["HELD_OUT", "Evaluation", "Measured", "Row", "evaluate", "save_place", "windows", "write_evaluation"]
 
 HELD_OUT = Builtin(builtin="python-stdlib", split="held-out")
-_LOGITS = 2**24
-"""Logits held at once for one model."""
-_CACHE_TOKENS = 64
+FORMAT = 1
+ALL = "all"
+"""What the row of several texts together is called."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's figures: perplexity per token, bits per byte of text, cache bytes per token, tokens per second."""
+    """One model's figures: perplexity per token, bits per byte of text, cache bytes per token, tokens per second.
+
+    Speeds are medians; `decode_range` is the slowest and the fastest run.
+    """
 
     name: str
     perplexity: float
@@ -33,16 +44,19 @@ class Measured:
     cache_bytes_per_token: int
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None
+    decode_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A model's figures, the baseline's on the same tokens, and how far apart their predictions are.
 
-    `kl` is the mean of KL(baseline ‖ model) in nats per token; `top1_agreement` the share of tokens at which both
-    rank the same one first. `dtype` is what these and perplexity were computed in; cache and speed are measured in
-    each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in float32 on a device
-    that can't multiply it. `speed_dtype` is the model's.
+    `rows` has them by text and context. The others are those of all texts at the longest context: `kl` is the mean
+    of KL(baseline ‖ model) in nats per token; `top1_agreement` the share of tokens at which both rank the same one
+    first; the rest as in `Row`. `dtype` is what these and perplexity were computed in; cache and speed are measured
+    in each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in float32 on a
+    device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole measurement's, with
+    both models loaded: the accelerator's, or on a CPU the process's.
     """
 
     model: Measured
@@ -56,10 +70,54 @@ class Evaluation:
     speed_dtype: str
     dtype: str
     device: str
+    windows: int = 0
+    texts: tuple[str, ...] = ()
+    kl_interval: tuple[float, float] | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_interval: tuple[float, float] | None = None
+    top5_agreement: float | None = None
+    flip_rate: float | None = None
+    speed_repeats: int = 0
+    peak_memory_bytes: int | None = None
+    rows: tuple[Row, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values; docs/evaluation.md says what each means."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+def save_place(model: str, out: Path | None) -> Path | None:
+    """Return the file an evaluation of `model` goes to: `out`, else eval.json in a folder that uptrain wrote.
+
+    None where there is no such folder, it can't be written to, or its manifest lists an eval.json already.
+
+    Raises:
+        UsageError: `out` can't be written.
+    """
+    if out is not None:
+        folder = out.resolve().parent
+        if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"{out} can't be written.", "Name a file in a folder that exists.")
+        return out
+    folder = Path(model).expanduser()
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return None
+    manifest = read_manifest(folder)
+    return None if manifest is None or EVALUATION in manifest["files"] else folder / EVALUATION
+
+
+def write_evaluation(found: Evaluation, path: Path) -> None:
+    """Write an evaluation, with the versions it was made by, as docs/evaluation.md describes.
+
+    Raises:
+        CheckpointError: a perplexity is no number, so the weights are broken.
+    """
+    for measured in filter(None, (found.model, found.baseline)):
+        if not math.isfinite(measured.perplexity):
+            raise CheckpointError(
+                f"{measured.name} has no finite perplexity, so {path} is not written.", "Convert or train it again."
+            )
+    write_atomic(path, dump_json({**found.to_dict(), "versions": versions()}))
 
 
 def evaluate(
@@ -67,7 +125,7 @@ def evaluate(
     baseline: str | None = None,
     text: Sequence[DataSource] = (HELD_OUT,),
     *,
-    context: int = 1024,
+    context: int | Sequence[int] = 1024,
     stride: int | None = None,
     tokens: int = 32_768,
     speed_context: int = 512,
@@ -76,7 +134,7 @@ def evaluate(
     dtype: str | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Measure `model`, and `baseline` on the same tokens.
+    """Measure `model`, and `baseline` on the same tokens: at most `tokens` of each text, at each context.
 
     Perplexity slides a window of `context` tokens by `stride` (default: half of it) and scores each token once,
     with at least `context - stride` tokens before it; `stride == context` is plain block perplexity. Quality is
@@ -90,36 +148,73 @@ def evaluate(
     models.quiet()
     names = [model] if baseline is None else [model, baseline]
     sources = [resolve(name) for name in names]
-    texts = [read_tokens(text, models.load_tokenizer(source.path), tokens) for source in sources]
-    if baseline is not None and not _same(texts[0], texts[1]):
-        raise UsageError(f"{model} and {baseline} have different tokenizers, so their tokens can't be compared.")
+    tokenizers = [models.load_tokenizer(source.path) for source in sources]
+    texts = {}
+    for each in text:
+        read = [read_tokens([each], tokenizer, tokens) for tokenizer in tokenizers]
+        if baseline is not None and not _same(read[0], read[1]):
+            raise UsageError(f"{model} and {baseline} have different tokenizers, so their tokens can't be compared.")
+        texts[_text_name(each)] = read[0]
     device = _device()
     wanted = models.dtype_named(dtype) or (torch.float32 if device.type == "cpu" else None)
     loaded = [models.load_model(source) for source in sources]
     own = [each.dtype for each in loaded]
     loaded = [each.to(device=device, dtype=wanted or each.dtype).eval() for each in loaded]
     longest = min(_positions(each) for each in loaded)
-    context = min(context, longest, len(texts[0].ids))
-    stride = context // 2 if stride is None else stride
-    if not 1 <= stride <= context:
-        raise UsageError(f"stride {stride} must lie between 1 and the context of {context} tokens.")
-    quality = _quality(loaded, torch.from_numpy(texts[0].ids), context, stride, on_tokens)
+    most = max(len(each.ids) for each in texts.values())
+    contexts = sorted({min(each, longest, most) for each in ([context] if isinstance(context, int) else context)})
+    if stride is not None and not 1 <= stride <= contexts[0]:
+        raise UsageError(f"stride {stride} must lie between 1 and the context of {contexts[0]} tokens.")
+    rows = [row for size in contexts for row in _rows(loaded, texts, size, stride or size // 2, on_tokens)]
     quality_dtype = _name(loaded[0])
     loaded = [each.to(itself) for each, itself in zip(loaded, own, strict=True)]
     cache = [cache_bytes_per_token(each) for each in loaded]
     if not models.has_fast_bf16(device):
         loaded = [each.float() if each.dtype is torch.bfloat16 else each for each in loaded]
     speed_context = max(1, min(speed_context, longest - decode_tokens - 1)) if repeats else 0
-    speeds = _speeds(loaded, texts[0], speed_context, decode_tokens, repeats)
-    share = texts[0].bytes / len(texts[0].ids)
+    ids = torch.from_numpy(next(iter(texts.values())).ids)
+    timed = speeds(loaded, ids, speed_context, decode_tokens, repeats)
+    # The last row is that of the longest context and, of several texts, of all.
+    head = rows[-1]
+    quality = [(head.perplexity, head.bits_per_byte)]
+    if head.baseline_perplexity is not None and head.baseline_bits_per_byte is not None:
+        quality.append((head.baseline_perplexity, head.baseline_bits_per_byte))
     measured = [
-        Measured(name, math.exp(nats), nats / math.log(2) / share, held, *speed)
-        for name, nats, held, speed in zip(names, quality.nats, cache, speeds, strict=True)
+        Measured(name, *figures, held, speed.prefill, speed.decode, speed.decode_range)
+        for name, figures, held, speed in zip(names, quality, cache, timed, strict=True)
     ]
     return Evaluation(
-        measured[0], measured[1] if baseline is not None else None, quality.kl, quality.agreement, quality.tokens,
-        context, stride, speed_context, _name(loaded[0]), quality_dtype, str(device),
+        measured[0], measured[1] if baseline is not None else None, head.kl, head.top1_agreement, head.tokens,
+        head.context, head.stride, speed_context, _name(loaded[0]), quality_dtype, str(device), head.windows,
+        tuple(texts), head.kl_interval, head.perplexity_ratio, head.perplexity_ratio_interval, head.top5_agreement,
+        head.flip_rate, repeats, memory_bytes(device), tuple(rows),
     )  # fmt: skip
+
+
+def _rows(
+    loaded: Sequence[Any], texts: dict[str, TokenText], context: int, stride: int,
+    on_tokens: Callable[[int], None] | None,
+) -> list[Row]:  # fmt: skip
+    """Return a row of each text at one context and, where there are several, one of all."""
+    found: dict[str, list[Window]] = {}
+    for name, text in texts.items():
+        found[name] = score(loaded, torch.from_numpy(text.ids), context, stride, on_tokens)
+    rows = [make_row(name, context, stride, found[name], len(text.ids) / text.bytes) for name, text in texts.items()]
+    if len(texts) > 1:
+        share = sum(len(text.ids) for text in texts.values()) / sum(text.bytes for text in texts.values())
+        rows.append(make_row(ALL, context, stride, [window for each in found.values() for window in each], share))
+    return rows
+
+
+def _text_name(source: DataSource) -> str:
+    """Return what a text is called, as `--text` would name it."""
+    if isinstance(source, Builtin):
+        return f"{source.builtin}:{source.split}"
+    if isinstance(source, Dataset):
+        return source.dataset
+    if isinstance(source, Files):
+        return source.files if isinstance(source.files, str) else ", ".join(source.files)
+    return source.source
 
 
 def _device() -> torch.device:
@@ -138,105 +233,3 @@ def _same(one: TokenText, other: TokenText) -> bool:
 def _positions(model: Any) -> int:
     value = getattr(model.config, "max_position_embeddings", None)
     return value if isinstance(value, int) else 2**31
-
-
-@dataclass(frozen=True)
-class _Quality:
-    nats: list[float]
-    kl: float | None
-    agreement: float | None
-    tokens: int
-
-
-def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, end, first): tokens [begin, end) are shown, and those from `first` on are scored.
-
-    Source: Hugging Face, "Perplexity of fixed-length models"; only here no token is counted that isn't scored.
-    """
-    done = 0
-    for begin in range(0, length, stride):
-        end = min(begin + context, length)
-        first = max(done, begin + 1)
-        if first < end:
-            yield begin, end, first
-        done = end
-        if end == length:
-            break
-
-
-@torch.no_grad()
-def _quality(
-    loaded: Sequence[Any], ids: torch.Tensor, context: int, stride: int, on_tokens: Callable[[int], None] | None
-) -> _Quality:
-    nats = [0.0] * len(loaded)
-    divergence, agreed, scored = 0.0, 0, 0
-    for begin, end, first in windows(len(ids), context, stride):
-        shown = ids[begin:end].to(loaded[0].device)
-        # The logits at a position predict the token after it, so the last position's are not needed.
-        keep = slice(first - 1 - begin, end - 1 - begin)
-        logits = [each(input_ids=shown[None], use_cache=False).logits[0, keep] for each in loaded]
-        if len({each.shape[-1] for each in logits}) > 1:
-            raise UsageError("The model and its baseline have vocabularies of different sizes.")
-        rows = max(1, _LOGITS // logits[0].shape[-1])
-        for start in range(0, end - first, rows):
-            targets = ids[first + start : min(first + start + rows, end)].to(shown.device)
-            logs = [each[start : start + rows].float().log_softmax(-1) for each in logits]
-            for position, each in enumerate(logs):
-                nats[position] -= float(each.gather(-1, targets[:, None]).double().sum())
-            if len(logs) == 2:
-                difference = logs[1].exp() * (logs[1] - logs[0])
-                divergence += float(difference.double().sum())
-                agreed += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
-        scored += end - first
-        if on_tokens:
-            on_tokens(end - first)
-    pair = len(loaded) == 2
-    # Rounding can leave a sum of terms that cancel a hair below zero.
-    kl = max(0.0, divergence / scored) if pair else None
-    return _Quality([each / scored for each in nats], kl, agreed / scored if pair else None, scored)
-
-
-@torch.no_grad()
-def cache_bytes_per_token(model: Any) -> int:
-    """Run a short text through the model and count the bytes its cache holds per token, over all layers."""
-    ids = torch.arange(_CACHE_TOKENS, device=model.device)[None] % model.config.vocab_size
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return round(sum(tensor.nbytes for tensor in tensors) / _CACHE_TOKENS)
-
-
-def _speeds(
-    loaded: Sequence[Any], text: TokenText, context: int, decode_tokens: int, repeats: int
-) -> list[tuple[float | None, float | None]]:
-    if not repeats:
-        return [(None, None)] * len(loaded)
-    ids = torch.from_numpy(text.ids)
-    ids = ids.repeat(math.ceil(context / len(ids)))[:context]
-    runs: list[list[tuple[float, float]]] = [[] for _ in loaded]
-    for turn in range(repeats + 1):
-        for each, times in zip(loaded, runs, strict=True):
-            measured = _time(each, ids[None].to(each.device), decode_tokens)
-            # The first turn warms up.
-            if turn:
-                times.append(measured)
-    return [
-        (context / statistics.median(p for p, _ in times), decode_tokens / statistics.median(d for _, d in times))
-        for times in runs
-    ]
-
-
-@torch.no_grad()
-def _time(model: Any, ids: torch.Tensor, decode_tokens: int) -> tuple[float, float]:
-    started = _now(model)
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefilled = _now(model)
-    for _ in range(decode_tokens):
-        token = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-    return prefilled - started, _now(model) - prefilled
-
-
-def _now(model: Any) -> float:
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)
-    return time.perf_counter()

@@ -20,13 +20,16 @@ class LogitHead:
     def __init__(self, model: Any) -> None:
         self.model = model
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.body, self.linear = plain.base_model, plain.get_output_embeddings()
+        self.linear = plain.get_output_embeddings()
         config = plain.config
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
         self.cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-        self.split = self._holds(plain)
+        # Some classes call their decoder themselves, past the body that wraps it (OPT).
+        bodies = [plain.base_model, *([plain.get_decoder()] if hasattr(plain, "get_decoder") else [])]
+        self.body = next((body for body in bodies if self._holds(plain, body)), None)
+        self.split = self.body is not None
 
     @property
     def weight(self) -> Tensor | None:
@@ -47,7 +50,7 @@ class LogitHead:
         self, ids: Tensor, position_ids: Tensor | None = None, states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the last hidden state (sequences, tokens, hidden_size) and, if asked for, that of every layer."""
-        body = self.body if self.split else self.model
+        body = self.model if self.body is None else self.body
         also = {} if position_ids is None else {"position_ids": position_ids}
         out = body(input_ids=ids, use_cache=False, output_hidden_states=states, **also)
         return out[0], tuple(out.hidden_states[1:]) if states else ()
@@ -67,26 +70,28 @@ class LogitHead:
         return self.finish(functional.linear(hidden.to(weight.dtype), weight, self.bias).float())
 
     @torch.no_grad()
-    def _holds(self, plain: Any) -> bool:
-        if self.linear is None or self.body is plain:
+    def _holds(self, plain: Any, body: Any) -> bool:
+        if self.linear is None or body is None or body is plain:
             return False
         weight = self.linear.weight
         random = torch.Generator().manual_seed(0)
         given = torch.randn(1, 4, weight.shape[1], generator=random).to(weight)
         # The body is left out: running a large one on the CPU, before its weights are shared out, would take minutes.
-        earlier = vars(self.body).get("forward")
-        self.body.forward = lambda *args, **named: _Given(given)
+        earlier = vars(body).get("forward")
+        body.forward = lambda *args, **named: _Given(given)
         self.split = True
         try:
             own = plain(input_ids=torch.zeros(1, 4, dtype=torch.long, device=weight.device), use_cache=False)[0]
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
             return False
         finally:
-            del self.body.forward
+            del body.forward
             if earlier is not None:
-                self.body.forward = earlier
+                body.forward = earlier
         own, mine = own[0].float(), self.logits(given[0])
-        return bool(torch.allclose(mine, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())))
+        return own.shape == mine.shape and bool(
+            torch.allclose(mine, own, rtol=1e-2, atol=1e-2 * float(own.abs().max()))
+        )
 
 
 class _Given:

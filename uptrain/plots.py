@@ -1,4 +1,4 @@
-"""Pictures of what was measured, as PNG; the only module that draws."""
+"""Pictures of a training run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from uptrain.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CURVES = "training.png"
 
@@ -35,6 +36,17 @@ def training(folder: Path) -> Path:
     if not log.is_file():
         raise UsageError(f"{folder} has no train_log.jsonl to draw.", "Name a folder that `uptrain train` wrote.")
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    out = folder / CURVES
+    curves(entries).savefig(out, dpi=120)
+    return out
+
+
+def curves(entries: list[dict[str, Any]]) -> Figure:
+    """Draw a log's losses, divergences, learning rate and speed against the tokens seen.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
     taught = any("kl" in entry for entry in entries)
     figure, (first, *middle, rate, speed) = _figure(3 + taught)
     _line(first, entries, "cross_entropy" if taught else "loss", "training")
@@ -58,9 +70,7 @@ def training(folder: Path) -> Path:
     speed.set_ylabel("tokens/s")
     speed.set_ylim(bottom=0)
     speed.set_xlabel("tokens seen")
-    out = folder / CURVES
-    figure.savefig(out, dpi=120)
-    return out
+    return figure
 
 
 def _line(axes: Axes, entries: list[dict[str, Any]], name: str, label: str, marker: str = "") -> None:
@@ -70,7 +80,7 @@ def _line(axes: Axes, entries: list[dict[str, Any]], name: str, label: str, mark
         axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("." if len(points) == 1 else ""))
 
 
-def _figure(rows: int) -> tuple[Any, Any]:
+def _figure(rows: int) -> tuple[Figure, Any]:
     check()
     import matplotlib
 

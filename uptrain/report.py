@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from uptrain.inspect import Inspection
     from uptrain.plan import Plan
     from uptrain.plan_latent import LatentPlan
+    from uptrain.suggest import Suggestion
 
 EXPANDED = "{} caches a copy for every query head; memory is saved by engines that cache the heads themselves"
 
@@ -69,6 +70,26 @@ def inspection(found: Inspection, as_json: bool) -> None:
         for option in found.options
     ]
     console.table("Can become", ("convert", "cache/token", "kept", "class", "remote code"), rows)
+
+
+def suggestions(found: Inspection, suggested: list[Suggestion], as_json: bool) -> None:
+    """Show what fits a cache budget, the smallest cache first."""
+    if as_json:
+        console.result_json({**found.to_dict(), "suggestions": [each.to_dict() for each in suggested]})
+        return
+    rows = [
+        (each.options, size(each.cache_bytes_per_token), f"{each.cache:.1%}", f"{each.keys:.1%}", f"{each.values:.1%}")
+        for each in suggested
+    ]
+    console.table(f"What {found.name} can become", ("convert", "cache/token", "of it", "keys", "values"), rows)
+    layers = ", ".join(map(str, suggested[0].layers))
+    console.note(
+        f"keys, values: energy kept before any training, the mean of layers {layers}, without text. "
+        "--calibrate TEXT weighs it by what text makes each layer use."
+    )
+    # The same cache can be had in several forms: what keeps most of its weaker side is the one to try.
+    best = max(suggested, key=lambda each: min(each.keys, each.values))
+    console.note(f"Keeps most: uptrain convert {found.name} {best.options}")
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:

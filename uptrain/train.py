@@ -104,6 +104,10 @@ class _Run:
         self.boundary = Boundary.of(self.tokenizer) if recipe.isolate_documents else None
         self.held_out = read_held_out(recipe, self.tokenizer)
         self.spread = self._spread()
+        if self.boundary is not None and not self.spread.keeps_apart():
+            raise UsageError(
+                "This model's class can't keep documents in a block apart.", "Set isolate_documents: false."
+            )
         self.optimizer = make_optimizer(self.spread.objective, recipe)
         self.schedule = make_schedule(self.optimizer, recipe)
         self.reader = self._reader()

@@ -24,8 +24,11 @@ _OF_EACH = (
     ("decode, tokens/s", "decode_tokens_per_second", "{:,.0f}", ""),
 )
 _OF_BOTH = (
+    ("perplexity, times the original's", "perplexity_ratio", "{:.4f}", "perplexity_ratio"),
     ("KL from the original, nats per token", "kl", "{:.4g}", "kl_divergence"),
     ("top-1 agreement with the original", "top1_agreement", "{:.1%}", "top1_agreement"),
+    ("top-5 agreement with the original", "top5_agreement", "{:.1%}", "top5_agreement"),
+    ("flips, tokens only one ranks first rightly", "flip_rate", "{:.2%}", "flip_rate"),
 )
 
 

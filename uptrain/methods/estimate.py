@@ -1,10 +1,13 @@
 """What share of a layer's key and value energy poolings and the factorisation keep, in numpy: fit for one layer of a
-large model in the middle of a conversion, where importing torch would cost more than converting.
+large model in the middle of a conversion, where importing torch would cost more than converting. And what that says
+of two heads, and of all of them.
 
 Energy is the squared Frobenius norm of the stacked heads, biases included. Source: Eckart & Young 1936.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -67,3 +70,26 @@ def _leading(stack: Floats, rank: int) -> float:
         basis = stack @ (stack.T @ np.linalg.qr(basis)[0])
     found = np.linalg.svd(np.linalg.qr(basis)[0].T @ stack, compute_uv=False)
     return float(np.square(found[:rank]).sum(dtype=np.float64))
+
+
+def pair_similarity(rows: Floats, kept: Callable[[Floats], float]) -> Floats:
+    """Return (heads, heads): the share of two heads' energy that one shared head keeps, from rows (heads, D, d̃).
+
+    `kept` says it of two heads' rows (2, D, d̃). Two that are equal share 1; two that have nothing in common and the
+    same energy share a half.
+    """
+    heads = len(rows)
+    out = np.ones((heads, heads), np.float32)
+    for one in range(heads):
+        for other in range(one):
+            out[one, other] = out[other, one] = kept(rows[[one, other]])
+    return out
+
+
+def spectrum(rows: Floats) -> npt.NDArray[np.float64]:
+    """Return the singular values of the stacked heads (heads, D, d̃), descending; float64."""
+    stack = rows.reshape(-1, rows.shape[2]).astype(np.float64)
+    # The shorter side's Gram matrix: a fraction of the time, and small values matter to no picture.
+    gram = stack @ stack.T if len(stack) <= stack.shape[1] else stack.T @ stack
+    found: npt.NDArray[np.float64] = np.sqrt(np.linalg.eigvalsh(gram)[::-1].clip(min=0))
+    return found

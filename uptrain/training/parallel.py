@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from uptrain.distill import Objective
+from uptrain.distill import IGNORED, Objective
 
 
 class Spread:
@@ -51,6 +51,25 @@ class Spread:
         else:
             with self.accelerator.no_sync(self.module):
                 yield
+
+    @torch.no_grad()
+    def keeps_apart(self) -> bool:
+        """Tell whether positions that start anew keep attention inside a document: not every class reads them so."""
+        device = self.accelerator.device
+        positions = torch.tensor([[0, 1, 0, 1]], device=device)
+        targets = torch.tensor([[IGNORED, IGNORED, 3, IGNORED]], device=device)
+        losses = []
+        self.module.eval()
+        try:
+            for before in ([0, 1], [4, 5]):
+                with self.autocast():
+                    ids = torch.tensor([[*before, 2, 3]], device=device)
+                    losses.append(float(self.module(ids, targets, positions)[1]))
+        except TypeError:
+            return False
+        finally:
+            self.module.train()
+        return abs(losses[0] - losses[1]) < 1e-3 * max(1.0, abs(losses[0]))
 
     def clip(self, limit: float) -> float:
         """Scale gradients so that their norm is no more than `limit`; return what it was."""

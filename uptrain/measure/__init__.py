@@ -1,0 +1,1 @@
+"""What is measured of a model: how well it predicts, with intervals, and what it costs."""

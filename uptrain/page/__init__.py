@@ -1,0 +1,74 @@
+"""One HTML page that shows what checkpoints cost and saved; what was not measured is said to be missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from uptrain import plots
+from uptrain.checkpoint.writer import write_atomic
+from uptrain.errors import UsageError
+from uptrain.page.sections import Section, sections, summary
+from uptrain.page.style import drawing, png, svg
+from uptrain.page.subjects import find_subjects
+
+__all__ = ["Page", "write_page"]
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where a page and its pictures were written, and a sentence for each thing it could not show."""
+
+    path: Path
+    pictures: tuple[Path, ...]
+    missing: tuple[str, ...]
+
+
+def write_page(directory: Path, out: Path | None = None) -> Page:
+    """Write the page of the checkpoint, or the checkpoints, in `directory`, and its pictures beside it.
+
+    Raises:
+        UsageError: no checkpoint that uptrain wrote, no place for the page, or matplotlib or jinja2 is missing.
+        CheckpointError: a manifest, config or eval.json that is broken.
+    """
+    subjects = find_subjects(directory)
+    path = out or directory / PAGE
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"{path} can't be written.", "Name a file in a folder that exists.")
+    plots.check()
+    pictures = []
+    with drawing():
+        found = sections(subjects)
+        shown = []
+        for section in found:
+            charts = []
+            for chart in section.charts:
+                picture = path.with_name(f"{path.stem}-{chart.name}.png")
+                picture.write_bytes(png(chart.figure))
+                pictures.append(picture)
+                charts.append({"svg": svg(chart.figure, chart.name), "says": chart.says})
+            shown.append({"section": section, "charts": charts})
+    write_atomic(path, _render(title=_title(directory, len(subjects)), summary=summary(subjects), shown=shown))
+    return Page(path, tuple(pictures), tuple(_missing(found)))
+
+
+def _title(directory: Path, count: int) -> str:
+    name = directory.resolve().name
+    return name if count == 1 else f"{name}: {count} checkpoints"
+
+
+def _missing(found: list[Section]) -> list[str]:
+    return [f"{section.title}: {sentence}" for section in found for sentence in section.missing]
+
+
+def _render(**values: object) -> str:
+    try:
+        from jinja2 import Environment, PackageLoader
+    except ImportError:
+        raise UsageError("The page needs jinja2.", "pip install 'uptrain[plots]'") from None
+    environment = Environment(
+        loader=PackageLoader("uptrain", "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.jinja").render(**values)

@@ -1,0 +1,112 @@
+"""What a report is about: the checkpoints in a folder, and what uptrain wrote down about each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uptrain.attention import AttentionSpec
+from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS
+from uptrain.checkpoint.jsonfile import read_json
+from uptrain.checkpoint.manifest import EVALUATION, read_manifest
+from uptrain.checkpoint.reader import read_config
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers
+
+LOG = "train_log.jsonl"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint: its name, history, attention, measurements (None without eval.json) and training log."""
+
+    name: str
+    folder: Path
+    stages: list[dict[str, Any]]
+    config: Mapping[str, Any]
+    layers: tuple[AttentionSpec, ...]
+    evaluation: Mapping[str, Any] | None
+    log: list[dict[str, Any]]
+
+    @property
+    def conversions(self) -> list[dict[str, Any]]:
+        """Return the stages that changed the heads, the first one first."""
+        return [stage for stage in self.stages if stage.get("stage") == "convert"]
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes of a cached value: of the config's dtype, else of 16 bits."""
+        dtype = next((str(self.config[key]) for key in DTYPE_KEYS if self.config.get(key)), "")
+        return ITEM_BITS[FLOAT_DTYPES[dtype]] // 8 if dtype in FLOAT_DTYPES else 2
+
+    @property
+    def original_heads(self) -> int:
+        """Return the key/value heads before all conversions."""
+        for stage in self.conversions:
+            return int(stage["num_key_value_heads"]["before"])
+        return self.layers[0].num_key_value_heads
+
+    @property
+    def conditions(self) -> tuple[Any, ...]:
+        """Return what two evaluations must share for their figures to be comparable."""
+        found = self.evaluation or {}
+        names = (_mapping(found.get("baseline")).get("name"), str(found.get("texts")))
+        return (*names, *(found.get(key) for key in ("context", "stride", "tokens", "dtype")))
+
+    def figure(self, name: str, of: str = "") -> float | None:
+        """Return a number of eval.json, or of its `model` or `baseline`; None where it has none."""
+        found: Any = self.evaluation or {}
+        value = (_mapping(found.get(of)) if of else found).get(name)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def pair(self, name: str, of: str = "") -> tuple[float, float] | None:
+        """Return an interval or a range of eval.json, likewise."""
+        found: Any = self.evaluation or {}
+        value = (_mapping(found.get(of)) if of else found).get(name)
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value):
+            return float(value[0]), float(value[1])
+        return None
+
+
+def find_subjects(directory: Path) -> list[Subject]:
+    """Return the checkpoint in `directory`, or those in its subfolders, by name.
+
+    Raises:
+        UsageError: uptrain wrote none of them.
+        CheckpointError: a manifest, config, eval.json or log that is broken.
+    """
+    folders = [directory, *sorted(path for path in directory.iterdir())] if directory.is_dir() else []
+    found = [subject for folder in folders if folder.is_dir() and (subject := _subject(folder)) is not None]
+    if not found:
+        raise UsageError(
+            f"{directory} holds no checkpoint that uptrain wrote.",
+            "Name a folder with an uptrain.json in it, or a folder of such folders.",
+        )
+    return found[:1] if found[0].folder == directory else found
+
+
+def _subject(folder: Path) -> Subject | None:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    config = read_config(folder)
+    layers = attention_layers(architecture_of(config, str(folder)), config, str(folder))
+    evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    return Subject(folder.resolve().name, folder, manifest["stages"], config, layers, evaluation, _log(folder / LOG))
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        raise CheckpointError(f"{path} has a line that is not JSON.", "Remove it, or train again.") from None
+    return [line for line in lines if isinstance(line, dict) and "tokens" in line]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

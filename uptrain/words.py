@@ -1,0 +1,24 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+
+def size(count: float) -> str:
+    """Return bytes in words: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def tokens(count: int) -> str:
+    """Return a context in words: 64 K."""
+    return f"{count // 2**20} M" if count >= 2**20 else f"{count // 1024} K"
+
+
+def number(value: float | None, form: str, ends: tuple[float, float] | None = None) -> str:
+    """Return a figure in `form`, with its interval, or a dash where there is none."""
+    if value is None:
+        return "–"
+    return form.format(value) + (f" ({form.format(ends[0])} to {form.format(ends[1])})" if ends else "")
