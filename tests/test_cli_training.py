@@ -32,7 +32,9 @@ def test_train_then_eval_on_ones_own_text(tmp_path: Path, capsys: pytest.Capture
     text = str(corpus(tmp_path / "text.txt"))
     values = {"model": source, "output": tmp_path / "out", "data": f"[{text}]", "steps": 5, "block_size": 32}
     overrides = [f"{key}={value}" for key, value in values.items()]
-    assert run(["train", "gqa-uptrain", *overrides, "batch_size=4", "learning_rate=1e-2", "warmup=0"]) == 0
+    assert (
+        run(["train", "gqa-uptrain", *overrides, "batch_size=4", "learning_rate=1e-2", "warmup=0", "distill=null"]) == 0
+    )
     assert "5 steps, 640 tokens on 1 process(es)" in capsys.readouterr().out
     command = ["eval", str(tmp_path / "out"), "--baseline", str(source), "--text", text, "--context", "64"]
     assert run([*command, "--no-speed", "--json"]) == 0

@@ -80,6 +80,19 @@ def test_lora_trains_adapters_and_writes_a_plain_checkpoint(
         assert abs(lm_loss(model, ids).item() - (done.held_out_loss or 0)) < 1e-4
 
 
+@pytest.mark.parametrize(("family", "apart"), [("bloom", False), ("llama", True)])
+def test_a_class_that_ignores_positions_is_not_trusted_with_packed_documents(
+    family: str, apart: bool, recipe: Callable[..., recipes.Recipe], tmp_path: Path
+) -> None:
+    checkpoint(tmp_path / "model", family, **({} if family == "bloom" else {"attention_bias": False}))
+    done = train(recipe(steps=1))
+    assert done is not None
+    assert done.isolated == apart
+    if not apart:
+        with pytest.raises(UsageError, match="can't keep documents in a block apart"):
+            train(recipe(steps=1, isolate_documents=True, overwrite=True))
+
+
 def test_lora_on_modules_that_are_not_there_is_one_sentence(recipe: Callable[..., recipes.Recipe]) -> None:
     with pytest.raises(UsageError, match="target_modules name nothing"):
         choose(tiny_model(tiny_config("llama")), recipe(lora={"target_modules": ["w_pack"]}))

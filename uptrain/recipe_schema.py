@@ -166,7 +166,8 @@ class Recipe(Strict):
     held_out: list[Source] = []
     held_out_tokens: int = Field(65_536, gt=0)
     block_size: int = Field(1024, gt=1)
-    isolate_documents: bool = True
+    isolate_documents: bool | None = None
+    """Unless set, wherever the model's class can."""
 
     distill: Distill | None = None
     train: Literal["all", "attention"] = "all"

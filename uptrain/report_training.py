@@ -21,6 +21,8 @@ def training(done: Training, recipe: Recipe, as_json: bool) -> None:
         console.result_json(done.to_dict())
         return
     pairs = [("trained", f"{done.steps:,} steps, {done.tokens:,} tokens on {done.num_processes} process(es)")]
+    if not done.isolated and recipe.isolate_documents is None:
+        pairs.append(("documents", "end to end in a block: this model's class can't keep them apart"))
     if done.resumed_from:
         pairs.append(("resumed", f"from step {done.resumed_from:,}"))
     if done.teacher:

@@ -101,13 +101,15 @@ class _Run:
                 self.folder.open(recipe, restart)
         started = time.monotonic()
         self.tokenizer = make_tokenizer(recipe, source, self.folder, self._first())
-        self.boundary = Boundary.of(self.tokenizer) if recipe.isolate_documents else None
+        self.boundary = Boundary.of(self.tokenizer) if recipe.isolate_documents is not False else None
         self.held_out = read_held_out(recipe, self.tokenizer)
         self.spread = self._spread()
         if self.boundary is not None and not self.spread.keeps_apart():
-            raise UsageError(
-                "This model's class can't keep documents in a block apart.", "Set isolate_documents: false."
-            )
+            if recipe.isolate_documents:
+                raise UsageError(
+                    "This model's class can't keep documents in a block apart.", "Leave out isolate_documents."
+                )
+            self.boundary = None
         self.optimizer = make_optimizer(self.spread.objective, recipe)
         self.schedule = make_schedule(self.optimizer, recipe)
         self.reader = self._reader()
@@ -350,7 +352,8 @@ class _Run:
         out = Training(
             recipe.output, self.step, self.step * recipe.tokens_per_step, self.last.loss if self.last else math.nan,
             loss, bits, best[1] if best else None, self.journal.skipped, teacher, precision_of(recipe),
-            self.resumed_from, accelerator.num_processes, self.spread.sharded, round(seconds, 1),
+            self.resumed_from, accelerator.num_processes, self.spread.sharded, self.boundary is not None,
+            round(seconds, 1),
         )  # fmt: skip
         self._write(out, best is not None)
         if accelerator.is_main_process:

@@ -65,7 +65,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """A finished run; losses are in nats per token, `loss` and `held_out_loss` of what is written."""
+    """A finished run; losses are in nats per token, `held_out_loss` of what is written.
+
+    `isolated` says whether documents in a block were kept apart.
+    """
 
     out: Path
     steps: int
@@ -80,6 +83,7 @@ class Training:
     resumed_from: int
     num_processes: int
     sharded: bool
+    isolated: bool
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:

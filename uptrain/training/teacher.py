@@ -27,7 +27,7 @@ def find_teacher(distill: Distill, student: Source | None) -> Source:
     if converted is None:
         raise UsageError(
             f"{student.name if student else 'The model'} has no uptrain.json that says what it was converted from.",
-            "Name the original with distill.teacher=MODEL.",
+            "Name the original with distill.teacher=MODEL, or learn from the text alone with distill=null.",
         )
     try:
         return resolve(str(converted["name"]), converted.get("revision"))
