@@ -72,8 +72,8 @@ def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, d
     source = folder / f"{target}-{start}"
     if not source.exists():
         convert(args.model, source, request_for(args, target, start))
-    print(f"{target} {start} converted", file=sys.stderr, flush=True)
     seen = [(0, held_out_loss(str(source), text, args.held_out_tokens, args.block))]
+    print(f"{target} {start} converted: perplexity {math.exp(seen[0][1]):.3f}", file=sys.stderr, flush=True)
     distill = {} if objective == "lm" else {"distill": {"weight": args.weight}}
     recipe = recipes.parse({
         "model": str(source), "output": str(folder / f"{target}-{start}-{objective}"), "overwrite": True,
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=60_000, help="tokens from one score to the next")
     parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--train", choices=["all", "attention"], default="all")
     parser.add_argument("--work", required=True, help="an empty folder; conversions in it are used again")
