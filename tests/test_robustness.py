@@ -39,7 +39,7 @@ def recipe(tmp_path: Path) -> Make:
         return recipes.parse({
             "model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "data": [str(tmp_path / "text.txt")],
             "block_size": 32, "batch_size": 4, "steps": 20, "learning_rate": 1e-2, "warmup": 2, "precision": "fp32",
-            "log_every": 1, **changes,
+            "log_every": 1, "isolate_documents": False, **changes,
         })  # fmt: skip
 
     return make

@@ -273,7 +273,6 @@ class _Run:
             "checkpoint.",
         )
 
-    @torch.no_grad()
     def _evaluate(self) -> Figures:
         assert self.held_out is not None
         recipe, accelerator = self.recipe, self.accelerator
@@ -283,15 +282,14 @@ class _Run:
         rows = -(-len(batch.ids) // accelerator.num_processes)
         size = max(1, recipe.batch_size // (accelerator.num_processes * recipe.gradient_accumulation))
         sums = torch.zeros(4, device=accelerator.device)
-        self.spread.module.eval()
-        for number in range(-(-rows // size)):
-            begin = (accelerator.process_index * rows) + number * size
-            end = min(begin + size, (accelerator.process_index + 1) * rows, len(batch.ids))
-            # Under FSDP all processes must run as often, so one that has nothing left repeats the first and drops it.
-            part = batch.rows(slice(begin, end)) if begin < end else batch.rows(slice(0, 1))
-            found = self._objective(part)
-            sums += found if begin < end else 0
-        self.spread.module.train()
+        with self.spread.evaluating():
+            for number in range(-(-rows // size)):
+                begin = (accelerator.process_index * rows) + number * size
+                end = min(begin + size, (accelerator.process_index + 1) * rows, len(batch.ids))
+                # Under FSDP all must run as often, so a process that has nothing left repeats the first and drops it.
+                part = batch.rows(slice(begin, end)) if begin < end else batch.rows(slice(0, 1))
+                found = self._objective(part)
+                sums += found if begin < end else 0
         return self._figures(accelerator.reduce(sums, reduction="sum"), batch.counted)
 
     def _keep_best(self, loss: float) -> None:

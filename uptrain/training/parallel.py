@@ -52,23 +52,33 @@ class Spread:
             with self.accelerator.no_sync(self.module):
                 yield
 
-    @torch.no_grad()
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run forward passes without gradients, as the model will be used."""
+        self.module.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield
+        finally:
+            self.module.train()
+            if self.sharded:
+                # Without a backward pass, what is in no layer would stay whole, and an optimizer take that for its own.
+                self.module.reshard()
+
     def keeps_apart(self) -> bool:
         """Tell whether positions that start anew keep attention inside a document: not every class reads them so."""
         device = self.accelerator.device
         positions = torch.tensor([[0, 1, 0, 1]], device=device)
         targets = torch.tensor([[IGNORED, IGNORED, 3, IGNORED]], device=device)
         losses = []
-        self.module.eval()
-        try:
+        with self.evaluating():
             for before in ([0, 1], [4, 5]):
-                with self.autocast():
-                    ids = torch.tensor([[*before, 2, 3]], device=device)
+                ids = torch.tensor([[*before, 2, 3]], device=device)
+                try:
                     losses.append(float(self.module(ids, targets, positions)[1]))
-        except TypeError:
-            return False
-        finally:
-            self.module.train()
+                except TypeError:
+                    # A class that takes no positions at all.
+                    return False
         return abs(losses[0] - losses[1]) < 1e-3 * max(1.0, abs(losses[0]))
 
     def clip(self, limit: float) -> float:
