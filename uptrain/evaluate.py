@@ -18,10 +18,10 @@ from uptrain.checkpoint.source import resolve
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.data import TokenText, read_tokens
 from uptrain.errors import CheckpointError, UsageError
+from uptrain.measure.memory import memory_bytes
 from uptrain.measure.quality import Row, Window, make_row, score, windows
 from uptrain.measure.speed import cache_bytes_per_token, speeds
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
-from uptrain.training.journal import memory_bytes
 
 __all__ = ["HELD_OUT", "Evaluation", "Measured", "Row", "evaluate", "save_place", "windows", "write_evaluation"]
 

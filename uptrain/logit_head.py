@@ -29,7 +29,11 @@ class LogitHead:
         # Some classes call their decoder themselves, past the body that wraps it (OPT).
         bodies = [plain.base_model, *([plain.get_decoder()] if hasattr(plain, "get_decoder") else [])]
         self.body = next((body for body in bodies if self._holds(plain, body)), None)
-        self.split = self.body is not None
+
+    @property
+    def split(self) -> bool:
+        """Tell whether logits are made from hidden states here, and not by the model."""
+        return self.body is not None
 
     @property
     def weight(self) -> Tensor | None:
@@ -57,17 +61,19 @@ class LogitHead:
 
     def finish(self, logits: Tensor) -> Tensor:
         """Do to the linear head's output (tokens, vocab_size) what the family does."""
-        if not self.split:
-            return logits
-        logits = logits if self.scale == 1 else logits * self.scale
-        return logits if not self.cap else self.cap * torch.tanh(logits / self.cap)
+        return self._bent(logits) if self.split else logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits (tokens, vocab_size) of hidden states (tokens, hidden_size)."""
-        if not self.split:
-            return hidden.float()
-        weight = self.linear.weight
-        return self.finish(functional.linear(hidden.to(weight.dtype), weight, self.bias).float())
+        return self._made(hidden) if self.split else hidden.float()
+
+    def _made(self, hidden: Tensor) -> Tensor:
+        weight, bias = self.linear.weight, getattr(self.linear, "bias", None)
+        return self._bent(functional.linear(hidden.to(weight.dtype), weight, bias).float())
+
+    def _bent(self, logits: Tensor) -> Tensor:
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if not self.cap else self.cap * torch.tanh(logits / self.cap)
 
     @torch.no_grad()
     def _holds(self, plain: Any, body: Any) -> bool:
@@ -79,7 +85,6 @@ class LogitHead:
         # The body is left out: running a large one on the CPU, before its weights are shared out, would take minutes.
         earlier = vars(body).get("forward")
         body.forward = lambda *args, **named: _Given(given)
-        self.split = True
         try:
             own = plain(input_ids=torch.zeros(1, 4, dtype=torch.long, device=weight.device), use_cache=False)[0]
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
@@ -88,7 +93,7 @@ class LogitHead:
             del body.forward
             if earlier is not None:
                 body.forward = earlier
-        own, mine = own[0].float(), self.logits(given[0])
+        own, mine = own[0].float(), self._made(given[0])
         return own.shape == mine.shape and bool(
             torch.allclose(mine, own, rtol=1e-2, atol=1e-2 * float(own.abs().max()))
         )

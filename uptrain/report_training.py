@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uptrain import console
+from uptrain.checkpoint.manifest import converted_from
 
 if TYPE_CHECKING:
     from uptrain.demo.run import Demo
@@ -36,16 +37,9 @@ def training(done: Training, recipe: Recipe, as_json: bool) -> None:
         pairs.append(("held out", f"{words}, {done.bits_per_byte:.3f} bits per byte{best}"))
     pairs.append(("time", f"{done.seconds:,.0f} s"))
     console.facts(f"Wrote {done.out}", pairs)
-    original = _original(done.out) or recipe.model
+    source = converted_from(done.out)
+    original = str(source["name"]) if source else recipe.model
     console.note(f"Next: uptrain eval {done.out}" + (f" --baseline {original}" if original else ""))
-
-
-def _original(folder: Path) -> str | None:
-    """Return the name of the model that a checkpoint's history says it was converted from."""
-    from uptrain.checkpoint.manifest import read_manifest
-
-    stages = (read_manifest(folder) or {"stages": []})["stages"]
-    return next((str(stage["source"]["name"]) for stage in stages if stage.get("stage") == "convert"), None)
 
 
 def evaluation(found: Evaluation, as_json: bool) -> None:

@@ -22,11 +22,12 @@ from uptrain.data import BlockReader, build_tokens, counts_of, open_reader
 from uptrain.data.teacher_text import generate_tokens
 from uptrain.distill import Objective
 from uptrain.errors import Interrupted, UptrainError, UsageError
-from uptrain.recipe_schema import Distill, Recipe, Teacher
+from uptrain.measure.memory import memory_bytes
+from uptrain.recipe_schema import Recipe, Teacher
 from uptrain.training import result, state
 from uptrain.training.batches import Batch, Boundary, batch_of
 from uptrain.training.engine import make_accelerator, on_stop_signal, precision_of, shards
-from uptrain.training.journal import Figures, Journal, Step, Training, memory_bytes
+from uptrain.training.journal import Figures, Journal, Step, Training
 from uptrain.training.parallel import Spread
 from uptrain.training.runfolder import RunFolder
 from uptrain.training.schedules import make_schedule
@@ -94,7 +95,7 @@ class _Run:
     def run(self, restart: bool) -> Training | None:
         recipe = self.recipe
         self.source = source = resolve(recipe.model, recipe.revision) if recipe.model else None
-        self.taught_by = find_teacher(recipe.distill, source) if recipe.distill else None
+        self.taught_by = find_teacher(recipe.distill.teacher, source) if recipe.distill else None
         with self._first():
             check_out(recipe.output, recipe.overwrite, source.path if source else None)
             if self.accelerator.is_main_process:
@@ -151,7 +152,7 @@ class _Run:
         # A teacher whose weights are shared out can't write on one process alone.
         model = None if self.spread.sharded else self.spread.objective.teacher
         if model is None:
-            place = self.taught_by or find_teacher(Distill.model_validate({}), self.source)
+            place = self.taught_by or find_teacher(None, self.source)
             model = self._load_teacher(place).to(self.accelerator.device)
         generate_tokens(model, self.tokenizer, source, recipe.block_size, recipe.seed, folder)
 
@@ -250,8 +251,7 @@ class _Run:
 
     def _objective(self, part: Batch) -> torch.Tensor:
         part = part.to(self.accelerator.device)
-        with self.spread.autocast():
-            found: torch.Tensor = self.spread.module(part.ids, part.targets, part.position_ids)
+        found: torch.Tensor = self.spread.module(part.ids, part.targets, part.position_ids)
         return found
 
     def _figures(self, sums: torch.Tensor, tokens: int) -> Figures:

@@ -46,6 +46,16 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def converted_from(directory: Path) -> dict[str, Any] | None:
+    """Return the source of a checkpoint's first conversion (its name, origin and revision), or None without one.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    stages = (read_manifest(directory) or {"stages": []})["stages"]
+    return next((stage["source"] for stage in stages if stage.get("stage") == "convert"), None)
+
+
 def append_stage(
     directory: Path, base: Path | None, stage: dict[str, Any], known: dict[str, str] | None = None
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from uptrain.data.token_text import separator_of
 from uptrain.distill import IGNORED
 
 
@@ -23,9 +24,8 @@ class Boundary:
     @staticmethod
     def of(tokenizer: Any) -> Boundary | None:
         """Return what `separator_of` puts between a tokenizer's documents; None where it has no such token."""
-        if tokenizer.eos_token_id is not None:
-            return Boundary(int(tokenizer.eos_token_id), True)
-        return None if tokenizer.bos_token_id is None else Boundary(int(tokenizer.bos_token_id), False)
+        separator = separator_of(tokenizer)
+        return Boundary(separator[0], separator[0] == tokenizer.eos_token_id) if separator else None
 
 
 @dataclass(frozen=True)

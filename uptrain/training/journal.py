@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,11 +144,3 @@ class Journal:
         """Take up saved figures."""
         self.window, self.skipped = list(state["window"]), int(state["skipped"])
         self.recent.extend(state["recent"])
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Return the most memory this process has had so far: the accelerator's, or on a CPU its resident set."""
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,7 +6,7 @@ FSDP is PyTorch's `fully_shard` itself on any device, so that what runs on GPUs 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,11 +32,8 @@ class Spread:
             objective.student.float()
             if objective.teacher is not None:
                 objective.teacher.to(accelerator.device)
+            # Its forward pass is under autocast from here on; under FSDP the weights themselves are cast.
             self.module = accelerator.prepare(objective)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context a forward pass runs in; under FSDP the weights themselves are cast."""
-        return nullcontext() if self.sharded else self.accelerator.autocast()
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -57,7 +54,7 @@ class Spread:
         """Run forward passes without gradients, as the model will be used."""
         self.module.eval()
         try:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad():
                 yield
         finally:
             self.module.train()

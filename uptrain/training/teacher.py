@@ -7,23 +7,21 @@ from typing import Any
 import torch
 
 from uptrain import models
-from uptrain.checkpoint.manifest import read_manifest
+from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.errors import UptrainError, UsageError
 from uptrain.hosts import latent_norm
-from uptrain.recipe_schema import Distill
 
 
-def find_teacher(distill: Distill, student: Source | None) -> Source:
+def find_teacher(named: str | None, student: Source | None) -> Source:
     """Return where the teacher is: as named, or the source of the student's conversion.
 
     Raises:
         UsageError: neither is known, or the conversion's source is not there any more.
     """
-    if distill.teacher is not None:
-        return resolve(distill.teacher)
-    stages = (read_manifest(student.path) or {"stages": []})["stages"] if student else []
-    converted = next((stage["source"] for stage in stages if stage.get("stage") == "convert"), None)
+    if named is not None:
+        return resolve(named)
+    converted = converted_from(student.path) if student else None
     if converted is None:
         raise UsageError(
             f"{student.name if student else 'The model'} has no uptrain.json that says what it was converted from.",
