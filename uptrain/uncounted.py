@@ -45,7 +45,6 @@ CODEGEN = GPTJ.for_model(
     "codegen",
     "CodeGenForCausalLM",
     projections=Projections(o="out_proj", fused="qkv_proj", packing=Packing.BLOCKS),
-    hosts={"gqa": ("phi_of_codegen",), "mqa": ("phi_of_codegen",)},
 )
 
 OPT = Architecture(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 from uptrain.architectures import PHI
@@ -57,6 +56,4 @@ _GPT_NEOX = Host(
     biased=True,
 )  # fmt: skip
 
-PHI_HOSTS: Mapping[str, Host] = MappingProxyType(
-    {"phi_of_gpt_neox": _GPT_NEOX, "phi_of_gptj": _GPTJ, "phi_of_codegen": replace(_GPTJ)}
-)
+PHI_HOSTS: Mapping[str, Host] = MappingProxyType({"phi_of_gpt_neox": _GPT_NEOX, "phi_of_gptj": _GPTJ})
