@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from tests.conftest import tiny_config, tiny_model
-from uptrain.distill import IGNORED, Objective
+from uptrain.distill import Objective
 from uptrain.hosts.register import register
+from uptrain.losses import IGNORED
 from uptrain.training.batches import Boundary, batch_of
 
 register()

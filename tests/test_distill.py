@@ -14,10 +14,11 @@ from tests.conftest import tiny_config
 from tests.conftest import tiny_model as tiny_from
 from uptrain import distill as subject
 from uptrain.architectures import ARCHITECTURES
-from uptrain.distill import IGNORED, Objective, hidden_distance, token_losses
+from uptrain.distill import Objective
 from uptrain.errors import UsageError
 from uptrain.hosts.register import register
 from uptrain.logit_head import LogitHead
+from uptrain.losses import IGNORED, hidden_distance, token_losses
 from uptrain.recipe_schema import Distill
 
 FAMILIES = ["gpt2", "llama", "gemma2", "granite", "cohere", "starcoder2"]
@@ -117,11 +118,39 @@ def test_top_k_is_a_lower_bound_that_becomes_the_divergence(seed: int, top_k: in
     random = torch.manual_seed(seed)
     logits, taught = (torch.randn(6, 12, generator=random) * 3 for _ in range(2))
     wanted = torch.arange(6)
-    whole = token_losses(logits, taught, wanted, spec())[2]
-    some = token_losses(logits, taught, wanted, spec(top_k=top_k))[2]
-    assert -1e-5 <= some <= whole + 1e-5
+    whole = token_losses(logits, taught, wanted, spec())[0][2]
+    some = token_losses(logits, taught, wanted, spec(top_k=top_k))[0][2]
+    assert -1e-5 <= some <= whole * (1 + 1e-5) + 1e-5
     if top_k >= 11:
         torch.testing.assert_close(some, whole, rtol=1e-3, atol=1e-4)
+
+
+@given(
+    seed=st.integers(0, 99), top_k=st.none() | st.integers(1, 12), weight=st.sampled_from([0.3, 1.0]),
+    heat=st.sampled_from([1.0, 2.5]),
+)  # fmt: skip
+def test_the_gradient_is_what_differentiating_the_loss_gives(
+    seed: int, top_k: int | None, weight: float, heat: float
+) -> None:
+    random = torch.manual_seed(seed)
+    logits, taught = (torch.randn(6, 12, generator=random, dtype=torch.float64) * 3 for _ in range(2))
+    wanted = torch.tensor([3, IGNORED, 0, 11, 5, IGNORED])
+    settings = spec(top_k=top_k, weight=weight, temperature=heat)
+    _, gradient = token_losses(logits, taught, wanted, settings)
+
+    def total(leaf: torch.Tensor) -> torch.Tensor:
+        counted = wanted != IGNORED
+        mine, theirs = (leaf / heat).softmax(-1)[counted], (taught / heat).softmax(-1)[counted]
+        if top_k is not None:
+            chosen = theirs.argsort(-1, descending=True)[:, :top_k]
+            mine, theirs = mine.gather(-1, chosen), theirs.gather(-1, chosen)
+            if top_k < 12:
+                mine, theirs = (torch.cat([each, 1 - each.sum(-1, keepdim=True)], -1) for each in (mine, theirs))
+        loss = functional.cross_entropy(leaf, wanted, ignore_index=IGNORED, reduction="sum")
+        return (1 - weight) * loss + weight * heat**2 * (theirs * (theirs / mine).log()).sum()
+
+    leaf = logits.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(total(leaf), leaf)[0], rtol=1e-6, atol=1e-8)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:

@@ -15,10 +15,9 @@ from torch.nn import functional
 
 from uptrain.errors import UsageError
 from uptrain.logit_head import LogitHead
+from uptrain.losses import IGNORED, hidden_distance, token_losses
 from uptrain.recipe_schema import Distill
 
-IGNORED = -100
-"""The target of a token that no loss is taken of."""
 _LOGITS = 2**24
 """Logits held at once for one model."""
 
@@ -75,67 +74,26 @@ class Objective(nn.Module):
         return torch.stack([total, cross_entropy, divergence, far.detach()])
 
 
-def hidden_distance(states: tuple[Tensor, ...], taught: tuple[Tensor, ...], counted: Tensor) -> Tensor:
-    """Return Σ over tokens of the mean over layers of |student − teacher|² / |teacher|², a scalar in fp32.
-
-    Each of `states` and `taught` is (sequences, tokens, hidden_size); `counted` (sequences, tokens) says which tokens
-    count. Each token is measured by its own length: a first token's outlier must not outweigh the rest.
-    """
-    total = torch.zeros((), device=counted.device)
-    for mine, theirs in zip(states, taught, strict=True):
-        wanted = theirs.float()
-        error = (mine.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)
-        total = total + error[counted].sum()
-    return total / max(1, len(states))
-
-
-def token_losses(logits: Tensor, taught: Tensor | None, targets: Tensor, distill: Distill) -> Tensor:
-    """Return total, cross-entropy and divergence summed over tokens, (3,) in nats.
-
-    `logits` and `taught` are (tokens, vocab_size) in fp32, `targets` (tokens,), IGNORED where nothing is predicted.
-    total = (1 − weight) · cross-entropy + weight · temperature² · KL(teacher ‖ student), both at `temperature` in the
-    KL term. With `top_k`, KL is taken over the teacher's most likely tokens and one more event, all the others.
-
-    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
-    """
-    counted = targets != IGNORED
-    logs = logits.log_softmax(-1)
-    cross_entropy = -(logs.gather(-1, targets.clamp(min=0)[:, None])[:, 0] * counted).sum()
-    if taught is None:
-        return torch.stack([cross_entropy, cross_entropy, cross_entropy.new_zeros(())])
-    heat = distill.temperature
-    mine = logs if heat == 1 else (logits / heat).log_softmax(-1)
-    theirs = (taught / heat).log_softmax(-1)
-    if distill.top_k is not None and distill.top_k < theirs.shape[-1]:
-        theirs, chosen = theirs.topk(distill.top_k, dim=-1)
-        mine = mine.gather(-1, chosen)
-        mine, theirs = _with_rest(mine), _with_rest(theirs)
-    divergence = ((theirs.exp() * (theirs - mine)).sum(-1) * counted).sum()
-    total = (1 - distill.weight) * cross_entropy + distill.weight * heat**2 * divergence
-    return torch.stack([total, cross_entropy, divergence])
-
-
-def _with_rest(logs: Tensor) -> Tensor:
-    """Append the log-probability of all tokens that are not in `logs`, (tokens, chosen) → (tokens, chosen + 1)."""
-    # log(1 − p): where the chosen ones hold all but rounding, the rest is a tiny number and not log 0.
-    rest = torch.log(-torch.expm1(logs.logsumexp(-1).clamp(max=-1e-7)))
-    return torch.cat([logs, rest[:, None]], dim=-1)
-
-
 def _head_loss(
     head: LogitHead, hidden: Tensor, targets: Tensor, teacher: LogitHead | None, taught: Tensor | None, distill: Distill
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return total, cross-entropy and divergence of the rows of `hidden`; only total carries a gradient."""
 
-    def losses(logits: Tensor, rows: slice) -> Tensor:
+    def losses(logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
         theirs = None if teacher is None or taught is None else teacher.logits(taught[rows])
-        return token_losses(head.finish(logits), theirs, targets[rows], distill)
+        finished = head.finish(logits)
+        sums, outer = token_losses(finished, theirs, targets[rows], distill, gradient)
+        return sums, None if outer is None else head.before_finish(outer, finished)
 
     rows = max(1, _LOGITS // (head.vocab_size or hidden.shape[-1]))
     out: tuple[Tensor, Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, losses, rows
     )
     return out[0], out[1][0], out[1][1]
+
+
+_Losses = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""Of some rows' logits: the three sums and, if asked for, the gradient of the first by those logits."""
 
 
 class _Chunked(torch.autograd.Function):
@@ -147,7 +105,7 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        losses: Callable[[Tensor, slice], Tensor],
+        losses: _Losses,
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         wants = [ctx.needs_input_grad[position] for position in range(3)]
@@ -185,22 +143,14 @@ class _Chunked(torch.autograd.Function):
 
 
 def _one(
-    inputs: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    losses: Callable[[Tensor, slice], Tensor],
-    some: slice,
-    grads: list[Tensor | None],
+    inputs: Tensor, weight: Tensor | None, bias: Tensor | None, losses: _Losses, some: slice, grads: list[Tensor | None]
 ) -> Tensor:
     """Return the three sums of some rows, and add their gradients to `grads`, of hidden, weight and bias."""
     low = None if bias is None else bias.to(inputs.dtype)
     logits = (inputs if weight is None else functional.linear(inputs, weight, low)).float()
-    if all(each is None for each in grads):
-        return losses(logits, some)
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        sums = losses(leaf, some)
-        (outer,) = torch.autograd.grad(sums[0], leaf)
+    sums, outer = losses(logits, some, any(each is not None for each in grads))
+    if outer is None:
+        return sums
     narrow = outer.to(inputs.dtype)
     of_hidden, of_weight, of_bias = grads
     if of_hidden is not None:
@@ -212,7 +162,7 @@ def _one(
             of_weight += narrow.T @ inputs
     if of_bias is not None:
         of_bias += outer.sum(0)
-    return sums.detach()
+    return sums
 
 
 def _check_alike(student: Any, teacher: Any) -> None:

@@ -63,6 +63,14 @@ class LogitHead:
         """Do to the linear head's output (tokens, vocab_size) what the family does."""
         return self._bent(logits) if self.split else logits
 
+    def before_finish(self, outer: Tensor, finished: Tensor) -> Tensor:
+        """Return the gradient by the linear head's output, given the one by what `finish` made of it."""
+        if not self.split:
+            return outer
+        if self.cap:
+            outer = outer * (1 - (finished / self.cap).square())
+        return outer if self.scale == 1 else outer * self.scale
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits (tokens, vocab_size) of hidden states (tokens, hidden_size)."""
         return self._made(hidden) if self.split else hidden.float()
