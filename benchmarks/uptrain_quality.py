@@ -72,13 +72,13 @@ def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, d
     source = folder / f"{target}-{start}"
     if not source.exists():
         convert(args.model, source, request_for(args, target, start))
-    seen = [(0, held_out_loss(str(source), text, args.held_out_tokens, args.block))]
+    seen = [(0, held_out_loss(str(source), text, args.held_out_tokens, args.held_out_block))]
     print(f"{target} {start} converted: perplexity {math.exp(seen[0][1]):.3f}", file=sys.stderr, flush=True)
     distill = {} if objective == "lm" else {"distill": {"weight": args.weight}}
     recipe = recipes.parse({
         "model": str(source), "output": str(folder / f"{target}-{start}-{objective}"), "overwrite": True,
         "data": [data.model_dump()], "held_out": [text.model_dump()], "held_out_tokens": args.held_out_tokens,
-        "block_size": args.block, "batch_size": args.batch, "tokens": args.tokens, "eval_every_tokens": args.every,
+        "held_out_block_size": args.held_out_block, "block_size": args.block, "batch_size": args.batch, "tokens": args.tokens, "eval_every_tokens": args.every,
         "learning_rate": args.learning_rate, "schedule": "1-sqrt", "min_lr_ratio": 0.05, "warmup": 0.05,
         "train": args.train, "seed": 1, "save_every": 10**6, **distill,
     })  # fmt: skip
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--held-out-tokens", type=int, default=32_768)
     parser.add_argument("--tokens", type=int, default=300_000, help="the demo's default: 5 %% of its pre-training")
     parser.add_argument("--every", type=int, default=60_000, help="tokens from one score to the next")
+    parser.add_argument("--held-out-block", type=int, default=1024)
     parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -139,7 +140,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     data = with_plain_ends(parse_source(args.data), work, "data.txt")
     text = with_plain_ends(parse_source(args.text), work, "text.txt")
-    base = held_out_loss(args.model, text, args.held_out_tokens, args.block)
+    base = held_out_loss(args.model, text, args.held_out_tokens, args.held_out_block)
     arms = [
         run_arm(args, target, start, objective, data, text)
         for target in args.targets.split(",")

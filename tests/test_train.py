@@ -279,6 +279,19 @@ def test_a_launcher_that_can_not_be_served_is_refused(
         train(recipe())
 
 
+def test_held_out_text_is_scored_in_blocks_of_its_own_length(
+    recipe: Callable[..., recipes.Recipe], tmp_path: Path
+) -> None:
+    made = recipe(held_out=[str(tmp_path / "held.txt")], held_out_block_size=48, steps=2)
+    done = run(made)
+    ids = read_tokens(made.held_out, load_tokenizer(made.output), made.held_out_tokens).ids
+    blocks = torch.from_numpy(ids[: len(ids) // 48 * 48]).view(-1, 48)
+    with torch.no_grad():
+        loss = lm_loss(AutoModelForCausalLM.from_pretrained(made.output), blocks).item()
+    assert made.block_size != 48
+    assert done.held_out_loss == pytest.approx(loss, abs=1e-4)
+
+
 def test_a_latent_trains_without_its_norm_and_is_written_with_it(
     recipe: Callable[..., recipes.Recipe], tmp_path: Path
 ) -> None:

@@ -165,6 +165,8 @@ class Recipe(Strict):
     data: list[Source] = Field(min_length=1)
     held_out: list[Source] = []
     held_out_tokens: int = Field(65_536, gt=0)
+    held_out_block_size: int | None = Field(None, gt=1)
+    """Unless set, `block_size`: short blocks train well, but a model is judged at the length it is used at."""
     block_size: int = Field(1024, gt=1)
     isolate_documents: bool | None = None
     """Unless set, wherever the model's class can."""
@@ -251,6 +253,11 @@ class Recipe(Strict):
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees, over all processes and micro-batches."""
         return self.batch_size * self.block_size
+
+    @property
+    def scored_block_size(self) -> int:
+        """Return the tokens of a block of held-out text."""
+        return self.held_out_block_size or self.block_size
 
     @property
     def total_steps(self) -> int:

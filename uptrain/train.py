@@ -276,11 +276,13 @@ class _Run:
     def _evaluate(self) -> Figures:
         assert self.held_out is not None
         recipe, accelerator = self.recipe, self.accelerator
-        ids = self.held_out.ids
+        ids, block = self.held_out.ids, recipe.scored_block_size
         # Documents run on as they do in `uptrain eval`, so that the figures compare.
-        batch = batch_of(ids[: len(ids) // recipe.block_size * recipe.block_size].reshape(-1, recipe.block_size), None)
+        batch = batch_of(ids[: len(ids) // block * block].reshape(-1, block), None)
         rows = -(-len(batch.ids) // accelerator.num_processes)
-        size = max(1, recipe.batch_size // (accelerator.num_processes * recipe.gradient_accumulation))
+        # As many tokens at once as a micro-batch has.
+        micro = accelerator.num_processes * recipe.gradient_accumulation
+        size = max(1, recipe.tokens_per_step // (micro * block))
         sums = torch.zeros(4, device=accelerator.device)
         with self.spread.evaluating():
             for number in range(-(-rows // size)):

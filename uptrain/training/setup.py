@@ -56,8 +56,10 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
         if latent_norm.unfold(model):
             latent_norm.check_dtype(dtype)
     longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and recipe.block_size > longest:
-        raise UsageError(f"block_size {recipe.block_size} is longer than the model's {longest} positions.")
+    for name in ("block_size", "held_out_block_size"):
+        size = getattr(recipe, name)
+        if isinstance(longest, int) and size is not None and size > longest:
+            raise UsageError(f"{name} {size} is longer than the model's {longest} positions.")
     torch.manual_seed(recipe.seed)
     model = choose(model.train(), recipe)
     if recipe.gradient_checkpointing:
@@ -74,6 +76,6 @@ def read_held_out(recipe: Recipe, tokenizer: Any) -> TokenText | None:
     if not recipe.held_out:
         return None
     text = read_tokens(recipe.held_out, tokenizer, recipe.held_out_tokens)
-    if len(text.ids) < recipe.block_size:
+    if len(text.ids) < recipe.scored_block_size:
         raise UsageError(f"held_out has only {len(text.ids)} tokens, less than one block.", "Give more text.")
     return text
