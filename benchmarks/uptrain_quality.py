@@ -78,7 +78,8 @@ def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, d
     recipe = recipes.parse({
         "model": str(source), "output": str(folder / f"{target}-{start}-{objective}"), "overwrite": True,
         "data": [data.model_dump()], "held_out": [text.model_dump()], "held_out_tokens": args.held_out_tokens,
-        "held_out_block_size": args.held_out_block, "block_size": args.block, "batch_size": args.batch, "tokens": args.tokens, "eval_every_tokens": args.every,
+        "held_out_block_size": args.held_out_block, "block_size": args.block, "batch_size": args.batch,
+        "tokens": args.tokens, "eval_every_tokens": args.every,
         "learning_rate": args.learning_rate, "schedule": "1-sqrt", "min_lr_ratio": 0.05, "warmup": 0.05,
         "train": args.train, "seed": 1, "save_every": 10**6, **distill,
     })  # fmt: skip
