@@ -3,10 +3,12 @@
     python benchmarks/engines.py --setup ENGINES                      makes an environment for each engine
     python benchmarks/engines.py CHECKPOINT --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
     python benchmarks/engines.py --synthetic --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
+    python benchmarks/engines.py --families --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
 
 Engines live in environments of their own and are asked in processes of their own: to go on from prompts of token ids,
 and for the log-probability of every token of what transformers went on with, so that the difference means the same
-whether or not tokens part. --synthetic makes dense deepseek_v3 of random weights with a 512 + 64 cache, the size that
+whether or not tokens part. --families converts small random models of several families to the stock classes that hold
+their shared heads. --synthetic makes dense deepseek_v3 of random weights with a 512 + 64 cache, the size that
 fast MLA kernels take, and neutral norms: with whole queries, and with a low-rank q_a, which llama.cpp must have.
 
 vLLM 0.32 on CPU: its C++ rotary operator is wrong for interleaved queries, so it is turned off here. It decodes from
@@ -27,6 +29,23 @@ import venv
 from pathlib import Path
 from typing import Any
 
+SIZES = {
+    "vocab_size": 512, "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "intermediate_size": 1024, "max_position_embeddings": 512, "initializer_range": 0.05,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+GPT2_SIZES = {
+    "vocab_size": 512, "n_embd": 512, "n_layer": 2, "n_head": 8, "n_positions": 512, "initializer_range": 0.05,
+    "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[dict[str, Any], str, int | None]] = {
+    "llama": (SIZES, "gqa", 2),
+    "qwen2": (SIZES, "gqa", 2),
+    "olmo2": (SIZES, "gqa", 2),
+    "gpt_neox": ({**SIZES, "rotary_pct": 0.5}, "gqa", 2),
+    "gpt2": (GPT2_SIZES, "mqa", None),
+}
+"""Sizes of a random source, target and groups; what is asked about is the stock class that holds the result."""
 PROMPTS = [list(range(11, 23)), [5, 9, 14, 3, 200, 77, 31, 8]]
 NEW = 12
 FAST = (512, 64)
@@ -127,6 +146,27 @@ def synthetic(folder: Path, q_lora_rank: int | None) -> Path:
     return folder
 
 
+def converted(model_type: str, work: Path) -> Path:
+    """Convert a random model of a family by mean pooling; biases and norms are random too, as trained ones are."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from uptrain.convert import convert
+    from uptrain.request import Request
+
+    sizes, target, groups = FAMILIES[model_type]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    source = work / f"{model_type}-source"
+    model.save_pretrained(source)
+    out = convert(str(source), work / f"{model_type} {target}", Request(target, groups)).out
+    held = json.loads((out / "config.json").read_text())["model_type"]
+    return out if held == model_type else out.rename(out.with_name(f"{model_type} {target}, {held}"))
+
+
 def by_transformers(folder: Path) -> dict[str, Any]:
     """Go on greedily without a cache; return what was added, and the log-probability of every token but the first."""
     import torch
@@ -222,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, help="checkpoint folders")
     parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--families", action="store_true")
     parser.add_argument("--setup", type=Path, metavar="FOLDER")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON")
     parser.add_argument("--llama", type=Path, metavar="PYTHON")
@@ -231,8 +272,8 @@ def main() -> None:
     if arguments.setup:
         setup(arguments.setup)
         return
-    if not (arguments.vllm or arguments.llama) or not (arguments.models or arguments.synthetic):
-        sys.exit("Give checkpoints or --synthetic, and --vllm PYTHON or --llama PYTHON.")
+    if not (arguments.vllm or arguments.llama) or not (arguments.models or arguments.synthetic or arguments.families):
+        sys.exit("Give checkpoints, --families or --synthetic, and --vllm PYTHON or --llama PYTHON.")
     rows = []
     print(f"{'checkpoint':24} {'engine':24} {'version':9} {'greedy':12} {'|Δlogp|':9} seconds")
     with tempfile.TemporaryDirectory() as work:
@@ -240,6 +281,8 @@ def main() -> None:
         if arguments.synthetic:
             folders.append(synthetic(Path(work) / "512+64", None))
             folders.append(synthetic(Path(work) / "512+64, low-rank q_a", 192))
+        if arguments.families:
+            folders += [converted(family, Path(work)) for family in FAMILIES]
         for folder in folders:
             for row in engines(arguments, folder, Path(work), by_transformers(folder)):
                 rows.append({"checkpoint": folder.name, **row})
