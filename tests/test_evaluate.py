@@ -187,6 +187,17 @@ def test_speed_is_measured_for_both_or_left_out(tmp_path: Path, text: list[Files
     assert quick(folder, None, text, tokens=64).model.decode_tokens_per_second is None
 
 
+@pytest.mark.parametrize(("model_type", "longest"), [("mpt", 64), ("gptj", 64), ("bloom", 300)])
+def test_no_window_is_longer_than_the_positions_a_family_counts_in_its_own_word(
+    tmp_path: Path, text: list[Files], model_type: str, longest: int
+) -> None:
+    """MPT's class fails beyond max_seq_len; BLOOM's counts no positions, so all 300 tokens are one window."""
+    folder = checkpoint(tmp_path / "model", model_type)
+    found = quick(folder, None, text, tokens=300, context=1024, repeats=1, speed_context=512, decode_tokens=2)
+    assert found.context == longest
+    assert found.speed_context == (61 if longest == 64 else 512)
+
+
 def test_comparisons_that_mean_nothing_are_refused(tmp_path: Path, text: list[Files]) -> None:
     one = checkpoint(tmp_path / "one")
     other = checkpoint(tmp_path / "other")

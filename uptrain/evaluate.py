@@ -160,7 +160,7 @@ def evaluate(
     loaded = [models.load_model(source) for source in sources]
     own = [each.dtype for each in loaded]
     loaded = [each.to(device=device, dtype=wanted or each.dtype).eval() for each in loaded]
-    longest = min(_positions(each) for each in loaded)
+    longest = min(models.longest_context(each) or 2**31 for each in loaded)
     most = max(len(each.ids) for each in texts.values())
     contexts = sorted({min(each, longest, most) for each in ([context] if isinstance(context, int) else context)})
     if stride is not None and not 1 <= stride <= contexts[0]:
@@ -228,8 +228,3 @@ def _name(model: Any) -> str:
 
 def _same(one: TokenText, other: TokenText) -> bool:
     return len(one.ids) == len(other.ids) and bool((one.ids == other.ids).all())
-
-
-def _positions(model: Any) -> int:
-    value = getattr(model.config, "max_position_embeddings", None)
-    return value if isinstance(value, int) else 2**31

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
@@ -98,6 +99,14 @@ def new_tokenizer(spec: TokenizerSpec, texts: Iterator[str]) -> Any:
     tokenizer.train_from_iterator(texts, trainer)
     end = spec.end_of_text
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+def longest_context(model: Any) -> int | None:
+    """Return how many positions a model has, by its family's own word for them; None where its config counts none."""
+    entry = ARCHITECTURES.get(model.config.model_type)
+    key = entry.keys.max_position_embeddings if entry else "max_position_embeddings"
+    value = getattr(model.config, key, None)
+    return value if isinstance(value, int) else None
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:

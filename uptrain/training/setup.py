@@ -55,10 +55,10 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
         dtype = models.dtype_named(recipe.dtype) or model.dtype
         if latent_norm.unfold(model):
             latent_norm.check_dtype(dtype)
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = models.longest_context(model)
     for name in ("block_size", "held_out_block_size"):
         size = getattr(recipe, name)
-        if isinstance(longest, int) and size is not None and size > longest:
+        if longest is not None and size is not None and size > longest:
             raise UsageError(f"{name} {size} is longer than the model's {longest} positions.")
     torch.manual_seed(recipe.seed)
     model = choose(model.train(), recipe)
