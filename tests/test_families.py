@@ -253,8 +253,9 @@ def test_random_heads_of_families_that_norm_by_head_have_a_fresh_norm(
     assert len(norms) == 2 and all(torch.equal(norm, torch.ones_like(norm)) for norm in norms)
 
 
-def test_a_model_that_reads_both_ways_has_no_cache_to_shrink(save_tiny: Save) -> None:
-    source = str(save_tiny("gemma3_text+use_bidirectional_attention"))
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_a_model_that_reads_both_ways_has_no_cache_to_shrink(model_type: str, save_tiny: Save) -> None:
+    source = str(save_tiny(f"{model_type}+use_bidirectional_attention"))
     with pytest.raises(UsageError, match="use_bidirectional_attention True, which uptrain can't convert"):
         plan_conversion(source, request(2))
 

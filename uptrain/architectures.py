@@ -71,6 +71,8 @@ LLAMA = Architecture(
 
 _FUSED_EXPERTS = "transformers holds its experts in other tensors than the checkpoint, so no layer can be read alone"
 
+_BOTH_WAYS = {"use_bidirectional_attention": (True, "it reads a text both ways and keeps no cache")}
+
 
 def _like_llama(
     model_type: str, class_name: str, *sizes: int, also: Mapping[str, Any] = _NOTHING, **changes: Any
@@ -151,10 +153,10 @@ _ENTRIES = (
         sliding=Sliding.EVEN, sliding_flag=True, uncalibrated=_FUSED_EXPERTS,
         also={"max_window_layers": 28},
     ),
-    _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256),
+    _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256, unsupported=_BOTH_WAYS),
     _like_llama(
         "gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256,
-        sliding=Sliding.PATTERN, also={"sliding_window": 4096},
+        sliding=Sliding.PATTERN, also={"sliding_window": 4096}, unsupported=_BOTH_WAYS,
     ),
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
     _like_llama(
@@ -183,7 +185,7 @@ _ENTRIES = (
     _like_llama(
         "gemma3_text", "Gemma3ForCausalLM", 2304, 26, 8, 262208, 131072, 4, 256,
         sliding=Sliding.PATTERN, sliding_window_pattern=6, key_norm=KeyNorm(), also={"sliding_window": 4096},
-        unsupported={"use_bidirectional_attention": (True, "it reads a text both ways and keeps no cache")},
+        unsupported=_BOTH_WAYS,
     ),
     _like_llama("olmo2", "Olmo2ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True)),
     _like_llama(
