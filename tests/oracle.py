@@ -88,7 +88,7 @@ def _pool_norm(module: nn.Module, groups: int, method: str) -> None:
         pooled = pool_and_repeat(torch.stack([norm.weight for norm in norms]), groups, method)
         for norm, weight in zip(norms, pooled, strict=True):
             norm.weight.copy_(weight)
-    norm = getattr(module, "k_norm", None)
-    if norm is not None and norm.weight.numel() > module.head_dim:
-        weight = norm.weight.view(-1, module.head_dim)
+    norm = getattr(getattr(module, "k_norm", None), "weight", None)  # some norms have none
+    if norm is not None and norm.numel() > module.head_dim:
+        weight = norm.view(-1, module.head_dim)
         weight.copy_(pool_and_repeat(weight, groups, method))

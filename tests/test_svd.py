@@ -14,20 +14,27 @@ from transformers import PreTrainedModel
 from tests.conftest import tiny_config, tiny_model
 from tests.gauge import interleave_heads, scatter_heads
 from tests.oracle import pool_model
-from tests.test_families import TARGETS, TOKENS, load, request
+from tests.test_families import SOURCES, TARGETS, TOKENS, family, load, request
 from uptrain.checkpoint.checksum import checksum_file
 from uptrain.checkpoint.manifest import read_manifest
 from uptrain.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluate import evaluate
+from uptrain.layout import KeyNorm
 from uptrain.request import Request
 
 Save = Callable[..., Path]
 GROUPED = "falcon+new_decoder_architecture+parallel_attn"
-NORMED_BY_HEAD = ["olmo2", "olmo3", "olmoe", "cohere+use_qk_norm", "stablelm+qk_layernorm"]
-NORMED = [
-    "qwen3", "qwen3_moe", "gemma3_text", "exaone4", "apertus", "hunyuan_v1_dense", "phi+qk_layernorm", *NORMED_BY_HEAD,
-]  # fmt: skip
+
+
+def key_norm(name: str) -> KeyNorm | None:
+    norm = family(name).key_norm
+    return norm if norm and (not norm.flag or norm.flag in name.split("+")) else None
+
+
+NORMED = {name: norm for name in SOURCES if (norm := key_norm(name))}
+NORMED_BY_HEAD = [name for name, norm in NORMED.items() if norm.by_head]
+UNCALIBRATED = [name for name in SOURCES if family(name).uncalibrated and name not in NORMED]
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -125,7 +132,7 @@ def test_keys_that_are_normed_after_projection_can_only_be_pooled(
     assert "--method mean" in caught.value.hint
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "granitemoe"])
+@pytest.mark.parametrize("model_type", UNCALIBRATED)
 def test_experts_that_no_layer_can_be_run_with_are_not_calibrated(model_type: str, save_tiny: Save) -> None:
     source = str(save_tiny(model_type))
     with pytest.raises(UsageError, match="no layer can be read alone") as caught:
