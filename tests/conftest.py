@@ -52,6 +52,7 @@ PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_facto
 EXTRA: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "vaultgemma": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "mixtral": {"num_local_experts": 4, "sliding_window": 8},
     "ministral": {"head_dim": 16, "sliding_window": 8},
     "seed_oss": {"head_dim": 16, "attention_bias": True},

@@ -164,6 +164,13 @@ _ENTRIES = (
         pool_only={"clip_qkv": CLIPPED},
     ),
     _like_llama("arcee", "ArceeForCausalLM", 2560, 32, 32, 32000, 4096),
+    _like_llama("jais2", "Jais2ForCausalLM", 3328, 32, 26, 150272, 8192),
+    _like_llama("hyperclovax", "HyperCLOVAXForCausalLM", 4096, 32, 32, 32000, 2048),
+    _like_llama("nanochat", "NanoChatForCausalLM", 768, 12, 6, 50304, 2048, key_norm=KeyNorm()),
+    _like_llama(
+        "vaultgemma", "VaultGemmaForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256,
+        sliding=Sliding.PATTERN, also={"sliding_window": 4096},
+    ),
     _like_llama(
         "smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4,
         sliding=Sliding.UNROTATED, sliding_flag=True, also={"no_rope_layer_interval": 4},
