@@ -53,6 +53,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "vaultgemma": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "laguna": {
+        "head_dim": 12, "num_attention_heads_per_layer": [4, 8], "layer_types": MIXED, "sliding_window": 8,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
     "mixtral": {"num_local_experts": 4, "sliding_window": 8},
     "ministral": {"head_dim": 16, "sliding_window": 8},
     "seed_oss": {"head_dim": 16, "attention_bias": True},

@@ -251,6 +251,11 @@ _ENTRIES = (
     ),
     _like_llama("apertus", "ApertusForCausalLM", 4096, 32, 32, 131072, 65536, key_norm=KeyNorm()),
     _like_llama(
+        "laguna", "LagunaForCausalLM", 2048, 40, 48, 100352, 131072, 8, 128,
+        keys=ConfigKeys(attention_heads_by_layer="num_attention_heads_per_layer"), key_norm=KeyNorm(),
+        also={"sliding_window": 512}, uncalibrated=_FUSED_EXPERTS,
+    ),
+    _like_llama(
         "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", 4096, 32, 32, 290943, 2048,
         key_norm=KeyNorm("key_layernorm"),
     ),

@@ -119,18 +119,33 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
         head_dim = hidden // heads
     if architecture.projections.packing is Packing.BLOCKS and heads % BLOCKS:
         raise CheckpointError(f"{where} has {heads} attention heads, which don't fill the {BLOCKS} blocks it needs.")
-    if heads % key_value_heads:
-        raise CheckpointError(f"{where}: {key_value_heads} key/value heads don't divide {heads} attention heads.")
     layers = size(keys.num_hidden_layers)
+    by_layer = _heads_by_layer(architecture, config, [heads] * layers, where)
+    for count in by_layer:
+        if count % key_value_heads:
+            raise CheckpointError(f"{where}: {key_value_heads} key/value heads don't divide {count} attention heads.")
     windows = _windows(architecture, config, layers, where)
     if keys.latent:
         spec = _latent(AttentionSpec(heads, key_value_heads, head_dim), config, where)
         return tuple(replace(spec, sliding_window=window) for window in windows)
     rotated = _rotated_dims(architecture, config, windows, head_dim, where)
     return tuple(
-        AttentionSpec(heads, key_value_heads, head_dim, sliding_window=window, rotary_ndims=dims)
-        for window, dims in zip(windows, rotated, strict=True)
+        AttentionSpec(count, key_value_heads, head_dim, sliding_window=window, rotary_ndims=dims)
+        for count, window, dims in zip(by_layer, windows, rotated, strict=True)
     )
+
+
+def _heads_by_layer(architecture: Architecture, config: Mapping[str, Any], same: list[int], where: str) -> list[int]:
+    """Return every layer's attention heads; `same` are those of a config that lists none."""
+    key = architecture.keys.attention_heads_by_layer
+    listed = config.get(key) if key else None
+    if listed is None:
+        return same
+    if not isinstance(listed, list) or len(listed) != len(same) or not all(type(n) is int and n > 0 for n in listed):
+        raise CheckpointError(
+            f"{where} has {key} {listed!r}, not a positive whole number for each of {len(same)} layers."
+        )
+    return listed
 
 
 def _latent(spec: AttentionSpec, config: Mapping[str, Any], where: str) -> AttentionSpec:
@@ -194,16 +209,28 @@ def _rotated_dims(
         if count > head_dim or count % 2:
             raise CheckpointError(f"{where} has {counted} {count}, no even number of a head's {head_dim} dims.")
         return [count] * layers
+    dims = [_share_of(architecture, config, window, head_dim, where) for window in windows]
+    if architecture.rotates_sliding_only:
+        rotates = [window is not None for window in windows]
+    else:
+        rotates = _rotated_layers(architecture, config, layers, where)
+    return [count if rotated else 0 for count, rotated in zip(dims, rotates, strict=True)]
+
+
+def _share_of(
+    architecture: Architecture, config: Mapping[str, Any], window: int | None, head_dim: int, where: str
+) -> int | None:
+    """Return how many dims of a head a layer that rotates at all rotates, None for all of them."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling")
     said = parameters if isinstance(parameters, dict) else {}
+    # Layers that slide and layers that don't may have parameters of their own.
+    own = said.get("sliding_attention" if window else "full_attention")
+    said = own if isinstance(own, dict) else said
     factor = said.get("partial_rotary_factor", config.get(architecture.keys.rotary_share))
     factor = architecture.partial_rotary_factor if factor is None else factor
     if type(factor) not in (int, float) or not 0 < factor <= 1:
         raise CheckpointError(f"{where} has partial_rotary_factor {factor!r}, not a share of each head's dims.")
-    dims = None if factor == 1 else int(head_dim * factor)
-    if architecture.rotates_sliding_only:
-        return [dims if window else 0 for window in windows]
-    return [dims if rotated else 0 for rotated in _rotated_layers(architecture, config, layers, where)]
+    return None if factor == 1 else int(head_dim * factor)
 
 
 def _rotated_layers(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[bool]:
