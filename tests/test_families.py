@@ -170,32 +170,6 @@ def test_cached_generation_equals_uncached_and_keeps_only_its_heads(
     assert held == context * cache_bytes_per_token(layers, itemsize=4)
 
 
-SCALED = {
-    "linear": {"factor": 2.0},
-    "dynamic": {"factor": 2.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
-    "llama3": {
-        "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-    },
-    "longrope": {
-        "short_factor": [1.0] * 6, "long_factor": [1.5] * 6, "factor": 4.0, "original_max_position_embeddings": 8,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("model_type", "kind"), [*(("llama", kind) for kind in SCALED), ("phi3", "longrope")])
-def test_scaled_rotations_carry_over(model_type: str, kind: str, save_tiny: Save, tmp_path: Path) -> None:
-    source = save_tiny(
-        model_type, rope_parameters={"rope_type": kind, "rope_theta": 100.0, **SCALED[kind]}, tie_word_embeddings=False
-    )
-    plain = save_tiny(model_type, name="plain", tie_word_embeddings=False)
-    convert(str(source), tmp_path / "out", request(2))
-    with torch.no_grad():
-        found = load(tmp_path / "out")(TOKENS).logits
-        torch.testing.assert_close(found, pool_model(load(source), 2)(TOKENS).logits, atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(found, pool_model(load(plain), 2)(TOKENS).logits, atol=1e-3)
-
-
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_tied_and_untied_heads_both_carry_over(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
     for tied in (True, False):
