@@ -25,7 +25,7 @@ from uptrain.hosts.register import register
 from uptrain.hosts.table import HOSTS
 from uptrain.layout import Architecture, Sliding
 from uptrain.model_config import attention_layers
-from uptrain.packing import join, modules_of, split
+from uptrain.packing import Heads, join, modules_of, split
 from uptrain.plan import find_prefix, result_attention
 from uptrain.request import Request
 
@@ -41,7 +41,7 @@ EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
 """Its class caches a copy of keys and values for every query head, whatever their number."""
 VARIANTS = [
     "phi+qk_layernorm", "stablelm+qk_layernorm", "cohere+use_qk_norm", "falcon+parallel_attn", "falcon+alibi", EXPANDED,
-    "gpt_neox+no_use_parallel_residual",
+    "gpt_neox+no_use_parallel_residual", "gpt2+scale_attn_by_inverse_layer_idx",
 ]  # fmt: skip
 SOURCES = [*FAMILIES, *VARIANTS]
 UNGROUPED = ["falcon", "falcon+parallel_attn", "falcon+alibi"]
@@ -59,7 +59,10 @@ def request(groups: int, method: str = "mean") -> Request:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Load a model whose class finds every tensor it has, in its shape, and no other."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -99,7 +102,7 @@ def test_class_name_is_what_transformers_writes(model_type: str, save_tiny: Save
 
 @pytest.mark.parametrize("model_type", SOURCES)
 def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny: Save) -> None:
-    """q, k and v of our heads equal what the module's own projections give, head by head, on random input."""
+    """q, k and v of our heads equal what the module's own projections give, and what it puts into its cache."""
     folder = save_tiny(model_type)
     entry, checkpoint, model = family(model_type), open_checkpoint(folder), load(folder)
     spec = attention_layers(entry, checkpoint.config, "src")[1]
@@ -116,8 +119,31 @@ def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny
     computed = computed_heads(model.get_submodule(base.rstrip(".")), x)
     for part in "qkv":
         ours = heads.part(part)
-        y = np.einsum("td,hed->the", x.numpy(), ours.weight) + (0 if ours.bias is None else ours.bias)
-        np.testing.assert_allclose(y, computed[part].detach().numpy(), atol=2e-5)
+        np.testing.assert_allclose(outputs_of(ours, x), computed[part].detach().numpy(), atol=2e-5)
+    x, cached = seen_and_cached(model, base.rstrip("."), 1)
+    for part in "kv":
+        np.testing.assert_allclose(outputs_of(heads.part(part), x), cached[part], atol=2e-5)
+
+
+def outputs_of(heads: Heads, x: torch.Tensor) -> np.ndarray:
+    """Return what heads make of x (T, d): (T, heads, head_dim)."""
+    return np.einsum("td,hed->the", x.numpy(), heads.weight) + (0 if heads.bias is None else heads.bias)
+
+
+@torch.no_grad()
+def seen_and_cached(model: PreTrainedModel, name: str, layer: int) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+    """Return five inputs of an attention module (5, d), and the keys and values it caches of each, by head.
+
+    Each is a first token, at which no rotation turns; norms on queries and keys are taken out.
+    """
+    module, seen = model.get_submodule(name), []
+    for norm in ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"):
+        if hasattr(module, norm):
+            setattr(module, norm, torch.nn.Identity())
+    module.register_forward_pre_hook(lambda _, args, named: seen.append((*args, *named.values())[0]), with_kwargs=True)
+    cache = model(torch.arange(5)[:, None] + 7, use_cache=True, past_key_values=DynamicCache()).past_key_values
+    held = cache.layers[layer]
+    return seen[0][:, 0], {"k": held.keys[:, :, 0].numpy(), "v": held.values[:, :, 0].numpy()}
 
 
 @pytest.mark.parametrize(("model_type", "groups"), [*((name, 4) for name in SOURCES), ("falcon+multi_query", 1)])

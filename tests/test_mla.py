@@ -165,7 +165,10 @@ def test_the_cache_holds_what_was_promised_and_generates_as_without_it(tmp_path,
             tokens, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, min_new_tokens=6
         )
         whole = model(found.sequences[:, :-1], use_cache=False).logits[0, 8:].argmax(-1)
-    assert found.sequences[0, 9:].tolist() == whole.tolist()
+        padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), tokens], dim=1)
+        mask = (torch.arange(13) >= 4).long()[None]
+        left = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, min_new_tokens=6)
+    assert found.sequences[0, 9:].tolist() == left[0, 13:].tolist() == whole.tolist()
     held = sum(t.nbytes for layer in found.past_key_values.layers for t in (layer.keys, layer.values))
     assert held == done.plan.cache_after * 14
     assert inspect(str(tmp_path / "out")).cache_bytes_per_token == done.plan.cache_after
