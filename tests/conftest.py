@@ -35,6 +35,11 @@ TINY: dict[str, dict[str, Any]] = {
         "hidden_size": 48, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64,
         "attention_types": [[["global", "local"], 1]], "window_size": 6,
     },
+    "persimmon": {
+        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "qk_layernorm": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5_000.0, "partial_rotary_factor": 0.5},
+    },
     "falcon": {
         "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
         "multi_query": False, "parallel_attn": False, "bias": True,

@@ -42,6 +42,7 @@ EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
 VARIANTS = [
     "phi+qk_layernorm", "stablelm+qk_layernorm", "cohere+use_qk_norm", "falcon+parallel_attn", "falcon+alibi", EXPANDED,
     "gpt_neox+no_use_parallel_residual", "gpt2+scale_attn_by_inverse_layer_idx",
+    "persimmon+qk_layernorm",
 ]  # fmt: skip
 SOURCES = [*FAMILIES, *VARIANTS]
 UNGROUPED = ["falcon", "falcon+parallel_attn", "falcon+alibi"]

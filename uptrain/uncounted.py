@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from uptrain.layout import Architecture, ConfigKeys, Packing, Position, Projections
+from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 CLIPPED = "it clips queries, keys and values, which no longer cancels when heads are re-scaled"
@@ -114,6 +114,18 @@ MPT = Architecture(
     native=False,
 )
 
+PERSIMMON = Architecture(
+    model_type="persimmon",
+    class_name="PersimmonForCausalLM",
+    projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
+    keys=ConfigKeys(num_key_value_heads=None, head_dim=None),
+    partial_rotary_factor=0.5,
+    key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
+    defaults={**dict(zip(_SIZES, (4096, 36, 64, 262144, 16384), strict=True)), "qk_layernorm": True},
+    hosts={"gqa": ("uptrain_persimmon",), "mqa": ("uptrain_persimmon",)},
+    native=False,
+)
+
 
 def _with_groups(entry: Architecture, model_type: str, class_name: str) -> Architecture:
     """Return the entry of our own class for a family that counts no key/value heads, which counts them."""
@@ -125,7 +137,9 @@ UPTRAIN_BLOOM = _with_groups(BLOOM, "uptrain_bloom", "UptrainBloomForCausalLM")
 UPTRAIN_GPT_NEO = _with_groups(GPT_NEO, "uptrain_gpt_neo", "UptrainGPTNeoForCausalLM")
 UPTRAIN_MPT = _with_groups(MPT, "uptrain_mpt", "UptrainMptForCausalLM")
 UPTRAIN_OPT = _with_groups(OPT, "uptrain_opt", "UptrainOPTForCausalLM")
+UPTRAIN_PERSIMMON = _with_groups(PERSIMMON, "uptrain_persimmon", "UptrainPersimmonForCausalLM")
 
 UNCOUNTED = (
     BLOOM, UPTRAIN_BLOOM, CODEGEN, GPT_NEO, UPTRAIN_GPT_NEO, GPT_NEOX, GPTJ, MPT, UPTRAIN_MPT, OPT, UPTRAIN_OPT,
+    PERSIMMON, UPTRAIN_PERSIMMON,
 )  # fmt: skip

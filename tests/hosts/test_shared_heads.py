@@ -21,13 +21,14 @@ from uptrain.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 
 Save = Callable[..., Path]
-OWN = ["opt", "bloom", "mpt", "gpt_neo"]
+OWN = ["opt", "bloom", "mpt", "gpt_neo", "persimmon+qk_layernorm"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     ("opt", {"enable_bias": False, "activation_function": "gelu", "layer_norm_elementwise_affine": False}),
     ("opt", {"_remove_final_layer_norm": True, "tie_word_embeddings": False}),
     ("bloom", {"apply_residual_connection_post_layernorm": True, "n_head": 6}),
     ("gpt_neo", {"attention_types": [[["local"], 2]], "window_size": 3, "intermediate_size": 40}),
+    ("persimmon", {"hidden_act": "gelu", "tie_word_embeddings": True}),
     ("mpt", {"n_heads": 6, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.2, "alibi_bias_max": 4}}),
 ]
 PAIRS = torch.tensor([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 32]])

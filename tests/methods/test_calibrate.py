@@ -34,6 +34,7 @@ FAMILIES = [
     "gpt2", "llama", "cohere", "gemma2", "granite", "starcoder2", "phi", "phi3", "stablelm", "smollm3",
     "falcon", "falcon+alibi", "ministral", "seed_oss", "helium", "ernie4_5", "glm", "glm4", "nemotron", "cohere2",
     "gpt_neox", "gpt_neox+no_use_parallel_residual", "gptj", "codegen", "opt", "bloom", "mpt", "gpt_neo",
+    "persimmon",
 ]  # fmt: skip
 
 

@@ -18,6 +18,11 @@ OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "modeling_uptrain_gpt_neo": ("UptrainGPTNeoConfig", "UptrainGPTNeoModel", "UptrainGPTNeoForCausalLM"),
         "modeling_uptrain_mpt": ("UptrainMptConfig", "UptrainMptModel", "UptrainMptForCausalLM"),
         "modeling_uptrain_opt": ("UptrainOPTConfig", "UptrainOPTModel", "UptrainOPTForCausalLM"),
+        "modeling_uptrain_persimmon": (
+            "UptrainPersimmonConfig",
+            "UptrainPersimmonModel",
+            "UptrainPersimmonForCausalLM",
+        ),
         "modeling_uptrain_gpt2_mla": ("UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", "UptrainGPT2MLALMHeadModel"),
         "modeling_uptrain_llama_mla": ("UptrainLlamaMLAConfig", "UptrainLlamaMLAModel", "UptrainLlamaMLAForCausalLM"),
     }

@@ -11,7 +11,7 @@ from uptrain.hosts.host import Host
 from uptrain.hosts.nemotron import NEMOTRON_HOSTS
 from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
-from uptrain.uncounted import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT
+from uptrain.uncounted import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
 
 
 def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> Host:
@@ -50,6 +50,7 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
         "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO, "UptrainGPTNeoConfig", "UptrainGPTNeoModel"),
         "uptrain_mpt": _ours(UPTRAIN_MPT, "UptrainMptConfig", "UptrainMptModel"),
         "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
+        "uptrain_persimmon": _ours(UPTRAIN_PERSIMMON, "UptrainPersimmonConfig", "UptrainPersimmonModel"),
     }
 )
 
