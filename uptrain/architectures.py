@@ -254,6 +254,7 @@ _ENTRIES = (
         "laguna", "LagunaForCausalLM", 2048, 40, 48, 100352, 131072, 8, 128,
         keys=ConfigKeys(attention_heads_by_layer="num_attention_heads_per_layer"), key_norm=KeyNorm(),
         also={"sliding_window": 512}, uncalibrated=_FUSED_EXPERTS,
+        fixed_order="each query head has a gate of its own, which would have to move too",
     ),
     _like_llama(
         "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", 4096, 32, 32, 290943, 2048,

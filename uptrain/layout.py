@@ -148,6 +148,8 @@ class Architecture:
     """Config keys, with a dot where they lead into a section, the value that can't be converted, and why."""
     pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     """Config keys that, when set, rule out methods that change queries and output, and why."""
+    fixed_order: str = ""
+    """Why no head can take another's place, beyond norms and ALiBi; empty where each can."""
     uncalibrated: str = ""
     """Why no layer can be run alone, which calibration does; empty where it can."""
     native: bool = True

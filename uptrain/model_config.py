@@ -78,6 +78,16 @@ def why_pool_only(architecture: Architecture, config: Mapping[str, Any]) -> str:
     return ""
 
 
+def why_fixed_order(architecture: Architecture, config: Mapping[str, Any]) -> str:
+    """Return why a checkpoint's heads can't take each other's places, empty where they can."""
+    norm = key_norm_of(architecture, config)
+    if norm is not None and norm.by_head:
+        return "each head's keys are normed with weights of their own, which would have to move too"
+    if position_of_config(architecture, config) is Position.ALIBI:
+        return "ALiBi gives each head a slope by its place"
+    return architecture.fixed_order
+
+
 def config_value(architecture: Architecture, config: Mapping[str, Any], key: str, where: str) -> int:
     """Return the positive integer that config.json, or the family's default, gives for `key`.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from uptrain.errors import UsageError
 from uptrain.layout import Architecture
-from uptrain.model_config import holds_groups, key_norm_of, why_pool_only
+from uptrain.model_config import holds_groups, why_fixed_order, why_pool_only
 from uptrain.request import CHANGED_PARTS, Request
 
 
@@ -28,13 +28,9 @@ def check_method(architecture: Architecture, config: Mapping[str, Any], request:
         raise UsageError(
             f"--method calibrated can't be used on {name}: {architecture.uncalibrated}.", "Use --method svd."
         )
-    norm = key_norm_of(architecture, config)
-    if norm is not None and norm.by_head and request.grouping != "contiguous":
-        raise UsageError(
-            f"--grouping {request.grouping} can't be used on {name}: each head's keys are normed with weights of "
-            "their own, which would have to move too.",
-            "Leave --grouping out.",
-        )
+    why = why_fixed_order(architecture, config)
+    if why and request.grouping != "contiguous":
+        raise UsageError(f"--grouping {request.grouping} can't be used on {name}: {why}.", "Leave --grouping out.")
 
 
 def check_groups(
