@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from uptrain import __version__, cli_hub, cli_report, cli_training, console
+from uptrain import __version__, cli_eval, cli_hub, cli_report, cli_training, console
 from uptrain.errors import Interrupted, UptrainError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -263,8 +263,9 @@ def verify(directory: Path, as_json: bool) -> None:
     report.verification(directory, run(directory), as_json)
 
 
-for _name, _command in {**cli_training.COMMANDS, **cli_report.COMMANDS, **cli_hub.COMMANDS}.items():
-    cli.add_command(_command, _name)
+for _module in (cli_training, cli_eval, cli_report, cli_hub):
+    for _name, _command in _module.COMMANDS.items():
+        cli.add_command(_command, _name)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,10 +1,9 @@
-"""The commands that train and measure: options and help. Bodies import what they need when they run."""
+"""The commands that train: options and help. Bodies import what they need when they run."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -50,77 +49,6 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
         from uptrain import report_training
 
         report_training.training(done, loaded, as_json)
-
-
-@click.command()
-@click.argument("directory", metavar="MODEL")
-@click.option("--baseline", help="Compare with this MODEL on the same tokens: KL and top-1 agreement.")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    help="Text or JSONL file, glob, or dataset name; repeatable, each is a row. Default: python-stdlib:held-out, "
-    "which is here.",
-)
-@click.option(
-    "--context",
-    "contexts",
-    type=click.IntRange(2),
-    multiple=True,
-    default=(1024,),
-    show_default=True,
-    help="Window, in tokens; repeatable.",
-)
-@click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
-@click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
-@click.option("--speed-context", type=click.IntRange(1), default=512, show_default=True, help="Measure speed there.")
-@click.option("--no-speed", is_flag=True, help="Leave speed out.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def evaluate(
-    directory: str,
-    texts: tuple[str, ...],
-    contexts: tuple[int, ...],
-    out: Path | None,
-    as_json: bool,
-    no_speed: bool,
-    **options: Any,
-) -> None:
-    """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
-
-    Against a baseline also how far apart their predictions are, with 95 % intervals. docs/evaluation.md says how each
-    figure is computed, and what the JSON holds.
-
-    \b
-    uptrain eval demo-gqa4 --baseline demo
-    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
-    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024 --context 4096
-    """
-    from uptrain import report_training
-    from uptrain.evaluate import HELD_OUT, save_place, write_evaluation
-    from uptrain.evaluate import evaluate as run
-    from uptrain.recipe_schema import parse_source
-
-    if no_speed:
-        options["repeats"] = 0
-    try:
-        text = [parse_source(text) for text in texts] or [HELD_OUT]
-    except ValueError:
-        raise UsageError(f"--text {' '.join(texts)} is not a text.", "Name a file, a glob or a dataset.") from None
-    baseline = options.pop("baseline")
-    # What can't be written is said before anything is measured.
-    place = save_place(directory, out)
-    with console.tokens_progress("Scoring", options["tokens"] * len(text) * len(contexts)) as advance:
-        found = run(directory, baseline, text, context=contexts, on_tokens=advance, **options)
-    report_training.evaluation(found, as_json)
-    if place is not None:
-        write_evaluation(found, place)
-        console.note(f"Wrote {place}.")
 
 
 @click.group()
@@ -171,16 +99,16 @@ def demo(out: Path, as_json: bool) -> None:
 
     Converts it to 4 key/value heads, uptrains that briefly, and compares both with the original. Downloads nothing.
     """
-    from uptrain import recipes, report_training
+    from uptrain import recipes, report_eval
     from uptrain.demo.run import RECIPE, run
 
     recipe = recipes.load(RECIPE)
     with console.training_progress(recipe.total_steps) as show:
         found = run(out, console.note, show)
-    report_training.demo(found, as_json)
+    report_eval.demo(found, as_json)
 
 
 COMMANDS: dict[str, click.Command] = {
-    "train": train, "eval": evaluate, "recipes": recipes, "demo": demo,
+    "train": train, "recipes": recipes, "demo": demo,
 }  # fmt: skip
 """What the command line adds, by the name it is typed under."""

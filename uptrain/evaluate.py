@@ -2,122 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from uptrain import models
-from uptrain.checkpoint.jsonfile import dump_json
-from uptrain.checkpoint.manifest import EVALUATION, read_manifest, versions
 from uptrain.checkpoint.source import resolve
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.data import TokenText, read_tokens
-from uptrain.errors import CheckpointError, UsageError
+from uptrain.errors import UsageError
 from uptrain.measure.memory import memory_bytes
 from uptrain.measure.quality import Row, Window, make_row, score, windows
+from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
 from uptrain.measure.speed import cache_bytes_per_token, speeds
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
 
 __all__ = ["HELD_OUT", "Evaluation", "Measured", "Row", "evaluate", "save_place", "windows", "write_evaluation"]
 
 HELD_OUT = Builtin(builtin="python-stdlib", split="held-out")
-FORMAT = 1
 ALL = "all"
 """What the row of several texts together is called."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model's figures: perplexity per token, bits per byte of text, cache bytes per token, tokens per second.
-
-    Speeds are medians; `decode_range` is the slowest and the fastest run.
-    """
-
-    name: str
-    perplexity: float
-    bits_per_byte: float
-    cache_bytes_per_token: int
-    prefill_tokens_per_second: float | None
-    decode_tokens_per_second: float | None
-    decode_range: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's figures, the baseline's on the same tokens, and how far apart their predictions are.
-
-    `rows` has them by text and context. The others are those of all texts at the longest context: `kl` is the mean
-    of KL(baseline ‖ model) in nats per token; `top1_agreement` the share of tokens at which both rank the same one
-    first; the rest as in `Row`. `dtype` is what these and perplexity were computed in; cache and speed are measured
-    in each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in float32 on a
-    device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole measurement's, with
-    both models loaded: the accelerator's, or on a CPU the process's.
-    """
-
-    model: Measured
-    baseline: Measured | None
-    kl: float | None
-    top1_agreement: float | None
-    tokens: int
-    context: int
-    stride: int
-    speed_context: int
-    speed_dtype: str
-    dtype: str
-    device: str
-    windows: int = 0
-    texts: tuple[str, ...] = ()
-    kl_interval: tuple[float, float] | None = None
-    perplexity_ratio: float | None = None
-    perplexity_ratio_interval: tuple[float, float] | None = None
-    top5_agreement: float | None = None
-    flip_rate: float | None = None
-    speed_repeats: int = 0
-    peak_memory_bytes: int | None = None
-    rows: tuple[Row, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; docs/evaluation.md says what each means."""
-        return {"format": FORMAT, **asdict(self)}
-
-
-def save_place(model: str, out: Path | None) -> Path | None:
-    """Return the file an evaluation of `model` goes to: `out`, else eval.json in a folder that uptrain wrote.
-
-    None where there is no such folder, it can't be written to, or its manifest lists an eval.json already.
-
-    Raises:
-        UsageError: `out` can't be written.
-    """
-    if out is not None:
-        folder = out.resolve().parent
-        if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UsageError(f"{out} can't be written.", "Name a file in a folder that exists.")
-        return out
-    folder = Path(model).expanduser()
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return None
-    manifest = read_manifest(folder)
-    return None if manifest is None or EVALUATION in manifest["files"] else folder / EVALUATION
-
-
-def write_evaluation(found: Evaluation, path: Path) -> None:
-    """Write an evaluation, with the versions it was made by, as docs/evaluation.md describes.
-
-    Raises:
-        CheckpointError: a perplexity is no number, so the weights are broken.
-    """
-    for measured in filter(None, (found.model, found.baseline)):
-        if not math.isfinite(measured.perplexity):
-            raise CheckpointError(
-                f"{measured.name} has no finite perplexity, so {path} is not written.", "Convert or train it again."
-            )
-    write_atomic(path, dump_json({**found.to_dict(), "versions": versions()}))
 
 
 def evaluate(

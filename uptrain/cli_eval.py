@@ -1,0 +1,86 @@
+"""The command that measures: options and help. Bodies import what they need when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from uptrain import console
+from uptrain.errors import UsageError
+
+
+@click.command()
+@click.argument("directory", metavar="MODEL")
+@click.option("--baseline", help="Compare with this MODEL on the same tokens: KL and top-1 agreement.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    help="Text or JSONL file, glob, or dataset name; repeatable, each is a row. Default: python-stdlib:held-out, "
+    "which is here.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(2),
+    multiple=True,
+    default=(1024,),
+    show_default=True,
+    help="Window, in tokens; repeatable.",
+)
+@click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
+@click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
+@click.option("--speed-context", type=click.IntRange(1), default=512, show_default=True, help="Measure speed there.")
+@click.option("--no-speed", is_flag=True, help="Leave speed out.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(
+    directory: str,
+    texts: tuple[str, ...],
+    contexts: tuple[int, ...],
+    out: Path | None,
+    as_json: bool,
+    no_speed: bool,
+    **options: Any,
+) -> None:
+    """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
+
+    Against a baseline also how far apart their predictions are, with 95 % intervals. docs/evaluation.md says how each
+    figure is computed, and what the JSON holds.
+
+    \b
+    uptrain eval demo-gqa4 --baseline demo
+    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
+    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024 --context 4096
+    """
+    from uptrain import report_eval
+    from uptrain.evaluate import HELD_OUT, save_place, write_evaluation
+    from uptrain.evaluate import evaluate as run
+    from uptrain.recipe_schema import parse_source
+
+    if no_speed:
+        options["repeats"] = 0
+    try:
+        text = [parse_source(text) for text in texts] or [HELD_OUT]
+    except ValueError:
+        raise UsageError(f"--text {' '.join(texts)} is not a text.", "Name a file, a glob or a dataset.") from None
+    baseline = options.pop("baseline")
+    # What can't be written is said before anything is measured.
+    place = save_place(directory, out)
+    with console.tokens_progress("Scoring", options["tokens"] * len(text) * len(contexts)) as advance:
+        found = run(directory, baseline, text, context=contexts, on_tokens=advance, **options)
+    report_eval.evaluation(found, as_json)
+    if place is not None:
+        write_evaluation(found, place)
+        console.note(f"Wrote {place}.")
+
+
+COMMANDS: dict[str, click.Command] = {"eval": evaluate}
+"""What the command line adds, by the name it is typed under."""

@@ -1,0 +1,101 @@
+"""Lay out what an evaluation and the demo found; printing itself is the console's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uptrain import console
+
+if TYPE_CHECKING:
+    from uptrain.demo.run import Demo
+    from uptrain.evaluate import Evaluation, Measured
+
+
+def evaluation(found: Evaluation, as_json: bool) -> None:
+    """Show an evaluation as a table of one or two models."""
+    if as_json:
+        console.result_json(found.to_dict())
+        return
+    shown = [] if found.baseline is None else [(found.baseline.name, found.baseline, None)]
+    console.table("", *_table([*shown, (found.model.name, found.model, found)]))
+    if len(found.rows) > 1:
+        console.table("", *_by_text(found))
+    console.note(_how(found))
+
+
+def demo(found: Demo, as_json: bool) -> None:
+    """Show the demo's three models in one table."""
+    if as_json:
+        console.result_json(found.to_dict())
+        return
+    shown = [
+        ("original", found.original, None),
+        ("GQA-4 converted", found.converted.model, found.converted),
+        ("GQA-4 uptrained", found.uptrained.model, found.uptrained),
+    ]
+    console.table("", *_table(shown))
+    console.note(_how(found.uptrained))
+    console.note(f"The checkpoints are in {found.folder}. Next: uptrain inspect MODEL, uptrain convert MODEL --to gqa")
+
+
+def _table(
+    models: list[tuple[str, Measured, Evaluation | None]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns, one a model, and rows, one a figure; an evaluation says how far the model is from another."""
+    names, measured, against = zip(*models, strict=True)
+    rows = [
+        ("perplexity", *(f"{each.perplexity:.3f}" for each in measured)),
+        ("  times the original's", *(_far(each, "perplexity_ratio", "{:.4f}") for each in against)),
+        ("bits per byte", *(f"{each.bits_per_byte:.4f}" for each in measured)),
+        ("KL from the original", *(_far(each, "kl", "{:.4g}") for each in against)),
+        ("top-1 agreement", *(_far(each, "top1_agreement", "{:.1%}") for each in against)),
+        ("top-5 agreement", *(_far(each, "top5_agreement", "{:.1%}") for each in against)),
+        ("flip rate", *(_far(each, "flip_rate", "{:.2%}") for each in against)),
+        ("cache per token", *(console.size(each.cache_bytes_per_token) for each in measured)),
+        ("decode, tokens/s", *(_speed(each.decode_tokens_per_second) for each in measured)),
+        ("prefill, tokens/s", *(_speed(each.prefill_tokens_per_second) for each in measured)),
+    ]
+    # A figure that no model has is no row.
+    return ("", *names), [row for row in rows if set(row[1:]) != {"–"}]
+
+
+def _far(found: Evaluation | None, figure: str, form: str) -> str:
+    value = getattr(found, figure) if found is not None else None
+    if value is None:
+        return "–"
+    interval = getattr(found, f"{figure}_interval", None)
+    return form.format(value) + (f" ({' to '.join(form.format(end) for end in interval)})" if interval else "")
+
+
+def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and a row for each text and context."""
+    # A path is told by its end.
+    rows: list[tuple[str, ...]] = [
+        (Path(row.text).name, f"{row.context:,}", f"{row.perplexity:.2f}") for row in found.rows
+    ]
+    if found.baseline is None:
+        return ("text", "context", "perplexity"), rows
+    apart = [
+        (f"{row.baseline_perplexity:.2f}", f"{row.kl:.4g}", f"{row.top1_agreement:.1%}", f"{row.flip_rate:.2%}")
+        for row in found.rows
+    ]
+    columns = ("text", "context", "perplexity", "original's", "KL", "top-1", "flips")
+    return columns, [(*left, *right) for left, right in zip(rows, apart, strict=True)]
+
+
+def _speed(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _how(found: Evaluation) -> str:
+    speed = f" Speed: one sequence at {found.speed_context} tokens, {found.speed_dtype}." if found.speed_context else ""
+    against = " KL is in nats per token." if found.kl is not None else ""
+    if found.kl_interval is not None:
+        against += f" In brackets: 95 % intervals over {found.windows} windows."
+    if found.peak_memory_bytes is not None:
+        speed += f" Peak memory {console.size(found.peak_memory_bytes)}, all models loaded."
+    return (
+        f"{found.tokens:,} tokens, context {found.context}, stride {found.stride}, {found.dtype} on {found.device}."
+        + against + speed
+    )  # fmt: skip
