@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from uptrain.checkpoint.manifest import verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.cli import run
 from uptrain.hub.figures import read_figures
+from uptrain.measure.tasks import TaskFigure
 
 DOCS = Path(__file__).parent.parent / "docs/evaluation.md"
 
@@ -43,10 +45,11 @@ def test_every_key_is_documented_and_every_documented_key_is_there(
 ) -> None:
     assert run(command(converted, "--json")) == 0
     found: dict[str, Any] = json.loads((converted / "eval.json").read_text())
-    whole, each, rows = re.split(r"\nIn .*:\n", DOCS.read_text().partition("## eval.json")[2])
+    whole, each, rows, tasks = re.split(r"\nIn .*:\n", DOCS.read_text().partition("## eval.json")[2])
     assert keys_of(whole) == set(found)
     assert keys_of(each) == set(found["model"]) == set(found["baseline"])
     assert all(keys_of(rows) == set(row) for row in found["rows"])
+    assert keys_of(tasks) == {field.name for field in fields(TaskFigure)}
     printed = json.loads(capsys.readouterr().out)
     assert {**printed, "versions": found["versions"]} == found
 

@@ -36,6 +36,15 @@ from uptrain.errors import UsageError
 @click.option("--no-speed", is_flag=True, help="Leave speed out.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
 @click.option(
+    "--task",
+    "tasks",
+    metavar="NAME[,NAME]",
+    multiple=True,
+    help="Run these tasks of lm-eval too: names, or paths of task YAML files; repeatable. Needs 'uptrain[eval]'.",
+)
+@click.option("--include-path", type=click.Path(), metavar="DIR", help="Of --task: look for task YAML files there too.")
+@click.option("--task-limit", type=click.IntRange(1), metavar="N", help="Of --task: take N documents. Default: all.")
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",
@@ -48,6 +57,9 @@ def evaluate(
     out: Path | None,
     as_json: bool,
     no_speed: bool,
+    tasks: tuple[str, ...],
+    include_path: str | None,
+    task_limit: int | None,
     **options: Any,
 ) -> None:
     """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
@@ -59,10 +71,12 @@ def evaluate(
     uptrain eval demo-gqa4 --baseline demo
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024 --context 4096
+    uptrain eval ./llama-gqa4 --baseline ./llama --task piqa,./my-task.yaml
     """
     from uptrain import report_eval
     from uptrain.evaluate import HELD_OUT, save_place, write_evaluation
     from uptrain.evaluate import evaluate as run
+    from uptrain.measure.tasks import Tasks
     from uptrain.recipe_schema import parse_source
 
     if no_speed:
@@ -72,6 +86,9 @@ def evaluate(
     except ValueError:
         raise UsageError(f"--text {' '.join(texts)} is not a text.", "Name a file, a glob or a dataset.") from None
     baseline = options.pop("baseline")
+    names = tuple(name.strip() for listed in tasks for name in listed.split(",") if name.strip())
+    if names:
+        options["tasks"] = Tasks(names, include_path, task_limit)
     # What can't be written is said before anything is measured.
     place = save_place(directory, out)
     with console.tokens_progress("Scoring", options["tokens"] * len(text) * len(contexts)) as advance:

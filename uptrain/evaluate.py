@@ -15,6 +15,7 @@ from uptrain.measure.memory import memory_bytes
 from uptrain.measure.quality import Row, Window, make_row, score, windows
 from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
 from uptrain.measure.speed import cache_bytes_per_token, speeds
+from uptrain.measure.tasks import Tasks, load_tasks, run_tasks
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
 
 __all__ = ["HELD_OUT", "Evaluation", "Measured", "Row", "evaluate", "save_place", "windows", "write_evaluation"]
@@ -36,6 +37,7 @@ def evaluate(
     decode_tokens: int = 32,
     repeats: int = 5,
     dtype: str | None = None,
+    tasks: Tasks | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Measure `model`, and `baseline` on the same tokens: at most `tokens` of each text, at each context.
@@ -43,10 +45,12 @@ def evaluate(
     Perplexity slides a window of `context` tokens by `stride` (default: half of it) and scores each token once,
     with at least `context - stride` tokens before it; `stride == context` is plain block perplexity. Quality is
     computed in fp32 on a CPU, elsewhere in the checkpoint's dtype, unless `dtype` says otherwise. Speed is of one
-    sequence after `speed_context` tokens, the median of `repeats` runs in turns; 0 leaves it out.
+    sequence after `speed_context` tokens, the median of `repeats` runs in turns; 0 leaves it out. `tasks` are run by
+    lm-eval, which is imported only then.
 
     Raises:
-        UsageError: text that is too short, another tokenizer than the baseline's, or sizes that don't fit.
+        UsageError: text that is too short, another tokenizer than the baseline's, sizes that don't fit, or a task
+            that lm-eval can't run.
         CheckpointError: a model that can't be loaded.
     """
     models.quiet()
@@ -59,6 +63,8 @@ def evaluate(
         if baseline is not None and not _same(read[0], read[1]):
             raise UsageError(f"{model} and {baseline} have different tokenizers, so their tokens can't be compared.")
         texts[_text_name(each)] = read[0]
+    # What can't be run is said before a model is loaded.
+    loaded_tasks = load_tasks(tasks) if tasks else None
     device = _device()
     wanted = models.dtype_named(dtype) or (torch.float32 if device.type == "cpu" else None)
     loaded = [models.load_model(source) for source in sources]
@@ -70,6 +76,7 @@ def evaluate(
     if stride is not None and not 1 <= stride <= contexts[0]:
         raise UsageError(f"stride {stride} must lie between 1 and the context of {contexts[0]} tokens.")
     rows = [row for size in contexts for row in _rows(loaded, texts, size, stride or size // 2, on_tokens)]
+    ran = run_tasks(loaded, tokenizers, loaded_tasks, tasks.limit) if tasks else []
     quality_dtype = _name(loaded[0])
     loaded = [each.to(itself) for each, itself in zip(loaded, own, strict=True)]
     cache = [cache_bytes_per_token(each) for each in loaded]
@@ -91,7 +98,7 @@ def evaluate(
         measured[0], measured[1] if baseline is not None else None, head.kl, head.top1_agreement, head.tokens,
         head.context, head.stride, speed_context, _name(loaded[0]), quality_dtype, str(device), head.windows,
         tuple(texts), head.kl_interval, head.perplexity_ratio, head.perplexity_ratio_interval, head.top5_agreement,
-        head.flip_rate, repeats, memory_bytes(device), tuple(rows),
+        head.flip_rate, repeats, memory_bytes(device), tuple(rows), tuple(ran),
     )  # fmt: skip
 
 

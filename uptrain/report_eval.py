@@ -21,6 +21,8 @@ def evaluation(found: Evaluation, as_json: bool) -> None:
     console.table("", *_table([*shown, (found.model.name, found.model, found)]))
     if len(found.rows) > 1:
         console.table("", *_by_text(found))
+    if found.tasks:
+        console.table("Tasks", *_tasks(found))
     console.note(_how(found))
 
 
@@ -82,6 +84,34 @@ def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     ]
     columns = ("text", "context", "perplexity", "original's", "KL", "top-1", "flips")
     return columns, [(*left, *right) for left, right in zip(rows, apart, strict=True)]
+
+
+def _tasks(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and a row for each metric of each task, with standard errors."""
+    alone: list[tuple[str, ...]] = [
+        (each.task, each.metric if each.filter == "none" else f"{each.metric}, {each.filter}", f"{each.samples:,}",
+         _with_error(each.value, each.stderr))
+        for each in found.tasks
+    ]  # fmt: skip
+    if found.baseline is None:
+        return ("task", "metric", "samples", found.model.name), alone
+    against = [
+        (_with_error(each.baseline_value, each.baseline_stderr), _between(each.difference_interval, "{:+.4g}"))
+        for each in found.tasks
+    ]
+    columns = ("task", "metric", "samples", found.baseline.name, found.model.name, "difference, 95 %")
+    rows = [(*row[:3], base, row[3], apart) for row, (base, apart) in zip(alone, against, strict=True)]
+    return columns, rows
+
+
+def _with_error(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
+
+
+def _between(interval: tuple[float, float] | None, form: str) -> str:
+    return "–" if interval is None else " to ".join(form.format(end) for end in interval)
 
 
 def _speed(value: float | None) -> str:

@@ -55,7 +55,7 @@ def suggest(model: str, budget: float, *, revision: str | None = None, allow_pic
     if not 0 < budget < 1:
         raise UsageError(f"--suggest {budget:.3g} is no share of the cache.", "Give one like 25%.")
     if importlib.util.find_spec("torch") is None:
-        raise UsageError("--suggest needs torch.", "Install it with: pip install 'uptrain[eval]'")
+        raise UsageError("--suggest needs torch.", "Install it with: pip install 'uptrain[train]'")
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
     plans = _plans(checkpoint, budget, model)

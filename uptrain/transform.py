@@ -173,7 +173,7 @@ def _torch_methods() -> _TorchMethods:
         from uptrain.methods.similar import similar_layer
     except ImportError:
         raise UsageError(
-            "--method svd, --grouping similar and --to mla need torch.", "Install it with: pip install 'uptrain[eval]'"
+            "--method svd, --grouping similar and --to mla need torch.", "Install it with: pip install 'uptrain[train]'"
         ) from None
     return _TorchMethods(factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
 

@@ -52,7 +52,7 @@ class PickleShards:
                 import torch
             except ImportError:
                 raise CheckpointError(
-                    f"Reading {name} needs torch.", "Install it with: pip install 'uptrain[eval]'"
+                    f"Reading {name} needs torch.", "Install it with: pip install 'uptrain[train]'"
                 ) from None
             try:
                 shard = torch.load(self.path / name, map_location="cpu", weights_only=True, mmap=True)
