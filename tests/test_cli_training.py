@@ -75,6 +75,8 @@ def test_plot_draws_the_run_and_belongs_to_the_checkpoint(tmp_path: Path, capsys
         (["train", "gqa-uptran"], 2, "Did you mean 'gqa-uptrain'?"),
         (["train", "gqa-uptrain", "learning_rat=1"], 2, "Did you mean 'learning_rate'?"),
         (["eval", "./nowhere"], 2, "no folder ./nowhere"),
+        (["eval", "demo", "--context", "64,x"], 2, "Write it like 512,1024"),
+        (["eval", "demo", "--context", "64,1"], 2, "1 is less than 2"),
     ],
 )
 def test_a_slip_is_one_sentence_and_the_right_code(

@@ -31,8 +31,8 @@ def converted(tmp_path: Path) -> Path:
 
 def command(folder: Path, *more: str) -> list[str]:
     texts = [f"--text={folder.parent / name}.txt" for name in ("one", "two")]
-    contexts = ["--context=16", "--context=32"]
-    return ["eval", str(folder), "--baseline", str(folder.parent / "source"), *texts, *contexts, "--tokens=150", *more]
+    baseline = str(folder.parent / "source")
+    return ["eval", str(folder), "--baseline", baseline, *texts, "--context=16,32", "--tokens=150", *more]
 
 
 def keys_of(table: str) -> set[str]:

@@ -19,6 +19,7 @@ from uptrain.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.errors import UsageError
 from uptrain.evaluate import Evaluation, evaluate, windows
 from uptrain.hosts.register import register
+from uptrain.measure.intervals import interval
 from uptrain.recipe_schema import Files
 
 
@@ -138,6 +139,25 @@ def test_each_text_and_context_is_a_row_as_if_measured_alone(tmp_path: Path, tex
     assert all_.perplexity_ratio_interval is not None and all_.perplexity_ratio is not None
     assert all_.perplexity_ratio_interval[0] < all_.perplexity_ratio < all_.perplexity_ratio_interval[1]
     assert (found.kl, found.context, found.tokens) == (all_.kl, 64, all_.tokens)
+
+
+def test_contexts_score_the_same_tokens_and_give_intervals_of_log_perplexity(tmp_path: Path, text: list[Files]) -> None:
+    folder = checkpoint(tmp_path / "model")
+    found = quick(folder, folder, text, tokens=200, context=[16, 32, 64])
+    assert [row.tokens for row in found.rows] == [199] * 3
+    ids = token_ids(folder, text, 200)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for row in found.rows:
+        sums, counts = [], []
+        for begin, end, first in windows(200, row.context, row.stride):
+            with torch.no_grad():
+                logs = model(ids[None, begin:end]).logits[0].log_softmax(-1)
+            sums.append(-sum(float(logs[at - 1 - begin, ids[at]]) for at in range(first, end)))
+            counts.append(end - first)
+        low, high = interval(sums, counts) or (0, 0)
+        expected = pytest.approx((math.exp(low), math.exp(high)), rel=1e-4)
+        assert row.perplexity_interval == row.baseline_perplexity_interval == expected
+        assert math.exp(low) < row.perplexity < math.exp(high)
 
 
 def test_an_identical_model_diverges_by_exactly_nothing(tmp_path: Path, text: list[Files]) -> None:

@@ -11,6 +11,27 @@ from uptrain import console
 from uptrain.errors import UsageError
 
 
+class Sizes(click.ParamType[tuple[int, ...]]):
+    """Whole numbers between commas, each at least `least`: 512,1024."""
+
+    name = "sizes"
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers that a text such as 512,1024 lists."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(each) for each in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers. Write it like 512,1024.", param, ctx)
+        if min(sizes) < self.least:
+            self.fail(f"{min(sizes)} is less than {self.least}.", param, ctx)
+        return sizes
+
+
 @click.command()
 @click.argument("directory", metavar="MODEL")
 @click.option("--baseline", help="Compare with this MODEL on the same tokens: KL and top-1 agreement.")
@@ -24,11 +45,12 @@ from uptrain.errors import UsageError
 @click.option(
     "--context",
     "contexts",
-    type=click.IntRange(2),
+    type=Sizes(2),
+    metavar="TOKENS[,TOKENS]",
     multiple=True,
-    default=(1024,),
+    default=("1024",),
     show_default=True,
-    help="Window, in tokens; repeatable.",
+    help="Window, in tokens; the same text is scored with each; repeatable.",
 )
 @click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
 @click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
@@ -53,7 +75,7 @@ from uptrain.errors import UsageError
 def evaluate(
     directory: str,
     texts: tuple[str, ...],
-    contexts: tuple[int, ...],
+    contexts: tuple[tuple[int, ...], ...],
     out: Path | None,
     as_json: bool,
     no_speed: bool,
@@ -70,7 +92,7 @@ def evaluate(
     \b
     uptrain eval demo-gqa4 --baseline demo
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
-    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024 --context 4096
+    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024,4096
     uptrain eval ./llama-gqa4 --baseline ./llama --task piqa,./my-task.yaml
     """
     from uptrain import report_eval
@@ -85,14 +107,15 @@ def evaluate(
         text = [parse_source(text) for text in texts] or [HELD_OUT]
     except ValueError:
         raise UsageError(f"--text {' '.join(texts)} is not a text.", "Name a file, a glob or a dataset.") from None
+    context = [size for listed in contexts for size in listed]
     baseline = options.pop("baseline")
     names = tuple(name.strip() for listed in tasks for name in listed.split(",") if name.strip())
     if names:
         options["tasks"] = Tasks(names, include_path, task_limit)
     # What can't be written is said before anything is measured.
     place = save_place(directory, out)
-    with console.tokens_progress("Scoring", options["tokens"] * len(text) * len(contexts)) as advance:
-        found = run(directory, baseline, text, context=contexts, on_tokens=advance, **options)
+    with console.tokens_progress("Scoring", options["tokens"] * len(text) * len(context)) as advance:
+        found = run(directory, baseline, text, context=context, on_tokens=advance, **options)
     report_eval.evaluation(found, as_json)
     if place is not None:
         write_evaluation(found, place)

@@ -48,12 +48,12 @@ def _table(
     names, measured, against = zip(*models, strict=True)
     rows = [
         ("perplexity", *(f"{each.perplexity:.3f}" for each in measured)),
-        ("  times the original's", *(_far(each, "perplexity_ratio", "{:.4f}") for each in against)),
+        ("  times the original's", *(_far(each, "perplexity_ratio", ".4f") for each in against)),
         ("bits per byte", *(f"{each.bits_per_byte:.4f}" for each in measured)),
-        ("KL from the original", *(_far(each, "kl", "{:.4g}") for each in against)),
-        ("top-1 agreement", *(_far(each, "top1_agreement", "{:.1%}") for each in against)),
-        ("top-5 agreement", *(_far(each, "top5_agreement", "{:.1%}") for each in against)),
-        ("flip rate", *(_far(each, "flip_rate", "{:.2%}") for each in against)),
+        ("KL from the original", *(_far(each, "kl", ".4g") for each in against)),
+        ("top-1 agreement", *(_far(each, "top1_agreement", ".1%") for each in against)),
+        ("top-5 agreement", *(_far(each, "top5_agreement", ".1%") for each in against)),
+        ("flip rate", *(_far(each, "flip_rate", ".2%") for each in against)),
         ("cache per token", *(console.size(each.cache_bytes_per_token) for each in measured)),
         ("decode, tokens/s", *(_speed(each.decode_tokens_per_second) for each in measured)),
         ("prefill, tokens/s", *(_speed(each.prefill_tokens_per_second) for each in measured)),
@@ -63,27 +63,34 @@ def _table(
 
 
 def _far(found: Evaluation | None, figure: str, form: str) -> str:
-    value = getattr(found, figure) if found is not None else None
-    if value is None:
+    if found is None:
         return "–"
-    interval = getattr(found, f"{figure}_interval", None)
-    return form.format(value) + (f" ({' to '.join(form.format(end) for end in interval)})" if interval else "")
+    return _ranged(getattr(found, figure), getattr(found, f"{figure}_interval", None), form)
 
 
 def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return columns and a row for each text and context."""
     # A path is told by its end.
-    rows: list[tuple[str, ...]] = [
-        (Path(row.text).name, f"{row.context:,}", f"{row.perplexity:.2f}") for row in found.rows
-    ]
+    names = [(Path(row.text).name, f"{row.context:,}") for row in found.rows]
     if found.baseline is None:
-        return ("text", "context", "perplexity"), rows
-    apart = [
-        (f"{row.baseline_perplexity:.2f}", f"{row.kl:.4g}", f"{row.top1_agreement:.1%}", f"{row.flip_rate:.2%}")
+        ranged = [(_ranged(row.perplexity, row.perplexity_interval, ".2f"),) for row in found.rows]
+        return ("text", "context", "perplexity"), [(*name, *each) for name, each in zip(names, ranged, strict=True)]
+    # The ratio's interval is the one that compares: those of the two perplexities hold the text's own spread.
+    figures = [
+        (f"{row.perplexity:.2f}", f"{row.baseline_perplexity:.2f}",
+         f"{row.perplexity_ratio:.3f}" if row.perplexity_ratio_interval is None
+         else "–".join(f"{end:.3f}" for end in row.perplexity_ratio_interval),
+         f"{row.kl:.3g}", f"{row.top1_agreement:.1%}", f"{row.flip_rate:.2%}")
         for row in found.rows
-    ]
-    columns = ("text", "context", "perplexity", "original's", "KL", "top-1", "flips")
-    return columns, [(*left, *right) for left, right in zip(rows, apart, strict=True)]
+    ]  # fmt: skip
+    columns = ("text", "context", "perplexity", "original's", "ratio", "KL", "top-1", "flips")
+    return columns, [(*name, *each) for name, each in zip(names, figures, strict=True)]
+
+
+def _ranged(value: float | None, interval: tuple[float, float] | None, form: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value:{form}}" + (f" ({_between(interval, form)})" if interval else "")
 
 
 def _tasks(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -96,7 +103,7 @@ def _tasks(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     if found.baseline is None:
         return ("task", "metric", "samples", found.model.name), alone
     against = [
-        (_with_error(each.baseline_value, each.baseline_stderr), _between(each.difference_interval, "{:+.4g}"))
+        (_with_error(each.baseline_value, each.baseline_stderr), _between(each.difference_interval, "+.4g"))
         for each in found.tasks
     ]
     columns = ("task", "metric", "samples", found.baseline.name, found.model.name, "difference, 95 %")
@@ -111,7 +118,7 @@ def _with_error(value: float | None, stderr: float | None) -> str:
 
 
 def _between(interval: tuple[float, float] | None, form: str) -> str:
-    return "–" if interval is None else " to ".join(form.format(end) for end in interval)
+    return "–" if interval is None else " to ".join(f"{end:{form}}" for end in interval)
 
 
 def _speed(value: float | None) -> str:

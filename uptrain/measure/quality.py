@@ -57,6 +57,8 @@ class Row:
     top1_agreement: float | None = None
     top5_agreement: float | None = None
     flip_rate: float | None = None
+    perplexity_interval: tuple[float, float] | None = None
+    baseline_perplexity_interval: tuple[float, float] | None = None
 
 
 def make_row(text: str, context: int, stride: int, found: Sequence[Window], tokens_per_byte: float) -> Row:
@@ -64,11 +66,12 @@ def make_row(text: str, context: int, stride: int, found: Sequence[Window], toke
     tokens = sum(window.tokens for window in found)
     nats = [sum(each) / tokens for each in zip(*(window.nats for window in found), strict=True)]
     bits = [each / math.log(2) * tokens_per_byte for each in nats]
+    counts = [window.tokens for window in found]
+    # Nats are averaged, so an interval is one of log perplexity.
+    spread = [_exp_interval(interval(each, counts)) for each in zip(*(window.nats for window in found), strict=True)]
     alone = (text, context, stride, tokens, len(found), _exp(nats[0]))
     if len(nats) == 1:
-        return Row(*alone, None, bits[0])
-    counts = [window.tokens for window in found]
-    worse = interval([window.nats[0] - window.nats[1] for window in found], counts)
+        return Row(*alone, None, bits[0], perplexity_interval=spread[0])
     apart = interval([window.divergence for window in found], counts)
     return Row(
         *alone,
@@ -76,15 +79,19 @@ def make_row(text: str, context: int, stride: int, found: Sequence[Window], toke
         bits[0],
         bits[1],
         _exp(nats[0] - nats[1]),
-        # Nats are averaged, so the interval is one of log perplexity.
-        worse and (_exp(worse[0]), _exp(worse[1])),
+        _exp_interval(interval([window.nats[0] - window.nats[1] for window in found], counts)),
         # Rounding can leave a sum of terms that cancel a hair below zero.
         max(0.0, sum(window.divergence for window in found) / tokens),
         apart and (max(0.0, apart[0]), apart[1]),
         sum(window.top1 for window in found) / tokens,
         sum(window.top5 for window in found) / tokens,
         sum(window.flips for window in found) / tokens,
+        *spread,
     )
+
+
+def _exp_interval(ends: tuple[float, float] | None) -> tuple[float, float] | None:
+    return ends and (_exp(ends[0]), _exp(ends[1]))
 
 
 def _exp(value: float) -> float:
