@@ -22,7 +22,7 @@ DOCS = Path(__file__).parent.parent / "docs/evaluation.md"
 
 @pytest.fixture
 def converted(tmp_path: Path) -> Path:
-    source = checkpoint(tmp_path / "source", "llama", attention_bias=False)
+    source = checkpoint(tmp_path / "source", "llama", attention_bias=False, max_position_embeddings=160)
     assert run(["convert", str(source), str(tmp_path / "mqa"), "--to", "mqa"]) == 0
     corpus(tmp_path / "one.txt", 30)
     corpus(tmp_path / "two.txt", 40, seed=1)
@@ -43,13 +43,15 @@ def keys_of(table: str) -> set[str]:
 def test_every_key_is_documented_and_every_documented_key_is_there(
     converted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(command(converted, "--json")) == 0
+    more = ["--needle", "--needle-lengths=120", "--needle-trials=2"]
+    assert run(command(converted, *more, "--json")) == 0
     found: dict[str, Any] = json.loads((converted / "eval.json").read_text())
-    whole, each, rows, tasks = re.split(r"\nIn .*:\n", DOCS.read_text().partition("## eval.json")[2])
+    whole, each, rows, tasks, needle = re.split(r"\nIn .*:\n", DOCS.read_text().partition("## eval.json")[2])
     assert keys_of(whole) == set(found)
     assert keys_of(each) == set(found["model"]) == set(found["baseline"])
     assert all(keys_of(rows) == set(row) for row in found["rows"])
     assert keys_of(tasks) == {field.name for field in fields(TaskFigure)}
+    assert len(found["needle"]) == 5 and all(keys_of(needle) == set(cell) for cell in found["needle"])
     printed = json.loads(capsys.readouterr().out)
     assert {**printed, "versions": found["versions"]} == found
 

@@ -12,12 +12,12 @@ from uptrain.errors import UsageError
 
 
 class Sizes(click.ParamType[tuple[int, ...]]):
-    """Whole numbers between commas, each at least `least`: 512,1024."""
+    """Whole numbers between commas, each at least `least` and at most `most`: 512,1024."""
 
     name = "sizes"
 
-    def __init__(self, least: int) -> None:
-        self.least = least
+    def __init__(self, least: int, most: int = 2**31) -> None:
+        self.least, self.most = least, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         """Return the numbers that a text such as 512,1024 lists."""
@@ -29,6 +29,8 @@ class Sizes(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is no list of whole numbers. Write it like 512,1024.", param, ctx)
         if min(sizes) < self.least:
             self.fail(f"{min(sizes)} is less than {self.least}.", param, ctx)
+        if max(sizes) > self.most:
+            self.fail(f"{max(sizes)} is more than {self.most}.", param, ctx)
         return sizes
 
 
@@ -67,6 +69,21 @@ class Sizes(click.ParamType[tuple[int, ...]]):
 @click.option("--include-path", type=click.Path(), metavar="DIR", help="Of --task: look for task YAML files there too.")
 @click.option("--task-limit", type=click.IntRange(1), metavar="N", help="Of --task: take N documents. Default: all.")
 @click.option(
+    "--needle", is_flag=True, help="Hide a pass key in the text and ask for it: retrieval by length and depth."
+)
+@click.option(
+    "--needle-lengths", type=Sizes(1), metavar="TOKENS[,TOKENS]", help="Of --needle: prompts' lengths. Default: those "
+    "of --context.",
+)  # fmt: skip
+@click.option(
+    "--needle-depths", type=Sizes(0, 100), metavar="PERCENT[,PERCENT]", default="0,25,50,75,100", show_default=True,
+    help="Of --needle: how much of the text comes before the key.",
+)  # fmt: skip
+@click.option(
+    "--needle-trials", type=click.IntRange(1), default=10, show_default=True, help="Of --needle: prompts for each "
+    "length and depth.",
+)  # fmt: skip
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",
@@ -82,6 +99,10 @@ def evaluate(
     tasks: tuple[str, ...],
     include_path: str | None,
     task_limit: int | None,
+    needle: bool,
+    needle_lengths: tuple[int, ...] | None,
+    needle_depths: tuple[int, ...],
+    needle_trials: int,
     **options: Any,
 ) -> None:
     """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
@@ -94,10 +115,12 @@ def evaluate(
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024,4096
     uptrain eval ./llama-gqa4 --baseline ./llama --task piqa,./my-task.yaml
+    uptrain eval ./llama-gqa4 --baseline ./llama --needle --needle-lengths 1024,4096,16384
     """
     from uptrain import report_eval
     from uptrain.evaluate import HELD_OUT, save_place, write_evaluation
     from uptrain.evaluate import evaluate as run
+    from uptrain.measure.needle import Needles
     from uptrain.measure.tasks import Tasks
     from uptrain.recipe_schema import parse_source
 
@@ -112,6 +135,9 @@ def evaluate(
     names = tuple(name.strip() for listed in tasks for name in listed.split(",") if name.strip())
     if names:
         options["tasks"] = Tasks(names, include_path, task_limit)
+    if needle:
+        depths = tuple(percent / 100 for percent in needle_depths)
+        options["needle"] = Needles(needle_lengths or (), depths, needle_trials)
     # What can't be written is said before anything is measured.
     place = save_place(directory, out)
     with console.tokens_progress("Scoring", options["tokens"] * len(text) * len(context)) as advance:

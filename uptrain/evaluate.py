@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from uptrain.checkpoint.source import resolve
 from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.measure.memory import memory_bytes
+from uptrain.measure.needle import Needles, check_needles, find_needles
 from uptrain.measure.quality import Row, Window, make_row, score, windows
 from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
 from uptrain.measure.speed import cache_bytes_per_token, speeds
@@ -38,6 +40,7 @@ def evaluate(
     repeats: int = 5,
     dtype: str | None = None,
     tasks: Tasks | None = None,
+    needle: Needles | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Measure `model`, and `baseline` on the same tokens: at most `tokens` of each text, at each context.
@@ -46,7 +49,7 @@ def evaluate(
     with at least `context - stride` tokens before it; `stride == context` is plain block perplexity. Quality is
     computed in fp32 on a CPU, elsewhere in the checkpoint's dtype, unless `dtype` says otherwise. Speed is of one
     sequence after `speed_context` tokens, the median of `repeats` runs in turns; 0 leaves it out. `tasks` are run by
-    lm-eval, which is imported only then.
+    lm-eval, which is imported only then; `needle` asks for pass keys hidden in the first text.
 
     Raises:
         UsageError: text that is too short, another tokenizer than the baseline's, sizes that don't fit, or a task
@@ -75,16 +78,20 @@ def evaluate(
     contexts = sorted({min(each, longest, most) for each in ([context] if isinstance(context, int) else context)})
     if stride is not None and not 1 <= stride <= contexts[0]:
         raise UsageError(f"stride {stride} must lie between 1 and the context of {contexts[0]} tokens.")
+    if needle:
+        needle = replace(needle, lengths=needle.lengths or tuple(contexts))
+        check_needles(tokenizers[0], needle, longest)
     rows = [row for size in contexts for row in _rows(loaded, texts, size, stride or size // 2, on_tokens)]
     ran = run_tasks(loaded, tokenizers, loaded_tasks, tasks.limit) if tasks else []
+    ids = next(iter(texts.values())).ids
+    cells = list(find_needles(loaded, tokenizers[0], ids.tolist(), needle)) if needle else []
     quality_dtype = _name(loaded[0])
     loaded = [each.to(itself) for each, itself in zip(loaded, own, strict=True)]
     cache = [cache_bytes_per_token(each) for each in loaded]
     if not models.has_fast_bf16(device):
         loaded = [each.float() if each.dtype is torch.bfloat16 else each for each in loaded]
     speed_context = max(1, min(speed_context, longest - decode_tokens - 1)) if repeats else 0
-    ids = torch.from_numpy(next(iter(texts.values())).ids)
-    timed = speeds(loaded, ids, speed_context, decode_tokens, repeats)
+    timed = speeds(loaded, torch.from_numpy(ids), speed_context, decode_tokens, repeats)
     # The last row is that of the longest context and, of several texts, of all.
     head = rows[-1]
     quality = [(head.perplexity, head.bits_per_byte)]
@@ -99,6 +106,7 @@ def evaluate(
         head.context, head.stride, speed_context, _name(loaded[0]), quality_dtype, str(device), head.windows,
         tuple(texts), head.kl_interval, head.perplexity_ratio, head.perplexity_ratio_interval, head.top5_agreement,
         head.flip_rate, repeats, memory_bytes(device), tuple(rows), tuple(ran),
+        tuple(cells),
     )  # fmt: skip
 
 

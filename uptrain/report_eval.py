@@ -23,6 +23,8 @@ def evaluation(found: Evaluation, as_json: bool) -> None:
         console.table("", *_by_text(found))
     if found.tasks:
         console.table("Tasks", *_tasks(found))
+    if found.needle:
+        console.table("Retrieval of a hidden pass key", *_needle(found))
     console.note(_how(found))
 
 
@@ -109,6 +111,25 @@ def _tasks(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     columns = ("task", "metric", "samples", found.baseline.name, found.model.name, "difference, 95 %")
     rows = [(*row[:3], base, row[3], apart) for row, (base, apart) in zip(alone, against, strict=True)]
     return columns, rows
+
+
+def _needle(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and a row for each length and depth: keys found, and nats per token of the key."""
+    places = [(f"{cell.length:,}", f"{cell.depth:.0%}", str(cell.samples)) for cell in found.needle]
+    ours = [
+        (_ranged(cell.exact_match, cell.exact_match_interval, ".0%"), f"{cell.log_probability:.2f}")
+        for cell in found.needle
+    ]
+    columns = ("length", "depth", "samples", f"{found.model.name}: found", "log p")
+    if found.baseline is None:
+        return columns, [(*place, *own) for place, own in zip(places, ours, strict=True)]
+    theirs = [
+        (_ranged(cell.baseline_exact_match, cell.baseline_exact_match_interval, ".0%"),
+         f"{cell.baseline_log_probability:.2f}")
+        for cell in found.needle
+    ]  # fmt: skip
+    rows: list[tuple[str, ...]] = [(*place, *base, *own) for place, base, own in zip(places, theirs, ours, strict=True)]
+    return (*columns[:3], f"{found.baseline.name}: found", "log p", *columns[3:]), rows
 
 
 def _with_error(value: float | None, stderr: float | None) -> str:

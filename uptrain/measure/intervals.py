@@ -1,5 +1,7 @@
-"""How far a mean over text could be off: 95 % intervals blocked over windows, because neighbouring tokens aren't
-independent."""
+"""How far a mean over text, or a share of trials, could be off: 95 % intervals.
+
+Those over text are blocked over windows, because neighbouring tokens aren't independent.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,17 @@ def interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float
     residual = np.square(totals - mean * weights).sum()
     half = _t(blocks - 1) * math.sqrt(blocks / (blocks - 1) * residual) / weights.sum()
     return float(mean - half), float(mean + half)
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, which is no point even where all trials end alike.
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    """
+    share, squared = successes / trials, _NORMAL**2 / trials
+    middle = (share + squared / 2) / (1 + squared)
+    half = math.sqrt(share * (1 - share) * squared + squared**2 / 4) / (1 + squared)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _t(freedom: int) -> float:
