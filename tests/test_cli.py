@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from uptrain import console
 from uptrain.cli import Size, run
 
 Save = Callable[..., Path]
@@ -179,3 +180,10 @@ def test_conversion_itself_needs_no_torch(tmp_path: Path) -> None:
 def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
     assert run(["convert", "demo", "--max-shard-size", "five"]) == 2
+
+
+def test_code_in_brackets_is_printed_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.facts("[bold]", [("[i]", "x[red] = [/] y")])
+    console.table("", ["name"], [["a[b]"]])
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("[bold]", "[i]", "x[red] = [/] y", "a[b]"))

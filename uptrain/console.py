@@ -55,24 +55,27 @@ def table(
     """Print a table on stdout; columns after the first are aligned as said."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    out = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    out = Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for position, column in enumerate(columns):
         out.add_column(column, justify="left" if position == 0 else align, overflow="fold", no_wrap=position == 0)
     for row in rows:
-        out.add_row(*row)
+        # What stands in brackets is no markup: values may be code.
+        out.add_row(*map(Text, row))
     _console(False).print(out, soft_wrap=False)
 
 
 def facts(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns on stdout."""
     from rich.table import Table
+    from rich.text import Text
 
-    out = Table(title=title or None, box=None, show_header=False, title_justify="left", pad_edge=False)
+    out = Table(title=Text(title) if title else None, box=None, show_header=False, title_justify="left", pad_edge=False)
     out.add_column(style="bold", no_wrap=True)
     out.add_column(overflow="fold")
     for name, value in pairs:
-        out.add_row(name, value)
+        out.add_row(Text(name), Text(value))
     _console(False).print(out, soft_wrap=False)
 
 
