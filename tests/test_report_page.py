@@ -111,6 +111,19 @@ def test_measurements_stand_on_the_page(converted: Path, page: Callable[..., tup
     verify(converted)
 
 
+def test_samples_stand_side_by_side_as_they_were_written(
+    converted: Path, page: Callable[..., tuple[Document, str]]
+) -> None:
+    written = {"text": "t", "prompt": "if a <b>:", "continuation": " x\n  [y]", "baseline_continuation": " z<script>"}
+    (converted / "eval.json").write_text(json.dumps({**EVALUATION, "samples": [{**written, "common_tokens": 0}]}))
+    document, _ = page()
+    for words in ("if a <b>:", "the original", " x\n  [y]", " z<script>"):
+        assert words in document.words
+    assert document.tags["script"] == 0 and document.tags["pre"] == 3
+    (converted / "eval.json").write_text(json.dumps(EVALUATION))
+    assert "Samples" not in page()[0].words
+
+
 def test_what_was_not_measured_is_said_and_not_drawn(
     converted: Path, page: Callable[..., tuple[Document, str]]
 ) -> None:

@@ -84,6 +84,11 @@ class Sizes(click.ParamType[tuple[int, ...]]):
     "length and depth.",
 )  # fmt: skip
 @click.option(
+    "--samples", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Show what the models write "
+    "after N openings of each text.",
+)  # fmt: skip
+@click.option("--sample-tokens", type=click.IntRange(1), default=48, show_default=True, help="Of --samples: how much.")
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",

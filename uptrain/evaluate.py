@@ -16,6 +16,7 @@ from uptrain.measure.memory import memory_bytes
 from uptrain.measure.needle import Needles, check_needles, find_needles
 from uptrain.measure.quality import Row, Window, make_row, score, windows
 from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
+from uptrain.measure.samples import check_samples, write_samples
 from uptrain.measure.speed import cache_bytes_per_token, speeds
 from uptrain.measure.tasks import Tasks, load_tasks, run_tasks
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
@@ -41,6 +42,8 @@ def evaluate(
     dtype: str | None = None,
     tasks: Tasks | None = None,
     needle: Needles | None = None,
+    samples: int = 0,
+    sample_tokens: int = 48,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Measure `model`, and `baseline` on the same tokens: at most `tokens` of each text, at each context.
@@ -49,7 +52,8 @@ def evaluate(
     with at least `context - stride` tokens before it; `stride == context` is plain block perplexity. Quality is
     computed in fp32 on a CPU, elsewhere in the checkpoint's dtype, unless `dtype` says otherwise. Speed is of one
     sequence after `speed_context` tokens, the median of `repeats` runs in turns; 0 leaves it out. `tasks` are run by
-    lm-eval, which is imported only then; `needle` asks for pass keys hidden in the first text.
+    lm-eval, which is imported only then; `needle` asks for pass keys hidden in the first text; `samples` openings
+    of each text are continued by `sample_tokens` tokens, greedily.
 
     Raises:
         UsageError: text that is too short, another tokenizer than the baseline's, sizes that don't fit, or a task
@@ -81,10 +85,14 @@ def evaluate(
     if needle:
         needle = replace(needle, lengths=needle.lengths or tuple(contexts))
         check_needles(tokenizers[0], needle, longest)
+    if samples:
+        check_samples(sample_tokens, longest)
     rows = [row for size in contexts for row in _rows(loaded, texts, size, stride or size // 2, on_tokens)]
     ran = run_tasks(loaded, tokenizers, loaded_tasks, tasks.limit) if tasks else []
     ids = next(iter(texts.values())).ids
     cells = list(find_needles(loaded, tokenizers[0], ids.tolist(), needle)) if needle else []
+    all_ids = {name: text.ids for name, text in texts.items()}
+    written = write_samples(loaded, tokenizers[0], all_ids, samples, sample_tokens) if samples else []
     quality_dtype = _name(loaded[0])
     loaded = [each.to(itself) for each, itself in zip(loaded, own, strict=True)]
     cache = [cache_bytes_per_token(each) for each in loaded]
@@ -106,7 +114,7 @@ def evaluate(
         head.context, head.stride, speed_context, _name(loaded[0]), quality_dtype, str(device), head.windows,
         tuple(texts), head.kl_interval, head.perplexity_ratio, head.perplexity_ratio_interval, head.top5_agreement,
         head.flip_rate, repeats, memory_bytes(device), tuple(rows), tuple(ran),
-        tuple(cells),
+        tuple(cells), tuple(written),
     )  # fmt: skip
 
 

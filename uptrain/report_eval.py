@@ -10,6 +10,7 @@ from uptrain import console
 if TYPE_CHECKING:
     from uptrain.demo.run import Demo
     from uptrain.evaluate import Evaluation, Measured
+    from uptrain.measure.samples import Sample
 
 
 def evaluation(found: Evaluation, as_json: bool) -> None:
@@ -25,6 +26,8 @@ def evaluation(found: Evaluation, as_json: bool) -> None:
         console.table("Tasks", *_tasks(found))
     if found.needle:
         console.table("Retrieval of a hidden pass key", *_needle(found))
+    for sample in found.samples:
+        _sample(found, sample)
     console.note(_how(found))
 
 
@@ -130,6 +133,16 @@ def _needle(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     ]  # fmt: skip
     rows: list[tuple[str, ...]] = [(*place, *base, *own) for place, base, own in zip(places, theirs, ours, strict=True)]
     return (*columns[:3], f"{found.baseline.name}: found", "log p", *columns[3:]), rows
+
+
+def _sample(found: Evaluation, sample: Sample) -> None:
+    pairs = [("prompt", sample.prompt), (found.model.name, sample.continuation)]
+    if found.baseline is not None and sample.baseline_continuation is not None:
+        pairs.insert(1, (found.baseline.name, sample.baseline_continuation))
+    shared = "" if sample.common_tokens is None else f": the first {sample.common_tokens} tokens are the same"
+    # Line breaks would tear a short text over a screen.
+    lines = [(name, text.replace("\n", "⏎")) for name, text in pairs]
+    console.facts(f"Sample of {Path(sample.text).name}{shared}", lines)
 
 
 def _with_error(value: float | None, stderr: float | None) -> str:

@@ -27,6 +27,12 @@ def separator_of(tokenizer: Any) -> list[int]:
     return []
 
 
+def start_ids(tokenizer: Any) -> list[int]:
+    """Return what the tokenizer puts before any text: beginning of text, or nothing."""
+    begin = tokenizer("")["input_ids"][:1]
+    return list(begin) if begin == [tokenizer.bos_token_id] else []
+
+
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Tokenise texts without adding special tokens."""
     out = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)

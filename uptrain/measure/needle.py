@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uptrain.data.token_text import encode
+from uptrain.data.token_text import encode, start_ids
 from uptrain.errors import UsageError
 from uptrain.measure.intervals import interval, wilson
 
@@ -88,12 +88,6 @@ def prompts(tokenizer: Any, filler: Sequence[int], length: int, depth: float, tr
         cut = round(depth * room)
         found.append(Prompt([*begin, *text[:cut], *needle, *text[cut:], *answered[:same]], answered[same:]))
     return found
-
-
-def start_ids(tokenizer: Any) -> list[int]:
-    """Return what the tokenizer puts before any text: beginning of text, or nothing."""
-    begin = tokenizer("")["input_ids"][:1]
-    return list(begin) if begin == [tokenizer.bos_token_id] else []
 
 
 def check_needles(tokenizer: Any, wanted: Needles, longest: int) -> None:

@@ -14,6 +14,7 @@ from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.measure.needle import NeedleCell
 from uptrain.measure.quality import Row
+from uptrain.measure.samples import Sample
 from uptrain.measure.tasks import TaskFigure
 
 FORMAT = 1
@@ -44,8 +45,8 @@ class Evaluation:
     first; the rest as in `Row`. `dtype` is what these and perplexity were computed in; cache and speed are measured
     in each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in float32 on a
     device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole measurement's, with
-    both models loaded: the accelerator's, or on a CPU the process's. `tasks` (lm-eval's) and
-    `needle` (retrieval) are in the dtype of quality.
+    both models loaded: the accelerator's, or on a CPU the process's. `tasks` (lm-eval's),
+    `needle` (retrieval) and `samples` (continuations) are in the dtype of quality.
     """
 
     model: Measured
@@ -71,6 +72,7 @@ class Evaluation:
     rows: tuple[Row, ...] = ()
     tasks: tuple[TaskFigure, ...] = ()
     needle: tuple[NeedleCell, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; docs/evaluation.md says what each means."""

@@ -28,6 +28,14 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Quote:
+    """A prompt, and by name what each model wrote after it."""
+
+    prompt: str
+    written: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page; `missing` says what it can't show, and how to get it."""
 
@@ -37,6 +45,7 @@ class Section:
     columns: tuple[str, ...] = ()
     rows: list[tuple[str, ...]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    quotes: list[Quote] = field(default_factory=list)
 
 
 def summary(subjects: list[Subject]) -> Section:
@@ -65,7 +74,10 @@ def summary(subjects: list[Subject]) -> Section:
 
 def sections(subjects: list[Subject]) -> list[Section]:
     """Return the page's sections, to be called inside `style.drawing`."""
-    return [_quality(subjects), _energy(subjects), _curves(subjects), _speed(subjects), _memory(subjects)]
+    return [
+        _quality(subjects), *_samples(subjects), _energy(subjects), _curves(subjects), _speed(subjects),
+        _memory(subjects),
+    ]  # fmt: skip
 
 
 def _quality(subjects: list[Subject]) -> Section:
@@ -102,6 +114,22 @@ def _by_text(subject: Subject) -> Iterator[tuple[str, ...]]:
             number(row.get("top1_agreement"), "{:.1%}"), number(row.get("top5_agreement"), "{:.1%}"),
             number(row.get("flip_rate"), "{:.2%}"),
         )  # fmt: skip
+
+
+def _samples(subjects: list[Subject]) -> Iterator[Section]:
+    """Yield a section where there are samples: it is optional, so nothing is missing without."""
+    quotes: dict[str, list[tuple[str, str]]] = {}
+    for subject in subjects:
+        found = (subject.evaluation or {}).get("samples")
+        for sample in found if isinstance(found, list) else []:
+            written = quotes.setdefault(str(sample.get("prompt", "")), [])
+            original = ("the original", sample.get("baseline_continuation"))
+            own = (subject.name, sample.get("continuation"))
+            written += [(name, text) for name, text in (original, own) if isinstance(text, str)
+                        and (name, text) not in written]  # fmt: skip
+    if quotes:
+        text = "What each model writes after the same words, always taking the likeliest token."
+        yield Section("Samples", text, quotes=[Quote(prompt, written) for prompt, written in quotes.items()])
 
 
 def _conditions(found: Mapping[str, Any]) -> Iterator[str]:
