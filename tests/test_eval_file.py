@@ -43,16 +43,20 @@ def keys_of(table: str) -> set[str]:
 def test_every_key_is_documented_and_every_documented_key_is_there(
     converted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--needle", "--needle-lengths=120", "--needle-trials=2", "--samples=2"]
+    more = ["--needle", "--needle-lengths=120", "--needle-trials=1", "--samples=2", "--sample-tokens=4"]
+    more += ["--speed-batch=1", "--speed-context=8"]
     assert run(command(converted, *more, "--json")) == 0
     found: dict[str, Any] = json.loads((converted / "eval.json").read_text())
-    whole, each, rows, tasks, needle, samples = re.split(r"\nIn .*:\n", DOCS.read_text().partition("## eval.json")[2])
+    whole, each, rows, tasks, needle, samples, speeds = re.split(
+        r"\nIn .*:\n", DOCS.read_text().partition("## eval.json")[2]
+    )
     assert keys_of(whole) == set(found)
     assert keys_of(each) == set(found["model"]) == set(found["baseline"])
     assert all(keys_of(rows) == set(row) for row in found["rows"])
     assert keys_of(tasks) == {field.name for field in fields(TaskFigure)}
     assert len(found["needle"]) == 5 and all(keys_of(needle) == set(cell) for cell in found["needle"])
     assert len(found["samples"]) == 4 and all(keys_of(samples) == set(each) for each in found["samples"])
+    assert len(found["speeds"]) == 1 and all(keys_of(speeds) == set(cell) for cell in found["speeds"])
     printed = json.loads(capsys.readouterr().out)
     assert {**printed, "versions": found["versions"]} == found
 

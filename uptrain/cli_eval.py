@@ -56,7 +56,14 @@ class Sizes(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
 @click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
-@click.option("--speed-context", type=click.IntRange(1), default=512, show_default=True, help="Measure speed there.")
+@click.option(
+    "--speed-context", type=Sizes(1), metavar="TOKENS[,TOKENS]", default="512", show_default=True, help="Measure speed "
+    "after so many tokens.",
+)  # fmt: skip
+@click.option(
+    "--speed-batch", type=Sizes(1), metavar="N[,N]", default="1", show_default=True, help="Measure speed of so many "
+    "sequences at once, at each --speed-context; 1 is always among them.",
+)  # fmt: skip
 @click.option("--no-speed", is_flag=True, help="Leave speed out.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
 @click.option(
@@ -121,6 +128,7 @@ def evaluate(
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024,4096
     uptrain eval ./llama-gqa4 --baseline ./llama --task piqa,./my-task.yaml
     uptrain eval ./llama-gqa4 --baseline ./llama --needle --needle-lengths 1024,4096,16384
+    uptrain eval ./llama-gqa4 --baseline ./llama --speed-batch 1,8 --speed-context 512,4096,16384
     """
     from uptrain import report_eval
     from uptrain.evaluate import HELD_OUT, save_place, write_evaluation

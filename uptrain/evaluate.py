@@ -17,7 +17,7 @@ from uptrain.measure.needle import Needles, check_needles, find_needles
 from uptrain.measure.quality import Row, Window, make_row, score, windows
 from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
 from uptrain.measure.samples import check_samples, write_samples
-from uptrain.measure.speed import cache_bytes_per_token, speeds
+from uptrain.measure.speed import SpeedCell, cache_bytes_per_token, time_cell
 from uptrain.measure.tasks import Tasks, load_tasks, run_tasks
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
 
@@ -36,7 +36,8 @@ def evaluate(
     context: int | Sequence[int] = 1024,
     stride: int | None = None,
     tokens: int = 32_768,
-    speed_context: int = 512,
+    speed_context: int | Sequence[int] = 512,
+    speed_batch: int | Sequence[int] = 1,
     decode_tokens: int = 32,
     repeats: int = 5,
     dtype: str | None = None,
@@ -50,8 +51,9 @@ def evaluate(
 
     Perplexity slides a window of `context` tokens by `stride` (default: half of it) and scores each token once,
     with at least `context - stride` tokens before it; `stride == context` is plain block perplexity. Quality is
-    computed in fp32 on a CPU, elsewhere in the checkpoint's dtype, unless `dtype` says otherwise. Speed is of one
-    sequence after `speed_context` tokens, the median of `repeats` runs in turns; 0 leaves it out. `tasks` are run by
+    computed in fp32 on a CPU, elsewhere in the checkpoint's dtype, unless `dtype` says otherwise. Speed is of
+    each `speed_batch` (1 is always among them) after each `speed_context` tokens, the median of `repeats` runs in
+    turns; 0 leaves it out. `tasks` are run by
     lm-eval, which is imported only then; `needle` asks for pass keys hidden in the first text; `samples` openings
     of each text are continued by `sample_tokens` tokens, greedily.
 
@@ -79,7 +81,7 @@ def evaluate(
     loaded = [each.to(device=device, dtype=wanted or each.dtype).eval() for each in loaded]
     longest = min(models.longest_context(each) or 2**31 for each in loaded)
     most = max(len(each.ids) for each in texts.values())
-    contexts = sorted({min(each, longest, most) for each in ([context] if isinstance(context, int) else context)})
+    contexts = sorted({min(each, longest, most) for each in _listed(context)})
     if stride is not None and not 1 <= stride <= contexts[0]:
         raise UsageError(f"stride {stride} must lie between 1 and the context of {contexts[0]} tokens.")
     if needle:
@@ -98,24 +100,31 @@ def evaluate(
     cache = [cache_bytes_per_token(each) for each in loaded]
     if not models.has_fast_bf16(device):
         loaded = [each.float() if each.dtype is torch.bfloat16 else each for each in loaded]
-    speed_context = max(1, min(speed_context, longest - decode_tokens - 1)) if repeats else 0
-    timed = speeds(loaded, torch.from_numpy(ids), speed_context, decode_tokens, repeats)
+    batches = sorted({1, *_listed(speed_batch)})
+    depths = list(dict.fromkeys(max(1, min(each, longest - decode_tokens - 1)) for each in _listed(speed_context)))
+    places = [(batch, depth) for batch in batches for depth in depths] if repeats else []
+    timed = [time_cell(loaded, torch.from_numpy(ids), *place, decode_tokens, repeats) for place in places]
     # The last row is that of the longest context and, of several texts, of all.
-    head = rows[-1]
-    quality = [(head.perplexity, head.bits_per_byte)]
-    if head.baseline_perplexity is not None and head.baseline_bits_per_byte is not None:
-        quality.append((head.baseline_perplexity, head.baseline_bits_per_byte))
-    measured = [
-        Measured(name, *figures, held, speed.prefill, speed.decode, speed.decode_range)
-        for name, figures, held, speed in zip(names, quality, cache, timed, strict=True)
-    ]
+    head, first = rows[-1], timed[0] if timed else None
+    measured = _measured(names, head, cache, first)
     return Evaluation(
         measured[0], measured[1] if baseline is not None else None, head.kl, head.top1_agreement, head.tokens,
-        head.context, head.stride, speed_context, _name(loaded[0]), quality_dtype, str(device), head.windows,
-        tuple(texts), head.kl_interval, head.perplexity_ratio, head.perplexity_ratio_interval, head.top5_agreement,
-        head.flip_rate, repeats, memory_bytes(device), tuple(rows), tuple(ran),
-        tuple(cells), tuple(written),
+        head.context, head.stride, first.context if first else 0, _name(loaded[0]), quality_dtype, str(device),
+        head.windows, tuple(texts), head.kl_interval, head.perplexity_ratio, head.perplexity_ratio_interval,
+        head.top5_agreement, head.flip_rate, repeats, memory_bytes(device), tuple(rows), tuple(ran), tuple(cells),
+        tuple(written), tuple(timed),
     )  # fmt: skip
+
+
+def _measured(names: Sequence[str], head: Row, cache: Sequence[int], first: SpeedCell | None) -> list[Measured]:
+    """Return each model's own figures: quality of the row `head`, speed of the cell `first`."""
+    found = []
+    for name, held, of in zip(names, cache, ("", "baseline_"), strict=False):
+        own = {key: getattr(head, f"{of}{key}") for key in ("perplexity", "bits_per_byte")}
+        for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_range"):
+            own[key] = None if first is None else getattr(first, f"{of}{key}")
+        found.append(Measured(name, cache_bytes_per_token=held, **own))
+    return found
 
 
 def _rows(
@@ -142,6 +151,10 @@ def _text_name(source: DataSource) -> str:
     if isinstance(source, Files):
         return source.files if isinstance(source.files, str) else ", ".join(source.files)
     return source.source
+
+
+def _listed(value: int | Sequence[int]) -> Sequence[int]:
+    return [value] if isinstance(value, int) else value
 
 
 def _device() -> torch.device:

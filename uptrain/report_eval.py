@@ -22,6 +22,8 @@ def evaluation(found: Evaluation, as_json: bool) -> None:
     console.table("", *_table([*shown, (found.model.name, found.model, found)]))
     if len(found.rows) > 1:
         console.table("", *_by_text(found))
+    if len(found.speeds) > 1:
+        console.table("Speed, tokens/s of all sequences together (slowest to fastest)", *_speeds(found))
     if found.tasks:
         console.table("Tasks", *_tasks(found))
     if found.needle:
@@ -153,6 +155,29 @@ def _with_error(value: float | None, stderr: float | None) -> str:
 
 def _between(interval: tuple[float, float] | None, form: str) -> str:
     return "–" if interval is None else " to ".join(f"{end:{form}}" for end in interval)
+
+
+def _speeds(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and a row for each batch and context."""
+    places = [(str(cell.batch), f"{cell.context:,}") for cell in found.speeds]
+    ours = [
+        (_speed(cell.prefill_tokens_per_second), _ranged(cell.decode_tokens_per_second, cell.decode_range, ",.0f"))
+        for cell in found.speeds
+    ]
+    if found.baseline is None:
+        alone = ("batch", "context", "prefill", "decode")
+        return alone, [(*place, *own) for place, own in zip(places, ours, strict=True)]
+    theirs = [
+        (_speed(cell.baseline_prefill_tokens_per_second),
+         _ranged(cell.baseline_decode_tokens_per_second, cell.baseline_decode_range, ",.0f"))
+        for cell in found.speeds
+    ]  # fmt: skip
+    rows: list[tuple[str, ...]] = [
+        (*place, base[0], own[0], base[1], own[1], _ranged(cell.decode_ratio, cell.decode_ratio_range, ".2f"))
+        for place, base, own, cell in zip(places, theirs, ours, found.speeds, strict=True)
+    ]
+    columns = ("batch", "context", "prefill: original", "this", "decode: original", "this", "times it")
+    return columns, rows
 
 
 def _speed(value: float | None) -> str:

@@ -15,6 +15,7 @@ from uptrain.errors import CheckpointError, UsageError
 from uptrain.measure.needle import NeedleCell
 from uptrain.measure.quality import Row
 from uptrain.measure.samples import Sample
+from uptrain.measure.speed import SpeedCell
 from uptrain.measure.tasks import TaskFigure
 
 FORMAT = 1
@@ -47,6 +48,7 @@ class Evaluation:
     device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole measurement's, with
     both models loaded: the accelerator's, or on a CPU the process's. `tasks` (lm-eval's),
     `needle` (retrieval) and `samples` (continuations) are in the dtype of quality.
+    `speeds` are by batch and context; those of each model are of one sequence at `speed_context`, the first.
     """
 
     model: Measured
@@ -73,6 +75,7 @@ class Evaluation:
     tasks: tuple[TaskFigure, ...] = ()
     needle: tuple[NeedleCell, ...] = ()
     samples: tuple[Sample, ...] = ()
+    speeds: tuple[SpeedCell, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; docs/evaluation.md says what each means."""

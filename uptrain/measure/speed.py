@@ -16,12 +16,25 @@ _CACHE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Median tokens per second over the repeats, and their slowest and fastest; None where nothing was timed."""
+class SpeedCell:
+    """Tokens per second of all `batch` sequences together, after a prefill of `context` tokens of each.
 
-    prefill: float | None = None
-    decode: float | None = None
-    decode_range: tuple[float, float] | None = None
+    Figures are medians over the runs, ranges the slowest and the fastest; `decode_ratio` is the model's speed over
+    the baseline's in the same turn. None where nothing was timed, or a model's memory didn't suffice.
+    """
+
+    batch: int
+    context: int
+    prefill_tokens_per_second: float | None
+    prefill_range: tuple[float, float] | None
+    decode_tokens_per_second: float | None
+    decode_range: tuple[float, float] | None
+    baseline_prefill_tokens_per_second: float | None = None
+    baseline_prefill_range: tuple[float, float] | None = None
+    baseline_decode_tokens_per_second: float | None = None
+    baseline_decode_range: tuple[float, float] | None = None
+    decode_ratio: float | None = None
+    decode_ratio_range: tuple[float, float] | None = None
 
 
 @torch.no_grad()
@@ -33,33 +46,45 @@ def cache_bytes_per_token(model: Any) -> int:
     return round(sum(tensor.nbytes for tensor in tensors) / _CACHE_TOKENS)
 
 
-def speeds(loaded: Sequence[Any], ids: Tensor, context: int, decode_tokens: int, repeats: int) -> list[Speed]:
-    """Time the models in turns on one sequence: `context` tokens of `ids`, then `decode_tokens` more."""
-    if not repeats:
-        return [Speed()] * len(loaded)
-    ids = ids.repeat(math.ceil(context / len(ids)))[:context]
+def time_cell(
+    loaded: Sequence[Any], ids: Tensor, batch: int, context: int, decode_tokens: int, repeats: int
+) -> SpeedCell:
+    """Time one or two models in turns: `batch` sequences of `context` tokens of `ids`, then `decode_tokens` more."""
+    # Each sequence starts elsewhere in the text, which goes round.
+    starts = [row * len(ids) // batch for row in range(batch)]
+    shown = torch.stack([ids.roll(-start).repeat(math.ceil(context / len(ids)))[:context] for start in starts])
     runs: list[list[tuple[float, float]]] = [[] for _ in loaded]
+    full: set[int] = set()
     for turn in range(repeats + 1):
-        for each, times in zip(loaded, runs, strict=True):
-            measured = _time(each, ids[None].to(each.device), decode_tokens)
-            # The first turn warms up.
-            if turn:
-                times.append(measured)
-    out = []
+        for position, each in enumerate(loaded):
+            # One model's cache may fit where another's doesn't.
+            if position not in full:
+                try:
+                    measured = _time(each, shown.to(each.device), decode_tokens)
+                except torch.OutOfMemoryError:
+                    full.add(position)
+                    runs[position].clear()
+                    continue
+                # The first turn warms up.
+                if turn:
+                    runs[position].append(measured)
+    figures: list[Any] = []
     for times in runs:
-        decode = [seconds for _, seconds in times]
-        out.append(
-            Speed(
-                context / statistics.median(seconds for seconds, _ in times),
-                decode_tokens / statistics.median(decode),
-                (decode_tokens / max(decode), decode_tokens / min(decode)),
-            )
-        )
-    return out
+        for part, count in enumerate((batch * context, batch * decode_tokens)):
+            figures += _spread([count / run[part] for run in times])
+    if len(runs) > 1:
+        # A turn's two runs lie close together, so that what else the machine did cancels.
+        figures += _spread([theirs / ours for (_, ours), (_, theirs) in zip(*runs, strict=False)])
+    return SpeedCell(batch, context, *figures)
+
+
+def _spread(values: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
+    return (statistics.median(values), (min(values), max(values))) if values else (None, None)
 
 
 @torch.no_grad()
 def _time(model: Any, ids: Tensor, decode_tokens: int) -> tuple[float, float]:
+    """Return the seconds that `ids` (batch, tokens) take, and then `decode_tokens` more, one by one."""
     started = _now(model)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     prefilled = _now(model)
