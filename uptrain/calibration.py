@@ -27,6 +27,7 @@ from uptrain.methods.calibrate import LayerReport, Target, calibrate
 from uptrain.methods.latent_bridge import latent_shape
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.methods.slots import slots_by_text
+from uptrain.methods.source_run import SourceRun
 from uptrain.packing import Heads, LayerHeads
 from uptrain.recipe_schema import parse_source
 
@@ -70,6 +71,27 @@ class CalibratedLayers:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class SharedCalibration:
+    """What calibrations of one source on one text have in common: its tokens, and the source's own run over them.
+
+    `memory`, in bytes, bounds that run, as `SourceRun` says.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._key: tuple[object, ...] = ()
+        self._text: TokenText | None = None
+        self.run = SourceRun(memory)
+
+    def text(self, checkpoint: Checkpoint, plan: Plan) -> TokenText:
+        """Return the tokens of the plan's text, read once; another source or text starts anew. Raises as below."""
+        key = (checkpoint.path, plan.request.calibrate, plan.request.calibration_tokens)
+        if self._text is None or key != self._key:
+            self._key, self._text = key, calibration_text(checkpoint, plan)
+            self.run = SourceRun(self._memory)
+        return self._text
+
+
 def calibrate_plan(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -77,11 +99,13 @@ def calibrate_plan(
     memory: int,
     on_layer: Callable[[int, int], None],
     on_note: Callable[[str], None],
+    shared: SharedCalibration | None = None,
 ) -> CalibratedLayers:
     """Calibrate every layer of `plan`, or take what an earlier run of the same plan left in `folder`.
 
     `memory` is in bytes, for activations; beyond it they go to files beside the layers. `on_layer` is called with
-    the layers done and all; `on_note` with a sentence worth the user's attention.
+    the layers done and all; `on_note` with a sentence worth the user's attention. `shared` is what other calibrations
+    of the same source leave for this one.
 
     Raises:
         UptrainError: the text is unfit, activations are not finite, or the disk is too small for them.
@@ -94,7 +118,7 @@ def calibrate_plan(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     models.quiet()
-    text = calibration_text(checkpoint, plan)
+    text = calibration_text(checkpoint, plan) if shared is None else shared.text(checkpoint, plan)
     if text.bytes and len(text.ids) / text.bytes > STRANGE:
         on_note(
             f"The calibration text takes {len(text.ids) / text.bytes:.2f} tokens a byte: it may be of a script or kind "
@@ -119,7 +143,8 @@ def calibrate_plan(
         slots = slots_by_text(checkpoint, target, blocks[:SLOT_BLOCKS], plan.latent.target.qk_rope_head_dim // 2)
         target = _target(replace(plan, latent=plan.latent.with_slots(slots)))
     reports = []
-    for layer, heads, report in calibrate(checkpoint, target, blocks, settings):
+    run = None if shared is None else shared.run
+    for layer, heads, report in calibrate(checkpoint, target, blocks, settings, run=run):
         _save(folder / f"layer-{layer}.npz", heads)
         reports.append(_noted(report))
         on_layer(len(reports), len(plan.before))

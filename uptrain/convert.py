@@ -23,7 +23,7 @@ from uptrain.request import Request
 from uptrain.transform import choose_by_weights
 
 if TYPE_CHECKING:
-    from uptrain.calibration import CalibratedLayers
+    from uptrain.calibration import CalibratedLayers, SharedCalibration
 
 MEMORY = 4 * 2**30
 """Default bytes for the activations of a calibration."""
@@ -127,10 +127,12 @@ def run_plan(
     on_progress: Progress = lambda count: None,
     on_layer: Callable[[int, int], None] = lambda done, layers: None,
     on_note: Callable[[str], None] = lambda text: None,
+    shared: SharedCalibration | None = None,
 ) -> Conversion:
     """Run a plan made by `plan_conversion`. Raises as `convert` does.
 
-    `memory`, in bytes, bounds the activations of a calibration; `on_layer` gets its layers done and all.
+    `memory`, in bytes, bounds the activations of a calibration; `on_layer` gets its layers done and all. `shared`
+    lets calibrations of one source share what they have in common.
     """
     folder = Path(out) if out is not None else default_out(source, plan)
     check_out(folder, overwrite, source.path)
@@ -152,7 +154,7 @@ def run_plan(
         for name in resumed:
             on_progress(sum(tensor.info.nbytes for tensor in plan.shards[name]))
         state.save()
-        calibrated = _calibrated(checkpoint, plan, folder, memory, on_layer, on_note)
+        calibrated = _calibrated(checkpoint, plan, folder, memory, on_layer, on_note, shared)
         plan = _with_slots(checkpoint, plan, calibrated)
         runner = Pipeline(checkpoint, plan, partial, state, on_progress, calibrated)
         digests = runner.run([name for name in plan.shards if name not in resumed])
@@ -174,6 +176,7 @@ def _calibrated(
     memory: int,
     on_layer: Callable[[int, int], None],
     on_note: Callable[[str], None],
+    shared: SharedCalibration | None,
 ) -> CalibratedLayers | None:
     if plan.request.method != "calibrated" or plan.before == plan.after:
         return None
@@ -184,7 +187,7 @@ def _calibrated(
             "--method calibrated needs torch and accelerate.", "Install them with: pip install 'uptrain[train]'"
         ) from None
     folder = out.with_name(out.name + ".calibration")
-    return calibrate_plan(checkpoint, plan, folder, memory, on_layer, on_note)
+    return calibrate_plan(checkpoint, plan, folder, memory, on_layer, on_note, shared)
 
 
 def _with_slots(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers | None) -> Plan:

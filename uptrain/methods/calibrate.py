@@ -22,9 +22,10 @@ from uptrain.methods.energy import Shares
 from uptrain.methods.forms import KEY_WEIGHTS, DecoupledLatent, Form, PlainLatent, SharedHeads
 from uptrain.methods.latent import LatentMaps
 from uptrain.methods.latent_bridge import heads_of_latent
-from uptrain.methods.layered import LayeredModel
+from uptrain.methods.layered import Layer, LayeredModel
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.settings import CalibrationSettings
+from uptrain.methods.source_run import SourceRun
 from uptrain.methods.streams import Streams, open_streams
 from uptrain.packing import LayerHeads, read_layer
 
@@ -67,13 +68,15 @@ def calibrate(
     blocks: Tensor,
     settings: CalibrationSettings,
     on_layer: Callable[[LayerReport], None] | None = None,
+    run: SourceRun | None = None,
 ) -> Iterator[tuple[int, Result, LayerReport]]:
     """Yield each layer's number, its new heads (float32; the source's own where nothing is shared) and its report.
 
     For a latent they are that instead.
 
     `blocks` (n, T) int64 are calibration tokens, n ≥ 2; some are held out, and every choice is made by the error of
-    the layer's output on those.
+    the layer's output on those. `run` is what earlier conversions of the same source on the same blocks kept of its
+    own layers, or is to keep.
 
     Raises:
         UsageError: fewer than two blocks.
@@ -95,7 +98,7 @@ def calibrate(
         for index, hidden in enumerate(model.embed(blocks)):
             streams.original[index] = streams.converted[index] = hidden.cpu()
         for index in range(len(target.before)):
-            heads, report = _layer(checkpoint, target, model, streams, settings, index)
+            heads, report = _layer(checkpoint, target, model, streams, settings, index, run)
             streams.advance()
             if on_layer is not None:
                 on_layer(report)
@@ -109,6 +112,7 @@ def _layer(
     streams: Streams,
     settings: CalibrationSettings,
     index: int,
+    run: SourceRun | None,
 ) -> tuple[Result, LayerReport]:
     began = time.monotonic()
     spec = target.before[index]
@@ -116,14 +120,10 @@ def _layer(
     if target.arrange is not None:
         source = target.arrange(source)
     with model.layer(index) as layer, torch.no_grad():
-        for block, hidden in enumerate(streams.original):
-            trace = layer.trace(hidden.to(model.device))
-            streams.attended[block], streams.target[block] = trace.attended.cpu(), trace.output.cpu()
-            if not torch.isfinite(streams.target[block]).all():
-                raise CheckpointError(
-                    f"Layer {index} of the source gives NaN or infinite activations.",
-                    "Nothing useful can be made of it; download the checkpoint again.",
-                )
+        if run is None or not run.lend(index, streams):
+            _trace(layer, streams, model.device, index)
+            if run is not None:
+                run.keep(index, len(target.before), streams)
         bias = source.part("o").bias
         output_bias = None if bias is None else torch.from_numpy(as_float32(bias)).to(model.device)
         rest = (streams, settings, model.device, index, _gain(model), output_bias)
@@ -133,6 +133,18 @@ def _layer(
         form = _latent_form(target, target.latent, spec, source, model.device, output_bias)
         maps, kept, choice = LayerTask(layer, form, *rest).convert()
     return heads_of_latent(maps, bias), LayerReport(index, kept, choice, time.monotonic() - began)
+
+
+def _trace(layer: Layer, streams: Streams, device: torch.device, index: int) -> None:
+    """Run the source's own layer over its stream."""
+    for block, hidden in enumerate(streams.original):
+        trace = layer.trace(hidden.to(device))
+        streams.attended[block], streams.target[block] = trace.attended.cpu(), trace.output.cpu()
+        if not torch.isfinite(streams.target[block]).all():
+            raise CheckpointError(
+                f"Layer {index} of the source gives NaN or infinite activations.",
+                "Nothing useful can be made of it; download the checkpoint again.",
+            )
 
 
 def _heads_form(target: Target, spec: AttentionSpec, source: LayerHeads, device: torch.device) -> SharedHeads:
