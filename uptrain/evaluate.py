@@ -15,22 +15,22 @@ from uptrain.errors import UsageError
 from uptrain.measure.memory import memory_bytes
 from uptrain.measure.needle import Needles, check_needles, find_needles
 from uptrain.measure.quality import Row, Window, make_row, score, windows
+from uptrain.measure.reference import Reference
 from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
 from uptrain.measure.samples import check_samples, write_samples
 from uptrain.measure.speed import SpeedCell, cache_bytes_per_token, time_cell
 from uptrain.measure.tasks import Tasks, load_tasks, run_tasks
-from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
+from uptrain.recipe_schema import HELD_OUT, Builtin, Dataset, DataSource, Files
 
 __all__ = ["HELD_OUT", "Evaluation", "Measured", "Row", "evaluate", "save_place", "windows", "write_evaluation"]
 
-HELD_OUT = Builtin(builtin="python-stdlib", split="held-out")
 ALL = "all"
 """What the row of several texts together is called."""
 
 
 def evaluate(
     model: str,
-    baseline: str | None = None,
+    baseline: str | Reference | None = None,
     text: Sequence[DataSource] = (HELD_OUT,),
     *,
     context: int | Sequence[int] = 1024,
@@ -49,6 +49,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure `model`, and `baseline` on the same tokens: at most `tokens` of each text, at each context.
 
+    A `Reference` as the baseline spares the next evaluation what this one ran of it.
+
     Perplexity slides a window of `context` tokens by `stride` (default: half of it) and scores each token once,
     with at least `context - stride` tokens before it; `stride == context` is plain block perplexity. Quality is
     computed in fp32 on a CPU, elsewhere in the checkpoint's dtype, unless `dtype` says otherwise. Speed is of
@@ -63,20 +65,21 @@ def evaluate(
         CheckpointError: a model that can't be loaded.
     """
     models.quiet()
-    names = [model] if baseline is None else [model, baseline]
-    sources = [resolve(name) for name in names]
+    reference = Reference(resolve(baseline)) if isinstance(baseline, str) else baseline
+    sources = [resolve(model), *([reference.source] if reference else [])]
+    names = [source.name for source in sources]
     tokenizers = [models.load_tokenizer(source.path) for source in sources]
     texts = {}
     for each in text:
         read = [read_tokens([each], tokenizer, tokens) for tokenizer in tokenizers]
-        if baseline is not None and not _same(read[0], read[1]):
-            raise UsageError(f"{model} and {baseline} have different tokenizers, so their tokens can't be compared.")
-        texts[_text_name(each)] = read[0]
+        if reference is not None and not _same(read[0], read[1]):
+            raise UsageError(f"{model} and {names[1]} have different tokenizers, so their tokens can't be compared.")
+        texts[text_name(each)] = read[0]
     # What can't be run is said before a model is loaded.
     loaded_tasks = load_tasks(tasks) if tasks else None
     device = _device()
     wanted = models.dtype_named(dtype) or (torch.float32 if device.type == "cpu" else None)
-    loaded = [models.load_model(source) for source in sources]
+    loaded = [models.load_model(sources[0]), *([reference.load(models.load_model)] if reference else [])]
     own = [each.dtype for each in loaded]
     loaded = [each.to(device=device, dtype=wanted or each.dtype).eval() for each in loaded]
     longest = min(models.longest_context(each) or 2**31 for each in loaded)
@@ -89,7 +92,9 @@ def evaluate(
         check_needles(tokenizers[0], needle, longest)
     if samples:
         check_samples(sample_tokens, longest)
-    rows = [row for size in contexts for row in _rows(loaded, texts, size, stride or size // 2, on_tokens)]
+    rows = [
+        row for size in contexts for row in _rows(loaded[0], reference, texts, size, stride or size // 2, on_tokens)
+    ]
     ran = run_tasks(loaded, tokenizers, loaded_tasks, tasks.limit) if tasks else []
     ids = next(iter(texts.values())).ids
     cells = list(find_needles(loaded, tokenizers[0], ids.tolist(), needle)) if needle else []
@@ -108,7 +113,7 @@ def evaluate(
     head, first = rows[-1], timed[0] if timed else None
     measured = _measured(names, head, cache, first)
     return Evaluation(
-        measured[0], measured[1] if baseline is not None else None, head.kl, head.top1_agreement, head.tokens,
+        measured[0], measured[1] if reference else None, head.kl, head.top1_agreement, head.tokens,
         head.context, head.stride, first.context if first else 0, _name(loaded[0]), quality_dtype, str(device),
         head.windows, tuple(texts), head.kl_interval, head.perplexity_ratio, head.perplexity_ratio_interval,
         head.top5_agreement, head.flip_rate, repeats, memory_bytes(device), tuple(rows), tuple(ran), tuple(cells),
@@ -128,13 +133,13 @@ def _measured(names: Sequence[str], head: Row, cache: Sequence[int], first: Spee
 
 
 def _rows(
-    loaded: Sequence[Any], texts: dict[str, TokenText], context: int, stride: int,
+    model: Any, reference: Reference | None, texts: dict[str, TokenText], context: int, stride: int,
     on_tokens: Callable[[int], None] | None,
 ) -> list[Row]:  # fmt: skip
     """Return a row of each text at one context and, where there are several, one of all."""
     found: dict[str, list[Window]] = {}
     for name, text in texts.items():
-        found[name] = score(loaded, torch.from_numpy(text.ids), context, stride, on_tokens)
+        found[name] = score(model, reference, torch.from_numpy(text.ids), context, stride, on_tokens)
     rows = [make_row(name, context, stride, found[name], len(text.ids) / text.bytes) for name, text in texts.items()]
     if len(texts) > 1:
         share = sum(len(text.ids) for text in texts.values()) / sum(text.bytes for text in texts.values())
@@ -142,7 +147,7 @@ def _rows(
     return rows
 
 
-def _text_name(source: DataSource) -> str:
+def text_name(source: DataSource) -> str:
     """Return what a text is called, as `--text` would name it."""
     if isinstance(source, Builtin):
         return f"{source.builtin}:{source.split}"

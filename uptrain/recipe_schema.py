@@ -59,6 +59,10 @@ class Builtin(Weighted):
     split: Literal["train", "held-out"] = "train"
 
 
+HELD_OUT = Builtin(builtin="python-stdlib", split="held-out")
+"""What is scored unless another text is named."""
+
+
 class Teacher(Weighted):
     """Text that the teacher model writes itself, for when the data it was trained on is not to be had.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from uptrain.errors import UsageError
 from uptrain.measure.intervals import interval
+from uptrain.measure.reference import Reference
 
 _LOGITS = 2**24
 """Logits held at once for one model."""
@@ -117,19 +118,26 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 @torch.no_grad()
 def score(
-    loaded: Sequence[Any], ids: Tensor, context: int, stride: int, on_tokens: Callable[[int], None] | None = None
+    model: Any,
+    reference: Reference | None,
+    ids: Tensor,
+    context: int,
+    stride: int,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> list[Window]:
-    """Run one or two models over `ids` (tokens,) and return what each window's scored tokens sum to.
+    """Run a model, and what it is compared with, over `ids` (tokens,); return what each window's scored tokens sum to.
 
     Raises:
         UsageError: the models have vocabularies of different sizes.
     """
     found = []
     for begin, end, first in windows(len(ids), context, stride):
-        shown = ids[begin:end].to(loaded[0].device)
+        shown = ids[begin:end].to(model.device)
         # The logits at a position predict the token after it, so the last position's are not needed.
         keep = slice(first - 1 - begin, end - 1 - begin)
-        logits = [each(input_ids=shown[None], use_cache=False).logits[0, keep] for each in loaded]
+        logits = [model(input_ids=shown[None], use_cache=False).logits[0, keep]]
+        if reference is not None:
+            logits.append(reference.logits(shown, keep))
         if len({each.shape[-1] for each in logits}) > 1:
             raise UsageError("The model and its baseline have vocabularies of different sizes.")
         found.append(_window(logits, shown[first - begin : end - begin]))
