@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from uptrain.inspect import inspect as inspect
     from uptrain.loading import load as load
     from uptrain.request import Request as Request
+    from uptrain.sweep import sweep as sweep
     from uptrain.train import train as train
 
 _PUBLIC = {
@@ -28,11 +29,12 @@ _PUBLIC = {
     "inspect": "uptrain.inspect",
     "load": "uptrain.loading",
     "push": "uptrain.hub",
+    "sweep": "uptrain.sweep",
     "train": "uptrain.train",
     "verify": "uptrain.checkpoint.manifest",
 }
 
-__all__ = ["Request", "UptrainError", "convert", "evaluate", "inspect", "load", "push", "train", "verify"]
+__all__ = ["Request", "UptrainError", "convert", "evaluate", "inspect", "load", "push", "sweep", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

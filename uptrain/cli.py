@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from uptrain import __version__, cli_eval, cli_hub, cli_report, cli_training, console
+from uptrain import __version__, cli_eval, cli_hub, cli_report, cli_sweep, cli_training, console
+from uptrain.cli_types import Share, Size
 from uptrain.errors import Interrupted, UptrainError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes: 5GB, 500MB, 2GiB or plain digits."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes that a text such as 5GB means."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
-        if not match:
-            self.fail(f"{value!r} is not a size. Write it like 5GB, 500MB or 2GiB.", param, ctx)
-        number, unit, binary = match.groups()
-        power = " kmgt".index(unit.lower()) if unit else 0
-        return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-class Share(click.ParamType[float]):
-    """A share: 25% or 0.25."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the share that a text such as 25% means."""
-        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", str(value))
-        if not match:
-            self.fail(f"{value!r} is not a share. Write it like 25%.", param, ctx)
-        return float(match[1]) / (100 if match[2] else 1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,6 +31,7 @@ def cli() -> None:
     uptrain convert demo --to gqa --groups 4      writes ./demo-gqa4
     uptrain train recipes/demo-uptrain.yaml       uptrains it
     uptrain eval demo-gqa4 --baseline demo        proves what it lost and saved
+    uptrain sweep demo --to gqa:4,mqa,mla:128     tries several, and shows which are worth having
     uptrain report demo-gqa4                      shows that as a page with pictures
     uptrain push demo-gqa4 me/demo-gqa4           publishes it
     """
@@ -263,7 +234,7 @@ def verify(directory: Path, as_json: bool) -> None:
     report.verification(directory, run(directory), as_json)
 
 
-for _module in (cli_training, cli_eval, cli_report, cli_hub):
+for _module in (cli_training, cli_eval, cli_sweep, cli_report, cli_hub):
     for _name, _command in _module.COMMANDS.items():
         cli.add_command(_command, _name)
 

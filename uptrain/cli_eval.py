@@ -8,30 +8,7 @@ from typing import Any
 import click
 
 from uptrain import console
-from uptrain.errors import UsageError
-
-
-class Sizes(click.ParamType[tuple[int, ...]]):
-    """Whole numbers between commas, each at least `least` and at most `most`: 512,1024."""
-
-    name = "sizes"
-
-    def __init__(self, least: int, most: int = 2**31) -> None:
-        self.least, self.most = least, most
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Return the numbers that a text such as 512,1024 lists."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            sizes = tuple(int(each) for each in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of whole numbers. Write it like 512,1024.", param, ctx)
-        if min(sizes) < self.least:
-            self.fail(f"{min(sizes)} is less than {self.least}.", param, ctx)
-        if max(sizes) > self.most:
-            self.fail(f"{max(sizes)} is more than {self.most}.", param, ctx)
-        return sizes
+from uptrain.cli_types import Sizes, texts_of
 
 
 @click.command()
@@ -131,18 +108,14 @@ def evaluate(
     uptrain eval ./llama-gqa4 --baseline ./llama --speed-batch 1,8 --speed-context 512,4096,16384
     """
     from uptrain import report_eval
-    from uptrain.evaluate import HELD_OUT, save_place, write_evaluation
     from uptrain.evaluate import evaluate as run
+    from uptrain.evaluate import save_place, write_evaluation
     from uptrain.measure.needle import Needles
     from uptrain.measure.tasks import Tasks
-    from uptrain.recipe_schema import parse_source
 
     if no_speed:
         options["repeats"] = 0
-    try:
-        text = [parse_source(text) for text in texts] or [HELD_OUT]
-    except ValueError:
-        raise UsageError(f"--text {' '.join(texts)} is not a text.", "Name a file, a glob or a dataset.") from None
+    text = texts_of(texts)
     context = [size for listed in contexts for size in listed]
     baseline = options.pop("baseline")
     names = tuple(name.strip() for listed in tasks for name in listed.split(",") if name.strip())

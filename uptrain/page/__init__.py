@@ -10,7 +10,9 @@ from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import UsageError
 from uptrain.page.sections import Section, sections, summary
 from uptrain.page.style import drawing, png, svg
-from uptrain.page.subjects import find_subjects
+from uptrain.page.subjects import find_subjects, subjects_in
+from uptrain.page.sweep import sweep_sections, sweep_summary
+from uptrain.sweep_file import read_sweep
 
 __all__ = ["Page", "write_page"]
 
@@ -27,20 +29,24 @@ class Page:
 
 
 def write_page(directory: Path, out: Path | None = None) -> Page:
-    """Write the page of the checkpoint, or the checkpoints, in `directory`, and its pictures beside it.
+    """Write the page of the checkpoint, the checkpoints or the sweep in `directory`, and its pictures beside it.
 
     Raises:
         UsageError: no checkpoint that uptrain wrote, no place for the page, or matplotlib or jinja2 is missing.
-        CheckpointError: a manifest, config or eval.json that is broken.
+        CheckpointError: a manifest, config, eval.json or sweep.json that is broken.
     """
-    subjects = find_subjects(directory)
+    swept = read_sweep(directory)
+    if swept is None:
+        subjects = find_subjects(directory)
+    else:
+        subjects = subjects_in([directory / arm.name for arm in swept.arms])
     path = out or directory / PAGE
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"{path} can't be written.", "Name a file in a folder that exists.")
     plots.check()
     pictures = []
     with drawing():
-        found = sections(subjects)
+        found = sections(subjects) if swept is None else sweep_sections(swept, subjects)
         shown = []
         for section in found:
             charts = []
@@ -50,13 +56,17 @@ def write_page(directory: Path, out: Path | None = None) -> Page:
                 pictures.append(picture)
                 charts.append({"svg": svg(chart.figure, chart.name), "says": chart.says})
             shown.append({"section": section, "charts": charts})
-    write_atomic(path, _render(title=_title(directory, len(subjects)), summary=summary(subjects), shown=shown))
+    if swept is None:
+        title, head = _title(directory, len(subjects), "checkpoints"), summary(subjects)
+    else:
+        title, head = _title(directory, len(swept.arms), "conversions"), sweep_summary(swept)
+    write_atomic(path, _render(title=title, summary=head, shown=shown))
     return Page(path, tuple(pictures), tuple(_missing(found)))
 
 
-def _title(directory: Path, count: int) -> str:
+def _title(directory: Path, count: int, of: str) -> str:
     name = directory.resolve().name
-    return name if count == 1 else f"{name}: {count} checkpoints"
+    return name if count == 1 else f"{name}: {count} {of}"
 
 
 def _missing(found: list[Section]) -> list[str]:

@@ -76,7 +76,7 @@ def sections(subjects: list[Subject]) -> list[Section]:
     """Return the page's sections, to be called inside `style.drawing`."""
     return [
         _quality(subjects), *_samples(subjects), _energy(subjects), _curves(subjects), _speed(subjects),
-        _memory(subjects),
+        memory(subjects),
     ]  # fmt: skip
 
 
@@ -217,7 +217,8 @@ def _speed(subjects: list[Subject]) -> Section:
     return Section("Decode speed", text, [chart], missing=missing)
 
 
-def _memory(subjects: list[Subject]) -> Section:
+def memory(subjects: list[Subject]) -> Section:
+    """Return the section on one request's cache, to be called inside `style.drawing`."""
     found = forms(subjects)
     text = (
         f"The cache of one sequence at {subjects[0].itemsize} bytes a value, were the model's attention of each form: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,22 @@ def find_subjects(directory: Path) -> list[Subject]:
         UsageError: uptrain wrote none of them.
         CheckpointError: a manifest, config, eval.json or log that is broken.
     """
-    folders = [directory, *sorted(path for path in directory.iterdir())] if directory.is_dir() else []
-    found = [subject for folder in folders if folder.is_dir() and (subject := _subject(folder)) is not None]
+    found = subjects_in([directory, *sorted(directory.iterdir())] if directory.is_dir() else [])
     if not found:
         raise UsageError(
             f"{directory} holds no checkpoint that uptrain wrote.",
             "Name a folder with an uptrain.json in it, or a folder of such folders.",
         )
     return found[:1] if found[0].folder == directory else found
+
+
+def subjects_in(folders: Sequence[Path]) -> list[Subject]:
+    """Return the checkpoints that those of `folders` are which uptrain wrote.
+
+    Raises:
+        CheckpointError: as `find_subjects`.
+    """
+    return [subject for folder in folders if folder.is_dir() and (subject := _subject(folder)) is not None]
 
 
 def _subject(folder: Path) -> Subject | None:

@@ -1,0 +1,93 @@
+"""Kinds of values that options take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from uptrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from uptrain.recipe_schema import DataSource
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 5GB, 500MB, 2GiB or plain digits."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes that a text such as 5GB means."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size. Write it like 5GB, 500MB or 2GiB.", param, ctx)
+        number, unit, binary = match.groups()
+        power = " kmgt".index(unit.lower()) if unit else 0
+        return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+class Share(click.ParamType[float]):
+    """A share: 25% or 0.25."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the share that a text such as 25% means."""
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", str(value))
+        if not match:
+            self.fail(f"{value!r} is not a share. Write it like 25%.", param, ctx)
+        return float(match[1]) / (100 if match[2] else 1)
+
+
+class Sizes(click.ParamType[tuple[int, ...]]):
+    """Whole numbers between commas, each at least `least` and at most `most`: 512,1024."""
+
+    name = "sizes"
+
+    def __init__(self, least: int, most: int = 2**31) -> None:
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers that a text such as 512,1024 lists."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(each) for each in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers. Write it like 512,1024.", param, ctx)
+        if min(sizes) < self.least:
+            self.fail(f"{min(sizes)} is less than {self.least}.", param, ctx)
+        if max(sizes) > self.most:
+            self.fail(f"{max(sizes)} is more than {self.most}.", param, ctx)
+        return sizes
+
+
+class Words(click.ParamType[list[str]]):
+    """Words with commas between them."""
+
+    name = "words"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        """Return the words of a text such as mean,svd."""
+        if isinstance(value, list):
+            return value
+        return [word.strip() for word in str(value).split(",") if word.strip()]
+
+
+def texts_of(names: Sequence[str]) -> list[DataSource]:
+    """Return what each --text names, and without one the held-out text that is here.
+
+    Raises:
+        UsageError: one of them names no text.
+    """
+    from uptrain.recipe_schema import HELD_OUT, parse_source
+
+    try:
+        return [parse_source(name) for name in names] or [HELD_OUT]
+    except ValueError:
+        raise UsageError(f"--text {' '.join(names)} is not a text.", "Name a file, a glob or a dataset.") from None
