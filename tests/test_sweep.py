@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import uptrain.sweep
 from tests.test_eval_file import keys_of
 from tests.test_report_page import Document
 from tests.training import checkpoint, corpus
@@ -22,6 +21,7 @@ from uptrain.evaluate import evaluate
 from uptrain.methods.layered import Layer
 from uptrain.recipe_schema import Files
 from uptrain.request import Request
+from uptrain.sweep import runner
 from uptrain.sweep.targets import parse_target
 from uptrain.sweep_file import pareto
 
@@ -135,7 +135,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
         return call
 
-    monkeypatch.setattr(uptrain.sweep, "run_plan", counting("conversions", uptrain.sweep.run_plan))
+    monkeypatch.setattr(runner, "run_plan", counting("conversions", runner.run_plan))
     monkeypatch.setattr(Layer, "trace", counting("traces", Layer.trace))
     return counts
 
@@ -149,7 +149,7 @@ def test_a_sweep_cut_off_ends_as_if_it_had_not_been(
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    where = "uptrain.sweep.evaluate" if cut == "before measuring" else "uptrain.convert._write_companions"
+    where = "uptrain.sweep.runner.evaluate" if cut == "before measuring" else "uptrain.convert._write_companions"
     with monkeypatch.context() as patch:
         assert run(command(here, out, "--methods", "mean")) == 0
         patch.setattr(where, stop)
@@ -249,10 +249,9 @@ def test_the_page_shows_every_arm_and_why_others_are_not(here: Path, done: dict[
         f"{done['original']['perplexity']:.2f}",
     ]
     for row, arm in zip(rows, done["arms"], strict=True):
-        assert row[:2] == [arm["target"], arm["method"]]
+        assert row[:2] == [("● " if arm["pareto"] else "") + arm["target"], arm["method"]]
         assert row[4] == f"{arm['perplexity']:.2f}" and float(row[6].split("(")[0]) == pytest.approx(
             arm["kl"], rel=0.01
         )
-        assert (row[9] == "●") is arm["pareto"]
     assert "mla:24 by mean: --method mean makes fewer heads" in document.words
     assert all(math.isfinite(arm["kl"]) for arm in done["arms"])

@@ -20,17 +20,17 @@ _RANK = tuple(CHANGED_PARTS)
 
 
 def sweep_summary(found: Sweep) -> Section:
-    """Return the table at the top: the source, then a row for each arm, the smallest cache first."""
+    """Return the table at the top: a row for each arm, the smallest cache first, then the source's."""
     columns = (
-        "", "method", "cache per token", "kept", "perplexity", "times the original's", "KL, nats", "top-1", "flips",
-        "Pareto",
+        "● Pareto front", "method", "cache per token", "kept", "perplexity", "times the original's", "KL, nats",
+        "top-1", "flips",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
         (
-            arm.target, arm.method, size(arm.cache_bytes_per_token), f"{100 * arm.share:.3g} %",
-            f"{arm.perplexity:.2f}", number(arm.perplexity_ratio, "{:.3f}", arm.perplexity_ratio_interval),
+            ("● " if arm.pareto else "") + arm.target, arm.method, size(arm.cache_bytes_per_token),
+            f"{100 * arm.share:.3g} %", f"{arm.perplexity:.2f}",
+            number(arm.perplexity_ratio, "{:.3f}", arm.perplexity_ratio_interval),
             number(arm.kl, "{:#.3g}", arm.kl_interval), f"{arm.top1_agreement:.1%}", f"{arm.flip_rate:.2%}",
-            "●" if arm.pareto else "",
         )
         for arm in found.arms
     ]  # fmt: skip
@@ -39,7 +39,7 @@ def sweep_summary(found: Sweep) -> Section:
         name = str(found.source["name"])
         # A page that is shown to others doesn't say where its maker's folders are.
         name = Path(name).name if found.source["origin"] == "folder" else name
-        rows.append((name, "the original", cache, "100 %", perplexity, *"–––––"))
+        rows.append((name, "the original", cache, "100 %", perplexity, *"––––"))
     return Section("Summary", "", columns=columns, rows=rows)
 
 
@@ -51,10 +51,9 @@ def sweep_sections(found: Sweep, subjects: list[Subject]) -> list[Section]:
     measured = found.measured
     text = (
         "How far predictions are from the original's, in nats per token, against the cache; lower and further left is "
-        f"better. {measured['tokens']:,} tokens in {measured['windows']:,} "
-        f"windows, context {measured['context']:,}, stride {measured['stride']:,}, {measured['dtype']} on "
-        f"{measured['device']}; nothing was trained. Bars: 95 % intervals over windows. The line joins the Pareto "
-        "front: what nothing here beats in both cache and KL."
+        f"better. {measured['tokens']:,} tokens in {measured['windows']:,} windows, context {measured['context']:,}, "
+        f"stride {measured['stride']:,}, {measured['dtype']} on {measured['device']}; nothing was trained. Bars: 95 % "
+        "intervals over windows. The line joins the Pareto front: what nothing here beats in both cache and KL."
     )
     says = "KL from the original against cache bytes per token, a mark for each target and method."
     quality = Section("Quality against cache", text, [Chart("pareto", pareto_chart(found), says)], missing=missing)

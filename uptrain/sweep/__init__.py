@@ -3,59 +3,29 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uptrain import plots
-from uptrain.checkpoint.manifest import EVALUATION, read_manifest
-from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
-from uptrain.checkpoint.source import Source, resolve
-from uptrain.convert import MEMORY, run_plan
+from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.checkpoint.source import resolve
+from uptrain.convert import MEMORY
 from uptrain.errors import UsageError
-from uptrain.evaluate import HELD_OUT, Evaluation, evaluate, text_name, write_evaluation
-from uptrain.measure.reference import Reference
 from uptrain.page.style import drawing, png
 from uptrain.page.sweep import pareto_chart
-from uptrain.plan import Plan, make_plan
-from uptrain.recipe_schema import DataSource
+from uptrain.plan import make_plan
 from uptrain.request import Request
+from uptrain.sweep.runner import Measuring, Runner, Task
 from uptrain.sweep.targets import parse_methods, parse_target
-from uptrain.sweep_file import Arm, Refused, Sweep, read_sweep, write_sweep
-from uptrain.words import size
+from uptrain.sweep_file import Refused, Sweep, read_sweep, write_sweep
 
-if TYPE_CHECKING:
-    from uptrain.calibration import SharedCalibration
+__all__ = ["Measuring", "sweep"]
 
 KEEP = ("all", "best", "none")
 METHODS = ("mean", "svd", "calibrated")
 PICTURE = "pareto.png"
-
-
-@dataclass(frozen=True)
-class Task:
-    """An arm before it is run: its folder's name, the target as typed, and the plan."""
-
-    name: str
-    target: str
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """How every arm is measured, as `evaluate` takes it."""
-
-    text: Sequence[DataSource] = (HELD_OUT,)
-    context: int = 1024
-    stride: int | None = None
-    tokens: int = 32_768
-    dtype: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**vars(self), "text": [text_name(each) for each in self.text]}
 
 
 def sweep(
@@ -118,7 +88,7 @@ def sweep(
     named = {"name": source.name, "origin": source.origin, "revision": source.revision}
     fresh = Sweep(named, {**how.to_dict(), **calibration}, {}, {}, (), tuple(refused))
     found = _begun(folder, fresh, tasks, overwrite)
-    runner = _Runner(source, checkpoint, folder, how, keep, memory, overwrite, on_note, on_layers)
+    runner = Runner(source, checkpoint, folder, how, keep, memory, overwrite, on_note, on_layers)
     done = {arm.name for arm in found.arms}
     for number, task in enumerate(tasks, 1):
         where = f"[{number}/{len(tasks)}] {task.name}"
@@ -162,95 +132,3 @@ def _begun(folder: Path, fresh: Sweep, tasks: Sequence[Task], overwrite: bool) -
     folder.mkdir(parents=True, exist_ok=True)
     write_sweep(found, folder)
     return found
-
-
-class _Runner:
-    """Converts and measures arms one after another; what they share stays in memory."""
-
-    def __init__(
-        self, source: Source, checkpoint: Checkpoint, folder: Path, how: Measuring, keep: str, memory: int,
-        overwrite: bool, on_note: Callable[[str], None], on_layers: Callable[[], Callable[[int, int], None]],
-    ) -> None:  # fmt: skip
-        self._source, self._checkpoint, self._folder = source, checkpoint, folder
-        self._how, self._keep, self._memory, self._overwrite = how, keep, memory, overwrite
-        self._note, self._on_layers = on_note, on_layers
-        self._reference = Reference(source, memory)
-        self._shared: SharedCalibration | None = None
-
-    def run(self, task: Task, found: Sweep, where: str) -> Sweep:
-        """Run one arm and return the sweep with it, as it stands in sweep.json too."""
-        place = self._folder / task.name
-        converting = self._convert(task, place, where)
-        began = time.monotonic()
-        options = {name: value for name, value in vars(self._how).items() if name != "text"}
-        evaluation = evaluate(str(place), self._reference, self._how.text, repeats=0, **options)
-        write_evaluation(evaluation, place / EVALUATION)
-        seconds = round(time.monotonic() - began, 1)
-        found = _measured(found, evaluation).with_arm(_arm(task, evaluation, converting, seconds))
-        found = self._tidied(found)
-        write_sweep(found, self._folder)
-        arm = next(arm for arm in found.arms if arm.name == task.name)
-        self._note(
-            f"{where}: {size(arm.cache_bytes_per_token)} a token, perplexity {arm.perplexity:.2f}, KL {arm.kl:.4g}, "
-            f"{(converting or 0) + seconds:,.0f} s"
-        )
-        return found
-
-    def _convert(self, task: Task, place: Path, where: str) -> float | None:
-        """Convert the arm into `place` and return the seconds it took, None if an earlier run did."""
-        manifest = read_manifest(place)
-        if manifest is not None and any(stage.get("plan") == task.plan.digest for stage in manifest["stages"][-1:]):
-            return None
-        self._note(f"{where}: converting")
-        calibrated = task.plan.request.method == "calibrated"
-        began = time.monotonic()
-        run_plan(
-            self._source, self._checkpoint, task.plan, place, overwrite=self._overwrite, memory=self._memory,
-            on_layer=self._on_layers(), on_note=self._note, shared=self._sharing() if calibrated else None,
-        )  # fmt: skip
-        return round(time.monotonic() - began, 1)
-
-    def _sharing(self) -> SharedCalibration | None:
-        if self._shared is None:
-            try:
-                from uptrain.calibration import SharedCalibration
-            except ImportError:
-                return None  # the conversion says what to install
-            self._shared = SharedCalibration(self._memory)
-        return self._shared
-
-    def _tidied(self, found: Sweep) -> Sweep:
-        """Delete the checkpoints that aren't to stay; what is beaten once stays beaten."""
-        arms = []
-        for arm in found.arms:
-            stays = self._keep == "all" or (self._keep == "best" and arm.pareto)
-            if arm.kept and not stays:
-                shutil.rmtree(self._folder / arm.name, ignore_errors=True)
-            arms.append(replace(arm, kept=arm.kept and stays))
-        return replace(found, arms=tuple(arms))
-
-
-def _measured(found: Sweep, evaluation: Evaluation) -> Sweep:
-    """Put what every evaluation of the sweep shares into it."""
-    assert evaluation.baseline is not None
-    names = ("tokens", "windows", "context", "stride", "dtype", "device")
-    original = ("perplexity", "bits_per_byte", "cache_bytes_per_token")
-    return replace(
-        found,
-        measured={name: getattr(evaluation, name) for name in names},
-        original={name: getattr(evaluation.baseline, name) for name in original},
-    )
-
-
-def _arm(task: Task, found: Evaluation, converting: float | None, evaluating: float) -> Arm:
-    assert found.baseline is not None
-    names = (
-        "perplexity_ratio", "perplexity_ratio_interval", "kl", "kl_interval", "top1_agreement", "top5_agreement",
-        "flip_rate",
-    )  # fmt: skip
-    cache = found.model.cache_bytes_per_token
-    return Arm(
-        task.name, task.target, task.plan.request.method, cache, cache / found.baseline.cache_bytes_per_token,
-        found.model.perplexity, **{name: getattr(found, name) for name in names}, convert_seconds=converting,
-        evaluate_seconds=evaluating, pareto=False, kept=True, plan=task.plan.digest,
-    )  # fmt: skip
