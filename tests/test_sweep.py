@@ -202,7 +202,19 @@ def test_another_sweep_and_other_files_are_left_alone(
     assert "Did you mean 'svd'?" in refused("--methods", "svdd")
     assert "--to mla:x is no size of mla" in refused("--to", "mla:x")
     assert "does not divide" in refused("--to", "gqa:3")
+    assert "no text" in refused("--out", str(tmp_path / "new"), "--calibrate", str(tmp_path / "mine"))
+    assert "lies inside the source" in refused("--out", str(here / "source/out"))
+    assert not (here / "source/out").exists()
     assert read(here / "done") == done and [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_elsewhere_is_never_deleted(here: Path, done: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").mkdir()
+    arms = [{**done["arms"][0], "name": "../mine"}]
+    (tmp_path / "out/sweep.json").write_text(json.dumps({**done, "arms": arms}))
+    assert run(command(here, "done", "--out", str(tmp_path / "out"), "--overwrite")) == 1
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_overwrite_starts_anew(here: Path) -> None:

@@ -112,6 +112,9 @@ def read_sweep(folder: Path) -> Sweep | None:
             raise ValueError
         parts = {name: dict(value[name]) for name in ("source", "settings", "measured", "original")}
         arms = tuple(_row(Arm, each) for each in value["arms"])
+        # Folders are deleted by these names.
+        if any(Path(arm.name).name != arm.name or arm.name == ".." for arm in arms):
+            raise ValueError
         return Sweep(**parts, arms=arms, refused=tuple(_row(Refused, each) for each in value["refused"]))
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(

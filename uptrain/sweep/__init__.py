@@ -10,7 +10,8 @@ from typing import Any
 
 from uptrain import plots
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.checkpoint.source import resolve
+from uptrain.checkpoint.source import Source, resolve
+from uptrain.checkpoint.writer import check_out
 from uptrain.convert import MEMORY
 from uptrain.errors import UsageError
 from uptrain.page.style import drawing, png
@@ -87,9 +88,11 @@ def sweep(
     folder = Path(out) if out is not None else Path(f"{source.short_name}-sweep")
     named = {"name": source.name, "origin": source.origin, "revision": source.revision}
     fresh = Sweep(named, {**how.to_dict(), **calibration}, {}, {}, (), tuple(refused))
-    found = _begun(folder, fresh, tasks, overwrite)
+    found = _to_go_on_with(folder, source, fresh, tasks, overwrite)
     runner = Runner(source, checkpoint, folder, how, keep, memory, overwrite, on_note, on_layers)
     done = {arm.name for arm in found.arms}
+    runner.read_calibration([task for task in tasks if task.name not in done])
+    _begin(folder, found)
     for number, task in enumerate(tasks, 1):
         where = f"[{number}/{len(tasks)}] {task.name}"
         if task.name in done:
@@ -101,18 +104,17 @@ def sweep(
     return folder, found
 
 
-def _begun(folder: Path, fresh: Sweep, tasks: Sequence[Task], overwrite: bool) -> Sweep:
+def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[Task], overwrite: bool) -> Sweep:
     """Return the sweep to go on with: what `folder` holds of the same one, else a fresh one.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder holds something else, or lies in the source.
     """
+    check_out(folder, True, source.path)
     earlier = read_sweep(folder)
-    if earlier is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if earlier is None and folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists already and holds no sweep.", "Choose another --out.")
-    if earlier is not None and overwrite:
-        for arm in earlier.arms:
-            shutil.rmtree(folder / arm.name, ignore_errors=True)
+    if overwrite:
         earlier = None
     if earlier is not None:
         plans = {task.name: task.plan.digest for task in tasks}
@@ -128,7 +130,15 @@ def _begun(folder: Path, fresh: Sweep, tasks: Sequence[Task], overwrite: bool) -
             )
     old = earlier.refused if earlier is not None else ()
     refused = tuple({(each.target, each.method): each for each in (*old, *fresh.refused)}.values())
-    found = replace(earlier or fresh, refused=refused)
+    return replace(earlier or fresh, refused=refused)
+
+
+def _begin(folder: Path, found: Sweep) -> None:
+    """Write the sweep to go on with, and delete the arms of one that it replaces."""
+    earlier = read_sweep(folder)
+    going_on = {arm.name for arm in found.arms}
+    for arm in earlier.arms if earlier is not None else ():
+        if arm.name not in going_on:
+            shutil.rmtree(folder / arm.name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_sweep(found, folder)
-    return found

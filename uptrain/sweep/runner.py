@@ -61,6 +61,17 @@ class Runner:
         self._reference = Reference(source, memory)
         self._shared: SharedCalibration | None = None
 
+    def read_calibration(self, tasks: Sequence[Task]) -> None:
+        """Read the text that arms are calibrated on, so that one that won't do is said before any arm is made.
+
+        Raises:
+            UsageError: it won't do.
+        """
+        calibrated = [task for task in tasks if task.plan.request.method == "calibrated"]
+        shared = self._sharing() if calibrated else None
+        if shared is not None:
+            shared.text(self._checkpoint, calibrated[0].plan)
+
     def run(self, task: Task, found: Sweep, where: str) -> Sweep:
         """Run one arm and return the sweep with it, as it stands in sweep.json too."""
         place = self._folder / task.name
