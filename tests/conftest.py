@@ -12,7 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from uptrain.architectures import ARCHITECTURES
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
@@ -39,6 +42,13 @@ TINY: dict[str, dict[str, Any]] = {
         "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 64, "qk_layernorm": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5_000.0, "partial_rotary_factor": 0.5},
+    },
+    "t5": {
+        "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
+    "mt5": {
+        "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
     },
     "falcon": {
         "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
@@ -113,16 +123,23 @@ def tiny_config(model_type: str, num_key_value_heads: int | None = None, **chang
     return AutoConfig.for_model(model_type, **values)
 
 
+def auto_class(model_type: str) -> Any:
+    return getattr(transformers, ARCHITECTURES[model_type].auto_class)
+
+
 def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
     """Build a float32 model with random weights of realistic scale, biases and norms included."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto_class(config.model_type).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.2)
             elif parameter.dim() == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        if config.model_type in ("t5", "mt5"):
+            # Drawn with a deviation of 1 and tied, they would make models that say their input again.
+            model.get_input_embeddings().weight.mul_(0.05)
     return model.float().eval()
 
 

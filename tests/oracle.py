@@ -14,7 +14,8 @@ Views = dict[str, list[Tensor]]
 
 def linears_of(module: nn.Module) -> list[nn.Module]:
     """Return what makes queries, keys and values in an attention module of transformers; none in any other module."""
-    for names in (("c_attn",), ("Wqkv",), ("qkv_proj",), ("query_key_value",), ("q_proj", "k_proj", "v_proj")):
+    fused = (("c_attn",), ("Wqkv",), ("qkv_proj",), ("query_key_value",))
+    for names in (*fused, ("q_proj", "k_proj", "v_proj"), ("q", "k", "v")):
         if all(hasattr(module, name) for name in names):
             return [getattr(module, name) for name in names]
     return []
@@ -29,13 +30,14 @@ def head_views(module: nn.Module) -> Views:
     if linears[0].bias is not None:
         for part, view in _by_head(module, [linear.bias for linear in linears]).items():
             views[part].append(view)
-    names = ("c_proj", "dense", "o_proj", "out_proj")
+    names = ("c_proj", "dense", "o_proj", "out_proj", "o")
     output = next(getattr(module, name) for name in names if hasattr(module, name)).weight
     return {**views, "o": [(output.T if turned else output).unflatten(1, (-1, head_dim_of(module)))]}
 
 
 def head_dim_of(module: nn.Module) -> int:
-    return module.head_size if hasattr(module, "head_size") else module.head_dim
+    names = ("head_size", "key_value_proj_dim", "head_dim")
+    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 def computed_heads(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -59,7 +61,7 @@ def _by_head(module: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
         slots = rows[0].unflatten(0, (-1, per_group, head_dim_of(module)))
         queries = slots[:, 0] if per_group == 3 else slots[:, :-2].flatten(0, 1)
         return {"q": queries, "k": slots[:, -2], "v": slots[:, -1]}
-    return {part: one.unflatten(0, (-1, module.head_dim)) for part, one in zip("qkv", rows, strict=True)}
+    return {part: one.unflatten(0, (-1, head_dim_of(module))) for part, one in zip("qkv", rows, strict=True)}
 
 
 def pool_and_repeat(heads: Tensor, groups: int, method: str) -> Tensor:
@@ -71,9 +73,9 @@ def pool_and_repeat(heads: Tensor, groups: int, method: str) -> Tensor:
 
 @torch.no_grad()
 def pool_model(model: PreTrainedModel, groups: int, method: str = "mean") -> PreTrainedModel:
-    """Pool a model's key and value heads in place, in its own class, and return it."""
-    for module in model.modules():
-        if linears_of(module):
+    """Pool a model's key and value heads in place, in its own class, and return it; an encoder is left alone."""
+    for name, module in model.named_modules():
+        if linears_of(module) and "encoder" not in name.split("."):
             views = head_views(module)
             for view in (*views["k"], *views["v"]):
                 view.copy_(pool_and_repeat(view, groups, method))

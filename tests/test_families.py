@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import CONFIG_MAPPING, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from tests.conftest import tiny_config, tiny_model
 from tests.oracle import computed_heads, pool_model
@@ -21,7 +21,7 @@ from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.cli import run
 from uptrain.convert import convert, plan_conversion
 from uptrain.errors import UsageError
-from uptrain.hosts.register import register
+from uptrain.hosts.register import auto_class_of, register
 from uptrain.hosts.table import HOSTS
 from uptrain.layout import Architecture, Sliding
 from uptrain.model_config import attention_layers
@@ -61,9 +61,16 @@ def request(groups: int, method: str = "mean") -> Request:
 
 def load(folder: Path) -> PreTrainedModel:
     """Load a model whose class finds every tensor it has, in its shape, and no other."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = auto_class_of(folder).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return a model's logits of TOKENS; an encoder reads them backwards beforehand, where there is one."""
+    if model.config.is_encoder_decoder:
+        return model(input_ids=TOKENS.flip(1), decoder_input_ids=TOKENS).logits
+    return model(TOKENS).logits
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -107,7 +114,7 @@ def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny
     folder = save_tiny(model_type)
     entry, checkpoint, model = family(model_type), open_checkpoint(folder), load(folder)
     spec = attention_layers(entry, checkpoint.config, "src")[1]
-    base = entry.layer.format(prefix=find_prefix(entry, checkpoint, "src"), layer=1)
+    base = entry.attention(find_prefix(entry, checkpoint, "src"), 1)
     names = [f"{m}.{kind}" for m in modules_of(entry.projections, frozenset("qkvo")) for kind in ("weight", "bias")]
     tensors = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
     heads = split(entry.projections, spec, tensors)
@@ -168,7 +175,7 @@ def test_converted_logits_equal_the_pooled_source(
     converted = load(tmp_path / "out")
     assert converted.config.model_type == result_attention(open_checkpoint(tmp_path / "out"), "out")[0].name
     with torch.no_grad():
-        torch.testing.assert_close(converted(TOKENS).logits, oracle(TOKENS).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(converted), logits(oracle), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("model_type", "heads", "groups"), TARGETS)
@@ -185,16 +192,27 @@ def test_cached_generation_equals_uncached_and_keeps_only_its_heads(
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), TOKENS], dim=1)
     mask = (torch.arange(padded.shape[1]) >= 4).long()[None]
     left = model.generate(padded, attention_mask=mask, **arguments)
-    assert torch.equal(left[:, 4:], cached)
+    assert torch.equal(left if model.config.is_encoder_decoder else left[:, 4:], cached)
 
     layers = result_attention(open_checkpoint(tmp_path / "out"), "out")[1]
-    cache = DynamicCache(config=model.config)
     context = 5  # below every sliding window, so that each token is still held
-    with torch.no_grad():
-        model(TOKENS[:, :context], past_key_values=cache)
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    held = sum(tensor.numel() * tensor.element_size() for tensor in cached_tensors(model, TOKENS[:, :context]))
     layers = [replace(spec, num_key_value_heads=4) for spec in layers] if model_type == EXPANDED else layers
     assert held == context * cache_bytes_per_token(layers, itemsize=4)
+
+
+@torch.no_grad()
+def cached_tensors(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Return all that a model's cache holds after `ids`, of which an encoder has read as many where there is one."""
+    if model.config.is_encoder_decoder:
+        both = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        model(input_ids=ids, decoder_input_ids=ids, past_key_values=both)
+        caches = [both.self_attention_cache, both.cross_attention_cache]
+    else:
+        caches = [DynamicCache(config=model.config)]
+        model(ids, past_key_values=caches[0])
+    layers = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])

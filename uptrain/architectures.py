@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from uptrain.encoder_decoders import ENCODER_DECODERS
 from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections, Sliding
 from uptrain.uncounted import CLIPPED, UNCOUNTED
 
@@ -127,6 +128,7 @@ FALCON = Architecture(
 
 _ENTRIES = (
     *UNCOUNTED,
+    *ENCODER_DECODERS,
     FALCON,
     GPT2,
     UPTRAIN_GPT2,

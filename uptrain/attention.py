@@ -16,7 +16,8 @@ class AttentionSpec:
     `kv_lora_rank` makes it MLA: the cache then holds the latent and `qk_rope_head_dim` shared rotary key values
     instead of heads, and a query head has `qk_nope_head_dim` dims for what the latent expands to beside the rotary
     ones. `sliding_window` (tokens) bounds how many tokens the cache holds at all. `rotary_ndims` counts the first dims
-    of a head that are rotated, None for all that the family's position says.
+    of a head that are rotated, None for all that the family's position says. A `cross` layer attends over an encoder's
+    output, so its cache holds the source's tokens instead of the target's.
     """
 
     num_attention_heads: int
@@ -28,6 +29,7 @@ class AttentionSpec:
     qk_nope_head_dim: int | None = None
     sliding_window: int | None = None
     rotary_ndims: int | None = None
+    cross: bool = False
 
     def __post_init__(self) -> None:
         if min(self.num_attention_heads, self.num_key_value_heads, self.head_dim) < 1:
@@ -79,10 +81,18 @@ class AttentionSpec:
 
 
 def cache_bytes_per_token(layers: Sequence[AttentionSpec], itemsize: int) -> int:
-    """Return the bytes one more token costs over all layers while no sliding window is full."""
+    """Return the bytes one more token costs over all layers while no sliding window is full.
+
+    Of a decoder that reads an encoder it is one token of the target and one of the source.
+    """
     return sum(layer.cache_bytes(1, itemsize) for layer in layers)
 
 
+def cross_bytes_per_token(layers: Sequence[AttentionSpec], itemsize: int) -> int:
+    """Return the bytes one more token of the source costs, 0 without an encoder."""
+    return cache_bytes_per_token([layer for layer in layers if layer.cross], itemsize)
+
+
 def cache_bytes(layers: Sequence[AttentionSpec], context: int, itemsize: int) -> int:
-    """Return the cache bytes over all layers of one sequence of `context` tokens."""
+    """Return the cache bytes over all layers of one sequence of `context` tokens, and of a source as long if any."""
     return sum(layer.cache_bytes(context, itemsize) for layer in layers)

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token
+from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token, cross_bytes_per_token
 from uptrain.checkpoint.header import ITEM_BITS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
@@ -50,7 +50,9 @@ class Option:
 class Inspection:
     """What a checkpoint is. Cache figures are bytes for one sequence, in the weights' own dtype.
 
-    With `cache_expanded` transformers' own class caches more: a copy for every query head.
+    `cross_bytes_per_token` is what of `cache_bytes_per_token` a token of the source costs, where a decoder reads an
+    encoder; `cache_bytes` then is of a source and a target of as many tokens each. With `cache_expanded` transformers'
+    own class caches more: a copy for every query head.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Inspection:
     shards: int
     weight_bytes: int
     cache_bytes_per_token: int
+    cross_bytes_per_token: int
     cache_bytes: dict[int, int]
     cache_expanded: bool
     options: tuple[Option, ...]
@@ -104,7 +107,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         origin=source.describe(),
         model_type=architecture.model_type,
         attention=layers[0].kind,
-        num_hidden_layers=len(layers),
+        num_hidden_layers=sum(not layer.cross for layer in layers),
         hidden_size=config_value(architecture, checkpoint.config, architecture.keys.hidden_size, model),
         num_attention_heads=layers[0].num_attention_heads,
         num_key_value_heads=layers[0].num_key_value_heads,
@@ -122,6 +125,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         shards=len(checkpoint.files),
         weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         cache_bytes_per_token=cache_bytes_per_token(layers, itemsize),
+        cross_bytes_per_token=cross_bytes_per_token(layers, itemsize),
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
         cache_expanded=expands_cache(architecture, checkpoint.config),
         options=()
@@ -144,7 +148,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _biases(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
-    base = architecture.layer.format(prefix=find_prefix(architecture, checkpoint, name), layer=0)
+    base = architecture.attention(find_prefix(architecture, checkpoint, name), 0)
     parts = [part for part in "qkvo" if f"{base}{module_of(architecture.projections, part)}.bias" in checkpoint.tensors]
     return ", ".join(parts) or "none"
 
@@ -168,7 +172,7 @@ def _options(
 def _latent_options(
     checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], itemsize: int, name: str
 ) -> list[Option]:
-    base = architecture.layer.format(prefix=find_prefix(architecture, checkpoint, name), layer=0)
+    base = architecture.attention(find_prefix(architecture, checkpoint, name), 0)
     out = []
     for cache in SHARES:
         try:

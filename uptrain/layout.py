@@ -32,6 +32,7 @@ class Position(Enum):
     ROTARY = "rotary"
     ROTARY_INTERLEAVED = "rotary, interleaved"
     ALIBI = "ALiBi"
+    RELATIVE = "relative bias"
 
     @property
     def rotates(self) -> bool:
@@ -95,6 +96,10 @@ class ConfigKeys:
     """Whether the field's words for a latent (kv_lora_rank, …) say what is cached."""
     vocab_size: str = "vocab_size"
     max_position_embeddings: str = "max_position_embeddings"
+    initializer_range: str = "initializer_range"
+    """The deviation that fresh weights are drawn with."""
+    initializer_factor: str | None = None
+    """In families that draw by width, what 1/√hidden_size is multiplied by for that."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,10 @@ class Architecture:
     model_type: str
     class_name: str
     layer: str = "{prefix}layers.{layer}.self_attn."
+    cross: str = ""
+    """Where a layer's attention over an encoder's output is, in decoders that read one."""
+    auto_class: str = "AutoModelForCausalLM"
+    """Which of transformers' Auto classes loads it."""
     prefixes: tuple[str, ...] = ("model.", "")
     projections: Projections = Projections()
     keys: ConfigKeys = ConfigKeys()
@@ -159,3 +168,23 @@ class Architecture:
     def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
         """Return the same layout under another `model_type`, with the given fields changed."""
         return replace(self, model_type=model_type, class_name=class_name, **changes)
+
+    def with_groups(self, model_type: str, class_name: str) -> Architecture:
+        """Return the entry of our own class for a family that counts no key/value heads, which counts them."""
+        keys = replace(self.keys, num_key_value_heads="num_key_value_heads")
+        return self.for_model(model_type, class_name, keys=keys, hosts={}, native=True)
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Return where each of a layer's attentions is: its own and, in decoders that read an encoder, that one."""
+        return (self.layer, self.cross) if self.cross else (self.layer,)
+
+    def attention(self, prefix: str, index: int) -> str:
+        """Name the model's attention number `index`, counted over all of a layer's before the next layer's."""
+        layer, which = divmod(index, len(self.attentions))
+        return self.attentions[which].format(prefix=prefix, layer=layer)
+
+    def place(self, index: int) -> str:
+        """Say for people where the model's attention number `index` is: "3", or "3, cross"."""
+        layer, which = divmod(index, len(self.attentions))
+        return f"{layer}, cross" if which else str(layer)

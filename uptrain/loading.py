@@ -7,11 +7,11 @@ from typing import Any
 
 from uptrain.checkpoint.source import resolve
 from uptrain.errors import CheckpointError
-from uptrain.hosts.register import register
+from uptrain.hosts.register import auto_class_of, register
 
 
 def load(model: str | Path, *, absorbed: bool = True, revision: str | None = None, **options: Any) -> Any:
-    """Load a causal language model from a folder, a Hub id or `demo`, ready to generate.
+    """Load a language model from a folder, a Hub id or `demo`, ready to generate.
 
     Our own classes need no remote code here. Stock MLA classes cache a latent but expand all of it at every step;
     with `absorbed` their layers attend over the latent itself instead, with the same logits up to rounding. `options`
@@ -21,14 +21,12 @@ def load(model: str | Path, *, absorbed: bool = True, revision: str | None = Non
         UptrainError: there is no such checkpoint, transformers can't load it, or its dtype can't hold it.
     """
     register()
-    from transformers import AutoModelForCausalLM
-
     from uptrain.hosts import latent_norm
 
     source = resolve(str(model), revision)
     settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
     try:
-        found = AutoModelForCausalLM.from_pretrained(source.path, **settings)
+        found = auto_class_of(source.path).from_pretrained(source.path, **settings)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"transformers can't load {source.name}: {reason}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,12 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         if setting(config, key, architecture.defaults.get(key)) == value:
             raise UsageError(f"{where} has {key} {value}, which uptrain can't convert: {why}.")
     return architecture
+
+
+def auto_class_name(config: Mapping[str, Any]) -> str:
+    """Name the Auto class of transformers that loads a config's language model; families need not be known."""
+    entry = ARCHITECTURES.get(str(config.get("model_type")))
+    return Architecture.auto_class if entry is None else entry.auto_class
 
 
 def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -102,8 +109,17 @@ def config_value(architecture: Architecture, config: Mapping[str, Any], key: str
     return value
 
 
+def initializer_std(architecture: Architecture, config: Mapping[str, Any]) -> float:
+    """Return the deviation that a family's class draws fresh keys and values with."""
+    keys = architecture.keys
+    if keys.initializer_factor:
+        factor = config.get(keys.initializer_factor, architecture.defaults.get(keys.initializer_factor))
+        return float(factor) / math.sqrt(config_value(architecture, config, keys.hidden_size, "config.json"))
+    return float(config.get(keys.initializer_range) or 0.02)
+
+
 def attention_layers(architecture: Architecture, config: Mapping[str, Any], where: str) -> tuple[AttentionSpec, ...]:
-    """Return every layer's attention.
+    """Return every layer's attention, and after each its attention over an encoder's output where it has one.
 
     Raises:
         CheckpointError: sizes that are missing, not positive, or don't divide.
@@ -139,9 +155,11 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
         spec = _latent(AttentionSpec(heads, key_value_heads, head_dim), config, where)
         return tuple(replace(spec, sliding_window=window) for window in windows)
     rotated = _rotated_dims(architecture, config, windows, head_dim, where)
+    kinds = (False, True) if architecture.cross else (False,)
     return tuple(
-        AttentionSpec(count, key_value_heads, head_dim, sliding_window=window, rotary_ndims=dims)
+        AttentionSpec(count, key_value_heads, head_dim, sliding_window=window, rotary_ndims=dims, cross=cross)
         for count, window, dims in zip(by_layer, windows, rotated, strict=True)
+        for cross in kinds
     )
 
 
@@ -159,7 +177,7 @@ def _heads_by_layer(architecture: Architecture, config: Mapping[str, Any], same:
 
 
 def _latent(spec: AttentionSpec, config: Mapping[str, Any], where: str) -> AttentionSpec:
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for key, least in (("kv_lora_rank", 1), ("qk_rope_head_dim", 0), ("qk_nope_head_dim", 0), ("v_head_dim", 1)):
         value = config.get(key)
         if type(value) is not int or value < least:

@@ -17,7 +17,7 @@ from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.hosts.register import register
+from uptrain.hosts.register import auto_class_of, register
 from uptrain.recipe_schema import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> Any:
-    """Load a causal language model, in the checkpoint's own dtype unless another is given.
+    """Load a language model, in the checkpoint's own dtype unless another is given.
 
     Raises:
-        CheckpointError: the folder holds no causal language model that transformers can load.
+        CheckpointError: the folder holds no language model that transformers can load.
     """
     register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class_of(source.path).from_pretrained(
             source.path,
             dtype=dtype or "auto",
             trust_remote_code=False,

@@ -131,7 +131,7 @@ def _latent_plan(
     checkpoint: Checkpoint, request: Request, architecture: Architecture, before: tuple[AttentionSpec, ...], name: str
 ) -> Plan:
     prefix = find_prefix(architecture, checkpoint, name)
-    base = architecture.layer.format(prefix=prefix, layer=0)
+    base = architecture.attention(prefix, 0)
     latent = plan_latent(checkpoint, request, architecture, before, base, name)
     config = dict(latent.config)
     if request.dtype:
@@ -151,9 +151,9 @@ def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -
     """
     module = module_of(architecture.projections, "o")
     for prefix in architecture.prefixes:
-        if architecture.layer.format(prefix=prefix, layer=0) + module + ".weight" in checkpoint.tensors:
+        if architecture.attention(prefix, 0) + module + ".weight" in checkpoint.tensors:
             return prefix
-    wanted = architecture.layer.format(prefix=architecture.prefixes[0], layer=0) + module + ".weight"
+    wanted = architecture.attention(architecture.prefixes[0], 0) + module + ".weight"
     raise CheckpointError(
         f"{name} says it is {architecture.model_type} but has no tensor {wanted}.",
         "Is it an adapter, or quantised? Convert the full-precision original.",
@@ -208,7 +208,7 @@ class _Planner:
         parts = frozenset("qkvo") if moved else self.request.changed_parts
         out: dict[str, tuple[int, list[OutputTensor]]] = {}
         for layer, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
-            base = source.layer.format(prefix=self.prefix, layer=layer)
+            base = source.attention(self.prefix, layer)
             modules = modules_of(source.projections, frozenset("qkvo"))
             present = {module: self._check(base, module, before) for module in modules}
             if self.same and not moved:
@@ -240,14 +240,14 @@ class _Planner:
         self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
     ) -> Iterator[OutputTensor]:
         source, host = self.architecture, self.host.architecture
-        base = host.layer.format(prefix=self._rehost().prefix, layer=layer)
+        base = host.attention(self._rehost().prefix, layer)
         for module in modules_of(host.projections, parts):
             part = next(part for part in "qkvo" if module_of(host.projections, part) == module)
             origin = module_of(source.projections, part)
             hidden = self._hidden_size()
             rows, columns = module_shape(host.projections, spec, module, hidden)
             out_features = columns if host.projections.transposed else rows
-            first = source.layer.format(prefix=self.prefix, layer=layer) + origin + ".weight"
+            first = source.attention(self.prefix, layer) + origin + ".weight"
             dtype = self._dtype(self.checkpoint.tensors[first].dtype)
             for kind in ("weight", "bias") if self.host.biased else present[origin]:
                 shape = (rows, columns) if kind == "weight" else (out_features,)
@@ -255,9 +255,9 @@ class _Planner:
                 yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
 
     def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[OutputTensor]:
-        base = self.host.architecture.layer.format(prefix=self.prefix, layer=layer)
+        base = self.host.architecture.attention(self.prefix, layer)
         origin = module_of(self.architecture.projections, "k")
-        first = self.architecture.layer.format(prefix=self.prefix, layer=layer) + origin + ".weight"
+        first = self.architecture.attention(self.prefix, layer) + origin + ".weight"
         dtype = self._dtype(self.checkpoint.tensors[first].dtype)
         shapes = latent_shapes(latent.stored, spec, self._hidden_size(), latent.biased, latent.output_bias)
         for name, shape in shapes.items():

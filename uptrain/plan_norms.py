@@ -40,7 +40,7 @@ def pooled_norms(
         return []
     out = []
     for layer, (spec, pooled) in enumerate(zip(before, after, strict=True)):
-        base, groups = architecture.layer.format(prefix=prefix, layer=layer), pooled.num_key_value_heads
+        base, groups = architecture.attention(prefix, layer), pooled.num_key_value_heads
         infos = [_weight(checkpoint, name, spec, norm) for name in _names(norm, base, spec.num_key_value_heads)]
         per_group, shape = spec.num_key_value_heads // groups, infos[0].shape
         if len(infos) == 1:

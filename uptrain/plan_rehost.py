@@ -65,7 +65,7 @@ class Rehost:
         return out
 
     def _block(self, layer: int) -> str:
-        attention = self.architecture.layer.format(prefix=self.source_prefix, layer=layer)
+        attention = self.architecture.attention(self.source_prefix, layer)
         return attention.removesuffix(".").rpartition(".")[0] + "."
 
     def _folded(self, linear: str, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:

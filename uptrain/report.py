@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain import console
+from uptrain.attention import cross_bytes_per_token
 from uptrain.console import size
 from uptrain.model_config import expands_cache, position_of_config
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from uptrain.suggest import Suggestion
 
 EXPANDED = "{} caches a copy for every query head; memory is saved by engines that cache the heads themselves"
+CROSS = "{} of that, for each token that the encoder read; the rest for each token of the decoder's"
 
 
 def inspection(found: Inspection, as_json: bool) -> None:
@@ -49,6 +51,7 @@ def inspection(found: Inspection, as_json: bool) -> None:
             ("weights", f"{found.parameters:,} parameters, {found.dtype}, {size(found.weight_bytes)}"),
             ("shards", str(found.shards)),
             ("cache", f"{size(found.cache_bytes_per_token)} per token"),
+            *_cross(found.cross_bytes_per_token),
             *([("in transformers", EXPANDED.format("its class"))] if found.cache_expanded else []),
             *((f"  at {context // 1024} K", size(count)) for context, count in found.cache_bytes.items()),
         ],
@@ -70,6 +73,10 @@ def inspection(found: Inspection, as_json: bool) -> None:
         for option in found.options
     ]
     console.table("Can become", ("convert", "cache/token", "kept", "class", "remote code"), rows)
+
+
+def _cross(count: int) -> list[tuple[str, str]]:
+    return [("cross-attention", CROSS.format(size(count)))] if count else []
 
 
 def suggestions(found: Inspection, suggested: list[Suggestion], as_json: bool) -> None:
@@ -122,7 +129,7 @@ def dry_run(source: Source, plan: Plan, out: Path, as_json: bool) -> None:
         f"{source.name} → {out} (dry run: nothing is written)",
         [
             ("source", source.describe()),
-            ("method", f"{plan.request.method} on {len(plan.after)} layers"),
+            ("method", f"{plan.request.method} on {sum(not spec.cross for spec in plan.after)} layers"),
             *_shared_facts(plan),
             ("tensors", f"{sum(map(len, plan.shards.values()))}, of which {plan.changed} change"),
             ("disk", f"{size(plan.total_bytes)} in {len(plan.shards)} shard(s)"),
@@ -168,9 +175,17 @@ def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.host.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
+        *_cross_facts(plan),
         *([("in transformers", EXPANDED.format(plan.host.architecture.class_name))] if expanded else []),
         ("class", f"{plan.host.name} · {plan.host.architecture.class_name}{code}"),
     ]
+
+
+def _cross_facts(plan: Plan) -> list[tuple[str, str]]:
+    before, after = (cross_bytes_per_token(layers, plan.itemsize) for layers in (plan.before, plan.after))
+    if not before:
+        return []
+    return [("cross-attention", CROSS.format(f"{size(before)} → {size(after)}")), ("encoder", "left as it is")]
 
 
 def conversion(done: Conversion, as_json: bool) -> None:
@@ -182,10 +197,10 @@ def conversion(done: Conversion, as_json: bool) -> None:
     pairs = _shared_facts(done.plan)
     if done.resumed:
         pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
-    method = done.plan.request.method
+    method, place = done.plan.request.method, done.plan.architecture.place
     if len(done.kept) > 1:
         methods = list(next(iter(done.kept.values())))
-        rows = [(str(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
+        rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
         rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
         columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
         title = "Energy kept" if done.plan.latent else "Energy kept, and what pooling would keep"
@@ -195,7 +210,7 @@ def conversion(done: Conversion, as_json: bool) -> None:
         (layer, kept), *_ = done.kept.items()
         ours, better = kept["mean"], kept["svd"]
         console.note(
-            f"In layer {layer}, mean keeps {ours['keys']:.0%} of key and {ours['values']:.0%} of value energy; "
+            f"In layer {place(layer)}, mean keeps {ours['keys']:.0%} of key and {ours['values']:.0%} of value energy; "
             f"--method svd would keep {better['keys']:.0%} and {better['values']:.0%}."
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")

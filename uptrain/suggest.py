@@ -117,13 +117,14 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
         options += f" --qk-rope-head-dim {spec.qk_rope_head_dim}" if spec.qk_rope_head_dim else ""
     keys, values = (sum(each) / len(shares) for each in zip(*shares, strict=True))
     kept = plan.cache_after / plan.cache_before
+    numbers = tuple(dict.fromkeys(layer // len(plan.architecture.attentions) for layer in layers))
     return Suggestion(
-        request.target, options, request.method, plan.cache_after, kept, keys, values, layers, plan.host.name
+        request.target, options, request.method, plan.cache_after, kept, keys, values, numbers, plan.host.name
     )
 
 
 def _pooled(checkpoint: Checkpoint, plan: Plan, layer: int, groups: int) -> tuple[float, float]:
-    base = plan.architecture.layer.format(prefix=plan.prefix, layer=layer)
+    base = plan.architecture.attention(plan.prefix, layer)
     heads = read_layer(checkpoint, plan.architecture.projections, plan.before[layer], base, frozenset("kv"))
     keys, values = (estimate.kept_by_mean(estimate.rows_of(heads.part(part)), groups) for part in "kv")
     return keys, values

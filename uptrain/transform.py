@@ -15,7 +15,7 @@ from uptrain.latent_packing import LatentHeads, join_latent
 from uptrain.layout import Position
 from uptrain.methods import estimate
 from uptrain.methods.gqa import pool_layer
-from uptrain.model_config import why_pool_only
+from uptrain.model_config import initializer_std, why_pool_only
 from uptrain.packing import LayerHeads, join, module_of, read_layer
 from uptrain.plan import Plan
 from uptrain.plan_latent import LatentPlan
@@ -62,7 +62,7 @@ class LayerMaker:
         plan, projections = self.plan, self.plan.architecture.projections
         moved = projections != plan.host.architecture.projections
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
-        base = plan.architecture.layer.format(prefix=plan.prefix, layer=layer)
+        base = plan.architecture.attention(plan.prefix, layer)
         heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
         if plan.latent is not None:
             out = join_latent(self._latent(heads, layer, plan.latent), plan.latent.stored, plan.before[layer].head_dim)
@@ -119,27 +119,26 @@ class LayerMaker:
         return found
 
     def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
-        std = float(self.checkpoint.config.get("initializer_range") or 0.02)
-        request = self.plan.request
+        request, std = self.plan.request, initializer_std(self.plan.architecture, self.checkpoint.config)
         return pool_layer(heads, groups, request.method, seed=request.seed, index=layer, std=std)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
         names = self.plan.architecture.projections
         for part in "qkvo":
             if not np.isfinite(as_float32(heads.part(part).weight)).all():
-                raise _not_finite(layer, module_of(names, part))
+                raise self._not_finite(layer, module_of(names, part))
 
     def _finish(self, layer: int, base: str, name: str, array: Array) -> Array:
         if not np.isfinite(array).all():
-            raise _not_finite(layer, base + name)
+            raise self._not_finite(layer, base + name)
         return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
 
-
-def _not_finite(layer: int, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"Layer {layer} of the source has NaN or infinite values in its attention ({name}).",
-        "Nothing useful can be made of it; download the checkpoint again.",
-    )
+    def _not_finite(self, layer: int, name: str) -> CheckpointError:
+        place = self.plan.architecture.place(layer)
+        return CheckpointError(
+            f"Layer {place} of the source has NaN or infinite values in its attention ({name}).",
+            "Nothing useful can be made of it; download the checkpoint again.",
+        )
 
 
 def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
@@ -148,9 +147,7 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
         raise ValueError("only latents have rotary pairs to choose")
     methods, architecture = _torch_methods(), plan.architecture
     layers = (
-        read_layer(
-            checkpoint, architecture.projections, spec, architecture.layer.format(prefix=plan.prefix, layer=layer)
-        )
+        read_layer(checkpoint, architecture.projections, spec, architecture.attention(plan.prefix, layer))
         for layer, spec in enumerate(plan.before)
     )
     position = methods.position_of(architecture, plan.before[0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -126,18 +124,11 @@ PERSIMMON = Architecture(
     native=False,
 )
 
-
-def _with_groups(entry: Architecture, model_type: str, class_name: str) -> Architecture:
-    """Return the entry of our own class for a family that counts no key/value heads, which counts them."""
-    keys = replace(entry.keys, num_key_value_heads="num_key_value_heads")
-    return entry.for_model(model_type, class_name, keys=keys, hosts={}, native=True)
-
-
-UPTRAIN_BLOOM = _with_groups(BLOOM, "uptrain_bloom", "UptrainBloomForCausalLM")
-UPTRAIN_GPT_NEO = _with_groups(GPT_NEO, "uptrain_gpt_neo", "UptrainGPTNeoForCausalLM")
-UPTRAIN_MPT = _with_groups(MPT, "uptrain_mpt", "UptrainMptForCausalLM")
-UPTRAIN_OPT = _with_groups(OPT, "uptrain_opt", "UptrainOPTForCausalLM")
-UPTRAIN_PERSIMMON = _with_groups(PERSIMMON, "uptrain_persimmon", "UptrainPersimmonForCausalLM")
+UPTRAIN_BLOOM = BLOOM.with_groups("uptrain_bloom", "UptrainBloomForCausalLM")
+UPTRAIN_GPT_NEO = GPT_NEO.with_groups("uptrain_gpt_neo", "UptrainGPTNeoForCausalLM")
+UPTRAIN_MPT = MPT.with_groups("uptrain_mpt", "UptrainMptForCausalLM")
+UPTRAIN_OPT = OPT.with_groups("uptrain_opt", "UptrainOPTForCausalLM")
+UPTRAIN_PERSIMMON = PERSIMMON.with_groups("uptrain_persimmon", "UptrainPersimmonForCausalLM")
 
 UNCOUNTED = (
     BLOOM, UPTRAIN_BLOOM, CODEGEN, GPT_NEO, UPTRAIN_GPT_NEO, GPT_NEOX, GPTJ, MPT, UPTRAIN_MPT, OPT, UPTRAIN_OPT,

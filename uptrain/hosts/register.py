@@ -8,7 +8,12 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import MappingProxyType, ModuleType
+from typing import Any
+
+from uptrain.checkpoint.reader import read_config
+from uptrain.model_config import auto_class_name
 
 # Our modelling files: each one's config, body and language model.
 OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
@@ -17,6 +22,7 @@ OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "modeling_uptrain_bloom": ("UptrainBloomConfig", "UptrainBloomModel", "UptrainBloomForCausalLM"),
         "modeling_uptrain_gpt_neo": ("UptrainGPTNeoConfig", "UptrainGPTNeoModel", "UptrainGPTNeoForCausalLM"),
         "modeling_uptrain_mpt": ("UptrainMptConfig", "UptrainMptModel", "UptrainMptForCausalLM"),
+        "modeling_uptrain_t5": ("UptrainT5Config", "UptrainT5Model", "UptrainT5ForConditionalGeneration"),
         "modeling_uptrain_opt": ("UptrainOPTConfig", "UptrainOPTModel", "UptrainOPTForCausalLM"),
         "modeling_uptrain_persimmon": (
             "UptrainPersimmonConfig",
@@ -30,15 +36,28 @@ OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 
 
 def register() -> None:
-    """Register our classes with AutoConfig, AutoModel and AutoModelForCausalLM; again is harmless."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    """Register our classes with transformers' Auto classes; again is harmless."""
+    import transformers
+    from transformers import AutoConfig, AutoModel
 
     for file, names in OWN_CLASSES.items():
         module = importlib.import_module(f"uptrain.hosts.{file}")
         config, model, language_model = (getattr(module, name) for name in names)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, language_model, exist_ok=True)
+        auto_class = getattr(transformers, auto_class_name({"model_type": config.model_type}))
+        auto_class.register(config, language_model, exist_ok=True)
+
+
+def auto_class_of(folder: Path) -> Any:
+    """Return the Auto class of transformers that loads a checkpoint's language model.
+
+    Raises:
+        CheckpointError: config.json is missing or broken.
+    """
+    import transformers
+
+    return getattr(transformers, auto_class_name(read_config(folder)))
 
 
 def register_with_transformers() -> None:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.encoder_decoders import UPTRAIN_T5
 from uptrain.hosts.host import Host
 from uptrain.hosts.nemotron import NEMOTRON_HOSTS
 from uptrain.hosts.phi import PHI_HOSTS
@@ -19,7 +20,7 @@ def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -
     return Host(
         architecture,
         remote_code=f"modeling_{architecture.model_type}.py",
-        auto_classes={"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": architecture.class_name},
+        auto_classes={"AutoConfig": config, "AutoModel": model, architecture.auto_class: architecture.class_name},
         **changes,
     )
 
@@ -49,6 +50,22 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
         "uptrain_bloom": _ours(UPTRAIN_BLOOM, "UptrainBloomConfig", "UptrainBloomModel"),
         "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO, "UptrainGPTNeoConfig", "UptrainGPTNeoModel"),
         "uptrain_mpt": _ours(UPTRAIN_MPT, "UptrainMptConfig", "UptrainMptModel"),
+        "uptrain_t5": _ours(UPTRAIN_T5, "UptrainT5Config", "UptrainT5Model"),
+        # mT5 is T5 v1.1 with other defaults, and never scales its decoder's output, which T5 does where it ties.
+        "uptrain_t5_of_mt5": _ours(
+            UPTRAIN_T5,
+            "UptrainT5Config",
+            "UptrainT5Model",
+            fill={
+                "num_layers": 8,
+                "num_heads": 6,
+                "d_ff": 1024,
+                "vocab_size": 250112,
+                "feed_forward_proj": "gated-gelu",
+                "decoder_start_token_id": 0,
+            },
+            fix={"tie_word_embeddings": False},
+        ),
         "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
         "uptrain_persimmon": _ours(UPTRAIN_PERSIMMON, "UptrainPersimmonConfig", "UptrainPersimmonModel"),
     }

@@ -10,7 +10,8 @@ from uptrain.hub.figures import Figures
 from uptrain.hub.history import Stage, steps
 from uptrain.hub.licence import Licence
 from uptrain.hub.subject import Subject
-from uptrain.hub.use import use
+from uptrain.hub.use import TASKS, use
+from uptrain.model_config import auto_class_name
 from uptrain.request import Request
 
 if TYPE_CHECKING:
@@ -51,13 +52,14 @@ def _metadata(subject: Subject, figures: Figures | None) -> Any:
 
     converted = subject.converted
     kind = converted[-1].get("request", {}).get("target") if converted else None
-    results = figures.results() if figures else None
+    task = TASKS[auto_class_name(subject.config)]
+    results = figures.results(task) if figures else None
     return ModelCardData(
         base_model=subject.base,
         # The Hub knows adapter, finetune, merge and quantized; other heads with other weights are a finetune.
         base_model_relation="finetune" if subject.base else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["uptrain", "kv-cache", *([kind] if kind else [])],
         model_name=subject.name if results else None,
         eval_results=results or None,

@@ -59,13 +59,13 @@ class Figures:
     text: str
     conditions: str
 
-    def results(self) -> list[EvalResult]:
-        """Return the quality figures as the Hub's metadata knows them."""
+    def results(self, task: str) -> list[EvalResult]:
+        """Return the quality figures at `task` as the Hub's metadata knows them."""
         from huggingface_hub import EvalResult
 
         return [
             EvalResult(
-                task_type="text-generation", dataset_type="text", dataset_name=self.text, metric_type=row.metric,
+                task_type=task, dataset_type="text", dataset_name=self.text, metric_type=row.metric,
                 metric_name=row.name, metric_value=float(f"{row.value:.6g}"),
             )
             for row in self.rows if row.metric

@@ -6,25 +6,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uptrain.hub.history import Stage
+from uptrain.layout import Architecture
+from uptrain.model_config import auto_class_name
+
+TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForSeq2SeqLM": "text2text-generation"}
+"""The Hub's name of what each of transformers' Auto classes does."""
 
 
 def use(repo: str, config: Mapping[str, Any], converted: Sequence[Stage], revision: str | None) -> str:
     """Return the card's section on loading and serving `repo`."""
     remote = bool(config.get("auto_map"))
     last = converted[-1] if converted else {}
-    return "\n\n".join(
-        filter(None, (_loading(repo, remote, revision), _code(config, remote), _serving(repo, remote, last, revision)))
-    )
+    auto = auto_class_name(config)
+    served = "It runs in transformers only." if _alone(auto, remote, last) else _serving(repo, remote, last, revision)
+    return "\n\n".join((_loading(repo, auto, remote, revision), _code(config, remote), served))
 
 
-def _loading(repo: str, remote: bool, revision: str | None) -> str:
+def _alone(auto: str, remote: bool, last: Mapping[str, Any]) -> bool:
+    # vLLM and llama.cpp have no class for such decoders and latents, and no such rotary table.
+    latent = last.get("latent")
+    return auto != Architecture.auto_class or bool(latent and (remote or latent.get("rope") == "longrope"))
+
+
+def _loading(repo: str, auto: str, remote: bool, revision: str | None) -> str:
     at = f', revision="{revision}"' if revision else ""
     trust = ", trust_remote_code=True" if remote else ""
     return f'''```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}"{at})
-model = AutoModelForCausalLM.from_pretrained("{repo}"{at}, dtype="auto"{trust})
+model = {auto}.from_pretrained("{repo}"{at}, dtype="auto"{trust})
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```'''
@@ -45,9 +56,6 @@ def _code(config: Mapping[str, Any], remote: bool) -> str:
 def _serving(repo: str, remote: bool, last: Mapping[str, Any], revision: str | None) -> str:
     at = f" --revision {revision}" if revision else ""
     latent = last.get("latent")
-    if latent and (remote or latent.get("rope") == "longrope"):
-        # vLLM and llama.cpp have no class for the first, and no such rotary table for the second.
-        return "It runs in transformers only."
     served = f"```bash\nvllm serve {repo}{at}{' --trust-remote-code' if remote else ''}\n```"
     if latent:
         served += (

@@ -179,5 +179,5 @@ def _gain(model: LayeredModel) -> float:
 
 def read_heads(checkpoint: Checkpoint, target: Target, layer: int) -> LayerHeads:
     """Return one layer's heads, as the checkpoint stores them."""
-    base = target.architecture.layer.format(prefix=target.prefix, layer=layer)
+    base = target.architecture.attention(target.prefix, layer)
     return read_layer(checkpoint, target.architecture.projections, target.before[layer], base)

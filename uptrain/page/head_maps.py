@@ -33,12 +33,12 @@ LAYERS = 5
 class LayerPicture:
     """One layer's maps and spectra: `similarity` (heads, heads) and `spectrum` (n,), each of keys and of values."""
 
-    layer: int
+    layer: str
     similarity: dict[str, Floats]
     spectrum: dict[str, Any]
 
 
-def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pickle: bool = False) -> list[int]:
+def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pickle: bool = False) -> list[str]:
     """Draw `model`'s key and value heads' similarity and their stacked spectra to `out`, PNG; return the layers.
 
     Energy is unweighted: what text makes of it, calibration knows. A Hub model's weights are downloaded.
@@ -61,7 +61,7 @@ def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pick
     found = [look(checkpoint, architecture, prefix, layer, specs[layer]) for layer in chosen]
     with drawing():
         out.write_bytes(png(_draw(found, model)))
-    return chosen
+    return [picture.layer for picture in found]
 
 
 def look(
@@ -72,14 +72,14 @@ def look(
     Raises:
         CheckpointError: its values are not finite.
     """
-    base = architecture.layer.format(prefix=prefix, layer=layer)
+    base = architecture.attention(prefix, layer)
     heads = read_layer(checkpoint, architecture.projections, spec, base, frozenset("kv"))
     keys, values = (estimate.rows_of(heads.part(part)) for part in "kv")
     if not (np.isfinite(keys).all() and np.isfinite(values).all()):
         raise CheckpointError(f"Layer {layer} holds values that are not finite.", "Download the checkpoint again.")
     shared = _shared(architecture.position, spec)
     return LayerPicture(
-        layer,
+        architecture.place(layer),
         {
             "keys": estimate.pair_similarity(keys, shared),
             "values": estimate.pair_similarity(values, lambda pair: estimate.kept_by_factor(pair, 1)),

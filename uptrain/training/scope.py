@@ -26,9 +26,9 @@ def is_attention(model_type: str, name: str) -> bool:
             f"Which weights of a {model_type} model are its attention is not known.",
             "Leave out train: attention, attention_learning_rate and lora, or name lora.target_modules.",
         )
-    layer = entry.layer.removeprefix("{prefix}")
-    pattern = re.escape(layer).replace(re.escape("{layer}"), r"\d+")
-    return re.search(rf"(^|\.){pattern}", name) is not None
+    pattern = "|".join(re.escape(each.removeprefix("{prefix}")) for each in entry.attentions)
+    pattern = pattern.replace(re.escape("{layer}"), r"\d+")
+    return re.search(rf"(^|\.)({pattern})", name) is not None
 
 
 def choose(model: Any, recipe: Recipe) -> Any:

@@ -53,6 +53,11 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
     else:
         model = models.load_model(source, attn_implementation=recipe.attn_implementation)
         dtype = models.dtype_named(recipe.dtype) or model.dtype
+        if model.config.is_encoder_decoder:
+            raise UsageError(
+                f"{source.name} reads text with an encoder, and uptrain train can't give it a source and a target yet.",
+                "Train it with transformers' Seq2SeqTrainer; uptrain eval measures what it has learned.",
+            )
         if latent_norm.unfold(model):
             latent_norm.check_dtype(dtype)
     longest = models.longest_context(model)
