@@ -15,6 +15,7 @@ from uptrain.errors import UsageError
 from uptrain.measure.memory import memory_bytes
 from uptrain.measure.needle import Needles, check_needles, find_needles
 from uptrain.measure.quality import Row, Window, make_row, score, windows
+from uptrain.measure.reading import has_encoder
 from uptrain.measure.reference import Reference
 from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
 from uptrain.measure.samples import check_samples, write_samples
@@ -52,16 +53,17 @@ def evaluate(
     A `Reference` as the baseline spares the next evaluation what this one ran of it.
 
     Perplexity slides a window of `context` tokens by `stride` (default: half of it) and scores each token once,
-    with at least `context - stride` tokens before it; `stride == context` is plain block perplexity. Quality is
+    with at least `context - stride` tokens before it; `stride == context` is plain block perplexity. Where there is an
+    encoder, it reads those tokens, and the decoder writes the `stride` tokens that follow them. Quality is
     computed in fp32 on a CPU, elsewhere in the checkpoint's dtype, unless `dtype` says otherwise. Speed is of
     each `speed_batch` (1 is always among them) after each `speed_context` tokens, the median of `repeats` runs in
     turns; 0 leaves it out. `tasks` are run by
     lm-eval, which is imported only then; `needle` asks for pass keys hidden in the first text; `samples` openings
-    of each text are continued by `sample_tokens` tokens, greedily.
+    of each text are continued by `sample_tokens` tokens, greedily; all three are for decoders alone.
 
     Raises:
-        UsageError: text that is too short, another tokenizer than the baseline's, sizes that don't fit, or a task
-            that lm-eval can't run.
+        UsageError: text that is too short, another tokenizer or way of reading than the baseline's, sizes that don't
+            fit, or what can't be asked of the model.
         CheckpointError: a model that can't be loaded.
     """
     models.quiet()
@@ -85,8 +87,8 @@ def evaluate(
     longest = min(models.longest_context(each) or 2**31 for each in loaded)
     most = max(len(each.ids) for each in texts.values())
     contexts = sorted({min(each, longest, most) for each in _listed(context)})
-    if stride is not None and not 1 <= stride <= contexts[0]:
-        raise UsageError(f"stride {stride} must lie between 1 and the context of {contexts[0]} tokens.")
+    _check_reading(names, loaded, bool(tasks or needle or samples))
+    _check_stride(stride, contexts[0], has_encoder(loaded[0]))
     if needle:
         needle = replace(needle, lengths=needle.lengths or tuple(contexts))
         check_needles(tokenizers[0], needle, longest)
@@ -121,14 +123,37 @@ def evaluate(
     )  # fmt: skip
 
 
-def _measured(names: Sequence[str], head: Row, cache: Sequence[int], first: SpeedCell | None) -> list[Measured]:
+def _check_reading(names: Sequence[str], loaded: Sequence[Any], more: bool) -> None:
+    encoders = [has_encoder(each) for each in loaded]
+    if len(set(encoders)) > 1:
+        raise UsageError(f"Of {' and '.join(names)} only one has an encoder, so they can't be given the same text.")
+    if more and encoders[0]:
+        raise UsageError(
+            f"{names[0]} has an encoder; tasks, needles and samples are asked of decoders alone.",
+            "Leave out --task, --needle and --samples.",
+        )
+
+
+def _check_stride(stride: int | None, context: int, encoder: bool) -> None:
+    if encoder and stride == context:
+        raise UsageError(
+            f"stride {stride} leaves nothing of the context of {context} tokens for the encoder to read.",
+            "Give a smaller one; half is the default.",
+        )
+    if stride is not None and not 1 <= stride <= context:
+        raise UsageError(f"stride {stride} must lie between 1 and the context of {context} tokens.")
+
+
+def _measured(
+    names: Sequence[str], head: Row, cache: Sequence[tuple[int, int]], first: SpeedCell | None
+) -> list[Measured]:
     """Return each model's own figures: quality of the row `head`, speed of the cell `first`."""
     found = []
-    for name, held, of in zip(names, cache, ("", "baseline_"), strict=False):
+    for name, (held, cross), of in zip(names, cache, ("", "baseline_"), strict=False):
         own = {key: getattr(head, f"{of}{key}") for key in ("perplexity", "bits_per_byte")}
         for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_range"):
             own[key] = None if first is None else getattr(first, f"{of}{key}")
-        found.append(Measured(name, cache_bytes_per_token=held, **own))
+        found.append(Measured(name, cache_bytes_per_token=held, cross_bytes_per_token=cross, **own))
     return found
 
 

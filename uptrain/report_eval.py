@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ def _table(
     names, measured, against = zip(*models, strict=True)
     rows = [
         ("perplexity", *(f"{each.perplexity:.3f}" for each in measured)),
+        ("  seq2seq loss, nats", *(_loss(each) for each in measured)),
         ("  times the original's", *(_far(each, "perplexity_ratio", ".4f") for each in against)),
         ("bits per byte", *(f"{each.bits_per_byte:.4f}" for each in measured)),
         ("KL from the original", *(_far(each, "kl", ".4g") for each in against)),
@@ -62,11 +64,20 @@ def _table(
         ("top-5 agreement", *(_far(each, "top5_agreement", ".1%") for each in against)),
         ("flip rate", *(_far(each, "flip_rate", ".2%") for each in against)),
         ("cache per token", *(console.size(each.cache_bytes_per_token) for each in measured)),
+        ("  of it cross-attention", *(_cross(each) for each in measured)),
         ("decode, tokens/s", *(_speed(each.decode_tokens_per_second) for each in measured)),
         ("prefill, tokens/s", *(_speed(each.prefill_tokens_per_second) for each in measured)),
     ]
     # A figure that no model has is no row.
     return ("", *names), [row for row in rows if set(row[1:]) != {"–"}]
+
+
+def _loss(measured: Measured) -> str:
+    return f"{math.log(measured.perplexity):.4f}" if measured.cross_bytes_per_token else "–"
+
+
+def _cross(measured: Measured) -> str:
+    return console.size(measured.cross_bytes_per_token) if measured.cross_bytes_per_token else "–"
 
 
 def _far(found: Evaluation | None, figure: str, form: str) -> str:
@@ -187,6 +198,12 @@ def _speed(value: float | None) -> str:
 def _how(found: Evaluation) -> str:
     speed = f" Speed: one sequence at {found.speed_context} tokens, {found.speed_dtype}." if found.speed_context else ""
     against = " KL is in nats per token." if found.kl is not None else ""
+    if found.model.cross_bytes_per_token:
+        read = found.context - found.stride
+        against += (
+            f" Of each window the encoder reads {read} tokens, and the decoder writes what follows, teacher-forced."
+            " Cross-attention's cache is per token of the source, the rest per token of the target."
+        )
     if found.kl_interval is not None:
         against += f" In brackets: 95 % intervals over {found.windows} windows."
     if found.peak_memory_bytes is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from uptrain.errors import UsageError
 from uptrain.measure.intervals import interval
+from uptrain.measure.reading import has_encoder, predicted
 from uptrain.measure.reference import Reference
 
 _LOGITS = 2**24
@@ -100,15 +101,17 @@ def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
 
 
-def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def windows(length: int, context: int, stride: int, before: int = 1) -> Iterator[tuple[int, int, int]]:
     """Yield (begin, end, first): tokens [begin, end) are shown, and those from `first` on are scored.
+
+    The first window scores none of its first `before` tokens.
 
     Source: Hugging Face, "Perplexity of fixed-length models"; only here no token is counted that isn't scored.
     """
     done = 0
     for begin in range(0, length, stride):
         end = min(begin + context, length)
-        first = max(done, begin + 1)
+        first = max(done, begin + before)
         if first < end:
             yield begin, end, first
         done = end
@@ -127,17 +130,19 @@ def score(
 ) -> list[Window]:
     """Run a model, and what it is compared with, over `ids` (tokens,); return what each window's scored tokens sum to.
 
+    Where there is an encoder, it reads what of a window isn't scored: context − stride tokens, or half of a shorter
+    text.
+
     Raises:
         UsageError: the models have vocabularies of different sizes.
     """
     found = []
-    for begin, end, first in windows(len(ids), context, stride):
+    before = min(context - stride, len(ids) // 2) if has_encoder(model) else 1
+    for begin, end, first in windows(len(ids), context, stride, before):
         shown = ids[begin:end].to(model.device)
-        # The logits at a position predict the token after it, so the last position's are not needed.
-        keep = slice(first - 1 - begin, end - 1 - begin)
-        logits = [model(input_ids=shown[None], use_cache=False).logits[0, keep]]
+        logits = [predicted(model, shown, first - begin)]
         if reference is not None:
-            logits.append(reference.logits(shown, keep))
+            logits.append(reference.logits(shown, first - begin))
         if len({each.shape[-1] for each in logits}) > 1:
             raise UsageError("The model and its baseline have vocabularies of different sizes.")
         found.append(_window(logits, shown[first - begin : end - begin]))

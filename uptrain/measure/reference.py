@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uptrain.checkpoint.source import Source
+from uptrain.measure.reading import predicted
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Reference:
     memory: int = 0
     _model: Any = None
     _dtype: torch.dtype | None = None
-    _seen: dict[tuple[bytes, int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    _seen: dict[tuple[bytes, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def load(self, load_model: Callable[[Source], Any]) -> Any:
         """Return its model in the checkpoint's own dtype, which `load_model` loads the first time."""
@@ -30,13 +31,13 @@ class Reference:
         # An evaluation leaves it in the dtype that it was timed in.
         return self._model.to(self._dtype)
 
-    def logits(self, shown: Tensor, keep: slice) -> Tensor:
-        """Return the logits (kept, vocabulary) at `keep` of the window `shown` (tokens,)."""
+    def logits(self, shown: Tensor, first: int) -> Tensor:
+        """Return its logits (tokens − first, vocab_size) for the tokens of `shown` (tokens,) from number `first` on."""
         model = self._model
-        key = (shown.cpu().numpy().tobytes(), keep.start, keep.stop, model.dtype)
+        key = (shown.cpu().numpy().tobytes(), first, model.dtype)
         if key in self._seen:
             return self._seen[key].to(shown.device)
-        found: Tensor = model(input_ids=shown[None], use_cache=False).logits[0, keep]
+        found = predicted(model, shown, first)
         if found.nbytes <= self.memory:
             self.memory -= found.nbytes
             self._seen[key] = found.to("cpu", copy=True)

@@ -25,7 +25,8 @@ FORMAT = 1
 class Measured:
     """One model's figures: perplexity per token, bits per byte of text, cache bytes per token, tokens per second.
 
-    Speeds are medians; `decode_range` is the slowest and the fastest run.
+    Speeds are medians; `decode_range` is the slowest and the fastest run. `cross_bytes_per_token` is what of the cache
+    a token of the source costs, where the decoder reads an encoder; the rest is a token of the target's.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Measured:
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None
     decode_range: tuple[float, float] | None = None
+    cross_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True)

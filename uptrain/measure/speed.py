@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uptrain.measure.reading import caches, prefill, step
+
 _CACHE_TOKENS = 64
 
 
@@ -38,18 +40,27 @@ class SpeedCell:
 
 
 @torch.no_grad()
-def cache_bytes_per_token(model: Any) -> int:
-    """Run a short text through the model and count the bytes its cache holds per token, over all layers."""
+def cache_bytes_per_token(model: Any) -> tuple[int, int]:
+    """Run a short text through the model and count the bytes its cache holds per token, over all layers.
+
+    Returns them for one token, of the target and of the source if there is one, and those of the source's alone.
+    """
     ids = torch.arange(_CACHE_TOKENS, device=model.device)[None] % model.config.vocab_size
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return round(sum(tensor.nbytes for tensor in tensors) / _CACHE_TOKENS)
+    own, cross = (_bytes(layers) / _CACHE_TOKENS for layers in caches(model, ids))
+    return round(own + cross), round(cross)
+
+
+def _bytes(layers: Sequence[Any]) -> int:
+    return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
 
 
 def time_cell(
     loaded: Sequence[Any], ids: Tensor, batch: int, context: int, decode_tokens: int, repeats: int
 ) -> SpeedCell:
-    """Time one or two models in turns: `batch` sequences of `context` tokens of `ids`, then `decode_tokens` more."""
+    """Time one or two models in turns: `batch` sequences of `context` tokens of `ids`, then `decode_tokens` more.
+
+    Where there is an encoder, it reads the `context` tokens.
+    """
     # Each sequence starts elsewhere in the text, which goes round.
     starts = [row * len(ids) // batch for row in range(batch)]
     shown = torch.stack([ids.roll(-start).repeat(math.ceil(context / len(ids)))[:context] for start in starts])
@@ -86,11 +97,11 @@ def _spread(values: Sequence[float]) -> tuple[float | None, tuple[float, float] 
 def _time(model: Any, ids: Tensor, decode_tokens: int) -> tuple[float, float]:
     """Return the seconds that `ids` (batch, tokens) take, and then `decode_tokens` more, one by one."""
     started = _now(model)
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    out, again = prefill(model, ids)
     prefilled = _now(model)
     for _ in range(decode_tokens):
         token = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = step(model, token, out.past_key_values, again)
     return prefilled - started, _now(model) - prefilled
 
 
