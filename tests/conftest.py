@@ -50,6 +50,17 @@ TINY: dict[str, dict[str, Any]] = {
     "mt5": {
         "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
     },
+    "bart": {
+        "d_model": 48, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "init_std": 0.15,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64,
+        "decoder_start_token_id": 2, "forced_eos_token_id": None,
+    },
+    "whisper": {
+        "d_model": 48, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "init_std": 0.15,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8,
+        "max_source_positions": 16, "max_target_positions": 64, "decoder_start_token_id": 2,
+        "begin_suppress_tokens": None,
+    },
     "falcon": {
         "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
         "multi_query": False, "parallel_attn": False, "bias": True,

@@ -61,7 +61,8 @@ def _by_head(module: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
         slots = rows[0].unflatten(0, (-1, per_group, head_dim_of(module)))
         queries = slots[:, 0] if per_group == 3 else slots[:, :-2].flatten(0, 1)
         return {"q": queries, "k": slots[:, -2], "v": slots[:, -1]}
-    return {part: one.unflatten(0, (-1, head_dim_of(module))) for part, one in zip("qkv", rows, strict=True)}
+    split = zip("qkv", rows, strict=True)
+    return {part: one.unflatten(0, (-1, head_dim_of(module))) for part, one in split if one is not None}
 
 
 def pool_and_repeat(heads: Tensor, groups: int, method: str) -> Tensor:

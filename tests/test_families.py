@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, DynamicCache, EncoderDecoderCache, PreT
 from tests.conftest import tiny_config, tiny_model
 from tests.oracle import computed_heads, pool_model
 from uptrain.architectures import ARCHITECTURES
-from uptrain.attention import cache_bytes_per_token
+from uptrain.attention import cache_bytes_per_token, cross_bytes_per_token
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.cli import run
 from uptrain.convert import convert, plan_conversion
@@ -66,10 +66,18 @@ def load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def read(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a model, or the encoder it has, is given to read: `ids`, or as many sounds."""
+    if model.main_input_name == "input_ids":
+        return {"input_ids": ids}
+    shape = (len(ids), model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    return {model.main_input_name: torch.randn(shape, generator=torch.manual_seed(2))}
+
+
 def logits(model: PreTrainedModel) -> torch.Tensor:
     """Return a model's logits of TOKENS; an encoder reads them backwards beforehand, where there is one."""
     if model.config.is_encoder_decoder:
-        return model(input_ids=TOKENS.flip(1), decoder_input_ids=TOKENS).logits
+        return model(**read(model, TOKENS.flip(1)), decoder_input_ids=TOKENS).logits
     return model(TOKENS).logits
 
 
@@ -185,34 +193,36 @@ def test_cached_generation_equals_uncached_and_keeps_only_its_heads(
     convert(str(save_tiny(model_type, heads)), tmp_path / "out", request(groups))
     model = load(tmp_path / "out")
     arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    cached = model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), **arguments)
-    plain = model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), use_cache=False, **arguments)
-    assert torch.equal(cached, plain)
+    given = {**read(model, TOKENS), "attention_mask": torch.ones_like(TOKENS)}
+    cached = model.generate(**given, **arguments)
+    assert torch.equal(model.generate(**given, use_cache=False, **arguments), cached)
 
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), TOKENS], dim=1)
-    mask = (torch.arange(padded.shape[1]) >= 4).long()[None]
-    left = model.generate(padded, attention_mask=mask, **arguments)
-    assert torch.equal(left if model.config.is_encoder_decoder else left[:, 4:], cached)
+    if not model.config.is_encoder_decoder:
+        padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), TOKENS], dim=1)
+        mask = (torch.arange(padded.shape[1]) >= 4).long()[None]
+        left = model.generate(padded, attention_mask=mask, **arguments)
+        assert torch.equal(left[:, 4:], cached)
 
     layers = result_attention(open_checkpoint(tmp_path / "out"), "out")[1]
     context = 5  # below every sliding window, so that each token is still held
-    held = sum(tensor.numel() * tensor.element_size() for tensor in cached_tensors(model, TOKENS[:, :context]))
+    held, source = cached_bytes(model, TOKENS[:, :context])
     layers = [replace(spec, num_key_value_heads=4) for spec in layers] if model_type == EXPANDED else layers
-    assert held == context * cache_bytes_per_token(layers, itemsize=4)
+    cross = cross_bytes_per_token(layers, itemsize=4)
+    assert held == context * (cache_bytes_per_token(layers, itemsize=4) - cross) + source * cross
 
 
 @torch.no_grad()
-def cached_tensors(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Return all that a model's cache holds after `ids`, of which an encoder has read as many where there is one."""
-    if model.config.is_encoder_decoder:
-        both = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
-        model(input_ids=ids, decoder_input_ids=ids, past_key_values=both)
-        caches = [both.self_attention_cache, both.cross_attention_cache]
-    else:
-        caches = [DynamicCache(config=model.config)]
+def cached_bytes(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes of a model's cache after `ids`, and how many tokens an encoder has read, 0 without one."""
+    if not model.config.is_encoder_decoder:
+        caches, source = [DynamicCache(config=model.config)], 0
         model(ids, past_key_values=caches[0])
+    else:
+        both = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        out = model(**read(model, ids), decoder_input_ids=ids, past_key_values=both)
+        caches, source = [both.self_attention_cache, both.cross_attention_cache], out.encoder_last_hidden_state.shape[1]
     layers = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
-    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values)), source
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])

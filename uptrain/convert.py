@@ -31,7 +31,8 @@ MEMORY = 4 * 2**30
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "normalizer.json", "LICENSE",
+    "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
 """Files that go into the result as they are."""
 

@@ -7,9 +7,12 @@ Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from uptrain.layout import Architecture, ConfigKeys, Position, Projections
 
 _UNCALIBRATED = "its decoder reads an encoder's output, and calibration runs one stack of layers on text"
+_ALONE = "it is an encoder or a decoder alone, and only both together are known"
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 T5 = Architecture(
@@ -32,6 +35,7 @@ T5 = Architecture(
     },
     older={"num_decoder_layers": "num_layers"},
     hosts={"gqa": ("uptrain_t5",), "mqa": ("uptrain_t5",)},
+    unsupported={"is_encoder_decoder": (False, _ALONE)},
     uncalibrated=_UNCALIBRATED,
     native=False,
 )  # fmt: skip
@@ -43,6 +47,42 @@ MT5 = T5.for_model(
     hosts={"gqa": ("uptrain_t5_of_mt5",), "mqa": ("uptrain_t5_of_mt5",)},
 )
 
+BART = Architecture(
+    model_type="bart",
+    class_name="BartForConditionalGeneration",
+    layer="{prefix}decoder.layers.{layer}.self_attn.",
+    cross="{prefix}decoder.layers.{layer}.encoder_attn.",
+    auto_class=_SEQ2SEQ,
+    projections=Projections(o="out_proj"),
+    keys=ConfigKeys(
+        "d_model", "decoder_layers", "decoder_attention_heads", None, None, initializer_range="init_std"
+    ),
+    position=Position.ABSOLUTE,
+    buffers=(),
+    defaults={
+        "d_model": 1024, "decoder_layers": 12, "decoder_attention_heads": 16, "vocab_size": 50265,
+        "max_position_embeddings": 1024,
+    },
+    hosts={"gqa": ("uptrain_bart",), "mqa": ("uptrain_bart",)},
+    unsupported={"is_encoder_decoder": (False, _ALONE)},
+    uncalibrated=_UNCALIBRATED,
+    native=False,
+)  # fmt: skip
+
+WHISPER = BART.for_model(
+    "whisper",
+    "WhisperForConditionalGeneration",
+    auto_class="AutoModelForSpeechSeq2Seq",
+    keys=replace(BART.keys, max_position_embeddings="max_target_positions"),
+    defaults={
+        "d_model": 384, "decoder_layers": 4, "decoder_attention_heads": 6, "vocab_size": 51865,
+        "max_target_positions": 448,
+    },
+    hosts={"gqa": ("uptrain_whisper",), "mqa": ("uptrain_whisper",)},
+)  # fmt: skip
+
+UPTRAIN_BART = BART.with_groups("uptrain_bart", "UptrainBartForConditionalGeneration")
+UPTRAIN_WHISPER = WHISPER.with_groups("uptrain_whisper", "UptrainWhisperForConditionalGeneration")
 UPTRAIN_T5 = T5.with_groups("uptrain_t5", "UptrainT5ForConditionalGeneration")
 
-ENCODER_DECODERS = (MT5, T5, UPTRAIN_T5)
+ENCODER_DECODERS = (BART, UPTRAIN_BART, MT5, T5, UPTRAIN_T5, WHISPER, UPTRAIN_WHISPER)

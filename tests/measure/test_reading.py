@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from tests.oracle import pool_model
 from tests.training import checkpoint, corpus
@@ -20,7 +20,7 @@ from uptrain.errors import UsageError
 from uptrain.evaluate import Evaluation, evaluate, windows
 from uptrain.recipe_schema import Files
 
-T5 = {"initializer_factor": 1.0, "decoder_start_token_id": 0}
+SEQ2SEQ = {"initializer_factor": 1.0, "decoder_start_token_id": 0}
 
 
 @pytest.fixture
@@ -30,18 +30,18 @@ def text(tmp_path: Path) -> list[Files]:
 
 @pytest.fixture
 def converted(tmp_path: Path) -> Path:
-    source = checkpoint(tmp_path / "source", "t5", **T5)
+    source = checkpoint(tmp_path / "source", "t5", **SEQ2SEQ)
     assert run(["convert", str(source), str(tmp_path / "mqa"), "--to", "mqa"]) == 0
     return tmp_path / "mqa"
 
 
 def quick(model: Path, baseline: Path | None, text: list[Files], **options: object) -> Evaluation:
-    settings = {"repeats": 0, "context": 32, "tokens": 60, **options}
+    settings = {"repeats": 0, "context": 32, "tokens": 46, **options}
     return evaluate(str(model), str(baseline) if baseline else None, text, **settings)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def continued(model: T5ForConditionalGeneration, ids: torch.Tensor, begin: int, first: int, end: int) -> torch.Tensor:
+def continued(model: PreTrainedModel, ids: torch.Tensor, begin: int, first: int, end: int) -> torch.Tensor:
     """Return log-probabilities (end − first, vocabulary), one decoder pass for each token so that none sees a later."""
     rows = []
     for position in range(first, end):
@@ -50,27 +50,28 @@ def continued(model: T5ForConditionalGeneration, ids: torch.Tensor, begin: int, 
     return torch.stack(rows).log_softmax(-1)
 
 
-@pytest.mark.parametrize("stride", [None, 10])
+@pytest.mark.parametrize(("model_type", "stride"), [("t5", None), ("t5", 10), ("bart", None)])
 def test_loss_and_divergence_are_those_of_continuing_what_the_encoder_read(
-    converted: Path, text: list[Files], stride: int | None
+    model_type: str, stride: int | None, text: list[Files], tmp_path: Path
 ) -> None:
-    source = converted.parent / "source"
+    source, converted = checkpoint(tmp_path / "source", model_type, **SEQ2SEQ), tmp_path / "mqa"
+    assert run(["convert", str(source), str(converted), "--to", "mqa"]) == 0
     found = quick(converted, source, text, stride=stride)
     ids = AutoTokenizer.from_pretrained(source)(Path(str(text[0].files)).read_text(), return_tensors="pt").input_ids[0]
-    ids = ids[:60]
-    original = T5ForConditionalGeneration.from_pretrained(source).eval()
-    pooled = pool_model(T5ForConditionalGeneration.from_pretrained(source).eval(), 1)
+    ids = ids[:46]
+    original = AutoModelForSeq2SeqLM.from_pretrained(source).eval()
+    pooled = pool_model(AutoModelForSeq2SeqLM.from_pretrained(source).eval(), 1)
     step = stride or 16
     nats, apart, alike, count = [0.0, 0.0], 0.0, 0, 0
-    for first in range(32 - step, 60, step):
-        end = min(first + step, 60)
+    for first in range(32 - step, 46, step):
+        end = min(first + step, 46)
         logs = [continued(model, ids, first - (32 - step), first, end) for model in (pooled, original)]
         for number, each in enumerate(logs):
             nats[number] += float(functional.nll_loss(each, ids[first:end], reduction="sum"))
         apart += float(functional.kl_div(logs[0], logs[1], log_target=True, reduction="sum"))
         alike += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
         count += end - first
-    assert found.tokens == count == 60 - (32 - step)
+    assert found.tokens == count == 46 - (32 - step)
     assert found.baseline is not None
     assert found.model.perplexity == pytest.approx(math.exp(nats[0] / count), rel=1e-5)
     assert found.baseline.perplexity == pytest.approx(math.exp(nats[1] / count), rel=1e-5)
@@ -135,12 +136,17 @@ def test_comparisons_that_mean_nothing_are_refused(converted: Path, text: list[F
         quick(converted, None, text, stride=32)
 
 
+def test_a_model_of_sound_is_refused_in_a_sentence(text: list[Files], tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "whisper", "whisper", suppress_tokens=None)
+    with pytest.raises(UsageError, match="reads input_features, not text"):
+        quick(source, None, text)
+
+
 def test_training_one_is_refused_in_a_sentence(
     converted: Path, text: list[Files], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model: {converted}\noutput: {tmp_path / 'out'}\ndata: [{{files: {text[0].files}}}]\ntokens: 500\n"
-    )
+    data = f"data: [{{files: {text[0].files}}}]\ntokens: 500\n"
+    recipe.write_text(f"model: {converted}\noutput: {tmp_path / 'out'}\n{data}")
     assert run(["train", str(recipe), "block_size=16", "batch_size=2"]) == 2
     assert "reads text with an encoder" in " ".join(capsys.readouterr().err.split())

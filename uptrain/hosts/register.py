@@ -22,6 +22,10 @@ OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "modeling_uptrain_bloom": ("UptrainBloomConfig", "UptrainBloomModel", "UptrainBloomForCausalLM"),
         "modeling_uptrain_gpt_neo": ("UptrainGPTNeoConfig", "UptrainGPTNeoModel", "UptrainGPTNeoForCausalLM"),
         "modeling_uptrain_mpt": ("UptrainMptConfig", "UptrainMptModel", "UptrainMptForCausalLM"),
+        "modeling_uptrain_bart": ("UptrainBartConfig", "UptrainBartModel", "UptrainBartForConditionalGeneration"),
+        "modeling_uptrain_whisper": (
+            "UptrainWhisperConfig", "UptrainWhisperModel", "UptrainWhisperForConditionalGeneration",
+        ),
         "modeling_uptrain_t5": ("UptrainT5Config", "UptrainT5Model", "UptrainT5ForConditionalGeneration"),
         "modeling_uptrain_opt": ("UptrainOPTConfig", "UptrainOPTModel", "UptrainOPTForCausalLM"),
         "modeling_uptrain_persimmon": (
@@ -32,7 +36,7 @@ OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "modeling_uptrain_gpt2_mla": ("UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", "UptrainGPT2MLALMHeadModel"),
         "modeling_uptrain_llama_mla": ("UptrainLlamaMLAConfig", "UptrainLlamaMLAModel", "UptrainLlamaMLAForCausalLM"),
     }
-)
+)  # fmt: skip
 
 
 def register() -> None:

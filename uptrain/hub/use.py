@@ -9,8 +9,17 @@ from uptrain.hub.history import Stage
 from uptrain.layout import Architecture
 from uptrain.model_config import auto_class_name
 
-TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForSeq2SeqLM": "text2text-generation"}
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+}
 """The Hub's name of what each of transformers' Auto classes does."""
+
+_READS_TEXT = ("tokenizer", "AutoTokenizer", 'tokenizer("The", return_tensors="pt")')
+_READS_SOUND = (
+    "processor", "AutoProcessor", 'processor(samples, sampling_rate=16_000, return_tensors="pt")  # samples: float32',
+)  # fmt: skip
 
 
 def use(repo: str, config: Mapping[str, Any], converted: Sequence[Stage], revision: str | None) -> str:
@@ -31,13 +40,14 @@ def _alone(auto: str, remote: bool, last: Mapping[str, Any]) -> bool:
 def _loading(repo: str, auto: str, remote: bool, revision: str | None) -> str:
     at = f', revision="{revision}"' if revision else ""
     trust = ", trust_remote_code=True" if remote else ""
+    name, reader, given = _READS_SOUND if TASKS[auto] == "automatic-speech-recognition" else _READS_TEXT
     return f'''```python
-from transformers import {auto}, AutoTokenizer
+from transformers import {", ".join(sorted((auto, reader)))}
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}"{at})
+{name} = {reader}.from_pretrained("{repo}"{at})
 model = {auto}.from_pretrained("{repo}"{at}, dtype="auto"{trust})
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+inputs = {given}
+print({name}.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```'''
 
 
