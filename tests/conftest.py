@@ -19,6 +19,10 @@ from uptrain.architectures import ARCHITECTURES
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
+T5 = {
+    "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "gpt_neox": {
@@ -43,13 +47,9 @@ TINY: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64, "qk_layernorm": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5_000.0, "partial_rotary_factor": 0.5},
     },
-    "t5": {
-        "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
-        "decoder_start_token_id": 0,
-    },
-    "mt5": {
-        "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
-    },
+    "t5": T5,
+    "mt5": T5,
+    "umt5": T5,
     "bart": {
         "d_model": 48, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "init_std": 0.15,
         "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64,
@@ -148,7 +148,7 @@ def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(0, 0.2)
             elif parameter.dim() == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-        if config.model_type in ("t5", "mt5"):
+        if TINY.get(config.model_type) is T5:
             # Drawn with a deviation of 1 and tied, they would make models that say their input again.
             model.get_input_embeddings().weight.mul_(0.05)
     return model.float().eval()

@@ -47,6 +47,13 @@ MT5 = T5.for_model(
     hosts={"gqa": ("uptrain_t5_of_mt5",), "mqa": ("uptrain_t5_of_mt5",)},
 )
 
+UMT5 = T5.for_model(
+    "umt5",
+    "UMT5ForConditionalGeneration",
+    defaults=MT5.defaults,
+    hosts={"gqa": ("uptrain_umt5",), "mqa": ("uptrain_umt5",)},
+)
+
 BART = Architecture(
     model_type="bart",
     class_name="BartForConditionalGeneration",
@@ -83,6 +90,9 @@ WHISPER = BART.for_model(
 
 UPTRAIN_BART = BART.with_groups("uptrain_bart", "UptrainBartForConditionalGeneration")
 UPTRAIN_WHISPER = WHISPER.with_groups("uptrain_whisper", "UptrainWhisperForConditionalGeneration")
+UPTRAIN_UMT5 = UMT5.with_groups("uptrain_umt5", "UptrainUMT5ForConditionalGeneration")
 UPTRAIN_T5 = T5.with_groups("uptrain_t5", "UptrainT5ForConditionalGeneration")
 
-ENCODER_DECODERS = (BART, UPTRAIN_BART, MT5, T5, UPTRAIN_T5, WHISPER, UPTRAIN_WHISPER)
+ENCODER_DECODERS = (
+    BART, UPTRAIN_BART, MT5, T5, UPTRAIN_T5, UMT5, UPTRAIN_UMT5, WHISPER, UPTRAIN_WHISPER,
+)  # fmt: skip

@@ -26,8 +26,8 @@ from uptrain.request import Request
 
 Save = Callable[..., Path]
 Pair = Callable[..., tuple[PreTrainedModel, PreTrainedModel]]
-OWN = ["t5", "mt5", "bart", "whisper"]
-WRITERS = ["t5", "mt5", "bart"]
+OWN = ["t5", "mt5", "umt5", "bart", "whisper"]
+WRITERS = ["t5", "mt5", "umt5", "bart"]
 """Those that read text."""
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 """What makes a T5 a T5 v1.1: gated layers, and a decoder's output that is not scaled."""
@@ -36,13 +36,16 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("t5", {"d_kv": 10, "num_heads": 6, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6}),
     ("t5", {"num_layers": 1, "num_decoder_layers": 3, "layer_norm_epsilon": 1e-3}),
     ("mt5", {"feed_forward_proj": "relu"}),
+    ("umt5", {"d_kv": 10, "num_heads": 6, "relative_attention_num_buckets": 8}),
     ("bart", {"scale_embedding": True, "activation_function": "relu", "tie_word_embeddings": False}),
     ("bart", {"decoder_attention_heads": 6, "encoder_attention_heads": 3, "decoder_layers": 3}),
     ("whisper", {"decoder_attention_heads": 6, "scale_embedding": True}),
 ]
-REMOTE_CODE: list[tuple[str, dict[str, Any]]] = [("t5", GATED), ("bart", {}), ("whisper", {})]
+REMOTE_CODE: list[tuple[str, dict[str, Any]]] = [("t5", GATED), ("umt5", {}), ("bart", {}), ("whisper", {})]
 """One for each modelling file."""
 PAIRS = torch.tensor([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 32]])
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}
+"""No token twice: a random model with tied embeddings would say one over and over, which proves nothing."""
 MASKS = {
     "none": torch.ones_like(PAIRS),
     "left": torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
@@ -86,7 +89,7 @@ def test_padded_sources_and_both_kernels_agree_with_the_oracle(model_type: str, 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes"), [("t5", GATED), ("mt5", {}), ("bart", {"tie_word_embeddings": False})]
+    ("model_type", "changes"), [("t5", GATED), ("umt5", {}), ("bart", {"tie_word_embeddings": False})]
 )
 @pytest.mark.parametrize("groups", [1, 2])
 def test_beam_search_and_a_static_cache_find_what_the_oracle_finds(
@@ -94,13 +97,12 @@ def test_beam_search_and_a_static_cache_find_what_the_oracle_finds(
 ) -> None:
     model, oracle = pair(model_type, groups, **changes)
     for mask in MASKS.values():
-        arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
+        arguments: dict[str, Any] = {**GREEDY, "attention_mask": mask}
         beams = oracle.generate(PAIRS, num_beams=4, **arguments)
         assert torch.equal(model.generate(PAIRS, num_beams=4, **arguments), beams)
         greedy = oracle.generate(PAIRS, **arguments)
         assert torch.equal(model.generate(PAIRS, **arguments), greedy)
         assert torch.equal(model.generate(PAIRS, cache_implementation="static", **arguments), greedy)
-        assert len(set(greedy.flatten().tolist())) > 2, "a model that says one token proves nothing"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -110,7 +112,7 @@ def test_a_whisper_writes_what_the_oracle_writes(attention: str, pair: Pair) -> 
         each.set_attn_implementation(attention)
     sounds = read(model, PAIRS)
     for more in ({}, {"num_beams": 4}, {"cache_implementation": "static"}):
-        arguments = {**sounds, "max_new_tokens": 8, "do_sample": False, **more}
+        arguments: dict[str, Any] = {**sounds, **GREEDY, **more}
         assert torch.equal(model.generate(**arguments), oracle.generate(**arguments))
 
 
@@ -131,7 +133,7 @@ def test_gradients_are_the_oracle_s_summed_over_the_heads_that_share(model_type:
             torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("model_type", "changes"), [("t5", {}), ("t5", GATED), ("mt5", {})])
+@pytest.mark.parametrize(("model_type", "changes"), [("t5", {}), ("t5", GATED), ("mt5", {}), ("umt5", {})])
 def test_all_but_the_decoder_s_keys_and_values_pass_through_bitwise(
     model_type: str, changes: dict[str, Any], save_tiny: Save, tmp_path: Path
 ) -> None:
@@ -234,7 +236,7 @@ def test_a_result_can_be_converted_again(model_type: str, save_tiny: Save, tmp_p
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["t5", "bart", "whisper"])
+@pytest.mark.parametrize("model_type", ["t5", "umt5", "bart", "whisper"])
 def test_numbers_of_heads_that_do_not_divide_are_refused(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
     convert(str(save_tiny(model_type)), tmp_path / "out", request(2))
     config = AutoConfig.from_pretrained(tmp_path / "out").to_dict()

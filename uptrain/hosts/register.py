@@ -23,6 +23,7 @@ OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "modeling_uptrain_gpt_neo": ("UptrainGPTNeoConfig", "UptrainGPTNeoModel", "UptrainGPTNeoForCausalLM"),
         "modeling_uptrain_mpt": ("UptrainMptConfig", "UptrainMptModel", "UptrainMptForCausalLM"),
         "modeling_uptrain_bart": ("UptrainBartConfig", "UptrainBartModel", "UptrainBartForConditionalGeneration"),
+        "modeling_uptrain_umt5": ("UptrainUMT5Config", "UptrainUMT5Model", "UptrainUMT5ForConditionalGeneration"),
         "modeling_uptrain_whisper": (
             "UptrainWhisperConfig", "UptrainWhisperModel", "UptrainWhisperForConditionalGeneration",
         ),

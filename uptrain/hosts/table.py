@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
-from uptrain.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_WHISPER
+from uptrain.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_UMT5, UPTRAIN_WHISPER
 from uptrain.hosts.host import Host
 from uptrain.hosts.nemotron import NEMOTRON_HOSTS
 from uptrain.hosts.phi import PHI_HOSTS
@@ -51,6 +51,7 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
         "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO, "UptrainGPTNeoConfig", "UptrainGPTNeoModel"),
         "uptrain_mpt": _ours(UPTRAIN_MPT, "UptrainMptConfig", "UptrainMptModel"),
         "uptrain_bart": _ours(UPTRAIN_BART, "UptrainBartConfig", "UptrainBartModel"),
+        "uptrain_umt5": _ours(UPTRAIN_UMT5, "UptrainUMT5Config", "UptrainUMT5Model"),
         "uptrain_whisper": _ours(UPTRAIN_WHISPER, "UptrainWhisperConfig", "UptrainWhisperModel"),
         "uptrain_t5": _ours(UPTRAIN_T5, "UptrainT5Config", "UptrainT5Model"),
         # mT5 is T5 v1.1 with other defaults, and never scales its decoder's output, which T5 does where it ties.
