@@ -43,6 +43,11 @@ class Objective(nn.Module):
         """Return the teacher, or None."""
         return self._hidden[0] if self._hidden else None
 
+    @property
+    def has_encoder(self) -> bool:
+        """Tell whether the first half of what it is given is read by an encoder, and only the second predicted."""
+        return self._head.has_encoder
+
     def compile_bodies(self) -> None:
         """Compile student and teacher up to the head, in place."""
         for head in (self._head, self._teacher_head):

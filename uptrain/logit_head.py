@@ -1,4 +1,4 @@
-"""A causal language model in two parts: the body up to the last hidden state, and the head that makes logits of it."""
+"""A language model in two parts: the body up to the last hidden state, and the head that makes logits of it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ class LogitHead:
             getattr(config, "logits_scaling", None) or 1.0
         )
         self.cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        self.has_encoder = bool(config.is_encoder_decoder)
+        self._shift: Any = getattr(plain, "prepare_decoder_input_ids_from_labels", None)
         # Some classes call their decoder themselves, past the body that wraps it (OPT).
         bodies = [plain.base_model, *([plain.get_decoder()] if hasattr(plain, "get_decoder") else [])]
+        bodies = [] if self.has_encoder else bodies
         self.body = next((body for body in bodies if self._holds(plain, body)), None)
 
     @property
@@ -53,11 +56,26 @@ class LogitHead:
     def hidden(
         self, ids: Tensor, position_ids: Tensor | None = None, states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the last hidden state (sequences, tokens, hidden_size) and, if asked for, that of every layer."""
+        """Return the last hidden state (sequences, tokens, hidden_size) and, if asked for, that of every layer.
+
+        Of a model with an encoder that reads the first half of `ids`, and its decoder writes the second (teacher
+        forcing); the rest, of which nothing is predicted, are zeros.
+        """
+        if self.has_encoder:
+            return self._written(ids, states)
         body = self.model if self.body is None else self.body
         also = {} if position_ids is None else {"position_ids": position_ids}
         out = body(input_ids=ids, use_cache=False, output_hidden_states=states, **also)
         return out[0], tuple(out.hidden_states[1:]) if states else ()
+
+    def _written(self, ids: Tensor, states: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        half = ids.shape[1] // 2
+        given = {"input_ids": ids[:, :half], "decoder_input_ids": self._shift(ids[:, half:])}
+        out = self.model(**given, use_cache=False, output_hidden_states=states)
+        found = (out.logits, *(out.decoder_hidden_states[1:] if states else ()))
+        # As in a decoder alone, the state at a position then predicts the token after it.
+        logits, *layers = (functional.pad(each, (0, 0, half - 1, 1)) for each in found)
+        return logits, tuple(layers)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Do to the linear head's output (tokens, vocab_size) what the family does."""

@@ -224,7 +224,7 @@ class _Run:
 
     def _train_step(self) -> tuple[Figures, float, bool, str]:
         recipe, accelerator = self.recipe, self.accelerator
-        batch = batch_of(self.reader.take(recipe.batch_size), self.boundary)
+        batch = batch_of(self.reader.take(recipe.batch_size), self.boundary, self.spread.objective.has_encoder)
         # Every process sees the whole batch's tokens, so all know what the sum is to be divided by.
         counted, processes = batch.counted, accelerator.num_processes
         micro = batch.share(accelerator.process_index, processes, recipe.gradient_accumulation)
@@ -278,7 +278,8 @@ class _Run:
         recipe, accelerator = self.recipe, self.accelerator
         ids, block = self.held_out.ids, recipe.scored_block_size
         # Documents run on as they do in `uptrain eval`, so that the figures compare.
-        batch = batch_of(ids[: len(ids) // block * block].reshape(-1, block), None)
+        blocks = ids[: len(ids) // block * block].reshape(-1, block)
+        batch = batch_of(blocks, None, self.spread.objective.has_encoder)
         rows = -(-len(batch.ids) // accelerator.num_processes)
         # As many tokens at once as a micro-batch has.
         micro = accelerator.num_processes * recipe.gradient_accumulation

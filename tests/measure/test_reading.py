@@ -140,13 +140,3 @@ def test_a_model_of_sound_is_refused_in_a_sentence(text: list[Files], tmp_path: 
     source = checkpoint(tmp_path / "whisper", "whisper", suppress_tokens=None)
     with pytest.raises(UsageError, match="reads input_features, not text"):
         quick(source, None, text)
-
-
-def test_training_one_is_refused_in_a_sentence(
-    converted: Path, text: list[Files], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    data = f"data: [{{files: {text[0].files}}}]\ntokens: 500\n"
-    recipe.write_text(f"model: {converted}\noutput: {tmp_path / 'out'}\n{data}")
-    assert run(["train", str(recipe), "block_size=16", "batch_size=2"]) == 2
-    assert "reads text with an encoder" in " ".join(capsys.readouterr().err.split())

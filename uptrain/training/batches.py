@@ -60,10 +60,15 @@ class Batch:
         return int((self.targets != IGNORED).sum())
 
 
-def batch_of(blocks: NDArray[np.integer[Any]], boundary: Boundary | None) -> Batch:
-    """Return next-token targets and positions of blocks (sequences, tokens), documents apart if `boundary` is given."""
+def batch_of(blocks: NDArray[np.integer[Any]], boundary: Boundary | None, has_encoder: bool = False) -> Batch:
+    """Return next-token targets and positions of blocks (sequences, tokens), documents apart if `boundary` is given.
+
+    With an encoder, which reads the first half of each block, only the second half's tokens are targets.
+    """
     ids = torch.from_numpy(np.ascontiguousarray(blocks, dtype=np.int64))
     targets = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), IGNORED)], dim=1)
+    if has_encoder:
+        targets[:, : ids.shape[1] // 2 - 1] = IGNORED
     if boundary is None:
         return Batch(ids, targets, None)
     starts = torch.zeros_like(ids, dtype=torch.bool)

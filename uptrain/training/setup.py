@@ -13,7 +13,7 @@ from uptrain.data import TokenText, read_tokens
 from uptrain.data.documents import pieces
 from uptrain.errors import UsageError
 from uptrain.hosts import latent_norm
-from uptrain.recipe_schema import Recipe, TokenizerSpec
+from uptrain.recipe_schema import Recipe, Teacher, TokenizerSpec
 from uptrain.training.runfolder import RunFolder
 from uptrain.training.scope import choose
 
@@ -53,10 +53,15 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
     else:
         model = models.load_model(source, attn_implementation=recipe.attn_implementation)
         dtype = models.dtype_named(recipe.dtype) or model.dtype
-        if model.config.is_encoder_decoder:
+        if model.main_input_name != "input_ids":
             raise UsageError(
-                f"{source.name} reads text with an encoder, and uptrain train can't give it a source and a target yet.",
-                "Train it with transformers' Seq2SeqTrainer; uptrain eval measures what it has learned.",
+                f"{source.name} reads {model.main_input_name}, not text, and text is all that train can give it.",
+                "Train it with transformers' Seq2SeqTrainer.",
+            )
+        if model.config.is_encoder_decoder and any(isinstance(each, Teacher) for each in recipe.data):
+            raise UsageError(
+                f"{source.name} has an encoder, and a teacher of its kind can't write text from nothing.",
+                "Name text instead of `source: teacher`.",
             )
         if latent_norm.unfold(model):
             latent_norm.check_dtype(dtype)
