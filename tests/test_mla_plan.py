@@ -199,7 +199,7 @@ def stub(config: dict[str, Any], base: str) -> Any:
 def planned(checkpoint: Any, request: Request) -> Any:
     architecture = ARCHITECTURES[checkpoint.config["model_type"]]
     before = attention_layers(architecture, checkpoint.config, "m")
-    base = architecture.layer.format(prefix=architecture.prefixes[0], layer=0)
+    base = architecture.attention(architecture.prefixes[0], 0)
     return plan_latent(checkpoint, request, architecture, before, base, "m")
 
 

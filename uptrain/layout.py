@@ -78,8 +78,6 @@ class ConfigKeys:
     hidden_size: str = "hidden_size"
     num_hidden_layers: str = "num_hidden_layers"
     num_attention_heads: str = "num_attention_heads"
-    attention_heads_by_layer: str | None = None
-    """A list of every layer's attention heads, where they differ; it overrides `num_attention_heads`."""
     num_key_value_heads: str | None = "num_key_value_heads"
     head_dim: str | None = "head_dim"
     multi_query: str | None = None
@@ -100,6 +98,8 @@ class ConfigKeys:
     """The deviation that fresh weights are drawn with."""
     initializer_factor: str | None = None
     """In families that draw by width, what 1/√hidden_size is multiplied by for that."""
+    attention_heads_by_layer: str | None = None
+    """A list of every layer's attention heads, where they differ; it overrides `num_attention_heads`."""
 
 
 @dataclass(frozen=True)
