@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_a_finished_calibration_is_not_repeated_when_writing_was_cut_off(monkeyp
         raise RuntimeError("cut off")
 
     with monkeypatch.context() as patch:
-        patch.setattr("uptrain.convert._write_companions", broken)
+        patch.setattr(import_module("uptrain.convert"), "_write_companions", broken)
         with pytest.raises(RuntimeError):
             mqa("out")
     assert Path("out.calibration/calibration.json").is_file() and not Path("out").exists()

@@ -17,12 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.training import NO_DROPOUT, checkpoint, corpus
 from uptrain import recipes
-from uptrain import train as loop
 from uptrain.data import read_tokens
 from uptrain.distill import Objective
 from uptrain.errors import UptrainError
 from uptrain.models import load_tokenizer
-from uptrain.train import lm_loss, train
+from uptrain.train import Step, lm_loss, train
 from uptrain.training import state
 
 Make = Callable[..., recipes.Recipe]
@@ -141,7 +140,7 @@ def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, ke
 def test_the_best_so_far_can_be_used_while_the_run_goes_on(recipe: Make, tmp_path: Path) -> None:
     seen: list[float] = []
 
-    def look(step: loop.Step) -> None:
+    def look(step: Step) -> None:
         if step.held_out_loss is not None:
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "out.run/best")
             ids = read_tokens(made.held_out, load_tokenizer(tmp_path / "out.run/best"), 640).ids

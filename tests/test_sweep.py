@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from uptrain.sweep import runner
 from uptrain.sweep.targets import parse_target
 from uptrain.sweep_file import pareto
 
+CONVERT = import_module("uptrain.convert")
 DOCS = Path(__file__).parent.parent / "docs/sweep.md"
 TARGETS = {"gqa:2": Request("gqa", 2, "mean"), "mla:24": Request("mla", kv_lora_rank=24)}
 CALIBRATION = {"calibration_tokens": 256, "repair_steps": 2}
@@ -149,10 +151,10 @@ def test_a_sweep_cut_off_ends_as_if_it_had_not_been(
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    where = "uptrain.sweep.runner.evaluate" if cut == "before measuring" else "uptrain.convert._write_companions"
+    where = (runner, "evaluate") if cut == "before measuring" else (CONVERT, "_write_companions")
     with monkeypatch.context() as patch:
         assert run(command(here, out, "--methods", "mean")) == 0
-        patch.setattr(where, stop)
+        patch.setattr(*where, stop)
         assert run(command(here, out)) == 130
     assert [arm["name"] for arm in read(here / out)["arms"]] == ["gqa2-mean"]
     first = (here / out / "gqa2-mean/model.safetensors").stat().st_mtime_ns
