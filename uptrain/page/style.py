@@ -24,6 +24,20 @@ WIDTH = 6.0
 DPI = 160
 
 
+def settings() -> Any:
+    """Return the report's style as matplotlib settings; a notebook gives them to `plt.rcParams.update`."""
+    from cycler import cycler
+
+    return {
+        "font.size": 9.5, "font.family": "sans-serif", "svg.fonttype": "none", "text.parse_math": False,
+        "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED, "xtick.color": MUTED,
+        "ytick.color": MUTED, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "lines.linewidth": 2,
+        "lines.markersize": 5, "legend.frameon": False, "svg.hashsalt": "uptrain",
+        "axes.prop_cycle": cycler(color=SERIES),
+    }  # fmt: skip
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Draw in the report's style; the settings of a notebook that draws too come back afterwards.
@@ -33,17 +47,8 @@ def drawing() -> Iterator[None]:
     """
     plots.check()
     import matplotlib
-    from cycler import cycler
 
-    settings: Any = {
-        "font.size": 9.5, "font.family": "sans-serif", "svg.fonttype": "none", "text.parse_math": False,
-        "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED, "xtick.color": MUTED,
-        "ytick.color": MUTED, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "lines.linewidth": 2,
-        "lines.markersize": 5, "legend.frameon": False, "svg.hashsalt": "uptrain",
-        "axes.prop_cycle": cycler(color=SERIES),
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings()):
         yield
 
 
