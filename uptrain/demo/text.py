@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +39,18 @@ def _named() -> Iterator[tuple[str, str | Path]]:
     for topic in sorted(topics):
         yield f"topic:{topic}", topics[topic]
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not _SKIPPED_FOLDERS.intersection(parts) and not path.name.startswith(_SKIPPED_FILES):
-            yield ".".join(parts).removesuffix(".py").removesuffix(".__init__"), path
+    for path in _sources(root):
+        if not path.name.startswith(_SKIPPED_FILES):
+            yield ".".join(path.relative_to(root).parts).removesuffix(".py").removesuffix(".__init__"), path
+
+
+def _sources(root: Path) -> list[Path]:
+    """Return the Python files below `root` in order; installed packages, which can be thousands, aren't even listed."""
+    found: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def _text(path: Path) -> str:
