@@ -76,5 +76,9 @@ def thrifty(words: list[str]) -> list[str]:
             return [*words, "--calibration-tokens", "2048", "--repair-steps", "1"]
         case "eval":
             return [*words, "--tokens", "512"]
+        case "sweep":
+            # The last two targets, of one kind each.
+            targets = ",".join(words[words.index("--to") + 1].split(",")[-2:])
+            return [*words, "--to", targets, "--tokens", "512", "--calibration-tokens", "2048", "--repair-steps", "1"]
         case _:
             return words
