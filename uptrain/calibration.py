@@ -66,10 +66,6 @@ class CalibratedLayers:
         found: dict[str, dict[str, float]] = self.notes["layers"][layer]["kept"]
         return found
 
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 class SharedCalibration:
     """What calibrations of one source on one text have in common: its tokens, and the source's own run over them.

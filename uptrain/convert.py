@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,16 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
+from uptrain.checkpoint.checksum import DEFAULT, Checksum, algorithm_of, checksum_file
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import append_stage
-from uptrain.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from uptrain.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.remote import open_headers
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.writer import State, check_out, partial_of, staged, write_atomic
-from uptrain.errors import Interrupted, UptrainError, UsageError
+from uptrain.checkpoint.state import State
+from uptrain.checkpoint.writer import STATE, check_out, friendly_errors, partial_of, staged, tidy, write_atomic
+from uptrain.errors import CheckpointError, Interrupted, UptrainError, UsageError
 from uptrain.pipeline import Pipeline, Progress
-from uptrain.plan import Plan, make_plan
+from uptrain.plan import Plan, make_plan, plan_digest
 from uptrain.request import Request
 from uptrain.transform import choose_by_weights
 
@@ -136,38 +138,84 @@ def run_plan(
     lets calibrations of one source share what they have in common.
     """
     folder = Path(out) if out is not None else default_out(source, plan)
-    check_out(folder, overwrite, source.path)
-    partial = partial_of(folder)
-    state = State(partial, plan.digest)
+    partial, beside = partial_of(folder), (_calibration_of(folder),)
+    with _resumable(), friendly_errors(partial):
+        found = _committed(folder, source, plan)
+        if found is not None:
+            tidy(folder, beside)
+            return found
+        check_out(folder, overwrite, source.path)
+        state = State(partial, plan.digest, _command(source, plan.request))
+        with staged(folder, overwrite, lambda _: _left(state, plan, overwrite, on_note), beside):
+            resumed = tuple(state.shards)
+            _check_space(partial, plan, resumed)
+            for name in resumed:
+                on_progress(sum(tensor.info.nbytes for tensor in plan.shards[name]))
+            state.save()
+            calibrated = _calibrated(checkpoint, plan, folder, memory, on_layer, on_note, shared)
+            filled = _with_slots(checkpoint, plan, calibrated)
+            runner = Pipeline(checkpoint, filled, partial, state, on_progress, calibrated)
+            digests = runner.run([name for name in plan.shards if name not in resumed])
+            _write_companions(checkpoint, filled, partial)
+            stage = {**_stage(source, checkpoint, filled, digests), "energy_kept": _kept(state)}
+            if calibrated is not None:
+                stage["calibration"] = {key: calibrated.notes[key] for key in ("text", "layers")}
+            append_stage(partial, checkpoint.path, stage, known=dict(state.shards))
+            _check_unchanged(checkpoint, plan)
+    return Conversion(folder, source, filled, resumed, _kept(state))
+
+
+def _calibration_of(out: Path) -> Path:
+    return out.with_name(out.name + ".calibration")
+
+
+def _command(source: Source, request: Request) -> str:
+    running = Checksum()
+    running.update(json.dumps([str(source.path), asdict(request)], sort_keys=True).encode())
+    return running.text()
+
+
+def _kept(state: State) -> dict[int, dict[str, dict[str, float]]]:
+    return {int(layer): found for layer, found in sorted(state.layers.items(), key=lambda item: int(item[0]))}
+
+
+def _committed(out: Path, source: Source, plan: Plan) -> Conversion | None:
+    """Return the conversion of an earlier run of this plan that was cut off when OUT stood already."""
+    state = State(out, plan.digest)
+    if state.load() is None or not state.shards.keys() >= plan.shards.keys():
+        return None
+    return Conversion(out, source, plan, tuple(plan.shards), _kept(state))
+
+
+def _left(state: State, plan: Plan, overwrite: bool, on_note: Callable[[str], None]) -> tuple[str, ...]:
+    """Return the files of OUT.partial that an earlier run of this plan finished."""
     earlier = state.load()
-    if earlier not in (None, plan.digest) and not overwrite:
+    if earlier is None:
+        return ()
+    digest, command = earlier
+    if digest == plan.digest:
+        _drop_damaged(state, plan)
+        return STATE, *state.shards
+    if command == state.command:
+        on_note("The source or uptrain changed since the run that was cut off: starting over.")
+    elif not overwrite:
         raise UsageError(
-            f"{partial} holds an unfinished conversion of another plan.",
-            f"Repeat that command to finish it, or add --overwrite (or delete {partial}) to start this one.",
+            f"{state.path.parent} holds an unfinished conversion of another plan.",
+            f"Repeat that command to finish it, or add --overwrite (or delete {state.path.parent}) to start this one.",
         )
-    resuming = earlier == plan.digest
-    with _resumable(), staged(folder, overwrite, resume=resuming):
-        if not resuming:
-            state.shards.clear()
-            state.layers.clear()
-        resumed = _finished_shards(partial, state)
-        _check_space(partial, plan, resumed)
-        for name in resumed:
-            on_progress(sum(tensor.info.nbytes for tensor in plan.shards[name]))
-        state.save()
-        calibrated = _calibrated(checkpoint, plan, folder, memory, on_layer, on_note, shared)
-        plan = _with_slots(checkpoint, plan, calibrated)
-        runner = Pipeline(checkpoint, plan, partial, state, on_progress, calibrated)
-        digests = runner.run([name for name in plan.shards if name not in resumed])
-        _write_companions(checkpoint, plan, partial)
-        kept = {int(layer): found for layer, found in sorted(state.layers.items(), key=lambda item: int(item[0]))}
-        stage = {**_stage(source, checkpoint, plan, digests), "energy_kept": kept}
-        if calibrated is not None:
-            stage["calibration"] = {key: calibrated.notes[key] for key in ("text", "layers")}
-        append_stage(partial, checkpoint.path, stage, known=dict(state.shards))
-    if calibrated is not None:
-        calibrated.remove()
-    return Conversion(folder, source, plan, resumed, kept)
+    return ()
+
+
+def _check_unchanged(checkpoint: Checkpoint, plan: Plan) -> None:
+    try:
+        same = plan_digest(plan, checkpoint) == plan.digest
+    except FileNotFoundError:
+        same = False
+    if not same or read_config(checkpoint.path) != checkpoint.config:
+        raise CheckpointError(
+            f"{checkpoint.path} changed while it was converted, so the result would be of neither.",
+            "Run the same command again once nothing writes there.",
+        )
 
 
 def _calibrated(
@@ -187,8 +235,7 @@ def _calibrated(
         raise UsageError(
             "--method calibrated needs torch and accelerate.", "Install them with: pip install 'uptrain[train]'"
         ) from None
-    folder = out.with_name(out.name + ".calibration")
-    return calibrate_plan(checkpoint, plan, folder, memory, on_layer, on_note, shared)
+    return calibrate_plan(checkpoint, plan, _calibration_of(out), memory, on_layer, on_note, shared)
 
 
 def _with_slots(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers | None) -> Plan:
@@ -208,13 +255,13 @@ def _resumable() -> Iterator[None]:
         raise Interrupted("Interrupted.", "Run the same command again; it goes on where it stopped.") from None
 
 
-def _finished_shards(partial: Path, state: State) -> tuple[str, ...]:
-    """Return the shards an earlier run finished and whose bytes are still what it wrote."""
+def _drop_damaged(state: State, plan: Plan) -> None:
+    """Forget the finished shards whose bytes are no longer what was written."""
     for name, digest in list(state.shards.items()):
-        path = partial / name
-        if not path.is_file() or checksum_file(path, algorithm_of(digest) or DEFAULT) != digest:
+        path = state.path.with_name(name)
+        whole = name in plan.shards and path.is_file()
+        if not whole or checksum_file(path, algorithm_of(digest) or DEFAULT) != digest:
             del state.shards[name]
-    return tuple(state.shards)
 
 
 def _check_space(partial: Path, plan: Plan, resumed: tuple[str, ...]) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from uptrain.checkpoint.arrays import Array, as_float32, cast, raw_bytes
 from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.checkpoint.writer import State, write_shard
+from uptrain.checkpoint.state import State
+from uptrain.checkpoint.writer import write_shard
 from uptrain.errors import Interrupted
 from uptrain.methods.gqa import pool_norm
 from uptrain.plan import Plan

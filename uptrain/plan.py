@@ -124,7 +124,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same)
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, after, config, shards, "")
-    return replace(plan, digest=_digest(plan, checkpoint))
+    return replace(plan, digest=plan_digest(plan, checkpoint))
 
 
 def _latent_plan(
@@ -140,7 +140,7 @@ def _latent_plan(
     planner = _Planner(checkpoint, request, architecture, host, prefix, before, latent.after, False, latent)
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent)
-    return replace(plan, digest=_digest(plan, checkpoint))
+    return replace(plan, digest=plan_digest(plan, checkpoint))
 
 
 def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
@@ -332,8 +332,8 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _digest(plan: Plan, checkpoint: Checkpoint) -> str:
-    """Digest all that decides the result's bytes, the source files' sizes and times included."""
+def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Digest all that decides the result's bytes, the source files' sizes and times included, as they are now."""
     if checkpoint.remote:
         return ""  # nothing can be resumed from a plan whose source isn't here
     stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]

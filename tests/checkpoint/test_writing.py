@@ -78,8 +78,8 @@ def test_overwrite_keeps_the_old_folder_until_the_new_is_whole(tmp_path: Path) -
 
 
 def test_a_crash_between_the_two_renames_of_an_overwrite_loses_nothing(tmp_path: Path) -> None:
-    (tmp_path / "out.replaced").mkdir()
-    (tmp_path / "out.replaced" / "old").write_text("old")
+    (tmp_path / "out.uptrain-replaced").mkdir()
+    (tmp_path / "out.uptrain-replaced" / "old").write_text("old")
     with pytest.raises(UsageError, match="exists already"), staged(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "old").read_text() == "old"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,22 @@ class FollowingChecksum:
         Raises:
             CheckpointError: the file can't be read or became shorter.
         """
-        self._read_until(self._path.stat().st_size)
+        with self._named_errors():
+            size = self._path.stat().st_size
+        self._read_until(size)
         return self._checksum.text()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self._path} can't be read: {error.strerror}.") from None
 
     def _read_until(self, end: int) -> None:
         if end <= self._position:
             return
-        with self._path.open("rb", buffering=0) as file:
+        with self._named_errors(), self._path.open("rb", buffering=0) as file:
             file.seek(self._position)
             while self._position < end:
                 data = file.read(min(CHUNK, end - self._position))

@@ -1,4 +1,4 @@
-"""Write a checkpoint folder that appears whole or not at all, and can be resumed while it doesn't."""
+"""Write a checkpoint folder that appears whole or not at all, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.header import TensorInfo
-from uptrain.checkpoint.jsonfile import dump_json, parse_object
 from uptrain.errors import UptrainError, UsageError
 
 STATE = ".uptrain-state.json"
@@ -45,7 +43,7 @@ def check_out(out: Path, overwrite: bool, source: Path | None = None) -> None:
 
 def replaced_of(out: Path) -> Path:
     """Return the name under which --overwrite keeps the old OUT until the new one stands."""
-    return out.with_name(out.name + ".replaced")
+    return out.with_name(out.name + ".uptrain-replaced")
 
 
 def _recover(out: Path) -> None:
@@ -54,42 +52,80 @@ def _recover(out: Path) -> None:
     if old.exists() and not out.exists():
         old.rename(out)
     elif old.exists():
-        shutil.rmtree(old)
+        _remove(old)
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+def staged(
+    out: Path,
+    overwrite: bool = False,
+    keep: Callable[[Path], Collection[str]] = lambda partial: (),
+    beside: Collection[Path] = (),
+) -> Iterator[Path]:
     """Yield the folder `OUT.partial`, which becomes OUT when the block ends without an error.
 
-    With `resume`, what an earlier run left there stays; without, it is removed first.
+    `keep` is asked, once no other run can write there, for the names that stay of what an earlier run left in it.
+    The folders `beside` OUT are removed once it stands.
 
     Raises:
-        UsageError: OUT exists and `overwrite` is off, or another run is writing it.
+        UsageError: OUT exists and `overwrite` is off, another run is writing it, or OUT.partial isn't ours.
         UptrainError: the disk is full or can't be written.
     """
-    _recover(out)
     check_out(out, overwrite)
     partial = partial_of(out)
-    with _friendly_errors(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-        with (partial / LOCK).open("w") as lock:
-            _lock(lock.fileno(), out)
-            if not resume:
-                _empty(partial)
-            yield partial
-            _commit(partial, out)
+    with friendly_errors(partial), _locked(partial, out):
+        try:
+            _recover(out)
+            check_out(out, overwrite)
+        except UsageError:
+            _leave(partial)
+            raise
+        _empty(partial, keep(partial))
+        yield partial
+        _commit(partial, out, overwrite, beside)
 
 
-def _lock(descriptor: int, out: Path) -> None:
+@contextmanager
+def _locked(partial: Path, out: Path) -> Iterator[None]:
+    """Hold the lock of OUT.partial, which is made if it isn't there."""
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / LOCK).is_file():
+        raise UsageError(f"{partial} exists and was not made by uptrain.", "Move it away, or choose another OUT.")
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"Another run is writing {out}.", "Wait for it, or choose another OUT.") from None
+        lock = (partial / LOCK).open("w")
+    except FileNotFoundError:
+        raise _taken(out) from None  # another run's folder, which has just become OUT
+    with lock:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _taken(out) from None
+        if not _is(partial / LOCK, lock.fileno()):
+            raise _taken(out)
+        yield
 
 
-def _empty(folder: Path) -> None:
+def _is(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _taken(out: Path) -> UsageError:
+    return UsageError(f"Another run is writing {out}.", "Wait for it, or choose another OUT.")
+
+
+def _leave(partial: Path) -> None:
+    """Remove OUT.partial if it holds nothing but its lock."""
+    if [entry.name for entry in partial.iterdir()] == [LOCK]:
+        (partial / LOCK).unlink()
+        partial.rmdir()
+
+
+def _empty(folder: Path, kept: Collection[str]) -> None:
     for entry in folder.iterdir():
-        if entry.name == LOCK:
+        if entry.name == LOCK or entry.name in kept:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -97,21 +133,32 @@ def _empty(folder: Path) -> None:
             entry.unlink()
 
 
-def _commit(partial: Path, out: Path) -> None:
+def _commit(partial: Path, out: Path, overwrite: bool, beside: Collection[Path]) -> None:
     for path in sorted(partial.rglob("*")):
         if path.is_file():
             sync(path)
     sync(partial)
-    old = replaced_of(out)
+    check_out(out, overwrite)
     if out.exists():
-        out.rename(old)
+        out.rename(replaced_of(out))
     partial.rename(out)
     sync(out.absolute().parent)
-    # Only now: a crash before the rename must still find the state to resume from.
-    (out / STATE).unlink(missing_ok=True)
+    tidy(out, beside)
+
+
+def tidy(out: Path, beside: Collection[Path] = ()) -> None:
+    """Remove what OUT no longer needs now that it stands; again is harmless."""
     (out / LOCK).unlink(missing_ok=True)
-    if old.exists():
-        shutil.rmtree(old)
+    for folder in (replaced_of(out), *beside):
+        if folder.exists():
+            _remove(folder)
+    # Last: as long as it is there, the same command knows that OUT is its own and only this was left to do.
+    (out / STATE).unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    with suppress(FileNotFoundError):  # another run is removing it too
+        shutil.rmtree(folder)
 
 
 def sync(path: Path) -> None:
@@ -191,7 +238,12 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 @contextmanager
-def _friendly_errors(partial: Path) -> Iterator[None]:
+def friendly_errors(partial: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one sentence.
+
+    Raises:
+        UptrainError: the disk is full, can't be written, or failed.
+    """
     try:
         yield
     except OSError as error:
@@ -200,33 +252,7 @@ def _friendly_errors(partial: Path) -> Iterator[None]:
                 f"The disk is full: {partial} could not be finished.",
                 "Free space and run the same command again; it goes on where it stopped.",
             ) from None
+        reason, name = error.strerror or str(error), error.filename or partial
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            reason = os.strerror(error.errno)
-            raise UptrainError(f"{error.filename or partial} can't be written: {reason}.") from None
-        raise
-
-
-class State:
-    """What a run has finished in OUT.partial: the plan's digest, each whole shard's checksum, and notes by layer."""
-
-    def __init__(self, partial: Path, plan_digest: str) -> None:
-        self.path = partial / STATE
-        self.plan_digest = plan_digest
-        self.shards: dict[str, str] = {}
-        self.layers: dict[str, Any] = {}
-
-    def load(self) -> str | None:
-        """Read an earlier run's state; return its plan's digest, or None where there is none that can be used."""
-        try:
-            value = parse_object(self.path.read_bytes(), str(self.path))
-        except (OSError, UptrainError):
-            return None
-        shards, layers = value.get("shards"), value.get("layers")
-        if isinstance(shards, dict) and isinstance(layers, dict):
-            self.shards = {str(name): str(text) for name, text in shards.items()}
-            self.layers = layers
-        return str(value.get("plan"))
-
-    def save(self) -> None:
-        """Write the state atomically."""
-        write_atomic(self.path, dump_json({"plan": self.plan_digest, "shards": self.shards, "layers": self.layers}))
+            raise UptrainError(f"{name} can't be written: {reason}.") from None
+        raise UptrainError(f"{name}: {reason}.", "Run the same command again; it goes on where it stopped.") from None

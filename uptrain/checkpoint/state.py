@@ -1,0 +1,46 @@
+"""What an unfinished conversion has done so far, kept in OUT.partial so that the same command can go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.jsonfile import dump_json, parse_object
+from uptrain.checkpoint.writer import STATE, write_atomic
+from uptrain.errors import UptrainError
+
+
+class State:
+    """What a run has finished in OUT.partial: the plan's digest, each whole shard's checksum, and notes by layer.
+
+    `command` digests what was asked for and of which folder, so that a changed source can be told from another wish.
+    """
+
+    def __init__(self, folder: Path, plan: str, command: str = "") -> None:
+        self.path = folder / STATE
+        self.plan, self.command = plan, command
+        self.shards: dict[str, str] = {}
+        self.layers: dict[str, Any] = {}
+
+    def load(self) -> tuple[str, str] | None:
+        """Read an earlier run's state; return its plan and command, or None where there is none that can be used.
+
+        Its shards and layers are taken over if the plan is this one.
+
+        Raises:
+            OSError: it is there but can't be read, which is no reason to begin again.
+        """
+        try:
+            value = parse_object(self.path.read_bytes(), str(self.path))
+        except (FileNotFoundError, NotADirectoryError, UptrainError):
+            return None
+        shards, layers = value.get("shards"), value.get("layers")
+        if value.get("plan") == self.plan and isinstance(shards, dict) and isinstance(layers, dict):
+            self.shards = {name: str(text) for name, text in shards.items()}
+            self.layers = {layer: kept for layer, kept in layers.items() if layer.isdecimal()}
+        return str(value.get("plan")), str(value.get("command"))
+
+    def save(self) -> None:
+        """Write the state atomically."""
+        names = ("plan", "command", "shards", "layers")
+        write_atomic(self.path, dump_json({name: getattr(self, name) for name in names}))
