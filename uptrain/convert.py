@@ -258,9 +258,12 @@ def _resumable() -> Iterator[None]:
 def _drop_damaged(state: State, plan: Plan) -> None:
     """Forget the finished shards whose bytes are no longer what was written."""
     for name, digest in list(state.shards.items()):
-        path = state.path.with_name(name)
-        whole = name in plan.shards and path.is_file()
-        if not whole or checksum_file(path, algorithm_of(digest) or DEFAULT) != digest:
+        path = state.path.parent / name
+        if (
+            name not in plan.shards
+            or not path.is_file()
+            or checksum_file(path, algorithm_of(digest) or DEFAULT) != digest
+        ):
             del state.shards[name]
 
 
@@ -281,7 +284,7 @@ def _write_companions(checkpoint: Checkpoint, plan: Plan, partial: Path) -> None
     if plan.host.remote_code:
         code = Path(__file__).parent / "hosts" / plan.host.remote_code
         shutil.copyfile(code, partial / plan.host.remote_code)
-    write_atomic(partial / "config.json", dump_json(plan.config))
+    write_atomic(partial / "config.json", dump_json(plan.config, allow_nan=True))
     if len(plan.shards) > 1:
         index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": plan.weight_map()}
         write_atomic(partial / INDEX, dump_json(index))

@@ -13,8 +13,8 @@ class UptrainError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _plain(message)
+        self.hint = _plain(hint)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
@@ -40,6 +40,17 @@ class Interrupted(UptrainError):
     """A run stopped by the user, which the same command resumes."""
 
     exit_code = 130
+
+
+LONGEST = 2000
+"""Characters of a message; names out of a hostile file can have any number."""
+
+
+def _plain(text: str) -> str:
+    # Names come from files that anybody may have written: no line breaks, no terminal codes, no megabytes.
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    text = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

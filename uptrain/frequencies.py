@@ -66,9 +66,14 @@ def source_frequencies(config: Mapping[str, Any], head_dim: int, where: str) -> 
         )
     try:
         theta = float(parameters["rope_theta"])
+        if theta <= 0:
+            raise ValueError(f"rope_theta is {theta}")
         base = [theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
-        return _VARIANTS[kind](base, parameters, config, head_dim)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        found = _VARIANTS[kind](base, parameters, config, head_dim)
+        if not all(0 < value < math.inf for value in (*found.speeds, found.factor)):
+            raise ValueError("a frequency is not a positive number")
+        return found
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{where} has {kind} rotary parameters that say no frequencies: {reason}.") from None
 

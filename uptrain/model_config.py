@@ -9,6 +9,7 @@ from typing import Any
 
 from uptrain.architectures import ARCHITECTURES, NO_CACHE
 from uptrain.attention import AttentionSpec
+from uptrain.config_checks import MOST, MOST_HEAD_DIM, MOST_HEADS, MOST_LAYERS, check_kinds, check_most
 from uptrain.errors import CheckpointError, UsageError, did_you_mean
 from uptrain.layout import BLOCKS, Architecture, KeyNorm, Packing, Position, Sliding
 
@@ -20,9 +21,10 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
 
     Raises:
         UsageError: an encoder-only or unknown model type, or a variant that can't be converted.
+        CheckpointError: a value of a wrong kind.
     """
     model_type = config.get("model_type")
-    if model_type in NO_CACHE:
+    if isinstance(model_type, str) and model_type in NO_CACHE:
         raise UsageError(f"{where} is a {model_type}, an encoder-only model: it keeps no key/value cache to shrink.")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -30,6 +32,7 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
             f"{where} has model_type {model_type!r}, which uptrain doesn't know. It knows {known}.",
             f"{did_you_mean(str(model_type), ARCHITECTURES)} CONTRIBUTING.md says how to add one.".strip(),
         )
+    check_kinds(config, where)
     architecture = ARCHITECTURES[model_type]
     for key, (value, why) in architecture.unsupported.items():
         if setting(config, key, architecture.defaults.get(key)) == value:
@@ -104,7 +107,7 @@ def config_value(architecture: Architecture, config: Mapping[str, Any], key: str
     older = config.get(architecture.older.get(key, key))
     value = older if config.get(key) is None else config[key]
     value = architecture.defaults.get(key) if value is None else value
-    if type(value) is not int or not 0 < value < 2**31:
+    if type(value) is not int or not 0 < value <= MOST:
         raise CheckpointError(f"{where} has {key} {value!r}, not a positive whole number.")
     return value
 
@@ -143,9 +146,12 @@ def attention_layers(architecture: Architecture, config: Mapping[str, Any], wher
         raise CheckpointError(f"{where}: {heads} attention heads don't divide the hidden size {hidden}.")
     else:
         head_dim = hidden // heads
+    check_most(heads, MOST_HEADS, "attention heads", where)
+    check_most(head_dim, MOST_HEAD_DIM, "dims a head", where)
     if architecture.projections.packing is Packing.BLOCKS and heads % BLOCKS:
         raise CheckpointError(f"{where} has {heads} attention heads, which don't fill the {BLOCKS} blocks it needs.")
     layers = size(keys.num_hidden_layers)
+    check_most(layers, MOST_LAYERS, "layers", where)
     by_layer = _heads_by_layer(architecture, config, [heads] * layers, where)
     for count in by_layer:
         if count % key_value_heads:
@@ -180,10 +186,12 @@ def _latent(spec: AttentionSpec, config: Mapping[str, Any], where: str) -> Atten
     sizes: dict[str, Any] = {}
     for key, least in (("kv_lora_rank", 1), ("qk_rope_head_dim", 0), ("qk_nope_head_dim", 0), ("v_head_dim", 1)):
         value = config.get(key)
-        if type(value) is not int or value < least:
+        if type(value) is not int or not least <= value <= MOST:
             raise CheckpointError(f"{where} has {key} {value!r}, not a whole number from {least} on.")
         sizes[key] = value
     width = sizes["qk_rope_head_dim"] + sizes["qk_nope_head_dim"]
+    if not width:
+        raise CheckpointError(f"{where} has neither qk_rope_head_dim nor qk_nope_head_dim, so its keys have no dims.")
     return replace(spec, head_dim=width, **sizes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,7 +112,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     after = tuple(spec.grouped(groups) for spec in before)
     prefix = find_prefix(architecture, checkpoint, name)
     config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None
-    config = dict(checkpoint.config) if config is None else config
+    config = _as_it_is(host, checkpoint.config) if config is None else config
     if not same or host.architecture is not architecture:
         set_attention(host.architecture, config, groups)
     if host.rotary:
@@ -125,6 +125,13 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, after, config, shards, "")
     return replace(plan, digest=plan_digest(plan, checkpoint))
+
+
+def _as_it_is(host: Host, config: Mapping[str, Any]) -> dict[str, Any]:
+    # A result is for classes we know: a name of code that the source gives doesn't go along, as its file doesn't.
+    own = host_config(host, config)
+    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    return {**kept, "auto_map": own["auto_map"]} if "auto_map" in own else kept
 
 
 def _latent_plan(
@@ -273,18 +280,28 @@ class _Planner:
             raise CheckpointError(
                 f"Tensor {info.name} is {list(info.shape)} where config.json promises {list(expected)}."
             )
+        bias = self.checkpoint.tensors.get(f"{base}{module}.bias")
+        rows = expected[1] if self.architecture.projections.transposed else expected[0]
+        if bias is not None and (bias.shape != (rows,) or not is_float(bias.dtype)):
+            raise CheckpointError(f"Tensor {bias.name} is {bias.dtype} {list(bias.shape)}, not {rows} floating values.")
         if not is_float(info.dtype) or ITEM_BITS[info.dtype] < 16:
             raise CheckpointError(
                 f"Tensor {info.name} is {info.dtype}: quantised checkpoints can't be pooled.",
                 "Convert the full-precision original and quantise the result.",
             )
-        return ["weight", "bias"] if f"{base}{module}.bias" in self.checkpoint.tensors else ["weight"]
+        return ["weight"] if bias is None else ["weight", "bias"]
 
     def _hidden_size(self) -> int:
         key = self.architecture.keys.hidden_size
         return config_value(self.architecture, self.checkpoint.config, key, "config.json")
 
     def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
+        if self.request.dtype and is_float(info.dtype) and ITEM_BITS[info.dtype] < 16:
+            raise UsageError(
+                f"Tensor {name} is {info.dtype}, whose values mean nothing without their scales, so --dtype "
+                f"{self.request.dtype} can't widen it.",
+                "Leave --dtype out.",
+            )
         turned = any(name.endswith(f"{module}.weight") for module in self.host.transposes)
         if len(info.shape) != 2:
             turned = False
@@ -309,6 +326,7 @@ def _into_shards(
     outputs: list[OutputTensor], checkpoint: Checkpoint, limit: int | None
 ) -> dict[str, list[OutputTensor]]:
     """Group the outputs: as the source is sharded, or in order up to `limit` bytes a shard."""
+    _check_outputs(outputs, checkpoint)
     groups: list[list[OutputTensor]] = []
     if limit is None:
         by_file: dict[str, list[OutputTensor]] = {name: [] for name in checkpoint.files}
@@ -324,6 +342,17 @@ def _into_shards(
             groups[-1].append(output)
             size += output.info.nbytes
     return dict(zip(_shard_names(len(groups)), groups, strict=True))
+
+
+def _check_outputs(outputs: list[OutputTensor], checkpoint: Checkpoint) -> None:
+    seen: set[str] = set()
+    for output in outputs:
+        if output.info.name in seen:
+            raise CheckpointError(f"Two tensors of the source would both become {output.info.name}.")
+        seen.add(output.info.name)
+        source = checkpoint.tensors[output.source]
+        if output.operation in ("scale", "shift", "pool", "fold") and not is_float(source.dtype):
+            raise CheckpointError(f"Tensor {source.name} is {source.dtype}, where floating values are needed.")
 
 
 def _shard_names(count: int) -> list[str]:

@@ -70,6 +70,9 @@ class Rehost:
 
     def _folded(self, linear: str, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
         source, out = self._info(f"{linear}.weight"), {}
+        for info in (self._info(f"{norm}.{kind}") for kind in ("weight", "bias")):
+            if len(source.shape) != 2 or info.shape != source.shape[1:]:
+                raise CheckpointError(f"Tensor {info.name} is {list(info.shape)}, not the width of {source.name}.")
         for kind, shape in (("weight", source.shape), ("bias", source.shape[:1])):
             new = TensorInfo(self.named(f"{linear}.{kind}"), dtype(source.dtype), shape, "", -1, -1)
             out[f"{linear}.{kind}"] = [OutputTensor(new, "fold", source.name, module=kind, linear=linear, fold=norm)]

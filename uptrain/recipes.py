@@ -12,6 +12,9 @@ from pydantic import ValidationError
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.recipe_schema import KINDS, Distill, Lora, Recipe, Strict, TokenizerSpec
 
+LIMIT = 2**18
+"""Bytes of a recipe."""
+
 
 def shipped_folder() -> Path:
     """Return the folder of the recipes that come with uptrain, in a checkout or in an installed wheel."""
@@ -30,9 +33,12 @@ def find(recipe: str) -> Path:
     Raises:
         UsageError: there is neither.
     """
-    path = Path(recipe).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(recipe).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, or a NUL
+        raise UsageError(f"{recipe!r} can't be the name of a recipe.") from None
     name = path.name.removesuffix(".yaml")
     if name in shipped() and str(path.parent) in (".", "recipes"):
         return shipped()[name]
@@ -54,14 +60,47 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find(recipe)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+        if path.stat().st_size > LIMIT:
+            raise UsageError(f"{path} is larger than {LIMIT >> 10} KiB, which no recipe is.")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not YAML: {error}.") from None
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}.") from None
+    try:
+        values = read_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{path} is not YAML: {error}.") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold keys and values, such as `model: demo`.")
     for override in overrides:
         _override(values, override)
     return parse(values, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no aliases: a few lines of them can stand for more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node as the base class does, unless it stands for another."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*), which recipes don't need")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str) -> Any:
+    """Read one YAML document of plain values; tags that name code and aliases are refused.
+
+    Raises:
+        ValueError: it is none; the message is one line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError, KeyError) as error:
+        # Besides its own errors the reader lets those of dates, numbers and odd scalars through.
+        raise ValueError(" ".join(str(error).split()).removesuffix(".") or "it is empty") from None
 
 
 def parse(values: Mapping[str, Any], where: str = "The recipe") -> Recipe:
@@ -74,6 +113,8 @@ def parse(values: Mapping[str, Any], where: str = "The recipe") -> Recipe:
         return Recipe.model_validate(_numbers(values))
     except ValidationError as error:
         raise UsageError(*_sentence(error, where)) from None
+    except (RecursionError, OverflowError) as error:
+        raise UsageError(f"{where} holds values that can't be read: {error}.") from None
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +144,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not isinstance(inner, dict):
         raise UsageError(f"{key} names no section of the recipe.", did_you_mean(key, Recipe.model_fields))
     try:
-        inner[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        inner[last] = read_yaml(text)
+    except ValueError:
         raise UsageError(f"The value of {override!r} is not YAML.", "Quote it.") from None
     # Several ways to say one thing exclude each other; an override is the user's last word.
     for group in (("tokens", "steps", "alpha"), ("model", "config"), ("eval_every", "eval_every_tokens")):

@@ -42,6 +42,10 @@ class TensorInfo:
         return tensor_bytes(self.dtype, self.shape)
 
 
+MOST_DIMS = 64
+"""What numpy can hold."""
+
+
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a tensor of safetensors `dtype` and `shape`."""
     return math.prod(shape) * ITEM_BITS[dtype] // 8
@@ -54,6 +58,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: cut, too large, not JSON, a bad dtype, shape or span, overlapping or leftover bytes.
     """
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file.")
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -86,12 +92,15 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} is not an object.")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in ITEM_BITS:
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise CheckpointError(f"{where} has dtype {dtype!r}, which uptrain can't read.")
     if not _naturals(shape):
         raise CheckpointError(f"{where} has shape {shape!r}, not a list of sizes.")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has data_offsets {offsets!r}, not [begin, end].")
+    # Zero times anything is nothing, but an array of it can't be made.
+    if len(shape) > MOST_DIMS or math.prod(max(1, size) for size in shape) >= 2**63 // ITEM_BITS[dtype]:
+        raise CheckpointError(f"{where} has a shape of {len(shape)} dims that no tensor can have.")
     info = TensorInfo(name, dtype, tuple(shape), path.name, base + offsets[0], base + offsets[1])
     if info.end - info.start != info.nbytes:
         raise CheckpointError(

@@ -8,8 +8,8 @@ from typing import Any
 
 from uptrain.errors import CheckpointError
 
-JSON_LIMIT = 200 * 2**20
-"""Bytes. No real config or index comes near it; a larger one is damage or an attack on memory."""
+JSON_LIMIT = 64 * 2**20
+"""Bytes. The index of a trillion parameters takes a quarter of it; a larger one is damage or an attack on memory."""
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -30,10 +30,13 @@ def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
     """Parse one JSON object; `what` names it in errors.
 
     Raises:
-        CheckpointError: not JSON, not an object, nested too deep, or a key repeated.
+        CheckpointError: not JSON in UTF-8, not an object, nested too deep, a key repeated, or half a character.
     """
     try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=no_duplicates)
+        if "\\ud" in text.lower():  # half of a character that takes two escapes can be read, but never written
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = str(error) or "it is nested too deep"
         raise CheckpointError(f"{what} is not valid JSON: {reason}.", "Download it again.") from None
@@ -49,6 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, too large or not one JSON object.
     """
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file.")
         if path.stat().st_size > JSON_LIMIT:
             raise CheckpointError(f"{path} is larger than {JSON_LIMIT >> 20} MiB, which no real one is.")
         data = path.read_bytes()
@@ -57,6 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(data, str(path))
 
 
-def dump_json(value: Any) -> str:
-    """Return `value` as indented JSON text ending in a newline."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def dump_json(value: Any, allow_nan: bool = False) -> str:
+    """Return `value` as indented JSON text ending in a newline.
+
+    With `allow_nan`, infinity and NaN are written as Python and transformers do, which strict JSON has no words for.
+    """
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"

@@ -41,7 +41,12 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         return None
     manifest = read_json(directory / MANIFEST)
     stages, files = manifest.get("stages"), manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(stages, list) or not isinstance(files, dict):
+    listed = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
+    try:
+        dump_json(manifest)  # as it is carried on; Python reads numbers that JSON has no words for
+    except ValueError:
+        listed = False
+    if manifest.get("format") != FORMAT or not listed or not isinstance(files, dict):
         raise CheckpointError(f"{directory / MANIFEST} is not an uptrain manifest of format {FORMAT}.")
     return manifest
 
@@ -53,7 +58,8 @@ def converted_from(directory: Path) -> dict[str, Any] | None:
         CheckpointError: as `read_manifest`.
     """
     stages = (read_manifest(directory) or {"stages": []})["stages"]
-    return next((stage["source"] for stage in stages if stage.get("stage") == "convert"), None)
+    sources = (stage.get("source") for stage in stages if stage.get("stage") == "convert")
+    return next((source for source in sources if isinstance(source, dict)), None)
 
 
 def append_stage(
@@ -108,7 +114,11 @@ def verify(directory: Path) -> dict[str, Any]:
 
 def _verify_file(directory: Path, name: str, entry: Any) -> None:
     path = directory / name
-    if directory.resolve() not in path.resolve().parents:
+    try:
+        inside = directory.resolve() in path.resolve().parents
+    except (OSError, RuntimeError, ValueError):  # too long, a link to itself, or a NUL
+        inside = False
+    if not inside:
         raise VerificationError(f"{directory / MANIFEST} names {name!r}, which is outside its folder.")
     if not isinstance(entry, dict) or not algorithm_of(str(entry.get("checksum"))):
         raise VerificationError(f"{directory / MANIFEST} has no usable checksum for {name}.")

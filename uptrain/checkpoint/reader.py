@@ -111,9 +111,9 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
         CheckpointError: no config or weights, an unsafe or wrong index, a missing, cut or corrupt shard.
     """
     config = read_config(path)
-    if (path / INDEX).exists():
+    if (path / INDEX).is_file():
         tensors = _indexed(path, INDEX, ".safetensors")
-    elif (path / SINGLE).exists():
+    elif (path / SINGLE).is_file():
         tensors = read_header(path / SINGLE)
     else:
         return _open_pickles(path, config, allow_pickle)
@@ -135,7 +135,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _open_pickles(path: Path, config: dict[str, Any], allow_pickle: bool) -> Checkpoint:
-    indexed, single = (path / PICKLE_INDEX).exists(), (path / PICKLE_SINGLE).exists()
+    indexed, single = (path / PICKLE_INDEX).is_file(), (path / PICKLE_SINGLE).is_file()
     if not indexed and not single:
         raise CheckpointError(f"{path} has no {SINGLE} and no {INDEX}.", "Name a folder with safetensors weights.")
     if not allow_pickle:
@@ -163,7 +163,7 @@ def check_shard_name(index: Path, name: Any, ending: str) -> None:
     Raises:
         CheckpointError: not text, absolute, with `..` or a drive letter, in another folder, or of another ending.
     """
-    plain = isinstance(name, str) and name.endswith(ending) and "\0" not in name
+    plain = isinstance(name, str) and name.endswith(ending) and "\0" not in name and len(os.fsencode(name)) < 256
     if not plain or len(PurePosixPath(name).parts) != 1 or len(PureWindowsPath(name).parts) != 1:
         raise CheckpointError(
             f"{index} points to {str(name)[:200]!r}, which is not a {ending} file in its own folder.",

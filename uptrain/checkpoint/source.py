@@ -48,12 +48,16 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
         CheckpointError: no such folder and no such repository, or the Hub can't be reached.
         UsageError: `model` can be neither a folder nor a Hub id.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, or a NUL
+        raise UsageError(f"{model!r} can't be the name of a folder.", "Name one, ORG/NAME, or 'demo'.") from None
     if path.is_dir():
         return Source(path.resolve(), model, "folder")
     if model == "demo":
         return Source(DEMO, model, "demo")
-    if path.exists():
+    if found:
         raise UsageError(f"{model} is a file.", "Name the folder that holds it, with its config.json.")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UsageError(f"There is no folder {model}.", "Name a checkpoint folder, a Hub id, or 'demo'.")

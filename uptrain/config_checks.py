@@ -1,0 +1,87 @@
+"""Check the kinds of config.json's values before anything computes with them: a checkpoint is untrusted input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from uptrain.errors import CheckpointError
+
+MOST = 2**31 - 1
+"""The largest whole number that a config may say of anything."""
+MOST_LAYERS = 10_000
+MOST_HEADS = 65_536
+MOST_HEAD_DIM = 65_536
+"""Far beyond any model, and small enough to list."""
+
+
+def _number(value: Any) -> bool:
+    # Whole numbers can be too long for a float, and 1e999 is read as infinity.
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+NUMBER: _Kind = ("a number", _number)
+WHOLE: _Kind = ("a whole number", _whole)
+OBJECT: _Kind = ("an object", _object)
+TEXT: _Kind = ("text", _text)
+
+KINDS: Mapping[str, _Kind] = MappingProxyType({
+    "rope_theta": NUMBER, "rotary_emb_base": NUMBER, "rms_norm_eps": NUMBER, "initializer_range": NUMBER,
+    "max_window_layers": WHOLE, "max_position_embeddings": WHOLE,
+    "rope_parameters": OBJECT, "rope_scaling": OBJECT, "attn_config": OBJECT,
+})  # fmt: skip
+"""What config.json's keys hold, where they aren't null."""
+
+ROPE_KINDS: Mapping[str, _Kind] = MappingProxyType({
+    **dict.fromkeys(("rope_type", "type"), TEXT),
+    **dict.fromkeys(
+        ("rope_theta", "factor", "attention_factor", "original_max_position_embeddings", "partial_rotary_factor",
+         "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        NUMBER,
+    ),
+})  # fmt: skip
+"""What the section of rotary parameters holds, where it isn't null."""
+
+NEVER_NULL = frozenset({"max_window_layers", "rms_norm_eps", "rope_theta"})
+
+
+def check_kinds(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config with a value of another kind than its key holds; `where` names the config.
+
+    Raises:
+        CheckpointError: such a value.
+    """
+    _check(config, KINDS, where)
+    for section in ("rope_parameters", "rope_scaling"):
+        _check(config.get(section) or {}, ROPE_KINDS, f"{where}'s {section}")
+
+
+def _check(values: Mapping[str, Any], kinds: Mapping[str, _Kind], where: str) -> None:
+    for key, (kind, fits) in kinds.items():
+        if key in values and (values[key] is not None or key in NEVER_NULL) and not fits(values[key]):
+            raise CheckpointError(f"{where} has {key} {str(values[key])[:100]}, not {kind}.")
+
+
+def check_most(value: int, most: int, what: str, where: str) -> None:
+    """Refuse a size that no model has, before as many things are listed.
+
+    Raises:
+        CheckpointError: `value` is more than `most`.
+    """
+    if value > most:
+        raise CheckpointError(f"{where} has {value:,} {what}, more than the {most:,} that uptrain takes for real.")
