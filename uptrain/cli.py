@@ -169,6 +169,7 @@ def _latent_options(command: Command) -> Command:
     help="For activations while calibrating; beyond it they go to files beside OUT.",
 )
 @click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinite values of MODEL's attention as they are.")
 @click.option("--max-shard-size", type=Size(), help="Split weights, e.g. 5GB. Default: as MODEL is split.")
 @_source_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists (only once the new one is whole).")
@@ -195,7 +196,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
 
     names = (
         "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibration_tokens", "repair_steps",
-        "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight",
+        "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight", "allow_nonfinite",
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     calibrate = options["calibrate"] or "builtin"

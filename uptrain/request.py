@@ -35,7 +35,7 @@ class Request:
 
     `grouping` says which heads share: neighbours, or those whose sharing loses least. `calibrate` names the text
     of `calibrated`: a file, a dataset or `builtin`; `repair_steps` are its gradient steps a layer, None the default.
-    `method` "auto" is mean, and svd for a latent.
+    `method` "auto" is mean, and svd for a latent. `allow_nonfinite` keeps NaN and infinite values of attention.
 
     Of a latent: `cache` is the share of the source's cache to keep, in place of `kv_lora_rank`; `rope` says how keys
     carry positions; `engine` what must be able to load it; `key_weight` how much more keys count than values.
@@ -58,6 +58,7 @@ class Request:
     rope: str | None = None
     engine: str = "any"
     key_weight: float | None = None
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         _one_of("--to", self.target, TARGETS)
@@ -78,6 +79,11 @@ class Request:
             raise UsageError("--calibration-tokens and --repair-steps can't be negative.")
         if self.target == "mqa" and self.groups not in (None, 1):
             raise UsageError(f"--to mqa keeps one head, so --groups {self.groups} contradicts it.")
+        if self.allow_nonfinite and (self.method not in ("mean", "first") or self.grouping != "contiguous"):
+            raise UsageError(
+                f"--allow-nonfinite is not for --method {self.method} with --grouping {self.grouping}.",
+                "Use --method mean or first.",
+            )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size} is not a positive number of bytes.")
 

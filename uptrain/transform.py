@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from uptrain.layout import Position
 from uptrain.methods import estimate
 from uptrain.methods.gqa import pool_layer
 from uptrain.model_config import initializer_std, why_pool_only
-from uptrain.packing import LayerHeads, join, module_of, read_layer
+from uptrain.packing import LayerHeads, join, read_layer
 from uptrain.plan import Plan
 from uptrain.plan_latent import LatentPlan
 
@@ -32,6 +33,10 @@ class Calibrated(Protocol):
 
     def kept(self, layer: int) -> dict[str, dict[str, float]]:
         """Return what each method keeps of one layer's energy."""
+
+
+MEASURABLE = 1e15
+"""The largest weight whose energy float32 can add up."""
 
 
 class LayerMaker:
@@ -59,6 +64,10 @@ class LayerMaker:
         Raises:
             CheckpointError: the source's values in this layer are not finite.
         """
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at below
+            return self._make(layer)
+
+    def _make(self, layer: int) -> dict[str, Array]:
         plan, projections = self.plan, self.plan.architecture.projections
         moved = projections != plan.host.architecture.projections
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
@@ -104,7 +113,7 @@ class LayerMaker:
         if request.method != "svd":
             return self._pooled(heads, groups, layer)
         heads, kept = methods.factor_layer(heads, groups, rotary)
-        self.kept[layer] = {name: _rounded(share.keys, share.values) for name, share in kept.items()}
+        self.kept[layer] = _known({name: _rounded(share.keys, share.values) for name, share in kept.items()})
         return heads
 
     def _latent(self, heads: LayerHeads, layer: int, latent: LatentPlan) -> LatentHeads:
@@ -115,7 +124,7 @@ class LayerMaker:
         methods = _torch_methods()
         position = methods.position_of(self.plan.architecture, self.plan.before[layer])
         found, kept = methods.latent_layer(heads, latent.target, position)
-        self.kept[layer] = {name: _rounded(share.keys, share.values) for name, share in kept.items()}
+        self.kept[layer] = _known({name: _rounded(share.keys, share.values) for name, share in kept.items()})
         return found
 
     def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
@@ -123,21 +132,24 @@ class LayerMaker:
         return pool_layer(heads, groups, request.method, seed=request.seed, index=layer, std=std)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
-        names = self.plan.architecture.projections
         for part in "qkvo":
             if not np.isfinite(as_float32(heads.part(part).weight)).all():
-                raise self._not_finite(layer, module_of(names, part))
+                raise self._not_finite(layer)
 
     def _finish(self, layer: int, base: str, name: str, array: Array) -> Array:
-        if not np.isfinite(array).all():
-            raise self._not_finite(layer, base + name)
+        if not self.plan.request.allow_nonfinite and not np.isfinite(array).all():
+            raise self._not_finite(layer)
         return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
 
-    def _not_finite(self, layer: int, name: str) -> CheckpointError:
-        place = self.plan.architecture.place(layer)
+    def _not_finite(self, layer: int) -> CheckpointError:
+        architecture = self.plan.architecture
+        base = architecture.attention(self.plan.prefix, layer)
+        names = [name for name in self.checkpoint.tensors if name.startswith(base)]
+        found = [name for name in names if not np.isfinite(as_float32(self.checkpoint.read(name))).all()]
         return CheckpointError(
-            f"Layer {place} of the source has NaN or infinite values in its attention ({name}).",
-            "Nothing useful can be made of it; download the checkpoint again.",
+            f"Layer {architecture.place(layer)} of the source has NaN or infinite values in "
+            f"{', '.join(found) or 'its attention'}.",
+            "Download the checkpoint again, or keep them with --allow-nonfinite and --method mean or first.",
         )
 
 
@@ -179,17 +191,23 @@ def _estimate(
     heads: LayerHeads, groups: int, position: Position, rotary_ndims: int | None
 ) -> dict[str, dict[str, float]]:
     keys, values = estimate.rows_of(heads.part("k")), estimate.rows_of(heads.part("v"))
-    if not (np.isfinite(keys).all() and np.isfinite(values).all()):
-        return {}  # refused with its name when the layer is finished
+    if not all(np.abs(part).max(initial=0) < MEASURABLE for part in (keys, values)):
+        return {}  # what isn't finite is refused with its name when the layer is finished
     if not position.rotates or rotary_ndims == 0:
         best = estimate.kept_by_factor(keys, groups)
     else:
         interleaved = position is Position.ROTARY_INTERLEAVED
         best = estimate.kept_by_phases(keys, groups, interleaved, rotary_ndims or keys.shape[1])
-    return {
+    found = {
         "mean": _rounded(estimate.kept_by_mean(keys, groups), estimate.kept_by_mean(values, groups)),
         "svd": _rounded(best, estimate.kept_by_factor(values, groups)),
     }
+    return _known(found)
+
+
+def _known(kept: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    # Values near the largest of their dtype have no energy that can be told, and JSON has no word for it.
+    return {name: shares for name, shares in kept.items() if all(map(math.isfinite, shares.values()))}
 
 
 def _rounded(keys: float, values: float) -> dict[str, float]:

@@ -1,0 +1,177 @@
+"""Odd values and odd machines: what is in the source is kept or named, and the same source gives the same bytes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.small import digests, save_small, small_tensors
+from uptrain.convert import convert, plan_conversion
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.request import Request
+
+KEY, VALUE = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")
+MQA, GQA2 = Request("mqa"), Request("gqa", 2)
+DTYPES = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> str:
+    save_small(folder, **config)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return str(folder)
+
+
+def tensors(dtype: torch.dtype = torch.float32, **config: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array).to(dtype) for name, array in small_tensors(3, **config).items()}
+
+
+def result(source: str, out: Path, request: Request) -> dict[str, torch.Tensor]:
+    convert(source, out, request)
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mean_is_within_a_rounding_of_the_mean_in_float64(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Subnormals of the dtype among them, which must not be flushed to zero."""
+    source = tensors(dtype)
+    smallest = torch.finfo(dtype).smallest_normal / 4
+    source[KEY][:, 0] = smallest
+    source[VALUE][:, 1] = torch.tensor([smallest, -smallest]).repeat(4).to(dtype)
+    found = result(save(tmp_path / "src", source), tmp_path / "out", MQA)
+    for name in (KEY, VALUE):
+        wanted = source[name].double().unflatten(0, (4, 2)).mean(0)
+        # A sum in float32 rounds once a head, and float64 is summed in float32 as well.
+        unit = max(DTYPES[dtype], 2**-23)
+        tiny = max(torch.finfo(dtype).tiny * DTYPES[dtype], torch.finfo(torch.float32).tiny * 2**-23)
+        assert ((found[name].double() - wanted).abs() <= unit * wanted.abs() + 4 * unit * 0.5 + tiny).all()
+    if dtype is not torch.float64:  # whose smallest values float32 has no place for
+        assert (found[KEY][:, 0] == smallest).all()
+    for name in source:
+        if name not in (KEY, VALUE) and "self_attn" not in name:
+            assert torch.equal(found[name], source[name])
+
+
+def test_first_keeps_every_bit(tmp_path: Path) -> None:
+    """Minus zero, subnormals and the largest numbers included."""
+    bits = torch.from_numpy(np.random.default_rng(0).integers(0, 2**16, (8, 8), dtype=np.uint16).view(np.int16))
+    wild = torch.where(bits.view(torch.bfloat16).isfinite(), bits.view(torch.bfloat16), torch.tensor(-0.0).bfloat16())
+    source = {**tensors(torch.bfloat16), KEY: wild}
+    found = result(save(tmp_path / "src", source), tmp_path / "out", Request("mqa", None, "first"))
+    assert torch.equal(found[KEY].view(torch.int16), wild[:2].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_weights_outside_attention_pass_and_in_attention_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    source = {**tensors(torch.bfloat16), name: torch.ones(8, 8).to(dtype)}
+    folder = save(tmp_path / "src", source)
+    found = result(folder, tmp_path / "out", MQA)
+    assert torch.equal(found[name].view(torch.uint8), source[name].view(torch.uint8))
+    with pytest.raises(UsageError, match=f"{name} is F8_.*mean nothing without their scales"):
+        plan_conversion(folder, Request("mqa", dtype="bfloat16"))
+    with pytest.raises(CheckpointError, match=f"Tensor {KEY} is F8_.*quantised checkpoints can't be pooled"):
+        plan_conversion(save(tmp_path / "src", {**source, KEY: source[KEY].to(dtype)}), MQA)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [KEY, VALUE])
+def test_what_is_not_finite_is_named_or_kept(name: str, bad: float, tmp_path: Path) -> None:
+    source = tensors(torch.bfloat16)
+    source[name][2, 3] = bad
+    folder = save(tmp_path / "src", source)
+    for request in (
+        GQA2,
+        Request("gqa", 2, "svd"),
+        Request("gqa", 2, grouping="similar"),
+        Request("mla", dtype="float32"),
+    ):
+        with pytest.raises(CheckpointError, match=f"Layer 1 .* in {name}.*--allow-nonfinite"):
+            convert(folder, tmp_path / "out", request, overwrite=True)
+    assert not (tmp_path / "out").exists()
+    found = result(folder, tmp_path / "kept", Request("gqa", 2, allow_nonfinite=True))
+    pooled = source[name].float().unflatten(0, (2, 2, 2)).mean(1).flatten(0, 1).bfloat16()
+    assert torch.equal(found[name], pooled) or torch.allclose(found[name].float(), pooled.float(), equal_nan=True)
+    assert (~found[name].isfinite()).sum() == 1
+    with pytest.raises(UsageError, match="--allow-nonfinite is not for --method svd"):
+        Request("gqa", 2, "svd", allow_nonfinite=True)
+
+
+DEGENERATE = {
+    "dead heads": lambda weight: weight[:4].zero_(),
+    "all dead": lambda weight: weight.zero_(),
+    "rank one": lambda weight: weight.copy_(torch.outer(torch.ones(8), torch.linspace(1, 2, 8))),
+    "equal heads": lambda weight: weight.copy_(weight[:2].repeat(4, 1)),
+    "repeated singular values": lambda weight: weight.copy_(torch.eye(8)),
+    "signs": lambda weight: weight.copy_(torch.diag(torch.tensor([1.0, -1.0] * 4))),
+}
+METHODS = {
+    "svd": Request("gqa", 2, "svd"),
+    "svd, one head": Request("mqa", None, "svd"),
+    "similar": Request("gqa", 2, "svd", grouping="similar"),
+    "latent": Request("mla", dtype="float32", kv_lora_rank=6, qk_rope_head_dim=2),
+    "longrope": Request("mla", dtype="float32", rope="longrope", kv_lora_rank=6, qk_rope_head_dim=2),
+}
+
+
+@pytest.mark.parametrize("request_", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_heads_give_finite_weights_and_the_same_bytes_twice(
+    kind: str, request_: Request, tmp_path: Path
+) -> None:
+    """Where singular values repeat, signs and order are free: they must be chosen, not left to chance."""
+    source = tensors()
+    for name in (KEY, VALUE):
+        DEGENERATE[kind](source[name])
+    folder = save(tmp_path / "src", source)
+    found = result(folder, tmp_path / "one", request_)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    convert(folder, tmp_path / "two", request_)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_a_calibration_text_of_one_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has 1 tokens, less than two blocks of \d+") as caught:
+        convert("demo", tmp_path / "out", Request("mqa", None, "calibrated", calibration_tokens=1))
+    assert "--calibration-tokens" in caught.value.hint and not (tmp_path / "out").exists()
+
+
+REQUESTS = {
+    "mean": GQA2, "first": Request("gqa", 2, "first"), "svd": Request("gqa", 2, "svd"),
+    "mla": Request("mla", dtype="float32"),
+}  # fmt: skip
+ELSEWHERE = """
+import sys, torch
+from pathlib import Path
+from tests.numerics.test_numerics import REQUESTS, convert
+torch.set_num_threads(4)
+for name, request in REQUESTS.items():
+    convert(sys.argv[1], Path(sys.argv[2]) / f"there-{name}", request)
+"""
+
+
+def test_threads_and_vector_units_change_no_byte_of_pooled_weights(tmp_path: Path) -> None:
+    """Against a process of four threads whose torch uses no vector units; factored weights may round otherwise."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
+    folder = save(tmp_path / "src", tensors(**sizes), **sizes)
+    plain = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    machine = {**plain, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    command = [sys.executable, "-c", ELSEWHERE, folder, str(tmp_path)]
+    with subprocess.Popen(command, env=machine, cwd=Path(__file__).parents[2]) as there:
+        for name, request in REQUESTS.items():
+            convert(folder, tmp_path / f"here-{name}", request)
+    assert there.returncode == 0
+    for name in REQUESTS:
+        here, other = tmp_path / f"here-{name}", tmp_path / f"there-{name}"
+        if name in ("mean", "first"):
+            assert digests(here) == digests(other)
+        found = load_file(other / "model.safetensors")
+        for key, tensor in load_file(here / "model.safetensors").items():
+            torch.testing.assert_close(tensor, found[key], rtol=1e-3, atol=1e-5 * float(tensor.abs().max()) + 1e-12)
