@@ -42,7 +42,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
             use_safetensors=True,
             attn_implementation=attn_implementation,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # for a config that is broken it raises anything
         reason = " ".join(str(error).split())
         raise CheckpointError(f"transformers can't load {source.name}: {reason}") from None
     return model
@@ -56,7 +56,7 @@ def load_tokenizer(path: Path | str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # for files that are broken it raises anything, bare Exceptions from Rust included
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}") from None
 

@@ -82,6 +82,12 @@ class World:
                 return True
         return False
 
+    def cut_off(self) -> None:
+        """Leave a run that was killed when its last shard was written, but for its name."""
+        calls = self.calls(False)
+        shard = max(number for number, call in enumerate(calls) if call.name.endswith(".safetensors.tmp"))
+        assert self.disturbed(False, killed_at(shard), Killed)
+
     def check_nothing_lost(self, overwrite: bool) -> None:
         """OUT is whole, the older one or the new one, or it isn't there."""
         replaced = self.out.with_name("out.uptrain-replaced")
@@ -225,15 +231,32 @@ def _weights(folder: Path) -> dict[str, str]:
 
 
 def test_a_source_that_changed_since_a_run_was_cut_off(world: World) -> None:
-    calls = world.calls(False)
-    shard = max(number for number, call in enumerate(calls) if call.name.endswith(".safetensors.tmp"))
-    assert world.disturbed(False, killed_at(shard), Killed)
+    world.cut_off()
     save_small(world.source, 3, small_tensors(7))
     notes: list[str] = []
     convert(str(world.source), world.out, MQA, on_note=notes.append)
     assert notes == ["The source or uptrain changed since the run that was cut off: starting over."]
     convert(str(world.source), world.root / "later", MQA)
     assert digests(world.out) == digests(world.root / "later")
+
+
+def test_a_finished_shard_that_was_damaged_is_written_again(world: World) -> None:
+    world.cut_off()
+    first, second = sorted(world.out.with_name("out.partial").glob("model-*.safetensors"))
+    first.write_bytes(b"\0" * 100)
+    assert convert(str(world.source), world.out, MQA).resumed == (second.name,)
+    assert digests(world.out) == world.final
+
+
+def test_another_request_does_not_resume_the_first(world: World) -> None:
+    world.cut_off()
+    with pytest.raises(UsageError, match="unfinished conversion of another plan"):
+        convert(str(world.source), world.out, Request("gqa", 2))
+    world.check_ends_well(False)
+    world.cut_off()
+    convert(str(world.source), world.out, Request("gqa", 2), overwrite=True)
+    convert(str(world.source), world.root / "gqa", Request("gqa", 2))
+    assert digests(world.out) == digests(world.root / "gqa")
 
 
 def test_a_folder_of_somebody_else_is_not_touched(world: World) -> None:
@@ -247,9 +270,7 @@ def test_a_folder_of_somebody_else_is_not_touched(world: World) -> None:
 
 
 def test_what_lies_about_in_an_unfinished_folder_does_not_get_into_the_result(world: World) -> None:
-    calls = world.calls(False)
-    shard = max(number for number, call in enumerate(calls) if call.name.endswith(".safetensors.tmp"))
-    assert world.disturbed(False, killed_at(shard), Killed)
+    world.cut_off()
     partial, outside = world.out.with_name("out.partial"), world.root / "outside"
     outside.write_text("mine")
     (partial / "tokenizer.json").symlink_to(outside)
@@ -263,9 +284,7 @@ def test_a_clock_that_jumps_backwards(world: World, monkeypatch: pytest.MonkeyPa
     ticks = itertools.count()
     monkeypatch.setattr("time.time", lambda: 4e9 - 1000.0 * next(ticks))
     monkeypatch.setattr("time.time_ns", lambda: 10**9 * (4 * 10**9 - 1000 * next(ticks)))
-    calls = world.calls(False)
-    shard = max(number for number, call in enumerate(calls) if call.name.endswith(".safetensors.tmp"))
-    assert world.disturbed(False, killed_at(shard), Killed)
+    world.cut_off()
     for path in world.out.with_name("out.partial").iterdir():
         os.utime(path, (5e9, 5e9))
     done = convert(str(world.source), world.out, MQA)
