@@ -115,14 +115,14 @@ def verify(directory: Path) -> dict[str, Any]:
 def _verify_file(directory: Path, name: str, entry: Any) -> None:
     path = directory / name
     try:
-        inside = directory.resolve() in path.resolve().parents
+        inside, there = directory.resolve() in path.resolve().parents, path.is_file()
     except (OSError, RuntimeError, ValueError):  # too long, a link to itself, or a NUL
-        inside = False
+        inside = there = False
     if not inside:
         raise VerificationError(f"{directory / MANIFEST} names {name!r}, which is outside its folder.")
     if not isinstance(entry, dict) or not algorithm_of(str(entry.get("checksum"))):
         raise VerificationError(f"{directory / MANIFEST} has no usable checksum for {name}.")
-    if not path.is_file():
+    if not there:
         raise VerificationError(f"{path} is missing.", "Convert or download it again.")
     size = path.stat().st_size
     if size != entry.get("size"):

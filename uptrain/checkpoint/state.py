@@ -32,7 +32,8 @@ class State:
         """
         try:
             value = parse_object(self.path.read_bytes(), str(self.path))
-        except (FileNotFoundError, NotADirectoryError, UptrainError):
+            dump_json(value)  # as its notes go into the manifest
+        except (FileNotFoundError, NotADirectoryError, UptrainError, ValueError):
             return None
         shards, layers = value.get("shards"), value.get("layers")
         if value.get("plan") == self.plan and isinstance(shards, dict) and isinstance(layers, dict):
