@@ -125,7 +125,7 @@ def test_every_family_is_planned_or_refused(
         keys.hidden_size, keys.num_hidden_layers, keys.num_attention_heads, keys.num_key_value_heads, keys.head_dim,
     )  # fmt: skip
     config = {"model_type": model_type, **{key: size for key, size in zip(named, sizes, strict=True) if key}, **changes}
-    base = architecture.layer.format(prefix=architecture.prefixes[0], layer=0)
+    base = architecture.attention(architecture.prefixes[0], 0)
     tensors = {}
     for part in "qkvo":
         for kind, shape in (("weight", (rows, 8)), ("bias", (rows,))):
