@@ -138,13 +138,13 @@ def run_plan(
     lets calibrations of one source share what they have in common.
     """
     folder = Path(out) if out is not None else default_out(source, plan)
-    partial, beside = partial_of(folder), (_calibration_of(folder),)
-    with _resumable(), friendly_errors(partial):
+    with _resumable(), friendly_errors(folder):
         found = _committed(folder, source, plan)
         if found is not None:
-            tidy(folder, beside)
+            tidy(folder, (_calibration_of(folder),))
             return found
         check_out(folder, overwrite, source.path)
+        partial, beside = partial_of(folder), (_calibration_of(folder),)
         state = State(partial, plan.digest, _command(source, plan.request))
         with staged(folder, overwrite, lambda _: _left(state, plan, overwrite, on_note), beside):
             resumed = tuple(state.shards)

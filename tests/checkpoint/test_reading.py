@@ -71,7 +71,7 @@ def test_a_sharded_checkpoint_reads_as_one(tmp_path: Path) -> None:
         ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, b"12345678", "shape"),
         ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, b"12345678", "shape"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, b"12345678", "data_offsets"),
-        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, b"12345678", "takes"),
+        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, b"12345678", "no tensor can have"),
         ({"a": 3}, b"", "not an object"),
         (
             {
