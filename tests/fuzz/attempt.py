@@ -21,7 +21,7 @@ SECONDS = 3
 WAIT = 90
 """Seconds by the clock, for an input that waits for something."""
 
-ALL = 2_400
+ALL = 2_500
 """Inputs of an ordinary run."""
 
 

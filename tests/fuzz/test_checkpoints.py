@@ -80,7 +80,7 @@ def converted(place: Path, request: Request) -> Path | None:
 
 
 @given(config=as_json(damaged(RICH, KEYS) | damaged(CONFIG, KEYS, 1)), request_=st.sampled_from(REQUESTS))
-@inputs(500)
+@inputs(350)
 @example(config=b'{"model_type": ["llama"]}', request_=Request())  # was a TypeError
 @example(config=b'{"model_type": "llama", "num_hidden_layers": 2147483647}', request_=Request())  # listed them all
 @example(
@@ -114,7 +114,7 @@ def test_a_config_says_anything(config: bytes, request_: Request, place: Path) -
     rows=st.integers(0, 9),
     request_=st.sampled_from(REQUESTS),
 )
-@inputs(550)
+@inputs(450)
 def test_every_family_is_planned_or_refused(
     model_type: str, changes: dict[str, Any], sizes: list[int], rows: int, request_: Request, place: Path
 ) -> None:
@@ -166,7 +166,7 @@ POOLED = [request for request in REQUESTS if request.target != "mla" and request
 
 
 @given(tensors=strange(), request_=st.sampled_from(POOLED))
-@inputs(200)
+@inputs(120)
 @example(tensors={**TENSORS, KEYS_OF_ONE: np.full((8, 8), 1e38, np.float32)}, request_=Request("mqa"))
 def test_tensors_of_any_kind(tensors: dict[str, np.ndarray], request_: Request, place: Path) -> None:
     (place / "model" / "config.json").write_text(json.dumps(CONFIG))
@@ -188,7 +188,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(data=st.data())
-@inputs(250)
+@inputs(150)
 def test_a_manifest_says_anything(data: st.DataObject, result: Path) -> None:
     """It is verified, its history told and carried on; nothing that it names outside the folder is read."""
     path = result / "out" / MANIFEST

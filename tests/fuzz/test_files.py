@@ -47,7 +47,7 @@ def broken(draw: st.DrawFn) -> bytes:
 
 
 @given(data=broken())
-@inputs(120)
+@inputs(60)
 def test_a_pickle_is_weights_or_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "pytorch_model.bin").write_bytes(data)
@@ -65,7 +65,7 @@ SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoToke
 
 
 @given(tokenizer=as_json(damaged(TOKENIZER)), settings_=as_json(damaged(SETTINGS, ("added_tokens_decoder",))))
-@inputs(25)
+@inputs(15)
 def test_a_tokenizer_loads_or_is_refused_and_its_code_does_not_run(
     tokenizer: bytes, settings_: bytes, tmp_path: Path
 ) -> None:

@@ -31,7 +31,7 @@ PIECES = st.sampled_from([
 
 
 @given(text=st.lists(PIECES | st.text(max_size=5), max_size=8).map("".join))
-@inputs(250)
+@inputs(150)
 @example(text="when: 2001-99-99")  # was a ValueError
 @example(text="steps: " + "1" * 5000)
 @example(text="a: " + "[" * 2000)
@@ -49,7 +49,7 @@ def test_yaml_is_plain_values_or_refused(text: str, tmp_path: Path, monkeypatch:
 
 
 @given(changed=damaged(BASE, KEYS), where=st.sampled_from(KEYS), value=values)
-@inputs(300)
+@inputs(200)
 def test_values_of_any_kind_fit_or_are_refused(changed: dict[str, Any], where: str, value: Any, tmp_path: Path) -> None:
     """What is taken for a recipe can be asked for its length and written down again."""
     path = tmp_path / "recipe.yaml"
