@@ -10,6 +10,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -18,6 +19,9 @@ from transformers import AutoConfig, PreTrainedModel
 from uptrain.architectures import ARCHITECTURES
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 T5 = {
     "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
