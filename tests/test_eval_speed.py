@@ -22,6 +22,7 @@ class Clocked:
     """Stands in for a model whose every call takes as long as it is told: a prefill, then so many steps, a turn."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(is_encoder_decoder=False)
 
     def __init__(self, clock: list[float], seconds: list[tuple[float, float]], calls: list[Any]) -> None:
         self.clock, self.seconds, self.calls, self.turn = clock, seconds, calls, -1

@@ -121,8 +121,9 @@ def test_split_rows_are_the_heads_the_module_computes(model_type: str, save_tiny
     """q, k and v of our heads equal what the module's own projections give, and what it puts into its cache."""
     folder = save_tiny(model_type)
     entry, checkpoint, model = family(model_type), open_checkpoint(folder), load(folder)
-    spec = attention_layers(entry, checkpoint.config, "src")[1]
-    base = entry.attention(find_prefix(entry, checkpoint, "src"), 1)
+    second = len(entry.attentions)  # the second layer's own
+    spec = attention_layers(entry, checkpoint.config, "src")[second]
+    base = entry.attention(find_prefix(entry, checkpoint, "src"), second)
     names = [f"{m}.{kind}" for m in modules_of(entry.projections, frozenset("qkvo")) for kind in ("weight", "bias")]
     tensors = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
     heads = split(entry.projections, spec, tensors)
@@ -157,7 +158,11 @@ def seen_and_cached(model: PreTrainedModel, name: str, layer: int) -> tuple[torc
         if hasattr(module, norm):
             setattr(module, norm, torch.nn.Identity())
     module.register_forward_pre_hook(lambda _, args, named: seen.append((*args, *named.values())[0]), with_kwargs=True)
-    cache = model(torch.arange(5)[:, None] + 7, use_cache=True, past_key_values=DynamicCache()).past_key_values
+    ids = torch.arange(5)[:, None] + 7
+    if model.config.is_encoder_decoder:
+        cache = model(**read(model, ids), decoder_input_ids=ids, use_cache=True).past_key_values.self_attention_cache
+    else:
+        cache = model(ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
     held = cache.layers[layer]
     return seen[0][:, 0], {"k": held.keys[:, :, 0].numpy(), "v": held.values[:, :, 0].numpy()}
 
