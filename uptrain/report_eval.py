@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uptrain import console
+from uptrain.words import number
 
 if TYPE_CHECKING:
     from uptrain.demo.run import Demo
@@ -57,16 +58,16 @@ def _table(
     rows = [
         ("perplexity", *(f"{each.perplexity:.3f}" for each in measured)),
         ("  seq2seq loss, nats", *(_loss(each) for each in measured)),
-        ("  times the original's", *(_far(each, "perplexity_ratio", ".4f") for each in against)),
+        ("  times the original's", *(_far(each, "perplexity_ratio", "{:.4f}") for each in against)),
         ("bits per byte", *(f"{each.bits_per_byte:.4f}" for each in measured)),
-        ("KL from the original", *(_far(each, "kl", ".4g") for each in against)),
-        ("top-1 agreement", *(_far(each, "top1_agreement", ".1%") for each in against)),
-        ("top-5 agreement", *(_far(each, "top5_agreement", ".1%") for each in against)),
-        ("flip rate", *(_far(each, "flip_rate", ".2%") for each in against)),
+        ("KL from the original", *(_far(each, "kl", "{:.4g}") for each in against)),
+        ("top-1 agreement", *(_far(each, "top1_agreement", "{:.1%}") for each in against)),
+        ("top-5 agreement", *(_far(each, "top5_agreement", "{:.1%}") for each in against)),
+        ("flip rate", *(_far(each, "flip_rate", "{:.2%}") for each in against)),
         ("cache per token", *(console.size(each.cache_bytes_per_token) for each in measured)),
         ("  of it cross-attention", *(_cross(each) for each in measured)),
-        ("decode, tokens/s", *(_speed(each.decode_tokens_per_second) for each in measured)),
-        ("prefill, tokens/s", *(_speed(each.prefill_tokens_per_second) for each in measured)),
+        ("decode, tokens/s", *(number(each.decode_tokens_per_second, "{:,.0f}") for each in measured)),
+        ("prefill, tokens/s", *(number(each.prefill_tokens_per_second, "{:,.0f}") for each in measured)),
     ]
     # A figure that no model has is no row.
     return ("", *names), [row for row in rows if set(row[1:]) != {"–"}]
@@ -83,7 +84,7 @@ def _cross(measured: Measured) -> str:
 def _far(found: Evaluation | None, figure: str, form: str) -> str:
     if found is None:
         return "–"
-    return _ranged(getattr(found, figure), getattr(found, f"{figure}_interval", None), form)
+    return number(getattr(found, figure), form, getattr(found, f"{figure}_interval", None))
 
 
 def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -91,7 +92,7 @@ def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     # A path is told by its end.
     names = [(Path(row.text).name, f"{row.context:,}") for row in found.rows]
     if found.baseline is None:
-        ranged = [(_ranged(row.perplexity, row.perplexity_interval, ".2f"),) for row in found.rows]
+        ranged = [(number(row.perplexity, "{:.2f}", row.perplexity_interval),) for row in found.rows]
         return ("text", "context", "perplexity"), [(*name, *each) for name, each in zip(names, ranged, strict=True)]
     # The ratio's interval is the one that compares: those of the two perplexities hold the text's own spread.
     figures = [
@@ -103,12 +104,6 @@ def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     ]  # fmt: skip
     columns = ("text", "context", "perplexity", "original's", "ratio", "KL", "top-1", "flips")
     return columns, [(*name, *each) for name, each in zip(names, figures, strict=True)]
-
-
-def _ranged(value: float | None, interval: tuple[float, float] | None, form: str) -> str:
-    if value is None:
-        return "–"
-    return f"{value:{form}}" + (f" ({_between(interval, form)})" if interval else "")
 
 
 def _tasks(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -133,14 +128,14 @@ def _needle(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return columns and a row for each length and depth: keys found, and nats per token of the key."""
     places = [(f"{cell.length:,}", f"{cell.depth:.0%}", str(cell.samples)) for cell in found.needle]
     ours = [
-        (_ranged(cell.exact_match, cell.exact_match_interval, ".0%"), f"{cell.log_probability:.2f}")
+        (number(cell.exact_match, "{:.0%}", cell.exact_match_interval), f"{cell.log_probability:.2f}")
         for cell in found.needle
     ]
     columns = ("length", "depth", "samples", f"{found.model.name}: found", "log p")
     if found.baseline is None:
         return columns, [(*place, *own) for place, own in zip(places, ours, strict=True)]
     theirs = [
-        (_ranged(cell.baseline_exact_match, cell.baseline_exact_match_interval, ".0%"),
+        (number(cell.baseline_exact_match, "{:.0%}", cell.baseline_exact_match_interval),
          f"{cell.baseline_log_probability:.2f}")
         for cell in found.needle
     ]  # fmt: skip
@@ -172,27 +167,26 @@ def _speeds(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return columns and a row for each batch and context."""
     places = [(str(cell.batch), f"{cell.context:,}") for cell in found.speeds]
     ours = [
-        (_speed(cell.prefill_tokens_per_second), _ranged(cell.decode_tokens_per_second, cell.decode_range, ",.0f"))
+        (
+            number(cell.prefill_tokens_per_second, "{:,.0f}"),
+            number(cell.decode_tokens_per_second, "{:,.0f}", cell.decode_range),
+        )
         for cell in found.speeds
     ]
     if found.baseline is None:
         alone = ("batch", "context", "prefill", "decode")
         return alone, [(*place, *own) for place, own in zip(places, ours, strict=True)]
     theirs = [
-        (_speed(cell.baseline_prefill_tokens_per_second),
-         _ranged(cell.baseline_decode_tokens_per_second, cell.baseline_decode_range, ",.0f"))
+        (number(cell.baseline_prefill_tokens_per_second, "{:,.0f}"),
+         number(cell.baseline_decode_tokens_per_second, "{:,.0f}", cell.baseline_decode_range))
         for cell in found.speeds
     ]  # fmt: skip
     rows: list[tuple[str, ...]] = [
-        (*place, base[0], own[0], base[1], own[1], _ranged(cell.decode_ratio, cell.decode_ratio_range, ".2f"))
+        (*place, base[0], own[0], base[1], own[1], number(cell.decode_ratio, "{:.2f}", cell.decode_ratio_range))
         for place, base, own, cell in zip(places, theirs, ours, found.speeds, strict=True)
     ]
     columns = ("batch", "context", "prefill: original", "this", "decode: original", "this", "times it")
     return columns, rows
-
-
-def _speed(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
 
 
 def _how(found: Evaluation) -> str:
