@@ -113,7 +113,7 @@ class LayerMaker:
         if request.method != "svd":
             return self._pooled(heads, groups, layer)
         heads, kept = methods.factor_layer(heads, groups, rotary)
-        self.kept[layer] = _known({name: _rounded(share.keys, share.values) for name, share in kept.items()})
+        self.kept[layer] = _told(kept)
         return heads
 
     def _latent(self, heads: LayerHeads, layer: int, latent: LatentPlan) -> LatentHeads:
@@ -124,7 +124,7 @@ class LayerMaker:
         methods = _torch_methods()
         position = methods.position_of(self.plan.architecture, self.plan.before[layer])
         found, kept = methods.latent_layer(heads, latent.target, position)
-        self.kept[layer] = _known({name: _rounded(share.keys, share.values) for name, share in kept.items()})
+        self.kept[layer] = _told(kept)
         return found
 
     def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
@@ -203,6 +203,10 @@ def _estimate(
         "svd": _rounded(best, estimate.kept_by_factor(values, groups)),
     }
     return _known(found)
+
+
+def _told(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return _known({name: _rounded(share.keys, share.values) for name, share in kept.items()})
 
 
 def _known(kept: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
