@@ -53,18 +53,6 @@ MASKS = {
 }
 
 
-@pytest.fixture
-def pair(save_tiny: Save, tmp_path: Path) -> Pair:
-    """Return a function that gives a converted tiny model and its oracle."""
-
-    def make(model_type: str, groups: int = 2, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-        source = save_tiny(model_type, **changes)
-        convert(str(source), tmp_path / "out", request(groups))
-        return load(tmp_path / "out"), pool_model(load(source), groups)
-
-    return make
-
-
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=lambda value: next(iter(value), "")[:20])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_family_s_options_keep_their_meaning(

@@ -34,18 +34,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 PAIRS = torch.tensor([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 32]])
 
 
-@pytest.fixture
-def pair(save_tiny: Save, tmp_path: Path) -> Callable[..., tuple[PreTrainedModel, PreTrainedModel]]:
-    """Return a function that gives a converted tiny model and its oracle."""
-
-    def make(model_type: str, groups: int = 2, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-        source = save_tiny(model_type, **changes)
-        convert(str(source), tmp_path / "out", request(groups))
-        return load(tmp_path / "out"), pool_model(load(source), groups)
-
-    return make
-
-
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=lambda value: next(iter(value), "")[:20])
 def test_a_family_s_options_keep_their_meaning(
     model_type: str, changes: dict[str, Any], pair: Callable[..., tuple[PreTrainedModel, PreTrainedModel]]
