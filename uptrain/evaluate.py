@@ -125,8 +125,7 @@ def evaluate(
 
 def _check_reading(names: Sequence[str], loaded: Sequence[Any], more: bool) -> None:
     for name, each in zip(names, loaded, strict=True):
-        if each.main_input_name != "input_ids":
-            raise UsageError(f"{name} reads {each.main_input_name}, not text, and text is all that eval can give it.")
+        models.check_reads_text(each, name, "eval")
     encoders = [has_encoder(each) for each in loaded]
     if len(set(encoders)) > 1:
         raise UsageError(f"Of {' and '.join(names)} only one has an encoder, so they can't be given the same text.")

@@ -101,6 +101,18 @@ def new_tokenizer(spec: TokenizerSpec, texts: Iterator[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
+def check_reads_text(model: Any, name: str, command: str, hint: str = "") -> None:
+    """Refuse a model that reads something else than token ids, which `command` can't give it.
+
+    Raises:
+        UsageError: it does.
+    """
+    if model.main_input_name != "input_ids":
+        raise UsageError(
+            f"{name} reads {model.main_input_name}, not text, and text is all that {command} can give it.", hint
+        )
+
+
 def longest_context(model: Any) -> int | None:
     """Return how many positions a model has, by its family's own word for them; None where its config counts none."""
     entry = ARCHITECTURES.get(model.config.model_type)

@@ -53,11 +53,7 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
     else:
         model = models.load_model(source, attn_implementation=recipe.attn_implementation)
         dtype = models.dtype_named(recipe.dtype) or model.dtype
-        if model.main_input_name != "input_ids":
-            raise UsageError(
-                f"{source.name} reads {model.main_input_name}, not text, and text is all that train can give it.",
-                "Train it with transformers' Seq2SeqTrainer.",
-            )
+        models.check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")
         if model.config.is_encoder_decoder and any(isinstance(each, Teacher) for each in recipe.data):
             raise UsageError(
                 f"{source.name} has an encoder, and a teacher of its kind can't write text from nothing.",
