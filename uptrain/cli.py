@@ -173,6 +173,11 @@ def _latent_options(command: Command) -> Command:
 @click.option("--max-shard-size", type=Size(), help="Split weights, e.g. 5GB. Default: as MODEL is split.")
 @_source_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists (only once the new one is whole).")
+@click.option(
+    "--join",
+    is_flag=True,
+    help="Share the work with every process that runs this same command, here or on machines that see the same OUT.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def convert(model: str, out: str | None, **options: Any) -> None:
@@ -213,7 +218,12 @@ def convert(model: str, out: str | None, **options: Any) -> None:
         report.dry_run(source, plan, folder, options["as_json"])
         return
     console.note(f"Reading {source.describe()}")
-    settings = {"overwrite": options["overwrite"], "memory": options["memory"], "on_note": console.note}
+    settings = {
+        "overwrite": options["overwrite"],
+        "join": options["join"],
+        "memory": options["memory"],
+        "on_note": console.note,
+    }
     with console.bytes_progress("Converting", plan.total_bytes) as advance:
         done = run_plan(
             source, checkpoint, plan, folder, on_progress=advance, on_layer=console.layer_progress(), **settings

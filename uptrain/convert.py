@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uptrain.checkpoint.checksum import DEFAULT, Checksum, algorithm_of, checksum_file
+from uptrain.checkpoint.checksum import Checksum, checksum_file
+from uptrain.checkpoint.joint import CALIBRATION
 from uptrain.checkpoint.jsonfile import dump_json
-from uptrain.checkpoint.manifest import append_stage
+from uptrain.checkpoint.manifest import append_stage, read_manifest
 from uptrain.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.remote import open_headers
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.state import State
-from uptrain.checkpoint.writer import STATE, check_out, friendly_errors, partial_of, staged, tidy, write_atomic
-from uptrain.errors import CheckpointError, Interrupted, UptrainError, UsageError
+from uptrain.checkpoint.writer import check_out, friendly_errors, tidy, write_atomic
+from uptrain.errors import CheckpointError, Interrupted, UsageError
 from uptrain.pipeline import Pipeline, Progress
 from uptrain.plan import Plan, make_plan, plan_digest
 from uptrain.request import Request
+from uptrain.resume import Begun, begun
 from uptrain.transform import choose_by_weights
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 MEMORY = 4 * 2**30
 """Default bytes for the activations of a calibration."""
+PAUSE = 0.5
+"""Seconds between two looks at whether other processes have finished, or died."""
 
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -38,19 +44,19 @@ COMPANIONS = (
 )  # fmt: skip
 """Files that go into the result as they are."""
 
+Kept = dict[int, dict[str, dict[str, float]]]
+"""By layer and method, the share of key and of value energy that was kept, or would have been."""
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: where the result is, its plan, and which shards an earlier run had finished.
-
-    `kept` gives, by layer and method, the share of key and of value energy that was kept, or would have been.
-    """
+    """What a conversion did: where the result is, its plan, and which shards an earlier run had finished."""
 
     out: Path
     source: Source
     plan: Plan
     resumed: tuple[str, ...]
-    kept: dict[int, dict[str, dict[str, float]]]
+    kept: Kept
 
 
 def plan_conversion(
@@ -92,12 +98,16 @@ def convert(
     revision: str | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
+    join: bool = False,
     memory: int = MEMORY,
     on_progress: Progress = lambda count: None,
     on_layer: Callable[[int, int], None] = lambda done, layers: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Conversion:
     """Convert `model` (a folder, `demo` or a Hub id) and write the result to `out`, whole or not at all.
+
+    With `join`, other processes may make the same call with the same `out` at the same time: they share the work, and
+    each returns when `out` stands.
 
     Raises:
         UptrainError: as `plan_conversion`; OUT exists or lies in the source; the disk is full.
@@ -112,6 +122,7 @@ def convert(
         plan,
         out,
         overwrite=overwrite,
+        join=join,
         memory=memory,
         on_progress=on_progress,
         on_layer=on_layer,
@@ -126,13 +137,14 @@ def run_plan(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
+    join: bool = False,
     memory: int = MEMORY,
     on_progress: Progress = lambda count: None,
     on_layer: Callable[[int, int], None] = lambda done, layers: None,
     on_note: Callable[[str], None] = lambda text: None,
     shared: SharedCalibration | None = None,
 ) -> Conversion:
-    """Run a plan made by `plan_conversion`. Raises as `convert` does.
+    """Run a plan made by `plan_conversion`, with `join` together with other processes. Raises as `convert` does.
 
     `memory`, in bytes, bounds the activations of a calibration; `on_layer` gets its layers done and all. `shared`
     lets calibrations of one source share what they have in common.
@@ -143,26 +155,56 @@ def run_plan(
         if found is not None:
             tidy(folder, (_calibration_of(folder),))
             return found
-        check_out(folder, overwrite, source.path)
-        partial, beside = partial_of(folder), (_calibration_of(folder),)
-        state = State(partial, plan.digest, _command(source, plan.request))
-        with staged(folder, overwrite, lambda _: _left(state, plan, overwrite, on_note), beside):
-            resumed = tuple(state.shards)
-            _check_space(partial, plan, resumed)
-            for name in resumed:
-                on_progress(sum(tensor.info.nbytes for tensor in plan.shards[name]))
-            state.save()
-            calibrated = _calibrated(checkpoint, plan, folder, memory, on_layer, on_note, shared)
-            filled = _with_slots(checkpoint, plan, calibrated)
-            runner = Pipeline(checkpoint, filled, partial, state, on_progress, calibrated)
-            digests = runner.run([name for name in plan.shards if name not in resumed])
-            _write_companions(checkpoint, filled, partial)
-            stage = {**_stage(source, checkpoint, filled, digests), "energy_kept": _kept(state)}
-            if calibrated is not None:
-                stage["calibration"] = {key: calibrated.notes[key] for key in ("text", "layers")}
-            append_stage(partial, checkpoint.path, stage, known=dict(state.shards))
-            _check_unchanged(checkpoint, plan)
-    return Conversion(folder, source, filled, resumed, _kept(state))
+        check_out(folder, overwrite or join, source.path)
+        filled, kept = plan, None
+        with begun(
+            folder,
+            plan,
+            _command(source, plan.request),
+            overwrite=overwrite,
+            join=join,
+            beside=(_calibration_of(folder),),
+            on_note=on_note,
+        ) as work:
+            if work is None:
+                on_note(f"Other processes have finished {folder}.")
+            else:
+                calibrating = partial(_calibrated, checkpoint, plan, folder, memory, on_layer, on_note, shared)
+                filled, kept = _build(source, checkpoint, plan, work, calibrating, on_progress)
+    return Conversion(folder, source, filled, work.resumed if work else (), _kept_in(folder) if kept is None else kept)
+
+
+def _build(
+    source: Source,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    work: Begun,
+    calibrating: Callable[[], CalibratedLayers | None],
+    on_progress: Progress,
+) -> tuple[Plan, Kept | None]:
+    """Do this process's part of the work; return the plan as it was run, and what was kept if it came to finish OUT."""
+    folder, state = work.state.path.parent, work.state
+    with work.party.turn(CALIBRATION) as there:
+        calibrated = calibrating() if there else None
+    if not there:
+        return plan, None
+    filled = _with_slots(checkpoint, plan, calibrated)
+    runner = Pipeline(checkpoint, filled, folder, state, on_progress, calibrated, work.party)
+    runner.run()
+    while any(runner.left()):
+        # What is left is others' work; should they die, it is ours.
+        time.sleep(PAUSE)
+        runner.run()
+    with work.party.finishing() as needed:
+        if not needed:
+            return filled, None
+        _write_companions(checkpoint, filled, folder)
+        stage = {**_stage(source, checkpoint, filled, state.sources), "energy_kept": _kept(state)}
+        if calibrated is not None:
+            stage["calibration"] = {key: calibrated.notes[key] for key in ("text", "layers")}
+        append_stage(folder, checkpoint.path, stage, known=dict(state.shards))
+        _check_unchanged(checkpoint, plan)
+    return filled, _kept(state)
 
 
 def _calibration_of(out: Path) -> Path:
@@ -175,8 +217,13 @@ def _command(source: Source, request: Request) -> str:
     return running.text()
 
 
-def _kept(state: State) -> dict[int, dict[str, dict[str, float]]]:
+def _kept(state: State) -> Kept:
     return {int(layer): found for layer, found in sorted(state.layers.items(), key=lambda item: int(item[0]))}
+
+
+def _kept_in(folder: Path) -> Kept:
+    stages = (read_manifest(folder) or {"stages": [{}]})["stages"]
+    return {int(layer): found for layer, found in stages[-1].get("energy_kept", {}).items()}
 
 
 def _committed(out: Path, source: Source, plan: Plan) -> Conversion | None:
@@ -185,25 +232,6 @@ def _committed(out: Path, source: Source, plan: Plan) -> Conversion | None:
     if state.load() is None or not state.shards.keys() >= plan.shards.keys():
         return None
     return Conversion(out, source, plan, tuple(plan.shards), _kept(state))
-
-
-def _left(state: State, plan: Plan, overwrite: bool, on_note: Callable[[str], None]) -> tuple[str, ...]:
-    """Return the files of OUT.partial that an earlier run of this plan finished."""
-    earlier = state.load()
-    if earlier is None:
-        return ()
-    digest, command = earlier
-    if digest == plan.digest:
-        _drop_damaged(state, plan)
-        return STATE, *state.shards
-    if command == state.command:
-        on_note("The source or uptrain changed since the run that was cut off: starting over.")
-    elif not overwrite:
-        raise UsageError(
-            f"{state.path.parent} holds an unfinished conversion of another plan.",
-            f"Repeat that command to finish it, or add --overwrite (or delete {state.path.parent}) to start this one.",
-        )
-    return ()
 
 
 def _check_unchanged(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -255,28 +283,6 @@ def _resumable() -> Iterator[None]:
         raise Interrupted("Interrupted.", "Run the same command again; it goes on where it stopped.") from None
 
 
-def _drop_damaged(state: State, plan: Plan) -> None:
-    """Forget the finished shards whose bytes are no longer what was written."""
-    for name, digest in list(state.shards.items()):
-        path = state.path.parent / name
-        if (
-            name not in plan.shards
-            or not path.is_file()
-            or checksum_file(path, algorithm_of(digest) or DEFAULT) != digest
-        ):
-            del state.shards[name]
-
-
-def _check_space(partial: Path, plan: Plan, resumed: tuple[str, ...]) -> None:
-    done = sum(t.info.nbytes for name in resumed for t in plan.shards.get(name, ()))
-    needed, free = plan.total_bytes - done + 2**20, shutil.disk_usage(partial).free
-    if needed > free:
-        raise UptrainError(
-            f"The disk is too full: {partial} needs {needed:,} bytes and {free:,} are free, {needed - free:,} short.",
-            "Free space and run the same command again, or choose an OUT on another disk.",
-        )
-
-
 def _write_companions(checkpoint: Checkpoint, plan: Plan, partial: Path) -> None:
     for name in COMPANIONS:
         if (checkpoint.path / name).is_file():
@@ -290,9 +296,10 @@ def _write_companions(checkpoint: Checkpoint, plan: Plan, partial: Path) -> None
         write_atomic(partial / INDEX, dump_json(index))
 
 
-def _stage(source: Source, checkpoint: Checkpoint, plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
+def _stage(source: Source, checkpoint: Checkpoint, plan: Plan, sources: dict[str, str]) -> dict[str, Any]:
     others = [name for name in (*COMPANIONS, "config.json", INDEX) if (checkpoint.path / name).is_file()]
-    files = {**digests, **{name: checksum_file(checkpoint.path / name) for name in others}}
+    read = {name: sources[name] for name in checkpoint.files}
+    files = {**read, **{name: checksum_file(checkpoint.path / name) for name in others}}
     return {
         "stage": "convert",
         "source": {

@@ -14,9 +14,9 @@ import numpy as np
 
 from uptrain.checkpoint.arrays import Array, as_float32, cast, raw_bytes
 from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
+from uptrain.checkpoint.joint import Alone, Joint
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.state import State
-from uptrain.checkpoint.writer import write_shard
 from uptrain.errors import Interrupted
 from uptrain.methods.gqa import pool_norm
 from uptrain.plan import Plan
@@ -39,34 +39,68 @@ class Pipeline:
         state: State,
         on_progress: Progress,
         calibrated: Calibrated | None = None,
+        party: Alone | Joint | None = None,
     ) -> None:
         self.checkpoint, self.plan, self.partial, self.state = checkpoint, plan, partial, state
-        self.on_progress = on_progress
+        self.on_progress, self.party = on_progress, party or Alone()
+        self.counted: set[str] = set()
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.layers = LayerMaker(checkpoint, plan, calibrated)
         self.followers = _followers(checkpoint, plan)
 
-    def run(self, shards: list[str]) -> dict[str, str]:
-        """Write `shards` and return the source weight files' digests."""
-        followed = {self.followers[shard]: shard for shard in shards if shard in self.followers}
+    def run(self) -> None:
+        """Write the shards, and digest the source's files, that are neither finished nor claimed by another process.
+
+        Digests of both go into the state, each as soon as it is known.
+        """
+        shards, files = self.left()
         pool = ThreadPoolExecutor(max_workers=_workers(), thread_name_prefix="shard")
         try:
-            written = {shard: pool.submit(self._write, shard) for shard in shards}
-            digests = {
-                name: written[followed[name]]
-                if name in followed
-                else pool.submit(checksum_file, self.checkpoint.path / name, stopped=self.stop.is_set)
-                for name in self.checkpoint.files
-            }
-            _wait([*written.values(), *digests.values()])
+            work = [("write", name) for name in shards] + [("digest", name) for name in files]
+            _wait([pool.submit(self._claimed, kind, name) for kind, name in work])
         finally:
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-        return {name: digest.result() for name, digest in digests.items()}
+            self.stop.clear()
 
-    def _write(self, shard: str) -> str:
-        """Write one shard; return the digest of the source file it follows, if it follows one."""
+    def left(self) -> tuple[list[str], list[str]]:
+        """Return the shards and the source's files that no process has finished; files that a shard follows go with it.
+
+        Nothing is left once OUT stands. Bytes of shards that others finished since are told to `on_progress`.
+        """
+        with self.lock:
+            self.state.refresh()
+            if not self.party.stands():  # then what was finished last could not be read
+                return [], []
+            for name in (self.plan.shards.keys() & self.state.shards.keys()) - self.counted:
+                self.counted.add(name)
+                self.on_progress(sum(tensor.info.nbytes for tensor in self.plan.shards[name]))
+            shards = [name for name in self.plan.shards if name not in self.state.shards]
+            followed = {self.followers[name] for name in shards if name in self.followers}
+            known = followed | self.state.sources.keys()
+            return shards, [name for name in self.checkpoint.files if name not in known]
+
+    def _claimed(self, kind: str, name: str) -> None:
+        """Do a piece of work unless another process has it, or had it and finished."""
+        with self.party.claim(f"{kind} {name}") as free:
+            if not free:
+                return
+            shards, files = self.left()
+            if kind == "write" and name in shards:
+                self._write(name)
+            elif kind == "digest" and name in files:
+                self._digest(name)
+
+    def _digest(self, file: str) -> None:
+        digest = checksum_file(self.checkpoint.path / file, stopped=self.stop.is_set)
+        if not self.stop.is_set():
+            with self.lock:
+                self.state.sources[file] = digest
+                self.state.save()
+
+    def _write(self, shard: str) -> None:
+        """Write one shard, and digest the source file it follows, if it follows one."""
         file = self.followers.get(shard)
         follower = FollowingChecksum(self.checkpoint.path / file) if file else None
         tensors = {tensor.info.name: tensor for tensor in self.plan.shards[shard]}
@@ -80,12 +114,15 @@ class Pipeline:
 
         checksum = Checksum()
         path = self.partial / shard
-        write_shard(path, [tensor.info for tensor in tensors.values()], chunks, checksum, self._advance)
+        self.party.write_shard(path, [tensor.info for tensor in tensors.values()], chunks, checksum, self._advance)
+        digest = follower.text() if follower else ""
         with self.lock:
+            self.counted.add(shard)
             self.state.shards[shard] = checksum.text()
+            if file:
+                self.state.sources[file] = digest
             self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.items()})
             self.state.save()
-        return follower.text() if follower else ""
 
     def _advance(self, count: int) -> None:
         with self.lock:

@@ -229,7 +229,8 @@ def test_an_unfinished_run_says_anything(data: st.DataObject, result: Path) -> N
     (partial / LOCK).touch()
     _, _, plan = plan_conversion(str(result / "model"), Request("gqa", 2))
     shards = {name: text for name, text in digests(result / "out").items() if name.endswith(".safetensors")}
-    state = {"plan": plan.digest, "command": "", "shards": shards, "layers": {"1": {"mean": {"keys": 1.0}}}}
+    layers = {"1": {"mean": {"keys": 1.0}}}
+    state = {"plan": plan.digest, "command": "", "shards": shards, "sources": dict(shards), "layers": layers}
     (partial / STATE).write_bytes(data.draw(as_json(damaged(state, ("9", "../../model/config.json"), 2))))
     done, sentence = attempt(convert, str(result / "model"), result / "again", Request("gqa", 2))
     if done is None:

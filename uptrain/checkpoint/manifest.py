@@ -8,7 +8,7 @@ from typing import Any
 
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import LOCK, STATE, write_atomic
+from uptrain.checkpoint.writer import CLAIMS, LOCK, STATE, write_atomic
 from uptrain.errors import CheckpointError, VerificationError
 
 MANIFEST = "uptrain.json"
@@ -86,7 +86,7 @@ def file_digests(directory: Path, known: dict[str, str], algorithm: str = DEFAUL
 def _files(directory: Path) -> list[tuple[str, Path]]:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     named = [(path.relative_to(directory).as_posix(), path) for path in paths]
-    return [(name, path) for name, path in named if name not in (MANIFEST, STATE, LOCK)]
+    return [(name, path) for name, path in named if name.partition("/")[0] not in (MANIFEST, STATE, LOCK, CLAIMS)]
 
 
 def verify(directory: Path) -> dict[str, Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.checksum import algorithm_of
 from uptrain.checkpoint.jsonfile import dump_json, parse_object
 from uptrain.checkpoint.writer import STATE, write_atomic
 from uptrain.errors import UptrainError
 
 
 class State:
-    """What a run has finished in OUT.partial: the plan's digest, each whole shard's checksum, and notes by layer.
+    """What has been finished in OUT.partial: the plan's digest, the checksum of each whole shard and of each of the
+    source's files that was read, and notes by layer.
 
     `command` digests what was asked for and of which folder, so that a changed source can be told from another wish.
     """
@@ -20,12 +22,13 @@ class State:
         self.path = folder / STATE
         self.plan, self.command = plan, command
         self.shards: dict[str, str] = {}
+        self.sources: dict[str, str] = {}
         self.layers: dict[str, Any] = {}
 
     def load(self) -> tuple[str, str] | None:
         """Read an earlier run's state; return its plan and command, or None where there is none that can be used.
 
-        Its shards and layers are taken over if the plan is this one.
+        Its shards, sources and layers are taken over if the plan is this one.
 
         Raises:
             OSError: it is there but can't be read, which is no reason to begin again.
@@ -35,13 +38,18 @@ class State:
             dump_json(value)  # as its notes go into the manifest
         except (FileNotFoundError, NotADirectoryError, UptrainError, ValueError):
             return None
-        shards, layers = value.get("shards"), value.get("layers")
+        shards, sources, layers = (value.get(name) for name in ("shards", "sources", "layers"))
         if value.get("plan") == self.plan and isinstance(shards, dict) and isinstance(layers, dict):
             self.shards = {name: str(text) for name, text in shards.items()}
             self.layers = {layer: kept for layer, kept in layers.items() if layer.isdecimal()}
+            found = sources.items() if isinstance(sources, dict) else ()
+            self.sources = {name: text for name, text in found if isinstance(text, str) and algorithm_of(text)}
         return str(value.get("plan")), str(value.get("command"))
+
+    def refresh(self) -> None:
+        """Read what other processes have finished: nothing, where one works alone."""
 
     def save(self) -> None:
         """Write the state atomically."""
-        names = ("plan", "command", "shards", "layers")
+        names = ("plan", "command", "shards", "sources", "layers")
         write_atomic(self.path, dump_json({name: getattr(self, name) for name in names}))

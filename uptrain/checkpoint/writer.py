@@ -17,6 +17,8 @@ from uptrain.errors import UptrainError, UsageError
 
 STATE = ".uptrain-state.json"
 LOCK = ".uptrain-lock"
+CLAIMS = ".uptrain-claims"
+"""What processes that build one folder together lock, a file for each piece of work."""
 
 
 def partial_of(out: Path) -> Path:
@@ -46,7 +48,8 @@ def replaced_of(out: Path) -> Path:
     return out.with_name(out.name + ".uptrain-replaced")
 
 
-def _recover(out: Path) -> None:
+def recover(out: Path) -> None:
+    """Put back the old OUT that a crash in the middle of an overwrite left under its second name."""
     # A crash between the two renames of an overwrite leaves only the old folder, under its second name.
     old = replaced_of(out)
     if old.exists() and not out.exists():
@@ -75,57 +78,74 @@ def staged(
     partial = partial_of(out)
     with friendly_errors(partial), _locked(partial, out):
         try:
-            _recover(out)
+            recover(out)
             check_out(out, overwrite)
         except UsageError:
-            _leave(partial)
+            leave(partial)
             raise
-        _empty(partial, keep(partial))
+        empty(partial, keep(partial))
         yield partial
-        _commit(partial, out, overwrite, beside)
+        commit(partial, out, overwrite, beside)
 
 
 @contextmanager
 def _locked(partial: Path, out: Path) -> Iterator[None]:
     """Hold the lock of OUT.partial, which is made if it isn't there."""
-    if partial.is_dir() and any(partial.iterdir()) and not (partial / LOCK).is_file():
-        raise UsageError(f"{partial} exists and was not made by uptrain.", "Move it away, or choose another OUT.")
-    partial.mkdir(parents=True, exist_ok=True)
+    make_partial(partial)
     try:
         lock = (partial / LOCK).open("w")
     except FileNotFoundError:
-        raise _taken(out) from None  # another run's folder, which has just become OUT
+        raise taken(out) from None  # another run's folder, which has just become OUT
     with lock:
         try:
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _taken(out) from None
-        if not _is(partial / LOCK, lock.fileno()):
-            raise _taken(out)
+            raise taken(out) from None
+        if not is_open_at(partial / LOCK, lock.fileno()):
+            raise taken(out)
         yield
 
 
-def _is(path: Path, descriptor: int) -> bool:
+def make_partial(partial: Path) -> None:
+    """Make the folder OUT.partial if it isn't there.
+
+    Raises:
+        UsageError: a folder of that name is there, and isn't ours.
+    """
+    try:
+        before, names = partial.stat(), [entry.name for entry in partial.iterdir()]
+        # Ours loses its lock too, but only once it has become OUT and so is gone from here.
+        strange = names != [] and LOCK not in names and os.path.samestat(before, partial.stat())
+    except FileNotFoundError:
+        strange = False
+    if strange:
+        raise UsageError(f"{partial} exists and was not made by uptrain.", "Move it away, or choose another OUT.")
+    partial.mkdir(parents=True, exist_ok=True)
+
+
+def is_open_at(path: Path, descriptor: int) -> bool:
+    """Say whether the open file `descriptor` is still the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def _taken(out: Path) -> UsageError:
+def taken(out: Path) -> UsageError:
+    """Return the refusal to write an OUT that is being written."""
     return UsageError(f"Another run is writing {out}.", "Wait for it, or choose another OUT.")
 
 
-def _leave(partial: Path) -> None:
-    """Remove OUT.partial if it holds nothing but its lock."""
-    if [entry.name for entry in partial.iterdir()] == [LOCK]:
-        (partial / LOCK).unlink()
-        partial.rmdir()
+def leave(partial: Path) -> None:
+    """Remove OUT.partial if it holds nothing but its locks."""
+    if {entry.name for entry in partial.iterdir()} <= {LOCK, CLAIMS}:
+        _remove(partial)
 
 
-def _empty(folder: Path, kept: Collection[str]) -> None:
+def empty(folder: Path, kept: Collection[str]) -> None:
+    """Remove all of OUT.partial but its locks and the names to be `kept`."""
     for entry in folder.iterdir():
-        if entry.name == LOCK or entry.name in kept:
+        if entry.name in (LOCK, CLAIMS) or entry.name in kept:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -133,7 +153,12 @@ def _empty(folder: Path, kept: Collection[str]) -> None:
             entry.unlink()
 
 
-def _commit(partial: Path, out: Path, overwrite: bool, beside: Collection[Path]) -> None:
+def commit(partial: Path, out: Path, overwrite: bool, beside: Collection[Path]) -> None:
+    """Make OUT of the folder it was built in, once all is on the disk, and remove the folders `beside` it.
+
+    Raises:
+        UsageError: OUT exists by now and `overwrite` is off.
+    """
     for path in sorted(partial.rglob("*")):
         if path.is_file():
             sync(path)
@@ -149,7 +174,7 @@ def _commit(partial: Path, out: Path, overwrite: bool, beside: Collection[Path])
 def tidy(out: Path, beside: Collection[Path] = ()) -> None:
     """Remove what OUT no longer needs now that it stands; again is harmless."""
     (out / LOCK).unlink(missing_ok=True)
-    for folder in (replaced_of(out), *beside):
+    for folder in (out / CLAIMS, replaced_of(out), *beside):
         if folder.exists():
             _remove(folder)
     # Last: as long as it is there, the same command knows that OUT is its own and only this was left to do.
@@ -207,13 +232,14 @@ def write_shard(
     chunks: Callable[[str], Iterable[memoryview]],
     checksum: Checksum,
     on_bytes: Callable[[int], None],
+    ending: str = ".tmp",
 ) -> None:
-    """Write one safetensors file through a temporary name, digesting its bytes on the way.
+    """Write one safetensors file through a temporary name with `ending`, digesting its bytes on the way.
 
     Raises:
         UptrainError: a tensor's chunks don't add up to its declared size.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ending)
     with temporary.open("wb", buffering=0) as file:
         header = shard_header(tensors)
         _write_all(file.fileno(), memoryview(header))

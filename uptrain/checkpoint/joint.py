@@ -1,0 +1,240 @@
+"""Let several processes, on one machine or many, build one OUT.partial together.
+
+Whose turn it is and who has which work is said by kernel locks on files in that folder. They end with the process that
+holds them, however it ends, so nothing waits for a clock and what a killed process had taken is free again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.state import State
+from uptrain.checkpoint.writer import (
+    CLAIMS,
+    LOCK,
+    check_out,
+    commit,
+    friendly_errors,
+    is_open_at,
+    leave,
+    make_partial,
+    partial_of,
+    recover,
+    taken,
+    write_shard,
+)
+from uptrain.errors import UptrainError, UsageError
+
+TURN = "turn"
+CALIBRATION = "calibration"
+"""The turn of what is made beside OUT for all processes."""
+
+
+class Alone:
+    """A process that builds a folder by itself: all work is its own, and it is always its turn."""
+
+    def claim(self, work: str) -> AbstractContextManager[bool]:
+        """Claim `work`, which no one else can have."""
+        return nullcontext(True)
+
+    def turn(self, what: str = TURN) -> AbstractContextManager[bool]:
+        """Take the turn that no one else waits for."""
+        return nullcontext(True)
+
+    def stands(self) -> bool:
+        """Say whether the folder is still to be finished."""
+        return True
+
+    def finishing(self) -> AbstractContextManager[bool]:
+        """Finish, as no one else will."""
+        return nullcontext(True)
+
+    write_shard = staticmethod(write_shard)
+
+
+class Joint:
+    """A process's part in a folder that several of them build. The folders `beside` OUT are removed once it stands."""
+
+    def __init__(self, out: Path, overwrite: bool = False, beside: Collection[Path] = ()) -> None:
+        self.out, self.partial = out, partial_of(out)
+        self.overwrite, self.beside = overwrite, beside
+        self.claims = self.partial / CLAIMS
+        self.lock: IO[Any] | None = None
+
+    def stands(self) -> bool:
+        """Say whether the folder this process entered is still OUT.partial, and so not finished."""
+        return self.lock is not None and is_open_at(self.partial / LOCK, self.lock.fileno())
+
+    @contextmanager
+    def claim(self, work: str) -> Iterator[bool]:
+        """Claim `work` for as long as the block runs; yield whether no other process had it."""
+        try:
+            file = (self.claims / work).open("a+")
+        except FileNotFoundError:  # the folder has become OUT, so all work is done
+            yield False
+            return
+        with file:
+            yield _locked(file, fcntl.LOCK_EX)
+
+    @contextmanager
+    def turn(self, what: str = TURN) -> Iterator[bool]:
+        """Wait for what one process at a time may do; yield whether there is still the OUT.partial to do it in."""
+        try:
+            file = (self.claims / what).open("a+")
+        except FileNotFoundError:
+            yield False
+            return
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            entered = self.lock is None or self.stands()
+            yield entered and is_open_at(self.claims / what, file.fileno())
+
+    def write_shard(
+        self,
+        path: Path,
+        tensors: Sequence[TensorInfo],
+        chunks: Callable[[str], Iterable[memoryview]],
+        checksum: Checksum,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """Write a shard whose work this process has claimed, as `uptrain.checkpoint.writer.write_shard` does."""
+        # Under a name of its own: a process cut off from the file system loses its locks without knowing, and goes on.
+        for left in path.parent.glob(f"{path.name}.*.tmp"):
+            left.unlink(missing_ok=True)
+        write_shard(path, tensors, chunks, checksum, on_bytes, f".{os.uname().nodename}-{os.getpid()}.tmp")
+
+    @contextmanager
+    def finishing(self) -> Iterator[bool]:
+        """Wait for the turn to finish; yield whether it is still to be done, and then make OUT of the folder."""
+        # Nothing beside OUT is removed while another process is only just looking at it.
+        with self.turn(CALIBRATION), self.turn() as needed:
+            yield needed
+            if needed:
+                commit(self.partial, self.out, self.overwrite, self.beside)
+
+
+class JointState(State):
+    """The state of a folder that several processes build: each adds what it has finished."""
+
+    def __init__(self, joint: Joint, plan: str, command: str) -> None:
+        super().__init__(joint.partial, plan, command)
+        self.joint = joint
+
+    def refresh(self) -> None:
+        """Add what the other processes have finished."""
+        mine = (self.shards, self.sources, self.layers)
+        self.load()
+        for found, own in zip((self.shards, self.sources, self.layers), mine, strict=True):
+            found.update(own)
+
+    def save(self) -> None:
+        """Add what this process has finished to what the others have, and write it."""
+        with self.joint.turn() as there:
+            if there:
+                self.refresh()
+                super().save()
+
+
+@contextmanager
+def joined(
+    out: Path,
+    overwrite: bool,
+    beside: Collection[Path],
+    finished: Callable[[], bool],
+    prepare: Callable[[bool], None],
+) -> Iterator[Joint | None]:
+    """Take part in building OUT for as long as the block runs; yield None where others have finished it.
+
+    `finished` says whether OUT stands; `prepare` is called, one process at a time, with whether no other is at work.
+    The folders `beside` OUT are removed once it stands.
+
+    Raises:
+        UsageError: OUT exists and `overwrite` is off, a run that others can't join is writing it, or OUT.partial isn't
+            ours.
+        UptrainError: the disk is full, can't be written or has no locks.
+    """
+    joint = Joint(out, overwrite, beside)
+    with friendly_errors(joint.partial):
+        while not finished():
+            try:
+                check_out(out, overwrite)
+            except UsageError:
+                if finished():
+                    break
+                raise
+            make_partial(joint.partial)
+            with _present(joint) as lock:
+                if lock is None:
+                    continue
+                with joint.turn() as there:
+                    first = there and _enter(lock, joint)
+                    if not there or not is_open_at(joint.partial / LOCK, lock.fileno()):
+                        continue
+                    if finished():
+                        # It became OUT just before this process made the folder anew.
+                        if first:
+                            leave(joint.partial)
+                        break
+                    if first:
+                        _check_first(joint)
+                    prepare(first)
+                    fcntl.flock(lock, fcntl.LOCK_SH)
+                joint.lock = lock
+                yield joint
+                return
+        yield None
+
+
+@contextmanager
+def _present(joint: Joint) -> Iterator[IO[Any] | None]:
+    try:
+        # In this order: it is by its lock that the folder is known as ours.
+        lock = (joint.partial / LOCK).open("a+")
+    except FileNotFoundError:  # it became OUT in this moment
+        yield None
+        return
+    with lock:
+        try:
+            joint.claims.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            yield None
+            return
+        yield lock
+
+
+def _check_first(joint: Joint) -> None:
+    try:
+        recover(joint.out)
+        check_out(joint.out, joint.overwrite)
+    except UsageError:
+        leave(joint.partial)
+        raise
+
+
+def _enter(lock: IO[Any], joint: Joint) -> bool:
+    """Lock the folder against runs that can't be joined; return whether no other process is in it."""
+    if _locked(lock, fcntl.LOCK_EX):
+        return True
+    if not _locked(lock, fcntl.LOCK_SH):
+        raise taken(joint.out)
+    return False
+
+
+def _locked(file: IO[Any], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UptrainError(
+            f"{file.name} can't be locked: {os.strerror(error.errno or 0)}.",
+            "--join needs a file system with locks (NFS 4, Lustre mounted with -o flock); convert without it.",
+        ) from None
+    return True
