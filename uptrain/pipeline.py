@@ -18,7 +18,7 @@ from uptrain.checkpoint.joint import Alone, Joint
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.state import State
 from uptrain.errors import Interrupted
-from uptrain.methods.gqa import pool_norm
+from uptrain.methods.gqa import POOLS, pool_norm
 from uptrain.plan import Plan
 from uptrain.plan_tensors import OutputTensor
 from uptrain.rehost import folded_bias, folded_weight
@@ -26,6 +26,10 @@ from uptrain.transform import Calibrated, LayerMaker
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just finished."""
+
+
+POOLED_AT_ONCE = 2**29
+"""Bytes of layers that are pooled at the same time: more would only wait for memory and disk together."""
 
 
 class Pipeline:
@@ -48,6 +52,8 @@ class Pipeline:
         self.stop = threading.Event()
         self.layers = LayerMaker(checkpoint, plan, calibrated)
         self.followers = _followers(checkpoint, plan)
+        pooled = plan.request.method in POOLS
+        self.room = threading.Semaphore(max(1, POOLED_AT_ONCE // plan.peak_memory) if pooled else _workers())
 
     def run(self) -> None:
         """Write the shards, and digest the source's files, that are neither finished nor claimed by another process.
@@ -134,7 +140,8 @@ class Pipeline:
         if tensor.operation == "attention":
             if tensor.layer not in made:
                 made.clear()
-                made[tensor.layer] = self.layers.make(tensor.layer)
+                with self.room:
+                    made[tensor.layer] = self.layers.make(tensor.layer)
             yield raw_bytes(made[tensor.layer].pop(tensor.module))
             return
         source = self.checkpoint.tensors[tensor.source]

@@ -190,19 +190,24 @@ def _torch_methods() -> _TorchMethods:
 def _estimate(
     heads: LayerHeads, groups: int, position: Position, rotary_ndims: int | None
 ) -> dict[str, dict[str, float]]:
-    keys, values = estimate.rows_of(heads.part("k")), estimate.rows_of(heads.part("v"))
-    if not all(np.abs(part).max(initial=0) < MEASURABLE for part in (keys, values)):
-        return {}  # what isn't finite is refused with its name when the layer is finished
-    if not position.rotates or rotary_ndims == 0:
-        best = estimate.kept_by_factor(keys, groups)
-    else:
+    def kept_keys(rows: Array) -> float:
+        if not position.rotates or rotary_ndims == 0:
+            return estimate.kept_by_factor(rows, 1)
         interleaved = position is Position.ROTARY_INTERLEAVED
-        best = estimate.kept_by_phases(keys, groups, interleaved, rotary_ndims or keys.shape[1])
-    found = {
-        "mean": _rounded(estimate.kept_by_mean(keys, groups), estimate.kept_by_mean(values, groups)),
-        "svd": _rounded(best, estimate.kept_by_factor(values, groups)),
-    }
-    return _known(found)
+        return estimate.kept_by_phases(rows, 1, interleaved, rotary_ndims or rows.shape[1])
+
+    means, bests = [], []
+    for part in "kv":
+        found = []
+        for rows in estimate.rows_by_group(heads.part(part), groups):
+            if not np.abs(rows).max(initial=0) < MEASURABLE:
+                return {}  # what isn't finite is refused with its name when the layer is finished
+            best = kept_keys(rows) if part == "k" else estimate.kept_by_factor(rows, 1)
+            found.append((estimate.energy(rows), estimate.kept_by_mean(rows, 1), best))
+        energy, mean, best = np.array(found).T
+        means.append(float(np.average(mean, weights=energy)))
+        bests.append(float(np.average(best, weights=energy)))
+    return _known({"mean": _rounded(*means), "svd": _rounded(*bests)})
 
 
 def _told(kept: dict[str, Any]) -> dict[str, dict[str, float]]:

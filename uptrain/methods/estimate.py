@@ -7,7 +7,7 @@ Energy is the squared Frobenius norm of the stacked heads, biases included. Sour
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -27,17 +27,25 @@ def rows_of(heads: Heads) -> Floats:
     return np.concatenate([weight, bias[..., None]], axis=2)
 
 
+def rows_by_group(heads: Heads, groups: int) -> Iterator[Floats]:
+    """Yield `rows_of` the heads of each of `groups` groups: a large layer's would be half a gigabyte at once."""
+    size = len(heads.weight) // groups
+    for start in range(0, len(heads.weight), size):
+        bias = None if heads.bias is None else heads.bias[start : start + size]
+        yield rows_of(Heads(heads.weight[start : start + size], bias))
+
+
 def kept_by_mean(rows: Floats, groups: int) -> float:
     """Return the share of `rows` (heads, D, d̃) that `groups` averages still explain."""
     runs = rows.reshape(groups, -1, *rows.shape[1:])
     lost = np.square(runs - runs.mean(1, keepdims=True)).sum(dtype=np.float64)
-    return 1 - float(lost / _energy(rows))
+    return 1 - float(lost / energy(rows))
 
 
 def kept_by_factor(rows: Floats, groups: int) -> float:
     """Return the share that the best D shared rows a group explain, for `rows` (heads, D, d̃) free of rotation."""
     runs = rows.reshape(groups, -1, rows.shape[2])
-    return sum(_leading(run, rows.shape[1]) for run in runs) / _energy(rows)
+    return sum(_leading(run, rows.shape[1]) for run in runs) / energy(rows)
 
 
 def kept_by_phases(rows: Floats, groups: int, interleaved: bool, dims: int) -> float:
@@ -51,18 +59,19 @@ def kept_by_phases(rows: Floats, groups: int, interleaved: bool, dims: int) -> f
     grams = pairs @ pairs.conj().swapaxes(2, 3)
     kept = float(np.linalg.eigvalsh(grams)[..., -1].sum(dtype=np.float64))
     if dims < rows.shape[1]:
-        kept += kept_by_factor(free, groups) * _energy(free)
-    return kept / _energy(rows)
+        kept += kept_by_factor(free, groups) * energy(free)
+    return kept / energy(rows)
 
 
-def _energy(rows: Array) -> float:
+def energy(rows: Array) -> float:
+    """Return the energy of `rows`, and 1 for that of none, so that shares of it are numbers."""
     return float(np.square(rows).sum(dtype=np.float64)) or 1.0
 
 
 def _leading(stack: Floats, rank: int) -> float:
     """Return the energy of the `rank` leading singular values of `stack` (n, d̃); a lower bound when it is large."""
     if rank >= len(stack):
-        return _energy(stack)
+        return energy(stack)
     if len(stack) <= EXACT_ROWS:
         return float(np.linalg.eigvalsh(stack @ stack.T)[-rank:].sum(dtype=np.float64))
     basis = stack @ np.random.default_rng(0).standard_normal((stack.shape[1], rank + 32), dtype=np.float32)
