@@ -185,7 +185,9 @@ def joined(
                     if first:
                         _check_first(joint)
                     prepare(first)
-                    fcntl.flock(lock, fcntl.LOCK_SH)
+                    # Not kept meanwhile: a run that can't be joined may come between the two kinds of lock.
+                    if not _locked(lock, fcntl.LOCK_SH):
+                        raise taken(out)
                 joint.lock = lock
                 yield joint
                 return
