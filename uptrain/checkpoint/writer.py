@@ -139,7 +139,8 @@ def taken(out: Path) -> UsageError:
 def leave(partial: Path) -> None:
     """Remove OUT.partial if it holds nothing but its locks."""
     if {entry.name for entry in partial.iterdir()} <= {LOCK, CLAIMS}:
-        _remove(partial)
+        # At once, for a run that comes in the middle would take what is left of it for a stranger's.
+        _remove(partial.rename(f"{partial}.{os.getpid()}"))
 
 
 def empty(folder: Path, kept: Collection[str]) -> None:
