@@ -2,106 +2,162 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from uptrain.checkpoint.checksum import checksum_file
-from uptrain.checkpoint.joint import Joint
+from tests.small import digests, save_small, small_tensors
+from uptrain.checkpoint import joint
+from uptrain.checkpoint.joint import CALIBRATION, Joint
 from uptrain.checkpoint.manifest import verify
-from uptrain.checkpoint.writer import STATE, partial_of
+from uptrain.checkpoint.writer import LOCK, STATE, partial_of
 from uptrain.convert import convert
 from uptrain.errors import UptrainError, UsageError
 from uptrain.request import Request
 
-Save = Callable[..., Path]
-GQA2 = Request("gqa", 2, max_shard_size=6_000)
-ARGUMENTS = ["--to", "gqa", "--groups", "2", "--max-shard-size", "6000", "--join"]
-SLOW = """
-import sys, time
-from uptrain import cli
-from uptrain.checkpoint import joint
-
-write = joint.write_shard
-def slowly(path, *rest):
-    time.sleep(0.1)  # so that there is a middle to be killed in
-    write(path, *rest)
-    print(path.name, file=sys.stderr, flush=True)
-joint.write_shard = slowly
-sys.exit(cli.run(["convert", *sys.argv[1:]]))
-"""
+GQA2 = Request("gqa", 2, max_shard_size=800)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: checksum_file(path) for path in folder.iterdir()}
+def slowly(source: Path, out: Path, written: Path) -> None:
+    """Convert with others, a shard at a time, putting down in `written` which ones this process wrote."""
+    write = joint.write_shard
+
+    def slow(path: Path, *rest: Any) -> None:
+        time.sleep(0.1)  # so that there is a middle to be killed in
+        write(path, *rest)
+        with written.open("a") as file:
+            file.write(f"{path.name}\n")
+
+    joint.write_shard = slow
+    convert(str(source), out, GQA2, join=True)
 
 
-def start(source: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SLOW, str(source), str(out), *ARGUMENTS]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Processes:
+    """Processes that convert the source to `out` together; each is forked from one that has imported uptrain."""
+
+    def __init__(self, root: Path) -> None:
+        self.source = save_small(root / "src", 3, small_tensors(num_hidden_layers=6), num_hidden_layers=6)
+        self.out, self.written = root / "out", root / "written"
+        self.alone = convert(str(self.source), root / "alone", GQA2)
+        self.bytes = digests(root / "alone")
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([__name__])
+        self.running: list[BaseProcess] = []
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            process = self.context.Process(target=slowly, args=(self.source, self.out, self.written))
+            process.start()
+            self.running.append(process)
+
+    def finished(self) -> list[str]:
+        state = partial_of(self.out) / STATE
+        return list(json.loads(state.read_text())["shards"]) if state.exists() else []
+
+    def wait_for(self, count: int) -> None:
+        end = time.monotonic() + 60
+        while len(self.finished()) < count:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def codes(self) -> list[int | None]:
+        """Wait for all to end, and return their exit codes."""
+        for process in self.running:
+            process.join(60)
+        return [process.exitcode for process in self.running]
 
 
-def finished(out: Path) -> list[str]:
-    state = partial_of(out) / STATE
-    return list(json.loads(state.read_text())["shards"]) if state.exists() else []
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    made = Processes(tmp_path)
+    yield made
+    for process in made.running:
+        process.kill()
+        process.join()
 
 
-def wait_for(count: int, out: Path) -> None:
-    end = time.monotonic() + 60
-    while len(finished(out)) < count:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_four_processes_one_killed_and_restarted_give_the_bytes_of_one(save_tiny: Save, tmp_path: Path) -> None:
-    source, out = save_tiny("llama", max_shard_size="20KB"), tmp_path / "out"
-    shards = convert(str(source), tmp_path / "alone", GQA2).plan.shards
+def test_four_processes_one_killed_and_restarted_give_the_bytes_of_one(processes: Processes) -> None:
+    shards = processes.alone.plan.shards
     assert len(shards) > 12
-    processes = [start(source, out) for _ in range(4)]
-    wait_for(1, out)
+    processes.start(4)
+    processes.wait_for(1)
     time.sleep(random.uniform(0, 0.2))
-    processes[0].kill()
-    processes.append(start(source, out))
-    ended = [(process.communicate(timeout=60), process.returncode) for process in processes]
-    assert [code for _, code in ended] == [-signal.SIGKILL, 0, 0, 0, 0], ended
-    written = Counter(line for (_, errors), _ in ended for line in errors.split() if line in shards)
+    processes.running[0].kill()
+    processes.start(1)
+    assert processes.codes() == [-signal.SIGKILL, 0, 0, 0, 0]
+    written = Counter(processes.written.read_text().split())
     # What the killed one wrote but had not yet put down as finished is the one thing that may be done again.
     assert set(written) == set(shards) and written.total() <= len(shards) + (os.cpu_count() or 1) + 2
-    assert digests(out) == digests(tmp_path / "alone")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "src"]
-    verify(out)
+    assert digests(processes.out) == processes.bytes
+    assert {path.name for path in processes.out.parent.iterdir()} == {"alone", "out", "src", "written"}
+    verify(processes.out)
 
 
 @pytest.mark.parametrize("join", [True, False])
-def test_all_killed_then_one_finishes_with_what_they_had(join: bool, save_tiny: Save, tmp_path: Path) -> None:
-    source, out = save_tiny("llama", max_shard_size="20KB"), tmp_path / "out"
-    convert(str(source), tmp_path / "alone", GQA2)
-    processes = [start(source, out) for _ in range(2)]
-    wait_for(3, out)
-    for process in processes:
+def test_all_killed_then_one_finishes_with_what_they_had(join: bool, processes: Processes) -> None:
+    processes.start(2)
+    processes.wait_for(3)
+    for process in processes.running:
         process.kill()
-    for process in processes:
-        process.communicate()
-    before = {name: (partial_of(out) / name).stat().st_ino for name in finished(out)}
-    done = convert(str(source), out, GQA2, join=join)
+    assert processes.codes() == [-signal.SIGKILL] * 2
+    out = processes.out
+    before = {name: (partial_of(out) / name).stat().st_ino for name in processes.finished()}
+    done = convert(str(processes.source), out, GQA2, join=join)
     assert set(done.resumed) == set(before)
     assert {name: (out / name).stat().st_ino for name in before} == before
-    assert digests(out) == digests(tmp_path / "alone")
+    assert digests(out) == processes.bytes
 
 
-def test_one_that_comes_late_finds_it_done(save_tiny: Save, tmp_path: Path) -> None:
-    source, out, notes = save_tiny("llama"), tmp_path / "out", list[str]()
+def test_one_that_fails_leaves_its_work_to_the_others(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *rest: Any) -> None:
+        processes.start(0 if processes.running else 2)
+        processes.wait_for(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("uptrain.pipeline._workers", lambda: 1)
+    monkeypatch.setattr("uptrain.checkpoint.joint.write_shard", full)
+    with pytest.raises(UptrainError, match="The disk is full"):
+        convert(str(processes.source), processes.out, GQA2, join=True)
+    assert processes.codes() == [0, 0]
+    assert digests(processes.out) == processes.bytes
+
+
+@pytest.mark.parametrize("work", ["shard {last}", CALIBRATION])
+def test_one_that_waits_long_says_for_whom(work: str, processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shard is never finished while the process that has it hangs."""
+    monkeypatch.setattr("uptrain.checkpoint.joint.PATIENCE", 0.05)
+    work = work.format(last=list(processes.alone.plan.shards)[-1])
+    notes, held = list[str](), ExitStack()
+
+    def note(text: str) -> None:
+        notes.append(text)
+        held.close()
+
+    with held:
+        hanging = Joint(processes.out)
+        hanging.claims.mkdir(parents=True)
+        (hanging.partial / LOCK).touch()
+        held.enter_context(hanging.turn(work) if work == CALIBRATION else hanging.claim(work))
+        convert(str(processes.source), processes.out, GQA2, join=True, on_note=note)
+    assert notes == [f"Waiting for process {os.getpid()} on {os.uname().nodename}, which has the {work}."]
+    assert digests(processes.out) == processes.bytes
+
+
+def test_one_that_comes_late_finds_it_done(tmp_path: Path) -> None:
+    source, out, notes = save_small(tmp_path / "src"), tmp_path / "out", list[str]()
     first = convert(str(source), out, Request("mqa"), join=True)
     inode = out.stat().st_ino
     late = convert(str(source), out, Request("mqa"), join=True, on_note=notes.append)
@@ -112,15 +168,13 @@ def test_one_that_comes_late_finds_it_done(save_tiny: Save, tmp_path: Path) -> N
     assert not partial_of(out).exists()
 
 
-def test_one_that_waits_for_another_sees_it_finish(
-    save_tiny: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, out, held = save_tiny("llama", max_shard_size="20KB"), tmp_path / "out", ExitStack()
+def test_one_that_waits_for_another_sees_it_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out, held = save_small(tmp_path / "src", 3), tmp_path / "out", ExitStack()
     alone = convert(str(source), tmp_path / "alone", GQA2)
     last = list(alone.plan.shards)[-1]
 
     def hold(count: int) -> None:
-        held.enter_context(Joint(out).claim(f"write {last}"))
+        held.enter_context(Joint(out).claim(f"shard {last}"))
 
     def meanwhile(seconds: float) -> None:
         held.close()
@@ -133,8 +187,8 @@ def test_one_that_waits_for_another_sees_it_finish(
     assert digests(out) == digests(tmp_path / "alone")
 
 
-def test_a_folder_that_is_taken_away_is_not_called_finished(save_tiny: Save, tmp_path: Path) -> None:
-    source, out = save_tiny("llama"), tmp_path / "out"
+def test_a_folder_that_is_taken_away_is_not_called_finished(tmp_path: Path) -> None:
+    source, out = save_small(tmp_path / "src"), tmp_path / "out"
 
     def remove(text: object) -> None:
         shutil.rmtree(partial_of(out), ignore_errors=True)
@@ -146,10 +200,8 @@ def test_a_folder_that_is_taken_away_is_not_called_finished(save_tiny: Save, tmp
 
 @pytest.mark.parametrize("join", [True, False])
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_runs_that_do_not_belong_together_are_refused(
-    join: bool, overwrite: bool, save_tiny: Save, tmp_path: Path
-) -> None:
-    source, out, refused = save_tiny("llama"), tmp_path / "out", list[str]()
+def test_runs_that_do_not_belong_together_are_refused(join: bool, overwrite: bool, tmp_path: Path) -> None:
+    source, out, refused = save_small(tmp_path / "src"), tmp_path / "out", list[str]()
     strangers = [(GQA2, True), (GQA2, False), (Request("mqa"), not join)]
 
     def meanwhile(count: int) -> None:
@@ -165,8 +217,8 @@ def test_runs_that_do_not_belong_together_are_refused(
     assert digests(out) == digests(tmp_path / "alone")
 
 
-def test_an_old_out_stays_until_the_new_is_whole(save_tiny: Save, tmp_path: Path) -> None:
-    source, out, seen = save_tiny("llama", max_shard_size="20KB"), tmp_path / "out", list[dict[str, str]]()
+def test_an_old_out_stays_until_the_new_is_whole(tmp_path: Path) -> None:
+    source, out, seen = save_small(tmp_path / "src", 3), tmp_path / "out", list[dict[str, str]]()
     convert(str(source), out, Request("mqa"))
     old = digests(out)
     convert(str(source), out, GQA2, join=True, overwrite=True, on_progress=lambda count: seen.append(digests(out)))

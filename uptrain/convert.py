@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 MEMORY = 4 * 2**30
 """Default bytes for the activations of a calibration."""
-PAUSE = 0.5
-"""Seconds between two looks at whether other processes have finished, or died."""
 
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -191,9 +188,9 @@ def _build(
     filled = _with_slots(checkpoint, plan, calibrated)
     runner = Pipeline(checkpoint, filled, folder, state, on_progress, calibrated, work.party)
     runner.run()
-    while any(runner.left()):
+    while left := runner.left():
         # What is left is others' work; should they die, it is ours.
-        time.sleep(PAUSE)
+        work.party.wait(left)
         runner.run()
     with work.party.finishing() as needed:
         if not needed:

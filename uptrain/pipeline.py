@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,43 +61,39 @@ class Pipeline:
 
         Digests of both go into the state, each as soon as it is known.
         """
-        shards, files = self.left()
         pool = ThreadPoolExecutor(max_workers=_workers(), thread_name_prefix="shard")
         try:
-            work = [("write", name) for name in shards] + [("digest", name) for name in files]
-            _wait([pool.submit(self._claimed, kind, name) for kind, name in work])
+            _wait([pool.submit(self._claimed, work) for work in self.left()])
         finally:
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             self.stop.clear()
 
-    def left(self) -> tuple[list[str], list[str]]:
-        """Return the shards and the source's files that no process has finished; files that a shard follows go with it.
+    def left(self) -> Mapping[str, Callable[[], None]]:
+        """Return what no process has finished, by what it is called: shards, and source files that no shard follows.
 
         Nothing is left once OUT stands. Bytes of shards that others finished since are told to `on_progress`.
         """
         with self.lock:
             self.state.refresh()
             if not self.party.stands():  # then what was finished last could not be read
-                return [], []
+                return {}
             for name in (self.plan.shards.keys() & self.state.shards.keys()) - self.counted:
                 self.counted.add(name)
                 self.on_progress(sum(tensor.info.nbytes for tensor in self.plan.shards[name]))
             shards = [name for name in self.plan.shards if name not in self.state.shards]
             followed = {self.followers[name] for name in shards if name in self.followers}
             known = followed | self.state.sources.keys()
-            return shards, [name for name in self.checkpoint.files if name not in known]
+            files = [name for name in self.checkpoint.files if name not in known]
+            writing = {f"shard {name}": partial(self._write, name) for name in shards}
+            return writing | {f"digest of {name}": partial(self._digest, name) for name in files}
 
-    def _claimed(self, kind: str, name: str) -> None:
+    def _claimed(self, work: str) -> None:
         """Do a piece of work unless another process has it, or had it and finished."""
-        with self.party.claim(f"{kind} {name}") as free:
-            if not free:
-                return
-            shards, files = self.left()
-            if kind == "write" and name in shards:
-                self._write(name)
-            elif kind == "digest" and name in files:
-                self._digest(name)
+        with self.party.claim(work) as free:
+            act = self.left().get(work) if free else None
+            if act:
+                act()
 
     def _digest(self, file: str) -> None:
         digest = checksum_file(self.checkpoint.path / file, stopped=self.stop.is_set)

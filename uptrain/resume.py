@@ -62,7 +62,7 @@ def begun(
         elif (state.load() or ("",))[0] != plan.digest:
             raise taken(out)
 
-    with joined(out, overwrite, beside, lambda: _stands(out, plan), prepare) as joint:
+    with joined(out, overwrite, beside, on_note, lambda: _stands(out, plan), prepare) as joint:
         yield Begun(JointState(joint, plan.digest, command), resumed, joint) if joint else None
 
     if not _stands(out, plan):

@@ -7,9 +7,12 @@ holds them, however it ends, so nothing waits for a clock and what a killed proc
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +38,10 @@ from uptrain.errors import UptrainError, UsageError
 TURN = "turn"
 CALIBRATION = "calibration"
 """The turn of what is made beside OUT for all processes."""
+PAUSE = 0.5
+"""Seconds between two looks at whether other processes have finished, or died."""
+PATIENCE = 30.0
+"""Seconds after which a process says for whom it waits."""
 
 
 class Alone:
@@ -52,6 +59,9 @@ class Alone:
         """Say whether the folder is still to be finished."""
         return True
 
+    def wait(self, work: Collection[str]) -> None:
+        """Wait for nothing, as no one else has any work."""
+
     def finishing(self) -> AbstractContextManager[bool]:
         """Finish, as no one else will."""
         return nullcontext(True)
@@ -60,13 +70,23 @@ class Alone:
 
 
 class Joint:
-    """A process's part in a folder that several of them build. The folders `beside` OUT are removed once it stands."""
+    """A process's part in a folder that several of them build.
 
-    def __init__(self, out: Path, overwrite: bool = False, beside: Collection[Path] = ()) -> None:
+    The folders `beside` OUT are removed once it stands; `on_note` hears for whom this process waits long.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        overwrite: bool = False,
+        beside: Collection[Path] = (),
+        on_note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.out, self.partial = out, partial_of(out)
-        self.overwrite, self.beside = overwrite, beside
+        self.overwrite, self.beside, self.on_note = overwrite, beside, on_note
         self.claims = self.partial / CLAIMS
         self.lock: IO[Any] | None = None
+        self.since: dict[str, float] = {}
 
     def stands(self) -> bool:
         """Say whether the folder this process entered is still OUT.partial, and so not finished."""
@@ -81,7 +101,10 @@ class Joint:
             yield False
             return
         with file:
-            yield _locked(file, fcntl.LOCK_EX)
+            free = _locked(file, fcntl.LOCK_EX)
+            if free:
+                _sign(file)
+            yield free
 
     @contextmanager
     def turn(self, what: str = TURN) -> Iterator[bool]:
@@ -92,9 +115,30 @@ class Joint:
             yield False
             return
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _locked(file, fcntl.LOCK_EX):
+                patience = threading.Timer(PATIENCE, self._tell, [what])
+                patience.start()
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                finally:
+                    patience.cancel()
+            _sign(file)
             entered = self.lock is None or self.stands()
             yield entered and is_open_at(self.claims / what, file.fileno())
+
+    def wait(self, work: Collection[str]) -> None:
+        """Wait a moment for the processes that have `work`; say once who has a piece for long."""
+        now = time.monotonic()
+        self.since = {piece: self.since.get(piece, now) for piece in work}
+        for piece in [piece for piece, since in self.since.items() if now - since >= PATIENCE]:
+            self.since[piece] = math.inf
+            self._tell(piece)
+        time.sleep(PAUSE)
+
+    def _tell(self, work: str) -> None:
+        with suppress(FileNotFoundError):  # the folder has become OUT
+            who = (self.claims / work).read_text(errors="replace") or "another process"
+            self.on_note(f"Waiting for {who}, which has the {work}.")
 
     def write_shard(
         self,
@@ -147,20 +191,21 @@ def joined(
     out: Path,
     overwrite: bool,
     beside: Collection[Path],
+    on_note: Callable[[str], None],
     finished: Callable[[], bool],
     prepare: Callable[[bool], None],
 ) -> Iterator[Joint | None]:
     """Take part in building OUT for as long as the block runs; yield None where others have finished it.
 
     `finished` says whether OUT stands; `prepare` is called, one process at a time, with whether no other is at work.
-    The folders `beside` OUT are removed once it stands.
+    The folders `beside` OUT are removed once it stands; `on_note` is that of `Joint`.
 
     Raises:
         UsageError: OUT exists and `overwrite` is off, a run that others can't join is writing it, or OUT.partial isn't
             ours.
         UptrainError: the disk is full, can't be written or has no locks.
     """
-    joint = Joint(out, overwrite, beside)
+    joint = Joint(out, overwrite, beside, on_note)
     with friendly_errors(joint.partial):
         while not finished():
             try:
@@ -227,6 +272,13 @@ def _enter(lock: IO[Any], joint: Joint) -> bool:
     if not _locked(lock, fcntl.LOCK_SH):
         raise taken(joint.out)
     return False
+
+
+def _sign(file: IO[Any]) -> None:
+    """Write down in a file that this process has locked whose it is now."""
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
 
 
 def _locked(file: IO[Any], kind: int) -> bool:
