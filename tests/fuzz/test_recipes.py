@@ -25,7 +25,7 @@ PIECES = st.sampled_from([
     "!!python/object/apply:os.system ['touch ran']", "!!python/name:os.system", "!!python/module:ran", "!evil",
     "&a ", "*a", "2001-99-99", "12:99:99", "1e999", "0x", "0o9", "._", "!!binary x", "!!int x", "!!float y",
     "!!bool z", "!!timestamp q", "<<: ", "? ", "- ", ": ", "{", "}", "[", "]", "|", ">", "\n", "  ", "model", "data",
-    "steps: 3", "'", '"', "#", "%", "---", "=", "1" * 5000, "[" * 2000, "~", "null", ".inf", ".nan", "\x00",
+    "steps: 3", "'", '"', "#", "%", "---", "=", "1" * 5000, "[" * 400, "~", "null", ".inf", ".nan", "\x00",
     "\ufeff", "é", "\U0001f600",
 ])  # fmt: skip
 
