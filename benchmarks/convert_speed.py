@@ -127,8 +127,8 @@ def make_source(folder: Path, total_bytes: int, shards: int) -> int:
     return total
 
 
-def run(command: list[str], outputs: tuple[Path, ...]) -> tuple[float, int]:
-    """Run one command and return its wall seconds and its peak resident bytes."""
+def run(command: list[str], outputs: tuple[Path, ...]) -> tuple[float, float, int]:
+    """Run one command and return its wall seconds, its processor seconds and its peak resident bytes."""
     # Both outputs go, so that either command finds the same memory free and already touched by the other.
     for output in outputs:
         shutil.rmtree(output, ignore_errors=True)
@@ -142,7 +142,7 @@ def run(command: list[str], outputs: tuple[Path, ...]) -> tuple[float, int]:
         if child.returncode:
             log.seek(0)
             sys.exit(f"{' '.join(command)} failed ({child.returncode}):\n{log.read().decode()}")
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -> dict[str, float]:
@@ -150,13 +150,13 @@ def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -
     weights = make_source(source, total_bytes, shards)
     convert = [sys.executable, "-m", "uptrain", "convert", str(source), str(out)]
     convert += ["--to", "gqa", "--groups", str(groups)]
-    copies, conversions, peaks = [], [], []
+    pairs = []
     for _ in range(runs + 1):
-        copies.append(run(["cp", "-r", str(source), str(copy)], (copy, out))[0])
-        seconds, peak = run(convert, (copy, out))
-        conversions.append(seconds)
-        peaks.append(peak)
-    cp, converted = statistics.median(copies[1:]), statistics.median(conversions[1:])
+        pairs.append((run(["cp", "-r", str(source), str(copy)], (copy, out)), run(convert, (copy, out))))
+    (copies, copy_busy, _), (conversions, busy, peaks) = (
+        zip(*found, strict=True) for found in zip(*pairs[1:], strict=True)
+    )
+    cp, converted = statistics.median(copies), statistics.median(conversions)
     return {
         "source_bytes": weights,
         "output_bytes": sum(path.stat().st_size for path in out.rglob("*.safetensors")),
@@ -164,8 +164,10 @@ def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -
         "convert_seconds": converted,
         "ratio": converted / cp,
         # Far from 1 on a busy machine, where the medians then mean little.
-        "cp_spread": max(copies[1:]) / min(copies[1:]),
-        "convert_spread": max(conversions[1:]) / min(conversions[1:]),
+        "cp_spread": max(copies) / min(copies),
+        "convert_spread": max(conversions) / min(conversions),
+        "cp_cpu_seconds": statistics.median(copy_busy),
+        "convert_cpu_seconds": statistics.median(busy),
         # Counts the pages of mapped input files too, so it is an upper bound of what convert allocates.
         "peak_rss_bytes": max(peaks),
         "runs": runs,
@@ -191,8 +193,9 @@ def main() -> None:
         return
     print(f"source     {result['source_bytes'] / 1e9:7.3f} GB, output {result['output_bytes'] / 1e9:.3f} GB")
     for label, key in (("cp -r", "cp"), ("convert", "convert")):
-        seconds, spread = result[f"{key}_seconds"], result[f"{key}_spread"]
-        print(f"{label:<10} {seconds:7.3f} s   median of {options.runs}, slowest / fastest {spread:.2f}")
+        seconds, busy, spread = (result[f"{key}_{what}"] for what in ("seconds", "cpu_seconds", "spread"))
+        print(f"{label:<10} {seconds:7.3f} s   median of {options.runs}, slowest / fastest {spread:.2f}", end="")
+        print(f", processors {busy:.3f} s")
     print(f"ratio      {result['ratio']:7.2f}")
     print(f"peak RSS   {result['peak_rss_bytes'] / 1e6:7.0f} MB")
 

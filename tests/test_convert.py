@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from threadpoolctl import ThreadpoolController
 from transformers import AutoModelForCausalLM
 
 from uptrain.checkpoint.checksum import checksum_file
@@ -42,6 +43,20 @@ def test_the_same_command_gives_the_same_bytes_on_any_number_of_threads(
     convert(str(source), tmp_path / "two", GQA2)
     assert len(list(source.glob("*.safetensors"))) > 3
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_shards_are_made_on_their_own_threads_only(save_tiny: Save, tmp_path: Path) -> None:
+    """numpy's BLAS starts no others beside them, and has what it had again afterwards."""
+    blas, seen = ThreadpoolController().select(internal_api="openblas"), set[int]()
+
+    def threads(count: int = 0) -> None:
+        seen.update(found["num_threads"] for found in blas.info())
+
+    with blas.limit(limits=2):
+        convert(str(save_tiny("llama")), tmp_path / "out", Request("gqa", 2), on_progress=threads)
+        assert seen == {1}
+        threads()
+        assert seen == {1, 2}
 
 
 def test_shards_change_only_where_the_bytes_lie(save_tiny: Save, tmp_path: Path) -> None:

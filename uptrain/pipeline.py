@@ -7,11 +7,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from uptrain.checkpoint.arrays import Array, as_float32, cast, raw_bytes
 from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
@@ -61,13 +62,14 @@ class Pipeline:
 
         Digests of both go into the state, each as soon as it is known.
         """
-        pool = ThreadPoolExecutor(max_workers=_workers(), thread_name_prefix="shard")
-        try:
-            _wait([pool.submit(self._claimed, work) for work in self.left()])
-        finally:
-            self.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            self.stop.clear()
+        with _numpy_blas().limit(limits=1):
+            pool = ThreadPoolExecutor(max_workers=_workers(), thread_name_prefix="shard")
+            try:
+                _wait([pool.submit(self._claimed, work) for work in self.left()])
+            finally:
+                self.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                self.stop.clear()
 
     def left(self) -> Mapping[str, Callable[[], None]]:
         """Return what no process has finished, by what it is called: shards, and source files that no shard follows.
@@ -170,6 +172,12 @@ class Pipeline:
         name = f"{tensor.linear}.bias"
         bias = self.checkpoint.read(name) if name in self.checkpoint.tensors else None
         return folded_bias(weight, bias, self.checkpoint.read(f"{tensor.fold}.bias"))
+
+
+@cache
+def _numpy_blas() -> ThreadpoolController:
+    """Return what limits the threads of numpy's BLAS, which spin for their next work on the cores the shards need."""
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 def _workers() -> int:

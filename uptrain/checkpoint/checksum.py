@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,20 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.
 DEFAULT = "blake3"
 CHUNK = 2**20
 """Bytes read at a time: small enough to stay in cache between reading, hashing and writing."""
+
+
+_spare = threading.local()
+
+
+@contextmanager
+def borrowed_buffer() -> Iterator[memoryview]:
+    """Lend a buffer of CHUNK bytes; a fresh one a tensor would cost more in page faults than reading does."""
+    buffers: list[memoryview] = _spare.__dict__.setdefault("buffers", [])
+    buffer = buffers.pop() if buffers else memoryview(bytearray(CHUNK))
+    try:
+        yield buffer
+    finally:
+        buffers.append(buffer)
 
 
 class Checksum:
@@ -41,9 +56,8 @@ def checksum_file(path: Path, algorithm: str = DEFAULT, stopped: Callable[[], bo
         CheckpointError: the file can't be read.
     """
     running = Checksum(algorithm)
-    buffer = memoryview(bytearray(CHUNK))
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file, borrowed_buffer() as buffer:
             while (count := file.readinto(buffer)) and not stopped():
                 running.update(buffer[:count])
     except OSError as error:
@@ -97,11 +111,11 @@ class FollowingChecksum:
     def _read_until(self, end: int) -> None:
         if end <= self._position:
             return
-        with self._named_errors(), self._path.open("rb", buffering=0) as file:
+        with self._named_errors(), self._path.open("rb", buffering=0) as file, borrowed_buffer() as buffer:
             file.seek(self._position)
             while self._position < end:
-                data = file.read(min(CHUNK, end - self._position))
-                if not data:
+                count = file.readinto(buffer[: end - self._position])
+                if not count:
                     raise CheckpointError(f"{self._path} became shorter while it was read.")
-                self._checksum.update(data)
-                self._position += len(data)
+                self._checksum.update(buffer[:count])
+                self._position += count

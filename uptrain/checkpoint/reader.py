@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from uptrain.checkpoint.arrays import Array, numpy_dtype, raw_bytes
-from uptrain.checkpoint.checksum import CHUNK
+from uptrain.checkpoint.checksum import borrowed_buffer
 from uptrain.checkpoint.header import TensorInfo, read_header
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.pickles import PickleShards
@@ -67,7 +65,7 @@ class Checkpoint:
         if self.pickles is not None:
             yield raw_bytes(np.ascontiguousarray(self.pickles.read(info)))
             return
-        with _borrowed_buffer() as buffer:
+        with borrowed_buffer() as buffer:
             yield from self._spans(name, buffer, reuse=True)
 
     def _spans(self, name: str, buffer: memoryview, reuse: bool = False) -> Iterator[memoryview]:
@@ -88,20 +86,6 @@ class Checkpoint:
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise CheckpointError(f"{path} can't be read at tensor {name}: {reason}.") from None
-
-
-_spare = threading.local()
-
-
-@contextmanager
-def _borrowed_buffer() -> Iterator[memoryview]:
-    """Lend a buffer of CHUNK bytes; a fresh one a tensor would cost more in page faults than reading does."""
-    buffers: list[memoryview] = _spare.__dict__.setdefault("buffers", [])
-    buffer = buffers.pop() if buffers else memoryview(bytearray(CHUNK))
-    try:
-        yield buffer
-    finally:
-        buffers.append(buffer)
 
 
 def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
