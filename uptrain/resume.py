@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
-from uptrain.checkpoint.joint import Alone, Joint, JointState, joined
+from uptrain.checkpoint.joining import joined
+from uptrain.checkpoint.joint import Alone, Joint, JointState
 from uptrain.checkpoint.manifest import read_manifest
 from uptrain.checkpoint.state import State
 from uptrain.checkpoint.writer import STATE, empty, partial_of, staged, taken
