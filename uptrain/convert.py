@@ -196,7 +196,8 @@ def _build(
         if not needed:
             return filled, None
         _write_companions(checkpoint, filled, folder)
-        stage = {**_stage(source, checkpoint, filled, state.sources), "energy_kept": _kept(state)}
+        notes = {"energy_kept": _kept(state), "head_similarity": _by_layer(state.similarity)}
+        stage = {**_stage(source, checkpoint, filled, state.sources), **notes}
         if calibrated is not None:
             stage["calibration"] = {key: calibrated.notes[key] for key in ("text", "layers")}
         append_stage(folder, checkpoint.path, stage, known=dict(state.shards))
@@ -215,7 +216,11 @@ def _command(source: Source, request: Request) -> str:
 
 
 def _kept(state: State) -> Kept:
-    return {int(layer): found for layer, found in sorted(state.layers.items(), key=lambda item: int(item[0]))}
+    return _by_layer(state.layers)
+
+
+def _by_layer(notes: dict[str, Any]) -> dict[int, Any]:
+    return {int(layer): found for layer, found in sorted(notes.items(), key=lambda item: int(item[0]))}
 
 
 def _kept_in(folder: Path) -> Kept:

@@ -127,6 +127,7 @@ class Pipeline:
             if file:
                 self.state.sources[file] = digest
             self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.items()})
+            self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.items()})
             self.state.save()
 
     def _advance(self, count: int) -> None:

@@ -14,7 +14,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.latent_packing import LatentHeads, join_latent
 from uptrain.layout import Position
-from uptrain.methods import estimate
+from uptrain.methods import alike, estimate
 from uptrain.methods.gqa import pool_layer
 from uptrain.model_config import initializer_std, why_pool_only
 from uptrain.packing import LayerHeads, join, read_layer
@@ -42,12 +42,16 @@ MEASURABLE = 1e15
 class LayerMaker:
     """Makes one layer's changed attention tensors from the source's.
 
-    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be.
+    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be, and `similarity`,
+    unless it is not to `compare`, how alike the heads are that come to share.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated | None = None) -> None:
-        self.checkpoint, self.plan, self.calibrated = checkpoint, plan, calibrated
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated | None = None, compare: bool = True
+    ) -> None:
+        self.checkpoint, self.plan, self.calibrated, self.compare = checkpoint, plan, calibrated, compare
         self.kept: dict[int, dict[str, dict[str, float]]] = {}
+        self.similarity: dict[int, dict[str, dict[str, float]]] = {}
         # Telling what svd would keep costs time, so mean tells it of the middle layer only.
         self.sample = len(plan.before) // 2
         self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
@@ -96,6 +100,8 @@ class LayerMaker:
 
     def _shared(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
         request = self.plan.request
+        if request.grouping != "similar":
+            self._compare(heads, groups, layer)
         if self.calibrated is not None:
             self.kept[layer] = self.calibrated.kept(layer)
             return self.calibrated.read(layer)
@@ -110,11 +116,21 @@ class LayerMaker:
         rotary = methods.position_of(self.plan.architecture, self.plan.before[layer])
         if request.grouping == "similar":
             heads = methods.similar_layer(heads, groups, rotary, request.seed)
+            self._compare(heads, groups, layer)
         if request.method != "svd":
             return self._pooled(heads, groups, layer)
         heads, kept = methods.factor_layer(heads, groups, rotary)
         self.kept[layer] = _told(kept)
         return heads
+
+    def _compare(self, heads: LayerHeads, groups: int, layer: int) -> None:
+        """Note how alike the heads are that come to share: of every layer, or of one where that would cost much."""
+        spec, every = self.plan.before[layer], self.plan.request.method in ("svd", "calibrated")
+        hidden = heads.part("k").weight.shape[-1]
+        cheap = len(self.plan.before) * alike.cost(spec, groups, hidden) < alike.CHEAP
+        if self.compare and (every or cheap or layer == self.sample) and _measurable(heads, groups):
+            position = self.plan.architecture.position
+            self.similarity[layer] = alike.head_similarity(heads, groups, position, spec, not self._pool_only)
 
     def _latent(self, heads: LayerHeads, layer: int, latent: LatentPlan) -> LatentHeads:
         if self.calibrated is not None:
@@ -208,6 +224,11 @@ def _estimate(
         means.append(float(np.average(mean, weights=energy)))
         bests.append(float(np.average(best, weights=energy)))
     return _known({"mean": _rounded(*means), "svd": _rounded(*bests)})
+
+
+def _measurable(heads: LayerHeads, groups: int) -> bool:
+    rows = (each for part in "kv" for each in estimate.rows_by_group(heads.part(part), groups))
+    return all(bool(np.abs(each).max(initial=0) < MEASURABLE) for each in rows)
 
 
 def _told(kept: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -160,9 +160,9 @@ class JointState(State):
 
     def refresh(self) -> None:
         """Add what the other processes have finished."""
-        mine = (self.shards, self.sources, self.layers)
+        mine = (self.shards, self.sources, self.layers, self.similarity)
         self.load()
-        for found, own in zip((self.shards, self.sources, self.layers), mine, strict=True):
+        for found, own in zip((self.shards, self.sources, self.layers, self.similarity), mine, strict=True):
             found.update(own)
 
     def save(self) -> None:

@@ -15,6 +15,8 @@ class State:
     """What has been finished in OUT.partial: the plan's digest, the checksum of each whole shard and of each of the
     source's files that was read, and notes by layer.
 
+    Of each layer `layers` has the energy that is kept, `similarity` how alike its heads were.
+
     `command` digests what was asked for and of which folder, so that a changed source can be told from another wish.
     """
 
@@ -24,6 +26,7 @@ class State:
         self.shards: dict[str, str] = {}
         self.sources: dict[str, str] = {}
         self.layers: dict[str, Any] = {}
+        self.similarity: dict[str, Any] = {}
 
     def load(self) -> tuple[str, str] | None:
         """Read an earlier run's state; return its plan and command, or None where there is none that can be used.
@@ -44,6 +47,9 @@ class State:
             self.layers = {layer: kept for layer, kept in layers.items() if layer.isdecimal()}
             found = sources.items() if isinstance(sources, dict) else ()
             self.sources = {name: text for name, text in found if isinstance(text, str) and algorithm_of(text)}
+            similarity = value.get("similarity")
+            if isinstance(similarity, dict):
+                self.similarity = {layer: found for layer, found in similarity.items() if layer.isdecimal()}
         return str(value.get("plan")), str(value.get("command"))
 
     def refresh(self) -> None:
@@ -51,5 +57,5 @@ class State:
 
     def save(self) -> None:
         """Write the state atomically."""
-        names = ("plan", "command", "shards", "sources", "layers")
+        names = ("plan", "command", "shards", "sources", "layers", "similarity")
         write_atomic(self.path, dump_json({name: getattr(self, name) for name in names}))

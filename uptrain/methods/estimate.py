@@ -15,12 +15,12 @@ import numpy.typing as npt
 from uptrain.checkpoint.arrays import Array, as_float32
 from uptrain.packing import Heads
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating]
 EXACT_ROWS = 1024
 """Stacked rows up to which all singular values are computed; above it, the leading ones by subspace iteration."""
 
 
-def rows_of(heads: Heads) -> Floats:
+def rows_of(heads: Heads) -> npt.NDArray[np.float32]:
     """Return the heads' maps of [x; 1] in float32, (heads, head_dim, hidden_size + 1)."""
     weight = as_float32(heads.weight)
     bias = np.zeros(weight.shape[:2], np.float32) if heads.bias is None else as_float32(heads.bias)
@@ -81,7 +81,7 @@ def _leading(stack: Floats, rank: int) -> float:
     return float(np.square(found[:rank]).sum(dtype=np.float64))
 
 
-def pair_similarity(rows: Floats, kept: Callable[[Floats], float]) -> Floats:
+def pair_similarity(rows: Floats, kept: Callable[[Floats], float]) -> npt.NDArray[np.float32]:
     """Return (heads, heads): the share of two heads' energy that one shared head keeps, from rows (heads, D, d̃).
 
     `kept` says it of two heads' rows (2, D, d̃). Two that are equal share 1; two that have nothing in common and the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.checkpoint.source import resolve
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.layout import Architecture, Position
-from uptrain.methods import estimate
+from uptrain.layout import Architecture
+from uptrain.methods import alike, estimate
 from uptrain.methods.estimate import Floats
 from uptrain.model_config import architecture_of, attention_layers
 from uptrain.packing import read_layer
@@ -77,23 +76,14 @@ def look(
     keys, values = (estimate.rows_of(heads.part(part)) for part in "kv")
     if not (np.isfinite(keys).all() and np.isfinite(values).all()):
         raise CheckpointError(f"Layer {layer} holds values that are not finite.", "Download the checkpoint again.")
-    shared = _shared(architecture.position, spec)
     return LayerPicture(
         architecture.place(layer),
         {
-            "keys": estimate.pair_similarity(keys, shared),
-            "values": estimate.pair_similarity(values, lambda pair: estimate.kept_by_factor(pair, 1)),
+            "keys": estimate.pair_similarity(keys, alike.one_key(architecture.position, spec)),
+            "values": estimate.pair_similarity(values, alike.one_value),
         },
         {"keys": estimate.spectrum(keys), "values": estimate.spectrum(values)},
     )
-
-
-def _shared(position: Position, spec: AttentionSpec) -> Callable[[Floats], float]:
-    """Return what says how much of two key heads one keeps: where they rotate, only a phase a frequency is free."""
-    if not position.rotates or spec.rotary_ndims == 0:
-        return lambda pair: estimate.kept_by_factor(pair, 1)
-    interleaved, dims = position is Position.ROTARY_INTERLEAVED, spec.rotary_ndims or spec.head_dim
-    return lambda pair: estimate.kept_by_phases(pair, 1, interleaved, dims)
 
 
 def _draw(found: list[LayerPicture], name: str) -> Figure:
