@@ -70,6 +70,10 @@ EVALUATION: dict[str, Any] = {
 LOG = [{"step": n, "tokens": 100 * n, "loss": 4 / n, "lr": 0.1, "tokens_per_s": 50} for n in range(1, 6)]
 
 
+def headings(text: str) -> set[str]:
+    return {*re.findall(r"<h2>(.*?)</h2>", text)}
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
@@ -100,15 +104,105 @@ def test_measurements_stand_on_the_page(converted: Path, page: Callable[..., tup
     (row,) = document.tables[1][1:]
     assert row == ["a<b>-mqa", "wiki.txt", "1,024", "12.50", "10.00", "0.0321", "87.5%", "91.2%", "3.21%"]
     assert "a<b>-mqa: 77" in document.words and "the original: 55" in document.words
-    kept = json.loads((converted / "uptrain.json").read_text())["stages"][-1]["energy_kept"]
+    stage = json.loads((converted / "uptrain.json").read_text())["stages"][-1]
+    kept = stage["energy_kept"]
     shown = {tuple(row[1:]) for row in document.tables[2][1:]}
     assert shown == {
         (layer, method, f"{sides['keys']:.1%}", f"{sides['values']:.1%}")
         for layer, methods in kept.items() for method, sides in methods.items()
     }  # fmt: skip
+    assert [row[1:] for row in document.tables[3][1:]] == [
+        [layer, *(f"{kinds[kind][side]:.1%}" for side in ("keys", "values") for kind in ("stored", "aligned"))]
+        for layer, kinds in stage["head_similarity"].items()
+    ]
+    assert "Head similarity by layer" in headings(text)
     assert "/home/me" not in text
-    assert document.tags["svg"] == 5 and 'class="missing"' not in text
+    assert document.tags["svg"] == 6 and 'class="missing"' not in text
     verify(converted)
+
+
+GRID: dict[str, Any] = {
+    "rows": [
+        {"text": text, "context": context, "perplexity": 10 * ratio, "baseline_perplexity": 10.0, "kl": 0.1,
+         "perplexity_ratio": ratio, "perplexity_ratio_interval": [ratio - 0.05, ratio + 0.05]}
+        for text in ("wiki.txt", "code.txt", "all") for context, ratio in ((256, 1.25), (1024, 1.5))
+    ],
+    "tasks": [
+        {"task": "piqa", "metric": "acc", "filter": "none", "higher_is_better": True, "samples": 1838, "value": 0.6125,
+         "stderr": 0.0114, "baseline_value": 0.6834, "baseline_stderr": 0.0109, "difference_interval": [-0.09, -0.046]},
+        {"task": "lambada", "metric": "perplexity", "filter": "none", "higher_is_better": False, "samples": 50,
+         "value": 44.25, "stderr": 1.5, "baseline_value": 18.5, "baseline_stderr": None, "difference_interval": None},
+    ],
+    "needle": [
+        {"length": length, "depth": depth, "samples": 10, "exact_match": 0.7 * (1 - depth),
+         "exact_match_interval": [0.4, 0.9], "log_probability": -1.25, "log_probability_interval": [-2.0, -0.5],
+         "baseline_exact_match": 0.9, "baseline_exact_match_interval": [0.6, 1.0], "baseline_log_probability": -0.125,
+         "baseline_log_probability_interval": None, "difference_interval": [-1.5, -0.5]}
+        for length in (512, 4096) for depth in (0.0, 0.5)
+    ],
+    "speeds": [
+        {"batch": batch, "context": context, "prefill_tokens_per_second": 1234.0, "prefill_range": [1200.0, 1300.0],
+         "decode_tokens_per_second": 99.0 * batch, "decode_range": [90.0 * batch, 101.0 * batch],
+         "baseline_prefill_tokens_per_second": 1100.0, "baseline_prefill_range": [1000.0, 1111.0],
+         "baseline_decode_tokens_per_second": 55.0, "baseline_decode_range": [50.0, 60.0], "decode_ratio": 1.8,
+         "decode_ratio_range": [1.5, 2.0]}
+        for batch in (1, 8) for context in (512, 4096)
+    ],
+}  # fmt: skip
+
+
+def test_tasks_retrieval_contexts_and_speeds_stand_on_the_page(
+    converted: Path, page: Callable[..., tuple[Document, str]]
+) -> None:
+    (converted / "eval.json").write_text(json.dumps({**EVALUATION, **GRID}))
+    document, text = page()
+    tables = {table[0][1]: table for table in document.tables}
+    assert [row[1:] for row in tables["task"][1:]] == [
+        ["piqa", "acc", "1,838", "0.6834 ± 0.011", "0.6125 ± 0.011", "-0.09 to -0.046"],
+        ["lambada", "perplexity", "50", "18.5", "44.25 ± 1.5", "–"],
+    ]
+    assert [row[1:] for row in tables["length"][1:]] == [
+        [length, depth, "10", "90%(60% to 100%)", "-0.12", f"{found}(40% to 90%)", "-1.25"]
+        for length in ("512", "4,096") for depth, found in (("0%", "70%"), ("50%", "35%"))
+    ]  # fmt: skip
+    assert [row[1:] for row in tables["batch"][1:]] == [
+        [batch, context, "1,100(1,000 to 1,111)", "1,234(1,200 to 1,300)", "55(50 to 60)", decode, "1.80(1.50 to 2.00)"]
+        for batch, decode in (("1", "99(90 to 101)"), ("8", "792(720 to 808)")) for context in ("512", "4,096")
+    ]  # fmt: skip
+    contexts = [row[2:4] for row in tables["text"][1:]]
+    assert contexts == [["256", "12.50"], ["1,024", "15.00"]] * 3
+    assert {"Tasks", "Retrieval", "Decode speed", "Quality against cache"} <= headings(text)
+    pictures = dict(re.findall(r'<figure role="img" aria-label="([^"]*)">(.*?)</figure>', text, re.DOTALL))
+    (grid,) = (Document(svg).words for says, svg in pictures.items() if says.startswith("Grids of keys"))
+    shown = Counter(grid.split())
+    # Twelve numbers of each grid's cells: the original's four, and the converted model's by depth.
+    assert (shown["90%"], shown["70%"], shown["35%"]) == (4, 2, 2) and shown["-1.2"] == shown["-0.1"] == 4
+    (tasks,) = (Document(svg).words for says, svg in pictures.items() if says.startswith("Score of each"))
+    assert "piqa" in tasks and "lambada" not in tasks, "a perplexity is no share of 100 %"
+    assert any(says.startswith("Decoded tokens per second of a&lt;b&gt;-mqa") for says in pictures)
+    assert any(says.startswith("Perplexity over the original") for says in pictures)
+
+
+def test_lists_of_another_shape_still_give_a_page(converted: Path, page: Callable[..., tuple[Document, str]]) -> None:
+    odd = [{}, "x", {"task": None, "value": "a", "depth": [], "batch": {}, "context": 512, "decode_range": [1]}]
+    broken = dict(zip(GRID, (odd, 7, odd, odd), strict=True))
+    (converted / "eval.json").write_text(json.dumps({**EVALUATION, **broken, "samples": odd}))
+    document, text = page()
+    assert document.tables[0][2][3] == "12.50"
+    assert "against the context, by batch" not in text, "one context makes no line"
+
+
+def test_a_manifest_that_knows_no_head_similarity_gives_a_page_without(
+    converted: Path, page: Callable[..., tuple[Document, str]]
+) -> None:
+    whole = (converted / "uptrain.json").read_text()
+    manifest = json.loads(whole)
+    del manifest["stages"][-1]["head_similarity"]
+    try:
+        (converted / "uptrain.json").write_text(json.dumps(manifest))
+        assert "Head similarity by layer" not in headings(page()[1])
+    finally:
+        (converted / "uptrain.json").write_text(whole)
 
 
 def test_samples_stand_side_by_side_as_they_were_written(
@@ -129,15 +223,16 @@ def test_what_was_not_measured_is_said_and_not_drawn(
 ) -> None:
     for name in ("eval.json", "train_log.jsonl"):
         (converted / name).unlink(missing_ok=True)
-    document, _ = page()
-    assert document.tags["svg"] == 2
+    document, text = page()
+    assert document.tags["svg"] == 3
+    assert not {"Tasks", "Retrieval", "Samples"} & headings(text), "a heading over nothing"
     for words in ("not been measured against its original: uptrain eval", "Nothing here was trained", "not been timed"):
         assert words in document.words
     assert document.tables[0][1][3:] == ["–"] * 5
 
 
 def test_a_browser_needs_nothing_but_the_file(converted: Path, page: Callable[..., tuple[Document, str]]) -> None:
-    (converted / "eval.json").write_text(json.dumps(EVALUATION))
+    (converted / "eval.json").write_text(json.dumps({**EVALUATION, **GRID}))
     document, text = page()
     assert document.tags["script"] == 0 and "<b>" not in text
     assert "http" not in text and "//" not in text.replace("<!--", "")
@@ -179,7 +274,10 @@ def test_several_are_compared_and_pictures_lie_beside_the_page(
     assert names == ["the original", "a<b>-mqa", "the original", "gqa2"]
     assert "gqa2 was measured on other text or otherwise than a<b>-mqa" in document.words
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert pictures == ["page-energy-a_3cb_3e-mqa.png", "page-memory.png", "page-quality.png", "page-speed.png"]
+    assert pictures == [
+        "page-energy-a_3cb_3e-mqa.png", "page-memory.png", "page-quality.png", "page-similarity-a_3cb_3e-mqa.png",
+        "page-similarity-gqa2.png", "page-speed.png",
+    ]  # fmt: skip
     for name in pictures:
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 900 and len({*picture.convert("RGB").get_flattened_data()}) > 10

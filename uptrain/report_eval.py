@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uptrain import console
+from uptrain import console, eval_tables
+from uptrain.eval_tables import Table
 from uptrain.words import number
 
 if TYPE_CHECKING:
@@ -24,12 +25,15 @@ def evaluation(found: Evaluation, as_json: bool) -> None:
     console.table("", *_table([*shown, (found.model.name, found.model, found)]))
     if len(found.rows) > 1:
         console.table("", *_by_text(found))
+    values, model = found.to_dict(), found.model.name
+    baseline = None if found.baseline is None else found.baseline.name
     if len(found.speeds) > 1:
-        console.table("Speed, tokens/s of all sequences together (slowest to fastest)", *_speeds(found))
+        title = "Speed, tokens/s of all sequences together (slowest to fastest)"
+        _shown(title, eval_tables.speeds(values, "this", baseline and "original"))
     if found.tasks:
-        console.table("Tasks", *_tasks(found))
+        _shown("Tasks", eval_tables.tasks(values, model, baseline))
     if found.needle:
-        console.table("Retrieval of a hidden pass key", *_needle(found))
+        _shown("Retrieval of a hidden pass key", eval_tables.needle(values, model, baseline))
     for sample in found.samples:
         _sample(found, sample)
     console.note(_how(found))
@@ -106,41 +110,8 @@ def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     return columns, [(*name, *each) for name, each in zip(names, figures, strict=True)]
 
 
-def _tasks(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return columns and a row for each metric of each task, with standard errors."""
-    alone: list[tuple[str, ...]] = [
-        (each.task, each.metric if each.filter == "none" else f"{each.metric}, {each.filter}", f"{each.samples:,}",
-         _with_error(each.value, each.stderr))
-        for each in found.tasks
-    ]  # fmt: skip
-    if found.baseline is None:
-        return ("task", "metric", "samples", found.model.name), alone
-    against = [
-        (_with_error(each.baseline_value, each.baseline_stderr), _between(each.difference_interval, "+.4g"))
-        for each in found.tasks
-    ]
-    columns = ("task", "metric", "samples", found.baseline.name, found.model.name, "difference, 95 %")
-    rows = [(*row[:3], base, row[3], apart) for row, (base, apart) in zip(alone, against, strict=True)]
-    return columns, rows
-
-
-def _needle(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return columns and a row for each length and depth: keys found, and nats per token of the key."""
-    places = [(f"{cell.length:,}", f"{cell.depth:.0%}", str(cell.samples)) for cell in found.needle]
-    ours = [
-        (number(cell.exact_match, "{:.0%}", cell.exact_match_interval), f"{cell.log_probability:.2f}")
-        for cell in found.needle
-    ]
-    columns = ("length", "depth", "samples", f"{found.model.name}: found", "log p")
-    if found.baseline is None:
-        return columns, [(*place, *own) for place, own in zip(places, ours, strict=True)]
-    theirs = [
-        (number(cell.baseline_exact_match, "{:.0%}", cell.baseline_exact_match_interval),
-         f"{cell.baseline_log_probability:.2f}")
-        for cell in found.needle
-    ]  # fmt: skip
-    rows: list[tuple[str, ...]] = [(*place, *base, *own) for place, base, own in zip(places, theirs, ours, strict=True)]
-    return (*columns[:3], f"{found.baseline.name}: found", "log p", *columns[3:]), rows
+def _shown(title: str, table: Table) -> None:
+    console.table(title, table.columns, table.rows)
 
 
 def _sample(found: Evaluation, sample: Sample) -> None:
@@ -151,42 +122,6 @@ def _sample(found: Evaluation, sample: Sample) -> None:
     # Line breaks would tear a short text over a screen.
     lines = [(name, text.replace("\n", "⏎")) for name, text in pairs]
     console.facts(f"Sample of {Path(sample.text).name}{shared}", lines)
-
-
-def _with_error(value: float | None, stderr: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
-
-
-def _between(interval: tuple[float, float] | None, form: str) -> str:
-    return "–" if interval is None else " to ".join(f"{end:{form}}" for end in interval)
-
-
-def _speeds(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return columns and a row for each batch and context."""
-    places = [(str(cell.batch), f"{cell.context:,}") for cell in found.speeds]
-    ours = [
-        (
-            number(cell.prefill_tokens_per_second, "{:,.0f}"),
-            number(cell.decode_tokens_per_second, "{:,.0f}", cell.decode_range),
-        )
-        for cell in found.speeds
-    ]
-    if found.baseline is None:
-        alone = ("batch", "context", "prefill", "decode")
-        return alone, [(*place, *own) for place, own in zip(places, ours, strict=True)]
-    theirs = [
-        (number(cell.baseline_prefill_tokens_per_second, "{:,.0f}"),
-         number(cell.baseline_decode_tokens_per_second, "{:,.0f}", cell.baseline_decode_range))
-        for cell in found.speeds
-    ]  # fmt: skip
-    rows: list[tuple[str, ...]] = [
-        (*place, base[0], own[0], base[1], own[1], number(cell.decode_ratio, "{:.2f}", cell.decode_ratio_range))
-        for place, base, own, cell in zip(places, theirs, ours, found.speeds, strict=True)
-    ]
-    columns = ("batch", "context", "prefill: original", "this", "decode: original", "this", "times it")
-    return columns, rows
 
 
 def _how(found: Evaluation) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from uptrain import plots
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import UsageError
-from uptrain.page.sections import Section, sections, summary
+from uptrain.page.section import Section
+from uptrain.page.sections import sections, summary
 from uptrain.page.style import drawing, png, svg
 from uptrain.page.subjects import find_subjects, subjects_in
 from uptrain.page.sweep import sweep_sections, sweep_summary
@@ -54,7 +55,7 @@ def write_page(directory: Path, out: Path | None = None) -> Page:
                 picture = path.with_name(f"{path.stem}-{chart.name}.png")
                 picture.write_bytes(png(chart.figure))
                 pictures.append(picture)
-                charts.append({"svg": svg(chart.figure, chart.name), "says": chart.says})
+                charts.append({"svg": svg(chart.figure, chart.name), "says": chart.says, "caption": chart.caption})
             shown.append({"section": section, "charts": charts})
     if swept is None:
         title, head = _title(directory, len(subjects), "checkpoints"), summary(subjects)

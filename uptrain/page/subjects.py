@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest
 from uptrain.checkpoint.reader import read_config
 from uptrain.errors import CheckpointError, UsageError
+from uptrain.eval_tables import Table, figure, pair, rows_of
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers
 
 LOG = "train_log.jsonl"
@@ -58,17 +59,27 @@ class Subject:
 
     def figure(self, name: str, of: str = "") -> float | None:
         """Return a number of eval.json, or of its `model` or `baseline`; None where it has none."""
-        found: Any = self.evaluation or {}
-        value = (_mapping(found.get(of)) if of else found).get(name)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        value = figure(self._part(of), name)
+        return None if value is None else float(value)
 
     def pair(self, name: str, of: str = "") -> tuple[float, float] | None:
         """Return an interval or a range of eval.json, likewise."""
-        found: Any = self.evaluation or {}
-        value = (_mapping(found.get(of)) if of else found).get(name)
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value):
-            return float(value[0]), float(value[1])
-        return None
+        return pair(self._part(of), name)
+
+    def rows(self, name: str) -> list[Mapping[str, Any]]:
+        """Return what eval.json lists as `name`; empty where it has no such list."""
+        return rows_of(self.evaluation, name)
+
+    def _part(self, of: str) -> Mapping[str, Any]:
+        found = self.evaluation or {}
+        return _mapping(found.get(of)) if of else found
+
+
+def table_of(subjects: Sequence[Subject], make: Callable[[Mapping[str, Any]], Table]) -> Table:
+    """Return what `make` tells of each subject's eval.json as one table, after a column of their names."""
+    made = [(subject.name, make(subject.evaluation or {})) for subject in subjects]
+    rows: list[tuple[str, ...]] = [(name, *row) for name, table in made for row in table.rows]
+    return Table(("checkpoint", *made[0][1].columns), rows)
 
 
 def find_subjects(directory: Path) -> list[Subject]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uptrain.page.sections import Chart, Section, memory
+from uptrain.page.section import Chart, Section
+from uptrain.page.sections import memory
 from uptrain.page.style import INK, MUTED, SERIES, new_figure
 from uptrain.page.subjects import Subject
 from uptrain.request import CHANGED_PARTS
