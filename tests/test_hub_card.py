@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCardData
 
 from tests.hub_push_server import front_matter, validated
 from tests.training import checkpoint
@@ -19,6 +20,10 @@ from uptrain.hub.card import build_card
 from uptrain.hub.figures import read_figures
 from uptrain.hub.licence import Licence, read_card
 from uptrain.hub.subject import Subject
+from uptrain.measure.needle import NeedleCell
+from uptrain.measure.quality import Row
+from uptrain.measure.speed import SpeedCell
+from uptrain.measure.tasks import TaskFigure
 from uptrain.request import Request
 
 MIT = Licence("mit", "a test")
@@ -62,6 +67,47 @@ def test_measurements_stand_in_the_table_and_in_the_metadata(tmp_path: Path) -> 
     found = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert found == {"perplexity": 12.3457, "bits_per_byte": 1.5, "kl_divergence": 0.0123, "top1_agreement": 0.9}
     assert "/home/me" not in text
+
+
+def test_contexts_tasks_retrieval_and_speeds_are_told_where_they_were_measured(tmp_path: Path) -> None:
+    folder = convert("demo", tmp_path / "out", Request("gqa", 2)).out
+    rows = [
+        Row("a|b.txt", context, context // 2, 100, 3, 12.5, 10.0, 1.5, kl=0.25, top1_agreement=0.5)
+        for context in (256, 512)
+    ]
+    speeds = [
+        SpeedCell(1, context, 2000.0, (1900.0, 2100.0), 90.0, (80.0, 99.0), 1000.0, None, 60.0, (50.0, 61.0), 1.5)
+        for context in (64, 512)
+    ]
+    tasks = [
+        TaskFigure("piqa", "acc", "none", True, 1838, 0.6125, 0.0114, 0.6834, 0.0109, (-0.09, -0.05)),
+        TaskFigure("gsm8k", "exact_match", "strict-match", True, 10, 0.25, None, 0.5, None),
+    ]
+    cells = [NeedleCell(512, 0.5, 10, 0.75, (0.5, 0.9), -1.5, None, 1.0, (0.8, 1.0), -0.25)]
+    found = evaluation(rows=tuple(rows), speeds=tuple(speeds), tasks=tuple(tasks), needle=tuple(cells))
+    (folder / "eval.json").write_text(json.dumps(found.to_dict()))
+    text = text_of(folder)
+    for line in (
+        "| a\\|b.txt | 512 | 12.50 | 10.00 | 0.250 | 50.0% | – | – |",
+        "| piqa | acc | 1,838 | 0.6834 ± 0.011 | 0.6125 ± 0.011 | -0.09 to -0.05 |",
+        "| gsm8k | exact_match, strict-match | 10 | 0.5 | 0.25 | – |",
+        "| 512 | 50% | 10 | 100% (80% to 100%) | -0.25 | 75% (50% to 90%) | -1.50 |",
+        "| 1 | 64 | 1,000 | 2,000 (1,900 to 2,100) | 60 (50 to 61) | 90 (80 to 99) | 1.50 |",
+    ):
+        assert line in text
+    assert validated(text) == {"errors": [], "warnings": []}
+    loaded = ModelCardData(**front_matter(text))
+    scores = {
+        (each.dataset_type, each.dataset_name, each.metric_type, each.metric_name): each.metric_value
+        for each in loaded.eval_results or [] if each.dataset_type != "text"
+    }  # fmt: skip
+    assert scores == {
+        ("piqa", "piqa", "acc", "acc"): 0.6125,
+        ("gsm8k", "gsm8k", "exact_match", "exact_match, strict-match"): 0.25,
+    }
+    assert {each.task_type for each in loaded.eval_results or []} == {"text-generation"}
+    (folder / "eval.json").write_text(json.dumps(evaluation().to_dict()))
+    assert "###" not in text_of(folder), "a heading over nothing"
 
 
 @pytest.mark.parametrize(

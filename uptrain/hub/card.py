@@ -107,7 +107,13 @@ def _kept(stage: Stage) -> str:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return "\n".join(map(_line, lines))
+
+
+def _line(cells: Sequence[str]) -> str:
+    # A name may hold what would end its cell.
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def _made(subject: Subject) -> str:
@@ -160,7 +166,10 @@ def _evaluated(figures: Figures | None) -> list[str]:
         table = _table(("", "original", "this model"), [row.cells() for row in figures.rows])
     else:
         table = _table(("", "this model"), [(name, value) for name, _, value in (row.cells() for row in figures.rows)])
-    return ["## Evaluation", table, f"Measured by `uptrain eval` on {figures.text}: {figures.conditions}."]
+    said = ["## Evaluation", table, f"Measured by `uptrain eval` on {figures.text}: {figures.conditions}."]
+    for title, each in figures.tables:
+        said += [f"### {title}", _table(each.columns, each.rows)]
+    return said
 
 
 def _again(subject: Subject) -> str:

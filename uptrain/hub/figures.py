@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uptrain import eval_tables
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.manifest import EVALUATION
 from uptrain.errors import CheckpointError
+from uptrain.eval_tables import Table, figure
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -52,23 +53,45 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Score:
+    """The model's score on a task of lm-eval, by the task's and the metric's names; `name` has the filter too."""
+
+    task: str
+    metric: str
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
 class Figures:
-    """All figures of an evaluation, on which text, and the conditions in words."""
+    """All figures of an evaluation, on which text, and the conditions in words.
+
+    `tables` are those of what was measured in several places, by title; `scores` those of tasks.
+    """
 
     rows: tuple[Figure, ...]
     text: str
     conditions: str
+    tables: tuple[tuple[str, Table], ...] = ()
+    scores: tuple[Score, ...] = ()
 
     def results(self, task: str) -> list[EvalResult]:
-        """Return the quality figures at `task` as the Hub's metadata knows them."""
+        """Return the quality figures and the scores of a model for `task` as the Hub's metadata knows them."""
         from huggingface_hub import EvalResult
 
-        return [
+        own = [
             EvalResult(
                 task_type=task, dataset_type="text", dataset_name=self.text, metric_type=row.metric,
                 metric_name=row.name, metric_value=float(f"{row.value:.6g}"),
             )
             for row in self.rows if row.metric
+        ]  # fmt: skip
+        return own + [
+            EvalResult(
+                task_type=task, dataset_type=score.task, dataset_name=score.task, metric_type=score.metric,
+                metric_name=score.name, metric_value=float(f"{score.value:.6g}"),
+            )
+            for score in self.scores
         ]  # fmt: skip
 
 
@@ -87,25 +110,41 @@ def read_figures(directory: Path) -> Figures | None:
         raise CheckpointError(error.message, "Run `uptrain eval` again, or remove it.") from None
     model, baseline = _mapping(found.get("model")), _mapping(found.get("baseline"))
     rows = [
-        Figure(name, metric, value, _number(baseline.get(key)), form)
+        Figure(name, metric, value, figure(baseline, key), form)
         for name, key, form, metric in _OF_EACH
-        if (value := _number(model.get(key))) is not None
+        if (value := figure(model, key)) is not None
     ]
     rows += [
         Figure(name, metric, value, None, form)
         for name, key, form, metric in _OF_BOTH
-        if (value := _number(found.get(key))) is not None
+        if (value := figure(found, key)) is not None
     ]
-    return Figures(tuple(rows), _text(found), _conditions(found)) if rows else None
+    if not rows:
+        return None
+    return Figures(tuple(rows), _text(found), _conditions(found), tuple(_tables(found)), tuple(_scores(found)))
+
+
+def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Yield a title and a table for what was measured in more than one place."""
+    baseline = "original" if _mapping(found.get("baseline")) else None
+    made = (
+        ("By text and context", 2, eval_tables.by_text(found)),
+        ("Tasks of lm-eval, with standard errors", 1, eval_tables.tasks(found, "this model", baseline)),
+        ("Retrieval of a hidden pass key", 1, eval_tables.needle(found, "this model", baseline)),
+        ("Tokens per second of all sequences, slowest to fastest", 2, eval_tables.speeds(found, "this", baseline)),
+    )
+    yield from ((title, table) for title, least, table in made if len(table.rows) >= least)
+
+
+def _scores(found: Mapping[str, Any]) -> Iterator[Score]:
+    for row in eval_tables.rows_of(found, "tasks"):
+        value = figure(row, "value")
+        if value is not None and row.get("task") and row.get("metric"):
+            yield Score(str(row["task"]), str(row["metric"]), eval_tables.metric_of(row), value)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float | None:
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
 
 
 def _text(found: Mapping[str, Any]) -> str:
@@ -118,13 +157,13 @@ def _text(found: Mapping[str, Any]) -> str:
 
 
 def _conditions(found: Mapping[str, Any]) -> str:
-    tokens = _number(found.get("tokens"))
+    tokens = figure(found, "tokens")
     words = [f"{tokens:,.0f} tokens" if tokens is not None else ""]
     for key in ("context", "stride"):
-        size = _number(found.get(key))
+        size = figure(found, key)
         words.append(f"{key} {size:,.0f}" if size is not None else "")
     if isinstance(found.get("dtype"), str):
         words.append(f"{found['dtype']} on {found.get('device', 'an unknown device')}")
-    if speed := _number(found.get("speed_context")):
+    if speed := figure(found, "speed_context"):
         words.append(f"speed of one sequence at {speed:,.0f} tokens")
     return ", ".join(filter(None, words))
