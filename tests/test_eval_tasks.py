@@ -16,6 +16,9 @@ import torch
 from uptrain import models
 from uptrain.checkpoint.source import resolve
 from uptrain.cli import run
+from uptrain.evaluate import evaluate as run_eval
+from uptrain.measure.tasks import Tasks
+from uptrain.recipe_schema import Files
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs uptrain[eval]")
 
@@ -110,6 +113,17 @@ def test_two_local_tasks_give_what_transformers_gives(
     # The bootstrap of exp(−mean) has about the delta method's error.
     delta = row["value"] * statistics.pstdev(ours["perplexity"]) / math.sqrt(4)
     assert row["stderr"] == pytest.approx(delta, rel=0.5)
+
+
+@needs_harness
+def test_every_answer_is_counted(folder: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    tasks = Tasks((str(folder / "choosing.yaml"), str(folder / "going_on.yaml")), limit=3)
+    text = Files(files=str(folder / "text.txt"))
+    run_eval("demo", "demo", [text], context=32, tokens=40, repeats=0, tasks=tasks,
+             on_progress=lambda *told: seen.append(told))  # fmt: skip
+    # Two models, three documents: three choices each, and one continuation each.
+    assert [told for told in seen if told[0] == "Tasks"] == [("Tasks", done, 24) for done in range(1, 25)]
 
 
 @needs_harness

@@ -126,8 +126,8 @@ def evaluate(
         options["needle"] = Needles(needle_lengths or (), depths, needle_trials)
     # What can't be written is said before anything is measured.
     place = save_place(directory, out)
-    with console.tokens_progress("Scoring", options["tokens"] * len(text) * len(context)) as advance:
-        found = run(directory, baseline, text, context=context, on_tokens=advance, **options)
+    with console.parts_progress() as show:
+        found = run(directory, baseline, text, context=context, on_progress=show, **options)
     report_eval.evaluation(found, as_json)
     if place is not None:
         write_evaluation(found, place)

@@ -117,14 +117,26 @@ def layer_progress() -> Callable[[int, int], None]:
 
 
 @contextmanager
-def tokens_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show tokens done and time left on stderr, when that is a terminal; yield the advancing callback."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def parts_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show on stderr, when that is a terminal, a bar for each part of a measurement as it comes, with the time left.
+
+    Yields the callback: what is done, how much of it, and how much there is.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console(True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
+    # A file of its own: where other libraries' words are kept off stderr, the bar goes on.
+    screen = Console(file=sys.stderr)
+    with Progress(*columns, console=screen, disable=not sys.stderr.isatty(), transient=True) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done)
+
+        yield show
 
 
 @contextmanager

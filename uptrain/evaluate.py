@@ -14,12 +14,13 @@ from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.measure.memory import memory_bytes
 from uptrain.measure.needle import Needles, check_needles, find_needles
-from uptrain.measure.quality import Row, Window, make_row, score, windows
+from uptrain.measure.progress import Progress, counted
+from uptrain.measure.quality import Row, Window, make_row, score, scored_tokens, windows
 from uptrain.measure.reading import has_encoder
 from uptrain.measure.reference import Reference
 from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
 from uptrain.measure.samples import check_samples, write_samples
-from uptrain.measure.speed import SpeedCell, cache_bytes_per_token, time_cell
+from uptrain.measure.speed import SpeedCell, cache_bytes_per_token, time_cells
 from uptrain.measure.tasks import Tasks, load_tasks, run_tasks
 from uptrain.recipe_schema import HELD_OUT, Builtin, Dataset, DataSource, Files
 
@@ -46,7 +47,7 @@ def evaluate(
     needle: Needles | None = None,
     samples: int = 0,
     sample_tokens: int = 48,
-    on_tokens: Callable[[int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
     """Measure `model`, and `baseline` on the same tokens: at most `tokens` of each text, at each context.
 
@@ -59,7 +60,8 @@ def evaluate(
     each `speed_batch` (1 is always among them) after each `speed_context` tokens, the median of `repeats` runs in
     turns; 0 leaves it out. `tasks` are run by
     lm-eval, which is imported only then; `needle` asks for pass keys hidden in the first text; `samples` openings
-    of each text are continued by `sample_tokens` tokens, greedily; all three are for decoders alone.
+    of each text are continued by `sample_tokens` tokens, greedily; all three are for decoders alone. `on_progress`
+    is told how far each part is.
 
     Raises:
         UsageError: text that is too short, another tokenizer or way of reading than the baseline's, sizes that don't
@@ -94,14 +96,15 @@ def evaluate(
         check_needles(tokenizers[0], needle, longest)
     if samples:
         check_samples(sample_tokens, longest)
-    rows = [
-        row for size in contexts for row in _rows(loaded[0], reference, texts, size, stride or size // 2, on_tokens)
-    ]
-    ran = run_tasks(loaded, tokenizers, loaded_tasks, tasks.limit) if tasks else []
+    steps = [(size, stride or size // 2) for size in contexts]
+    total = sum(scored_tokens(loaded[0], len(each.ids), *step) for step in steps for each in texts.values())
+    scoring = counted("Scoring", total, on_progress)
+    rows = [row for step in steps for row in _rows(loaded[0], reference, texts, *step, scoring)]
+    ran = run_tasks(loaded, tokenizers, loaded_tasks, tasks.limit, on_progress) if tasks else []
     ids = next(iter(texts.values())).ids
-    cells = list(find_needles(loaded, tokenizers[0], ids.tolist(), needle)) if needle else []
+    cells = list(find_needles(loaded, tokenizers[0], ids.tolist(), needle, on_progress)) if needle else []
     all_ids = {name: text.ids for name, text in texts.items()}
-    written = write_samples(loaded, tokenizers[0], all_ids, samples, sample_tokens) if samples else []
+    written = write_samples(loaded, tokenizers[0], all_ids, samples, sample_tokens, on_progress) if samples else []
     quality_dtype = _name(loaded[0])
     loaded = [each.to(itself) for each, itself in zip(loaded, own, strict=True)]
     cache = [cache_bytes_per_token(each) for each in loaded]
@@ -110,7 +113,7 @@ def evaluate(
     batches = sorted({1, *_listed(speed_batch)})
     depths = list(dict.fromkeys(max(1, min(each, longest - decode_tokens - 1)) for each in _listed(speed_context)))
     places = [(batch, depth) for batch in batches for depth in depths] if repeats else []
-    timed = [time_cell(loaded, torch.from_numpy(ids), *place, decode_tokens, repeats) for place in places]
+    timed = time_cells(loaded, torch.from_numpy(ids), places, decode_tokens, repeats, on_progress)
     # The last row is that of the longest context and, of several texts, of all.
     head, first = rows[-1], timed[0] if timed else None
     measured = _measured(names, head, cache, first)
@@ -161,7 +164,7 @@ def _measured(
 
 def _rows(
     model: Any, reference: Reference | None, texts: dict[str, TokenText], context: int, stride: int,
-    on_tokens: Callable[[int], None] | None,
+    on_tokens: Callable[[int], None],
 ) -> list[Row]:  # fmt: skip
     """Return a row of each text at one context and, where there are several, one of all."""
     found: dict[str, list[Window]] = {}

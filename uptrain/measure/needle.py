@@ -13,6 +13,7 @@ from torch import Tensor
 from uptrain.data.token_text import encode, start_ids
 from uptrain.errors import UsageError
 from uptrain.measure.intervals import interval, wilson
+from uptrain.measure.progress import Progress, counted
 
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
@@ -104,12 +105,22 @@ def check_needles(tokenizer: Any, wanted: Needles, longest: int) -> None:
     prompts(tokenizer, [0], min(wanted.lengths), 0, wanted.trials)
 
 
-def find_needles(loaded: Sequence[Any], tokenizer: Any, filler: Sequence[int], wanted: Needles) -> Iterator[NeedleCell]:
+def find_needles(
+    loaded: Sequence[Any], tokenizer: Any, filler: Sequence[int], wanted: Needles, on_progress: Progress | None = None
+) -> Iterator[NeedleCell]:
     """Yield a cell for each length and depth of one or two models, the first one's figures first."""
-    for length in sorted({*wanted.lengths}):
+    lengths = sorted({*wanted.lengths})
+    advance = counted("Needles", len(lengths) * len(wanted.depths) * wanted.trials * len(loaded), on_progress)
+    for length in lengths:
         for depth in wanted.depths:
             asked = prompts(tokenizer, filler, length, depth, wanted.trials)
-            yield _cell(length, depth, asked, [[ask(each, prompt) for prompt in asked] for each in loaded])
+            answers: list[list[tuple[bool, float]]] = []
+            for each in loaded:
+                answers.append([])
+                for prompt in asked:
+                    answers[-1].append(ask(each, prompt))
+                    advance(1)
+            yield _cell(length, depth, asked, answers)
 
 
 def _cell(

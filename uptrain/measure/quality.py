@@ -119,6 +119,15 @@ def windows(length: int, context: int, stride: int, before: int = 1) -> Iterator
             break
 
 
+def scored_tokens(model: Any, length: int, context: int, stride: int) -> int:
+    """Return how many tokens of a text of `length` tokens `score` scores."""
+    return sum(end - first for _, end, first in _windows(model, length, context, stride))
+
+
+def _windows(model: Any, length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    return windows(length, context, stride, min(context - stride, length // 2) if has_encoder(model) else 1)
+
+
 @torch.no_grad()
 def score(
     model: Any,
@@ -137,8 +146,7 @@ def score(
         UsageError: the models have vocabularies of different sizes.
     """
     found = []
-    before = min(context - stride, len(ids) // 2) if has_encoder(model) else 1
-    for begin, end, first in windows(len(ids), context, stride, before):
+    for begin, end, first in _windows(model, len(ids), context, stride):
         shown = ids[begin:end].to(model.device)
         logits = [predicted(model, shown, first - begin)]
         if reference is not None:

@@ -12,6 +12,7 @@ import torch
 from uptrain.data.block_reader import Tokens
 from uptrain.data.token_text import separator_of, start_ids
 from uptrain.errors import UsageError
+from uptrain.measure.progress import Progress, counted
 
 PROMPT_TOKENS = 32
 
@@ -52,15 +53,20 @@ def check_samples(new_tokens: int, longest: int) -> None:
 
 
 def write_samples(
-    loaded: Sequence[Any], tokenizer: Any, texts: dict[str, Tokens], count: int, new_tokens: int
-) -> list[Sample]:
+    loaded: Sequence[Any], tokenizer: Any, texts: dict[str, Tokens], count: int, new_tokens: int,
+    on_progress: Progress | None = None,
+) -> list[Sample]:  # fmt: skip
     """Let one or two models write at most `new_tokens` after `count` openings of each text."""
     found = []
     begin = start_ids(tokenizer)
+    advance = counted("Samples", len(texts) * count * len(loaded), on_progress)
     for name, ids in texts.items():
         for prompt in openings(ids, separator_of(tokenizer), count):
             shown = torch.tensor([*begin, *prompt.tolist()])
-            written = [greedy(model, shown, new_tokens, tokenizer.eos_token_id) for model in loaded]
+            written = []
+            for model in loaded:
+                written.append(greedy(model, shown, new_tokens, tokenizer.eos_token_id))
+                advance(1)
             spelt = [tokenizer.decode(one, skip_special_tokens=True) for one in written]
             each = Sample(name, tokenizer.decode(prompt), spelt[0])
             if len(written) > 1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from uptrain.measure.progress import Progress, counted
 from uptrain.measure.reading import caches, prefill, step
 
 _CACHE_TOKENS = 64
@@ -54,9 +55,19 @@ def _bytes(layers: Sequence[Any]) -> int:
     return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
 
 
+def time_cells(
+    loaded: Sequence[Any], ids: Tensor, places: Sequence[tuple[int, int]], decode_tokens: int, repeats: int,
+    on_progress: Progress | None = None,
+) -> list[SpeedCell]:  # fmt: skip
+    """Time one or two models at each of `places`, a batch and a context."""
+    advance = counted("Speed", len(places) * (repeats + 1) * len(loaded), on_progress)
+    return [time_cell(loaded, ids, *place, decode_tokens, repeats, advance) for place in places]
+
+
 def time_cell(
-    loaded: Sequence[Any], ids: Tensor, batch: int, context: int, decode_tokens: int, repeats: int
-) -> SpeedCell:
+    loaded: Sequence[Any], ids: Tensor, batch: int, context: int, decode_tokens: int, repeats: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> SpeedCell:  # fmt: skip
     """Time one or two models in turns: `batch` sequences of `context` tokens of `ids`, then `decode_tokens` more.
 
     Where there is an encoder, it reads the `context` tokens.
@@ -75,10 +86,11 @@ def time_cell(
                 except torch.OutOfMemoryError:
                     full.add(position)
                     runs[position].clear()
-                    continue
-                # The first turn warms up.
-                if turn:
-                    runs[position].append(measured)
+                else:
+                    # The first turn warms up.
+                    if turn:
+                        runs[position].append(measured)
+            advance(1)
     figures: list[Any] = []
     for times in runs:
         for part, count in enumerate((batch * context, batch * decode_tokens)):

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.measure.intervals import interval
+from uptrain.measure.progress import Progress, counted
 
 _RESAMPLES = 1000
 """Of the bootstrap, where a metric's standard error has no closed form."""
@@ -97,24 +98,41 @@ def load_tasks(wanted: Tasks) -> Any:
     return loaded
 
 
-def run_tasks(loaded: Sequence[Any], tokenizers: Sequence[Any], tasks: Any, limit: int | None) -> list[TaskFigure]:
+class _Answers:
+    """Stands where lm-eval has a cache of answers, which is told of each, and counts those of all models."""
+
+    def __init__(self, tasks: Any, models: int, on_progress: Progress | None) -> None:
+        self._tasks, self._models, self._on_progress = tasks["tasks"].values(), models, on_progress
+        self._advance: Callable[[int], None] | None = None
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        """Count an answer; the name is lm-eval's."""
+        if self._advance is None:
+            # All requests are made before the first is answered.
+            asked = sum(each.repeats for task in self._tasks for each in task.instances)
+            self._advance = counted("Tasks", self._models * asked, self._on_progress)
+        self._advance(1)
+
+
+def run_tasks(
+    loaded: Sequence[Any], tokenizers: Sequence[Any], tasks: Any, limit: int | None, on_progress: Progress | None = None
+) -> list[TaskFigure]:
     """Run tasks from `load_tasks` on one or two models and return every metric, the first model's as `value`.
 
     Raises:
         UsageError: lm-eval refuses a task, such as one that runs code.
     """
-    with _quietly():
+    answers = _Answers(tasks, len(loaded), on_progress)
+    with _quietly(bars=False):
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         try:
-            found = [
-                evaluate(
-                    HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH), tasks, limit=limit,
-                    bootstrap_iters=_RESAMPLES,
-                )
-                for model, tokenizer in zip(loaded, tokenizers, strict=True)
-            ]  # fmt: skip
+            found = []
+            for model, tokenizer in zip(loaded, tokenizers, strict=True):
+                asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+                asked.set_cache_hook(answers)
+                found.append(evaluate(asked, tasks, limit=limit, bootstrap_iters=_RESAMPLES))
         except (ValueError, OverflowError) as error:
             raise UsageError(f"lm-eval can't run {', '.join(tasks['tasks'])}: {' '.join(str(error).split())}") from None
     return list(_figures(found))
@@ -164,13 +182,13 @@ def _apart(found: Sequence[Any], task: str, metric: str, chosen: str) -> tuple[f
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what lm-eval prints, logs and warns of off stdout, and off a stderr that is no terminal."""
+def _quietly(bars: bool = True) -> Iterator[None]:
+    """Keep what lm-eval prints, logs and warns of off stdout, and off stderr but for bars on a terminal."""
     log = logging.getLogger("lm_eval")
     level, before = log.level, os.environ.get("DISABLE_MULTIPROC")
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(io.StringIO()))
-        if not sys.stderr.isatty():
+        if not (bars and sys.stderr.isatty()):
             stack.enter_context(redirect_stderr(io.StringIO()))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
