@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from uptrain import evaluate
 from uptrain.attention import AttentionSpec, cache_bytes
 from uptrain.convert import convert
+from uptrain.recipe_schema import Files
 from uptrain.request import Request
 
 pytestmark = pytest.mark.real
@@ -91,3 +94,24 @@ def test_the_cache_holds_one_head(model: LlamaForCausalLM, tokenizer: PreTrained
     cache = model(ids, use_cache=True).past_key_values
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert held == cache_bytes([AttentionSpec(9, 1, HEAD_DIM)] * LAYERS, context=ids.shape[1], itemsize=4)
+
+
+@pytest.mark.parametrize("stride", [256, 128], ids=["blocks", "sliding"])
+def test_perplexity_is_what_plain_transformers_computes(
+    smollm2: Path, tokenizer: PreTrainedTokenizerBase, stride: int
+) -> None:
+    """Three blocks of the README, or five windows over them: all tokens once, but the first or each block's first."""
+    text, context, tokens = Path(__file__).parents[2] / "README.md", 256, 768
+    found = evaluate(
+        str(smollm2), None, [Files(files=str(text))], context=context, stride=stride, tokens=tokens, repeats=0
+    )
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0, :tokens]
+    model, losses = fp32(smollm2), []
+    with torch.no_grad():
+        for begin in range(0, tokens - context + 1, stride):
+            window = ids[begin : begin + context]
+            each = torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
+            losses.append(each if begin == 0 or stride == context else each[-stride:])
+    expected = torch.cat(losses).double()
+    assert found.tokens == len(expected)
+    assert found.model.perplexity == pytest.approx(math.exp(expected.mean()), rel=5e-5)
