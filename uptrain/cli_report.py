@@ -20,9 +20,10 @@ def report(directory: Path, out: Path | None, as_json: bool) -> None:
     """Show what a conversion cost and saved: one HTML file with pictures, and the pictures as PNG.
 
     DIRECTORY is a checkpoint that uptrain wrote, a folder of several, which are then compared, or a sweep's, which is
-    shown as a table and a plot of KL against cache bytes. Of checkpoints the page has quality against cache bytes
-    (from `uptrain eval`), the energy each layer kept, training curves, decode speed, and the memory a request needs as
-    MHA, GQA, MQA and MLA. It needs no JavaScript and asks no server for anything.
+    shown as a table and a plot of KL against cache bytes. Of checkpoints the page has quality against cache bytes (from
+    `uptrain eval`), tasks, retrieval and samples if they were measured, the energy each layer kept and how alike its
+    heads were, training curves, decode speed, and the memory a request needs as MHA, GQA, MQA and MLA. It needs no
+    JavaScript and asks no server for anything.
 
     \b
     uptrain eval demo-gqa4 --baseline demo
