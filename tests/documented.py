@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 from tests.training import checkpoint, corpus
@@ -58,6 +60,10 @@ def furnish(folder: Path) -> None:
         (folder / name / "README.md").write_text("---\nlicense: mit\n---\n# Source\n")
     for name, request in CONVERTED.items():
         convert("demo" if name.startswith("demo") else str(folder / "llama"), folder / name, request)
+    if keygen := shutil.which("ssh-keygen"):
+        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", folder / "id_ed25519"], check=True)
+        public = (folder / "id_ed25519.pub").read_text()
+        (folder / "allowed_signers").write_text(f"me@example.org {public}", encoding="utf-8")
 
 
 def thrifty(words: list[str]) -> list[str]:
@@ -76,6 +82,8 @@ def thrifty(words: list[str]) -> list[str]:
             return [*words, "--calibration-tokens", "2048", "--repair-steps", "1"]
         case "eval":
             return [*words, "--tokens", "512"]
+        case "sign":
+            return [word.replace("~/.ssh/", "") for word in words]
         case "sweep":
             # The last two targets, of one kind each.
             targets = ",".join(words[words.index("--to") + 1].split(",")[-2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from uptrain.cli import run
 
 IN_CI = {("demo",)}
 """Commands that take minutes, and that CI runs from the README itself."""
+SIGNING = {"sign", "--allowed-signers"}
+"""Words of commands that need OpenSSH."""
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def test_what_a_document_tells_to_type(document: str, here: Path) -> None:
             _launched(before, after)
         elif after[0] == "push":
             _pushed(after, here)
-        elif tuple(after) not in IN_CI:
+        elif tuple(after) not in IN_CI and (shutil.which("ssh-keygen") or not SIGNING & {*after}):
             assert run(thrifty(after)) == 0, words
 
 

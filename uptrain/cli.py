@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from uptrain import __version__, cli_eval, cli_hub, cli_report, cli_sweep, cli_training, console
+from uptrain import __version__, cli_eval, cli_hub, cli_report, cli_sweep, cli_training, cli_verify, console
 from uptrain.cli_types import Share, Size
 from uptrain.errors import Interrupted, UptrainError
 
@@ -231,21 +231,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     report.conversion(done, options["as_json"])
 
 
-@cli.command()
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def verify(directory: Path, as_json: bool) -> None:
-    """Check every file of DIRECTORY against the checksums in its uptrain.json.
-
-    Exits 0 when all match and 3 when one doesn't.
-    """
-    from uptrain import report
-    from uptrain.checkpoint.manifest import verify as run
-
-    report.verification(directory, run(directory), as_json)
-
-
-for _module in (cli_training, cli_eval, cli_sweep, cli_report, cli_hub):
+for _module in (cli_training, cli_eval, cli_sweep, cli_verify, cli_report, cli_hub):
     for _name, _command in _module.COMMANDS.items():
         cli.add_command(_command, _name)
 

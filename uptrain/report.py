@@ -232,12 +232,3 @@ def _average(layers: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
         method: {side: sum(kept[method][side] for kept in layers) / len(layers) for side in ("keys", "values")}
         for method in layers[0]
     }
-
-
-def verification(directory: Path, manifest: dict[str, Any], as_json: bool) -> None:
-    """Show that a folder matches its manifest."""
-    stages = " → ".join(str(stage.get("stage")) for stage in manifest["stages"])
-    if as_json:
-        console.result_json({"directory": str(directory), "files": len(manifest["files"]), "ok": True})
-        return
-    console.result(f"{directory}: all {len(manifest['files'])} files match uptrain.json (history: {stages}).")

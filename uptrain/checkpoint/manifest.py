@@ -12,6 +12,7 @@ from uptrain.checkpoint.writer import CLAIMS, LOCK, STATE, write_atomic
 from uptrain.errors import CheckpointError, VerificationError
 
 MANIFEST = "uptrain.json"
+SIGNATURE = MANIFEST + ".sig"
 EVALUATION = "eval.json"
 """Measurements of a folder's weights; they say nothing of another's, so they are never carried over."""
 FORMAT = 1
@@ -76,7 +77,7 @@ def append_stage(
 
 
 def file_digests(directory: Path, known: dict[str, str], algorithm: str = DEFAULT) -> dict[str, dict[str, Any]]:
-    """Return size in bytes and checksum of every file of `directory` but the manifest itself."""
+    """Return size in bytes and checksum of every file of `directory` but the manifest and its signature."""
     return {
         name: {"size": path.stat().st_size, "checksum": known.get(name) or checksum_file(path, algorithm)}
         for name, path in _files(directory)
@@ -86,7 +87,8 @@ def file_digests(directory: Path, known: dict[str, str], algorithm: str = DEFAUL
 def _files(directory: Path) -> list[tuple[str, Path]]:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     named = [(path.relative_to(directory).as_posix(), path) for path in paths]
-    return [(name, path) for name, path in named if name.partition("/")[0] not in (MANIFEST, STATE, LOCK, CLAIMS)]
+    ours = (MANIFEST, SIGNATURE, STATE, LOCK, CLAIMS)
+    return [(name, path) for name, path in named if name.partition("/")[0] not in ours]
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -106,10 +108,15 @@ def verify(directory: Path) -> dict[str, Any]:
         )
     for name, entry in manifest["files"].items():
         _verify_file(directory, str(name), entry)
-    for name, path in _files(directory):
-        if name not in manifest["files"] and path.suffix in (".safetensors", ".bin", ".py"):
-            raise VerificationError(f"{path} is not listed in {MANIFEST}: it was added later.")
+    for name in unlisted(directory, manifest):
+        if name.endswith((".safetensors", ".bin", ".py")):
+            raise VerificationError(f"{directory / name} is not listed in {MANIFEST}: it was added later.")
     return manifest
+
+
+def unlisted(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return the files of `directory` that its manifest does not list, but for itself and its signature."""
+    return [name for name, _ in _files(directory) if name not in manifest["files"]]
 
 
 def _verify_file(directory: Path, name: str, entry: Any) -> None:

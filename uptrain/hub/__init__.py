@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
+from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, SIGNATURE, read_manifest
 from uptrain.checkpoint.reader import read_config
+from uptrain.checkpoint.signature import is_signed, signed_by
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.hub.card import build_card
 from uptrain.hub.checks import check_folder
@@ -46,7 +47,7 @@ def prepare(
     `license` and `base_model` (a Hub id) say what the history can't. With `dry`, a Hub that can't be reached is a note.
 
     Raises:
-        VerificationError: a file does not match the manifest.
+        VerificationError: a file does not match the manifest, or the manifest its signature.
         CheckpointError: the folder can't be published as it is.
         UsageError: no licence, a gated source, options that contradict each other, or `repo` is no OWNER/NAME.
         UptrainError: the Hub can't be asked about the sources.
@@ -57,6 +58,8 @@ def prepare(
         # Says what is missing.
         check_folder(directory)
         raise AssertionError
+    if is_signed(directory):
+        signed_by(directory)
     stages = early["stages"]
     notes: list[str] = []
     # Terms first: reading all weights can take minutes.
@@ -127,7 +130,8 @@ def _private_paths(value: Any) -> Iterator[str]:
 
 def _files(directory: Path, manifest: dict[str, Any], evaluated: bool, notes: list[str]) -> dict[str, int]:
     names = [name for name in manifest["files"] if name != CARD]
-    names += [MANIFEST, *([EVALUATION] if evaluated and EVALUATION not in names else [])]
+    names += [MANIFEST, *([SIGNATURE] if is_signed(directory) else [])]
+    names += [EVALUATION] if evaluated and EVALUATION not in names else []
     left = [
         path.relative_to(directory).as_posix()
         for path in sorted(directory.rglob("*"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uptrain.checkpoint.manifest import SIGNATURE
 from uptrain.errors import UsageError
 from uptrain.hub.errors import push_errors
 
@@ -48,8 +49,8 @@ class Pushed:
 def upload(prepared: Prepared, progress: bool = False) -> Pushed:
     """Create the repository if there is none, and send card and files in one commit.
 
-    What an earlier, interrupted push has sent is not sent again. Weights and code of an older push that this one
-    does not replace are removed in the same commit, so that nobody loads a mixture.
+    What an earlier, interrupted push has sent is not sent again. Weights, code and the signature of an older push that
+    this one does not replace are removed in the same commit, so that nobody loads a mixture.
 
     Raises:
         UsageError: `private`, but the repository is public.
@@ -83,11 +84,11 @@ def upload(prepared: Prepared, progress: bool = False) -> Pushed:
 def _stale(api: HfApi, prepared: Prepared) -> tuple[str, ...]:
     revision = None if prepared.create_pr else prepared.revision
     there = api.list_repo_files(prepared.repo, revision=revision)
-    return tuple(name for name in there if name not in prepared.files and "/" not in name and _loaded(name))
+    return tuple(name for name in there if name not in prepared.files and "/" not in name and _of_weights(name))
 
 
-def _loaded(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".index.json", ".py"))
+def _of_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".index.json", ".py")) or name == SIGNATURE
 
 
 @contextmanager
