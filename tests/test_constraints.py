@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -51,15 +52,18 @@ def needed(requirements: list[Requirement]) -> Iterator[str]:
 
 
 def test_everything_that_gets_installed_is_pinned() -> None:
+    pinned = pins("constraints.txt")
+    looked_at = ("click", "huggingface-hub", "numpy", "pydantic", "rich")
+    if any(metadata.version(name) != pinned[name] for name in looked_at):
+        pytest.skip("this environment is not the pinned one, and other releases need other packages")
     builds = [Requirement(text) for text in PROJECT["build-system"]["requires"]]
-    assert not set(needed([*declared(), *builds])) - pins("constraints.txt").keys()
+    assert not set(needed([*declared(), *builds])) - pinned.keys()
 
 
 def test_the_declared_floors_are_the_versions_that_are_tested_as_lowest() -> None:
     lowest, newest = pins("constraints-lowest.txt"), pins("constraints.txt")
     for requirement in declared():
-        (floor,) = requirement.specifier
-        assert floor.operator == ">="
+        (floor,) = [each for each in requirement.specifier if each.operator == ">="]
         name = str(canonicalize_name(requirement.name))
         assert Version(lowest[name]) == Version(floor.version), f"{name} was not tested at its floor"
-        assert Version(newest[name]) >= Version(floor.version)
+        assert newest[name] in requirement.specifier
