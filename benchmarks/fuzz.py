@@ -15,9 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+ROUND = 20_000
+"""Inputs of one process: hypothesis remembers all that it tried, and the tests hold their memory to a limit."""
 
 
 def main() -> int:
@@ -25,25 +30,45 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000, help="about how many inputs to try")
     parser.add_argument("tests", nargs="*", default=["tests/fuzz"], help="of which tests (default: all of tests/fuzz)")
     arguments = parser.parse_args()
+    began, tally, code = time.monotonic(), Counter[str](), 0
+    rounds = -(-arguments.inputs // ROUND)
+    for number in range(rounds):
+        found, failed = one_round(arguments.tests, -(-arguments.inputs // rounds), number)
+        tally.update(found)
+        code = code or failed
+        print(f"round {number + 1} of {rounds}: {tally.total():,} calls, {time.monotonic() - began:,.0f} s", flush=True)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, processor = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+    print(f"{tally.total():,} calls: {tally['accepted']:,} accepted, {tally['refused']:,} refused in a sentence.")
+    print(f"{seconds:,.0f} s, {processor:,.0f} s of processor time, peak memory {usage.ru_maxrss / 2**10:,.0f} MiB.")
+    print("No failure." if code == 0 else "FAILED: see above.")
+    return code
+
+
+def one_round(tests: list[str], inputs: int, seed: int) -> tuple[dict[str, int], int]:
+    """Run the tests with as many inputs; return what became of the calls, and pytest's exit code."""
     with tempfile.TemporaryDirectory() as folder:
         tally = Path(folder) / "tally.json"
         environment = {
             **os.environ,
-            "UPTRAIN_FUZZ_INPUTS": str(arguments.inputs),
+            "UPTRAIN_FUZZ_INPUTS": str(inputs),
             "UPTRAIN_FUZZ_TALLY": str(tally),
             "PYTHONPATH": str(ROOT),
         }
-        began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--timeout", "0", *arguments.tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "0",
+            "-q",
+            "--timeout",
+            "0",
+            f"--hypothesis-seed={seed}",
+            *tests,
+        ]
         code = subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
-        found = json.loads(tally.read_text()) if tally.exists() else {}
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds, processor = time.monotonic() - began, usage.ru_utime + usage.ru_stime
-    accepted, refused = found.get("accepted", 0), found.get("refused", 0)
-    print(f"{accepted + refused:,} calls: {accepted:,} accepted, {refused:,} refused in a sentence.")
-    print(f"{seconds:,.0f} s, {processor:,.0f} s of processor time, peak memory {usage.ru_maxrss / 2**10:,.0f} MiB.")
-    print("No failure." if code == 0 else "FAILED: see above.")
-    return code
+        return json.loads(tally.read_text()) if tally.exists() else {}, code
 
 
 if __name__ == "__main__":
