@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,7 +110,7 @@ def parse_source(value: Any) -> Any:
         kind, _, split = value.partition(":")
         if kind == "python-stdlib":
             return Builtin(builtin=kind, **({"split": split} if split else {}))  # type: ignore[arg-type]
-        if value.endswith(TEXT_ENDINGS) or any(char in value for char in "*?[") or Path(value).is_file():
+        if value.endswith(TEXT_ENDINGS) or any(char in value for char in "*?[") or _is_file(value):
             return Files(files=value)
         return Dataset(dataset=value)
     if isinstance(value, Mapping):
@@ -118,6 +119,12 @@ def parse_source(value: Any) -> Any:
                 return kind_of.model_validate(value)
         raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset, builtin or source")
     return value
+
+
+def _is_file(name: str) -> bool:
+    with suppress(OSError):  # of a name that no file can have
+        return Path(name).is_file()
+    return False
 
 
 Source = Annotated[DataSource, BeforeValidator(parse_source)]

@@ -50,6 +50,7 @@ def test_yaml_is_plain_values_or_refused(text: str, tmp_path: Path, monkeypatch:
 
 @given(changed=damaged(BASE, KEYS), where=st.sampled_from(KEYS), value=values)
 @inputs(200)
+@example(changed=BASE, where="data", value=["x" * 5000])
 def test_values_of_any_kind_fit_or_are_refused(changed: dict[str, Any], where: str, value: Any, tmp_path: Path) -> None:
     """What is taken for a recipe can be asked for its length and written down again."""
     path = tmp_path / "recipe.yaml"
