@@ -1,0 +1,100 @@
+"""Fuzz what reads a checkpoint's files guided by coverage: headers, indexes, configs, manifests and recipes.
+
+    pip install atheris          # Linux, Python 3.11 to 3.13
+    python benchmarks/fuzz_atheris.py header -max_total_time=600
+    python benchmarks/fuzz_atheris.py recipe -max_total_time=600 corpus/
+
+The first word is the kind, the rest libFuzzer's own options. Each input is held to the rule of tests/fuzz: it works or
+is refused in one sentence. What fails is written to crash-*; put it into the tests as an example.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+with atheris.instrument_imports(include=["uptrain", "yaml"]):
+    from tests.fuzz.attempt import attempt
+    from tests.small import save_small
+    from uptrain import recipes
+    from uptrain.checkpoint.header import read_header
+    from uptrain.checkpoint.manifest import MANIFEST, converted_from, verify
+    from uptrain.checkpoint.reader import open_checkpoint
+    from uptrain.convert import plan_conversion
+    from uptrain.request import Request
+
+
+def header(data: bytes, folder: Path) -> None:
+    """Read it as a header of the length that it has."""
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(data)) + data + bytes(40))
+    attempt(read_header, path)
+
+
+def index(data: bytes, folder: Path) -> None:
+    """Open a checkpoint with it as the index."""
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    attempt(open_checkpoint, folder)
+
+
+def config(data: bytes, folder: Path) -> None:
+    """Plan a conversion of a checkpoint with it as the config."""
+    (folder / "config.json").write_bytes(data)
+    attempt(plan_conversion, str(folder), Request("gqa", 2))
+
+
+def manifest(data: bytes, folder: Path) -> None:
+    """Verify a folder with it as uptrain.json, and read its history."""
+    (folder / MANIFEST).write_bytes(data)
+    attempt(verify, folder)
+    attempt(converted_from, folder)
+
+
+def recipe(data: bytes, folder: Path) -> None:
+    """Load it as a recipe."""
+    path = folder / "recipe.yaml"
+    path.write_bytes(data)
+    attempt(recipes.load, str(path))
+
+
+KINDS = {kind.__name__: kind for kind in (header, index, config, manifest, recipe)}
+
+
+def right(kind: str, folder: Path) -> bytes:
+    """Return a right file of the kind, to start from."""
+    if kind == "header":
+        data = (folder / "model.safetensors").read_bytes()
+        return data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
+    if kind == "config":
+        return (folder / "config.json").read_bytes()
+    if kind == "recipe":
+        return recipes.find("demo-uptrain").read_bytes()
+    if kind == "index":
+        return b'{"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors"}}'
+    files = {"config.json": {"size": 1, "checksum": "blake3:0"}}
+    return json.dumps({"format": 1, "stages": [], "files": files}).encode()
+
+
+def main() -> None:
+    """Hand the kind's function to libFuzzer."""
+    if len(sys.argv) < 2 or sys.argv[1] not in KINDS:
+        sys.exit(f"Say what to fuzz: {', '.join(KINDS)}.")
+    kind = KINDS[sys.argv.pop(1)]
+    with tempfile.TemporaryDirectory() as work:
+        folder = save_small(Path(work) / "model")
+        seeds = Path(work) / "seeds"
+        seeds.mkdir()
+        (seeds / "right").write_bytes(right(kind.__name__, folder))
+        atheris.Setup([*sys.argv, str(seeds)], lambda data: kind(data, folder))
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
