@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.small import digests, save_small, small_tensors
+from tests.test_families import load
+from uptrain.checkpoint.source import resolve
 from uptrain.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.request import Request
 
 KEY, VALUE = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")
 MQA, GQA2 = Request("mqa"), Request("gqa", 2)
+TOLERANCE = 1e-3
+"""Of the logits' standard deviation: how far two machines' calibrated models may be apart, anywhere."""
 DTYPES = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -147,27 +152,34 @@ REQUESTS = {
     "mean": GQA2, "first": Request("gqa", 2, "first"), "svd": Request("gqa", 2, "svd"),
     "mla": Request("mla", dtype="float32"),
 }  # fmt: skip
+SHORT: dict[str, Any] = {"method": "calibrated", "calibration_tokens": 2048, "repair_steps": 4, "dtype": "float32"}
+CALIBRATED = {"gqa": Request("gqa", 2, **SHORT), "mla": Request("mla", cache=0.25, **SHORT)}
 ELSEWHERE = """
 import sys, torch
 from pathlib import Path
-from tests.numerics.test_numerics import REQUESTS, convert
+from tests.numerics import test_numerics as here
 torch.set_num_threads(4)
-for name, request in REQUESTS.items():
-    convert(sys.argv[1], Path(sys.argv[2]) / f"there-{name}", request)
+for name, request in getattr(here, sys.argv[3]).items():
+    here.convert(sys.argv[1], Path(sys.argv[2]) / f"there-{name}", request)
 """
+
+
+def on_two_machines(folder: str, at: Path, requests: str, capability: str = "default") -> None:
+    """Convert by the module's `requests` here, and in a process of four threads and other vector units."""
+    plain = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    machine = {**plain, "ATEN_CPU_CAPABILITY": capability, "MKL_CBWR": "COMPATIBLE"}
+    command = [sys.executable, "-c", ELSEWHERE, folder, str(at), requests]
+    with subprocess.Popen(command, env=machine, cwd=Path(__file__).parents[2]) as there:
+        for name, request in globals()[requests].items():
+            convert(folder, at / f"here-{name}", request)
+    assert there.returncode == 0
 
 
 def test_threads_and_vector_units_change_no_byte_of_pooled_weights(tmp_path: Path) -> None:
     """Against a process of four threads whose torch uses no vector units; factored weights may round otherwise."""
     sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
     folder = save(tmp_path / "src", tensors(**sizes), **sizes)
-    plain = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
-    machine = {**plain, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
-    command = [sys.executable, "-c", ELSEWHERE, folder, str(tmp_path)]
-    with subprocess.Popen(command, env=machine, cwd=Path(__file__).parents[2]) as there:
-        for name, request in REQUESTS.items():
-            convert(folder, tmp_path / f"here-{name}", request)
-    assert there.returncode == 0
+    on_two_machines(folder, tmp_path, "REQUESTS")
     for name in REQUESTS:
         here, other = tmp_path / f"here-{name}", tmp_path / f"there-{name}"
         if name in ("mean", "first"):
@@ -175,3 +187,36 @@ def test_threads_and_vector_units_change_no_byte_of_pooled_weights(tmp_path: Pat
         found = load_file(other / "model.safetensors")
         for key, tensor in load_file(here / "model.safetensors").items():
             torch.testing.assert_close(tensor, found[key], rtol=1e-3, atol=1e-5 * float(tensor.abs().max()) + 1e-12)
+
+
+def test_threads_and_vector_units_change_what_calibrated_weights_compute_by_a_rounding(tmp_path: Path) -> None:
+    """Their factors may differ, for many are right; what the model says of text it was not calibrated on may not."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
+    sizes |= {"vocab_size": 4096, "max_position_embeddings": 128}
+    folder = save(tmp_path / "src", tensors(**sizes), **sizes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve("demo").path / name, folder)
+    on_two_machines(folder, tmp_path, "CALIBRATED")
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 4096, (2, 100)))
+    for name in CALIBRATED:
+        with torch.no_grad():
+            here, there, source = (
+                load(at)(tokens).logits for at in (tmp_path / f"here-{name}", tmp_path / f"there-{name}", Path(folder))
+            )
+        assert (here - source).abs().max() > 100 * TOLERANCE * source.std()  # that there is something to agree on
+        torch.testing.assert_close(here, there, rtol=0, atol=TOLERANCE * float(source.std()))
+
+
+@pytest.mark.parametrize("kind", ["all dead", "repeated singular values"])
+def test_degenerate_heads_are_calibrated_to_finite_weights_and_the_same_bytes_twice(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 4096, "max_position_embeddings": 128}
+    source = tensors(**sizes)
+    for name in (KEY, VALUE):
+        DEGENERATE[kind](source[name])
+    folder = save(tmp_path / "src", source, **sizes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve("demo").path / name, folder)
+    found = result(folder, tmp_path / "one", CALIBRATED["gqa"])
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    convert(folder, tmp_path / "two", CALIBRATED["gqa"])
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
