@@ -152,7 +152,7 @@ REQUESTS = {
     "mean": GQA2, "first": Request("gqa", 2, "first"), "svd": Request("gqa", 2, "svd"),
     "mla": Request("mla", dtype="float32"),
 }  # fmt: skip
-SHORT: dict[str, Any] = {"method": "calibrated", "calibration_tokens": 2048, "repair_steps": 4, "dtype": "float32"}
+SHORT: dict[str, Any] = {"method": "calibrated", "calibration_tokens": 1024, "repair_steps": 1, "dtype": "float32"}
 CALIBRATED = {"gqa": Request("gqa", 2, **SHORT), "mla": Request("mla", cache=0.25, **SHORT)}
 ELSEWHERE = """
 import sys, torch
