@@ -42,10 +42,10 @@ PEERS = (
 """Each tool and its method; +rotary: with the rotary base that it doesn't find told by hand."""
 
 PUBLISHED = (
-    ("TransMLA", "arXiv 2502.07864", "Llama-2-7B", "512+64 values a token", "WikiText-2 perplexity", "5.47", "41.6"),
-    ("TransMLA", "arXiv 2502.07864", "Llama-3-8B", "512+64 values a token", "WikiText-2 perplexity", "6.14", "25.8"),
-    ("TransMLA", "arXiv 2502.07864", "Mistral-7B", "512+64 values a token", "WikiText-2 perplexity", "5.32", "9.58"),
-    ("TransMLA", "arXiv 2502.07864", "Qwen2.5-7B", "512+64 values a token", "WikiText-2 perplexity", "6.85", "8.41"),
+    ("TransMLA", "NeurIPS 2025", "Llama-2-7B", "512+64 values a token", "WikiText-2 perplexity", "5.47", "41.6"),
+    ("TransMLA", "NeurIPS 2025", "Llama-3-8B", "512+64 values a token", "WikiText-2 perplexity", "6.14", "25.8"),
+    ("TransMLA", "NeurIPS 2025", "Mistral-7B", "512+64 values a token", "WikiText-2 perplexity", "5.32", "9.58"),
+    ("TransMLA", "NeurIPS 2025", "Qwen2.5-7B", "512+64 values a token", "WikiText-2 perplexity", "6.85", "8.41"),
     ("CARE-U", "ICLR 2026", "Llama-3.1-8B-Instruct", "rank 256 a matrix", "perplexity", "7.21", "48.4"),
     ("Palu", "CARE's run of it", "Llama-3.1-8B-Instruct", "rank 256 a matrix", "perplexity", "7.21", "538"),
     ("MHA2MLA", "CARE's run of it", "Llama-3.1-8B-Instruct", "rank 256 a matrix", "perplexity", "7.21", "1634"),
