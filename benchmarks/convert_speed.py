@@ -3,7 +3,8 @@
     python benchmarks/convert_speed.py [--gigabytes 2] [--shards 4] [--dir /dev/shm] [--json]
 
 Both run as processes of their own, in turns, each after its earlier output is removed; the first turn warms up
-and does not count. On a memory file system neither waits for a disk, so the ratio is the converter's own cost.
+and does not count. On a memory file system neither waits for a disk, so the ratio is the converter's own cost. On a
+disk both end when their bytes are on it: a conversion flushes what it writes, so the copy is followed by `sync`.
 """
 
 from __future__ import annotations
@@ -150,19 +151,20 @@ def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -
     weights = make_source(source, total_bytes, shards)
     convert = [sys.executable, "-m", "uptrain", "convert", str(source), str(out)]
     convert += ["--to", "gqa", "--groups", str(groups)]
+    cp = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(source), str(copy)]
     pairs = []
     for _ in range(runs + 1):
-        pairs.append((run(["cp", "-r", str(source), str(copy)], (copy, out)), run(convert, (copy, out))))
+        pairs.append((run(cp, (copy, out)), run(convert, (copy, out))))
     (copies, copy_busy, _), (conversions, busy, peaks) = (
         zip(*found, strict=True) for found in zip(*pairs[1:], strict=True)
     )
-    cp, converted = statistics.median(copies), statistics.median(conversions)
+    copied, converted = statistics.median(copies), statistics.median(conversions)
     return {
         "source_bytes": weights,
         "output_bytes": sum(path.stat().st_size for path in out.rglob("*.safetensors")),
-        "cp_seconds": cp,
+        "cp_seconds": copied,
         "convert_seconds": converted,
-        "ratio": converted / cp,
+        "ratio": converted / copied,
         # Far from 1 on a busy machine, where the medians then mean little.
         "cp_spread": max(copies) / min(copies),
         "convert_spread": max(conversions) / min(conversions),
