@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from uptrain.methods.averages import averaged_moment
 from uptrain.methods.energy import (
     LayerWeights,
     Shares,
@@ -64,12 +65,10 @@ def gather_moments(
         received, given = sensitivity.sum(1), sensitivity.sum(2)
         projected = torch.einsum("td,hnd->htn", rows, maps.q_rows.to(rows))
         queries += (projected.mT @ (projected * given[..., None])).double().cpu() / size
-        mixed = (probabilities.flatten(0, 1) @ rows).unflatten(0, (maps.query_heads, -1))
         for group in range(groups):
             heads = slice(group * per_group, (group + 1) * per_group)
             keys[group] += (rows.mT @ (rows * received[heads].sum(0)[:, None])).double().cpu()
-            flat = mixed[heads].flatten(0, 1)
-            values[group] += (flat.mT @ flat).double().cpu()
+            values[group] += averaged_moment(probabilities[heads], rows)
         tokens += len(x)
     by_head = queries.unflatten(0, (maps.kv_heads, per_head)).sum(1)
     return Moments(keys / tokens, by_head / tokens, values / tokens)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from uptrain.methods.averages import averaged_moment
 from uptrain.methods.heads import HeadMaps
 from uptrain.methods.layered import Layer
 from uptrain.methods.mla import LatentWeights, calibrated_weights
@@ -33,8 +34,7 @@ def latent_weights(layer: Layer, maps: HeadMaps, hidden: Iterable[Tensor], frequ
         projected = torch.einsum("td,hnd->htn", rows, maps.q_rows.to(rows))
         queries += (projected.mT @ (projected * sensitivity.sum(2)[..., None])).double().cpu() / size
         as_keys += (rows.mT @ (rows * sensitivity.sum((0, 1))[:, None])).double().cpu()
-        mixed = (probabilities.flatten(0, 1) @ rows).double().cpu()
-        as_values += mixed.mT @ mixed
+        as_values += averaged_moment(probabilities, rows)
         spread = by_distance(sensitivity).double().cpu()
         distances = spread if distances is None else distances + spread
     if distances is None:
