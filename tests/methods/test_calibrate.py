@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +21,14 @@ from tests.test_families import SOURCES, family
 from tests.test_svd import NORMED
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.errors import CheckpointError, UptrainError, UsageError
+from uptrain.methods import layered
 from uptrain.methods import streams as streams_module
 from uptrain.methods.bridge import ModuleWeights, heads_of, maps_of
 from uptrain.methods.calibrate import LayerReport, Target, calibrate
 from uptrain.methods.choose import held_out
 from uptrain.methods.heads import reorder
 from uptrain.methods.layered import LayeredModel
-from uptrain.methods.repair import Regression, best_ridge, gradient_steps, residual, ridge
+from uptrain.methods.repair import Check, Regression, best_dampings, gradient_steps, ridge
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.model_config import architecture_of, attention_layers
 from uptrain.packing import LayerHeads
@@ -167,14 +170,28 @@ def test_the_same_text_gives_the_same_heads(tmp_path):
             np.testing.assert_array_equal(one.part(part).weight, two.part(part).weight)
 
 
-def test_mapped_streams_give_the_same_result_and_leave_no_files(tmp_path):
+def test_streams_in_files_give_the_same_result_and_leave_none(tmp_path):
     folder = save(tmp_path / "src", "llama")
     spill = tmp_path / "spill"
     spill.mkdir()
-    mapped = convert(folder, 1, replace(QUICK, memory=0, folder=spill))
-    for (one, _), (two, _) in zip(convert(folder, 1), mapped, strict=True):
+    filed = convert(folder, 1, replace(QUICK, memory=0, folder=spill))
+    for (one, _), (two, _) in zip(convert(folder, 1), filed, strict=True):
         np.testing.assert_array_equal(one.part("q").weight, two.part("q").weight)
     assert not list(spill.iterdir())
+
+
+def test_the_next_layers_weights_are_read_ahead_while_one_is_converted(tmp_path, monkeypatch):
+    class AtOnce(threading.Thread):
+        start = threading.Thread.run
+
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, *span: asked.append(span[:2]))
+    monkeypatch.setattr(layered, "Thread", AtOnce)
+    folder = save(tmp_path, "llama")
+    convert(folder, 1)
+    tensors = open_checkpoint(folder).tensors
+    following = [(info.start, info.nbytes) for name, info in tensors.items() if name.startswith("model.layers.1.")]
+    assert sorted(asked) == sorted(following)
 
 
 def test_a_disk_too_small_for_the_streams_is_told_by_how_much(tmp_path, monkeypatch):
@@ -239,22 +256,47 @@ def test_ridge_is_least_squares_on_an_augmented_system():
     expected = np.linalg.lstsq(augmented, wanted, rcond=None)[0]
     found = ridge(equations.gram, equations.products["one"], start, 0.1)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
-    error = residual(equations.gram, equations.products["one"], found) + np.square(plain[1]).sum()
-    np.testing.assert_allclose(error, np.square(plain[0] @ expected - plain[1]).sum(), rtol=1e-4)
     torch.testing.assert_close(equations.products["two"], 2 * equations.products["one"])
 
 
+def noisy(count: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Make features (count, 20), their weights, and noisy targets (count, 2) as a refit takes them."""
+    generator = torch.Generator().manual_seed(count)
+    features, truth = torch.randn(count, 20, generator=generator), torch.arange(40.0).view(20, 2) / 20
+    noise = 0.3 * torch.randn(count, 2, generator=generator)
+    gap = torch.randn(count, 2, generator=generator)
+    return features, torch.rand(count, generator=generator), {"attended": features @ truth + noise, "gap": gap}
+
+
+def gathered(into: Regression | Check, *counts: int) -> Regression | Check:
+    for count in counts:
+        into.add(*noisy(count))
+    return into
+
+
 def test_the_damping_is_chosen_on_text_that_was_not_fitted():
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.randn(20, 2, generator=generator)
-    fit, check = Regression(20, 2, ("one",)), Regression(20, 2, ("one",))
-    for equations, count in ((fit, 24), (check, 400)):
-        features = torch.randn(count, 20, generator=generator)
-        noise = 3 * torch.randn(count, 2, generator=generator)
-        equations.add(features, torch.ones(count), {"one": features @ truth + noise})
-    near = truth.double() + 0.1
-    assert best_ridge(fit, check, "one", near, (1e-6, 10.0)) == 10.0
-    assert best_ridge(check, check, "one", near, (1e-6, 10.0)) == 1e-6
+    fit = gathered(Regression(20, 2, ("attended", "gap")), 24)
+    near = torch.arange(40.0, dtype=torch.float64).view(20, 2) / 20 + 0.1
+    assert best_dampings(fit, gathered(Check(), 400), near, (0.0,), (1e-6, 10.0)) == [10.0]
+    assert best_dampings(fit, gathered(Check(), 24), near, (0.0,), (1e-6, 10.0)) == [1e-6]
+
+
+def test_one_factorisation_a_damping_chooses_as_a_refit_for_every_drift_would():
+    fit, check = gathered(Regression(20, 2, ("attended", "gap")), 24, 30), gathered(Check(), 50, 60)
+    start, drifts, dampings = torch.zeros(20, 2, dtype=torch.float64), (0.0, 0.5, 30.0), (1e-6, 1e-2, 0.3, 3.0, 1e4)
+    found = best_dampings(fit, check, start, drifts, dampings)
+    for drift, chosen in zip(drifts, found, strict=True):
+
+        def error(damping: float, drift: float = drift) -> float:
+            solution = ridge(fit.gram, fit.product(drift), start, damping)
+            missed = 0.0
+            for features, weights, targets in (noisy(50), noisy(60)):
+                wanted = targets["attended"].double() + drift * targets["gap"].double()
+                missed += float((weights.double()[:, None] * (features.double() @ solution - wanted).square()).sum())
+            return missed
+
+        assert chosen == min(dampings, key=error)
+    assert len(set(found)) > 1
 
 
 def test_features_that_are_all_zero_keep_the_start():

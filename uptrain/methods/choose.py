@@ -11,7 +11,7 @@ from torch import Tensor
 from uptrain.methods.energy import Shares
 from uptrain.methods.forms import Form
 from uptrain.methods.layered import Layer
-from uptrain.methods.repair import Maps, Regression, best_ridge, gradient_steps, ridge
+from uptrain.methods.repair import Check, Maps, Regression, best_dampings, gradient_steps, ridge
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.methods.streams import Streams
 
@@ -102,33 +102,34 @@ class LayerTask(Generic[Maps]):
         """Refit the output projection on the converted stream, at several drifts, or on the original one."""
         shared = unfitted.maps
         start = shared.o.flatten(1).mT.double().cpu()
-        fit, check = self._normal_equations(shared, stream)
+        drifts = self.settings.drifts if stream == "sequence" and self.index else (0.0,)
+        fit, check = self._regressions(shared, stream, any(drifts))
         found = []
-        for drift in self.settings.drifts if stream == "sequence" and self.index else (0.0,):
-            for equations in (fit, check):
-                products = equations.products
-                products["drifted"] = products["attended"] + drift * products["gap"]
-            damping = best_ridge(fit, check, "drifted", start, self.settings.dampings)
-            solution = ridge(fit.gram, fit.products["drifted"], start, damping)
+        for drift, damping in zip(
+            drifts, best_dampings(fit, check, start, drifts, self.settings.dampings), strict=True
+        ):
+            solution = ridge(fit.gram, fit.product(drift), start, damping)
             output = solution.mT.reshape(shared.o.shape).float().to(self.device)
             candidate = replace(unfitted, maps=replace(shared, o=output), refit=stream, drift=drift, damping=damping)
             found.append((self._error(candidate.maps), candidate))
         return found
 
-    def _normal_equations(self, shared: Maps, stream: str) -> tuple[Regression, Regression]:
+    def _regressions(self, shared: Maps, stream: str, drifting: bool) -> tuple[Regression, Check]:
+        """Gather what the mixed heads must become: the source's output, and if `drifting` the error so far."""
         streams = self.streams
         inputs = streams.converted if stream == "sequence" else streams.original
-        features, outputs = shared.o[0].numel(), len(shared.o)
-        equations = tuple(Regression(features, outputs, ("attended", "gap")) for _ in range(2))
+        names = ("attended", "gap") if drifting else ("attended",)
+        fit, check = Regression(shared.o[0].numel(), len(shared.o), names), Check()
         bias = 0.0 if self.output_bias is None else self.output_bias
         for block, hidden in enumerate(inputs):
             mixed = self.form.mix(self.layer, hidden.to(self.device), shared)
             original = streams.original[block].to(self.device)
             targets = {"attended": streams.attended[block].to(self.device) - bias}
-            if stream == "sequence":
+            if drifting:
                 targets["gap"] = (original - hidden.to(self.device)) / self.gain
-            equations[block in self._check].add(mixed, self._token_weights(original), targets)
-        return equations[0], equations[1]
+            into = check if block in self._check else fit
+            into.add(mixed, self._token_weights(original), targets)
+        return fit, check
 
     def _repaired(self, maps: Maps, error: float) -> tuple[Maps, int, float]:
         steps, settings = self.settings.repair_steps, self.settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -169,17 +170,23 @@ class LayeredModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Layer]:
-        """Lend decoder layer `index` with its weights read; they are dropped afterwards.
+        """Lend decoder layer `index` with its weights read; they are dropped afterwards. The next one's are read ahead.
 
         Raises:
             CheckpointError: a tensor of the layer is missing.
         """
         module = self.layers[index]
-        self._fill(module, f"{self.prefix}{self._path}.{index}.")
+        self._fill(module, self._base_of(index))
+        following = [name for name in self.checkpoint.tensors if name.startswith(self._base_of(index + 1))]
+        # In a thread, because the call waits while the disk's queue is full.
+        Thread(target=self.checkpoint.prefetch, args=(following,), daemon=True).start()
         try:
             yield Layer(module, self._attention, self.architecture.projections.o, self._calls[index], self.config)
         finally:
             self.layers[index] = nn.Identity()
+
+    def _base_of(self, index: int) -> str:
+        return f"{self.prefix}{self._path}.{index}."
 
     def _enter(self, block: Tensor, record: str | None) -> Tensor:
         """Run the model's own forward with layers that pass their input on, and return the first one's input."""

@@ -33,6 +33,33 @@ class Regression:
         for name, target in targets.items():
             self.products[name] += (weighted.mT @ target).double().cpu()
 
+    def product(self, drift: float) -> Tensor:
+        """Return CᵀT (n, d) of the target `attended` + `drift` × `gap`."""
+        attended = self.products["attended"]
+        return attended + drift * self.products["gap"] if drift else attended
+
+
+class Check:
+    """Weighted features and targets that nothing is fitted to, block by block, float32 where they were computed."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def add(self, features: Tensor, weights: Tensor, targets: dict[str, Tensor]) -> None:
+        """Take in a block, as `Regression.add` does."""
+        root = weights.sqrt()[:, None]
+        self._blocks.append((features * root, {name: target * root for name, target in targets.items()}))
+
+    def errors(self, solutions: dict[str, Tensor], drifts: Sequence[float]) -> list[float]:
+        """Return ‖C W − T‖² for each drift, W = W_attended + drift · W_gap from solutions (n, d), and T likewise."""
+        found = [0.0] * len(drifts)
+        for features, targets in self._blocks:
+            missed = {name: features @ solution.to(features) - targets[name] for name, solution in solutions.items()}
+            for index, drift in enumerate(drifts):
+                wrong = missed["attended"] + drift * missed["gap"] if drift else missed["attended"]
+                found[index] += float(wrong.square().sum())
+        return found
+
 
 def ridge(gram: Tensor, product: Tensor, start: Tensor, damping: float) -> Tensor:
     """Return the W (n, d) that minimises ‖C W − T‖² + λ‖W − W₀‖², from CᵀC (n, n), CᵀT (n, d), W₀ (n, d).
@@ -40,26 +67,33 @@ def ridge(gram: Tensor, product: Tensor, start: Tensor, damping: float) -> Tenso
     λ is `damping` × the mean diagonal of CᵀC.
     Source: Hoerl and Kennard 1970, Ridge Regression, equation 2.1, shrunk towards W₀ instead of zero.
     """
-    # Features that are zero throughout say nothing, and keep the start.
-    level = damping * float(gram.diagonal().mean()) or 1.0
-    regular = gram + level * torch.eye(len(gram), dtype=gram.dtype)
+    regular, level = _regular(gram, damping)
     solution: Tensor = torch.linalg.solve(regular, product + level * start)
     return solution
 
 
-def residual(gram: Tensor, product: Tensor, solution: Tensor) -> float:
-    """Return ‖C W − T‖² less the constant ‖T‖², from CᵀC, CᵀT and W."""
-    return float((solution * (gram @ solution - 2 * product)).sum())
+def best_dampings(
+    fit: Regression, check: Check, start: Tensor, drifts: Sequence[float], dampings: Sequence[float]
+) -> list[float]:
+    """Return, for each drift, the damping whose refit on `fit` errs least on `check`.
+
+    A refit is linear in its target, so one factorisation a damping serves all drifts.
+    """
+    errors = []
+    for damping in dampings:
+        regular, level = _regular(fit.gram, damping)
+        factors = torch.linalg.lu_factor(regular)
+        solutions = {"attended": torch.linalg.lu_solve(*factors, fit.product(0.0) + level * start)}
+        if any(drifts):
+            solutions["gap"] = torch.linalg.lu_solve(*factors, fit.products["gap"])
+        errors.append(check.errors(solutions, drifts))
+    return [min(zip(column, dampings, strict=True))[1] for column in zip(*errors, strict=True)]
 
 
-def best_ridge(fit: Regression, check: Regression, target: str, start: Tensor, dampings: Sequence[float]) -> float:
-    """Return the damping whose refit on `fit` errs least on `check`."""
-
-    def error(damping: float) -> float:
-        solution = ridge(fit.gram, fit.products[target], start, damping)
-        return residual(check.gram, check.products[target], solution)
-
-    return min(dampings, key=error)
+def _regular(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    # Features that are zero throughout say nothing, and keep the start.
+    level = damping * float(gram.diagonal().mean()) or 1.0
+    return gram + level * torch.eye(len(gram), dtype=gram.dtype), level
 
 
 def gradient_steps(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from uptrain.methods.streams import ITEM, Streams
@@ -14,24 +14,27 @@ from uptrain.methods.streams import ITEM, Streams
 class SourceRun:
     """Keep the layers' outputs and their attention's, (blocks, T, d) float32 each on the CPU, by layer.
 
-    `memory`, in bytes, bounds them together with a conversion's own streams; where it can't hold all layers, nothing
-    is kept and every conversion runs the source again. One belongs to one source and one set of blocks.
+    Where memory can't hold all layers, nothing is kept and every conversion runs the source again. One belongs to one
+    source and one set of blocks.
     """
 
-    memory: int
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def keep(self, layer: int, layers: int, streams: Streams) -> None:
-        """Remember what `layer`, one of `layers`, made, as `streams` has it."""
-        held = (2 * layers + 4) * math.prod(streams.target.shape) * ITEM
-        if held <= self.memory:
-            self._kept[layer] = (streams.attended.clone(), streams.target.clone())
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that are kept."""
+        return sum(tensor.nbytes for pair in self._kept.values() for tensor in pair)
+
+    def keep(self, layer: int, layers: int, streams: Streams, memory: int) -> None:
+        """Remember what `layer` made, as `streams` has it, if `memory` bytes hold all `layers` and the streams."""
+        held = (2 * layers + 4) * len(streams.target) * streams.target[0].numel() * ITEM
+        if held <= memory:
+            self._kept[layer] = (torch.stack(list(streams.attended)), torch.stack(list(streams.target)))
 
     def lend(self, layer: int, streams: Streams) -> bool:
         """Fill `streams` with what `layer` made, and tell whether it was kept."""
         if layer not in self._kept:
             return False
-        attended, target = self._kept[layer]
-        streams.attended.copy_(attended)
-        streams.target.copy_(target)
+        for block, (attended, target) in enumerate(zip(*self._kept[layer], strict=True)):
+            streams.attended[block], streams.target[block] = attended, target
         return True

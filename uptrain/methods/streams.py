@@ -1,22 +1,73 @@
-"""Activations of all calibration blocks between two layers: in memory, or in memory-mapped files above a limit."""
+"""Activations of all calibration blocks between two layers: in memory, or in files where that is too small."""
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from uptrain.checkpoint.arrays import raw_bytes
 from uptrain.errors import UptrainError
 
 ITEM = 4
 """Bytes of one activation, float32."""
+
+
+class Blocks(Protocol):
+    """Blocks of activations, each (T, d) float32 on the CPU, read and replaced one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, block: int) -> Tensor: ...
+
+    def __setitem__(self, block: int, value: Tensor) -> None: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+class FileBlocks:
+    """Blocks (T, d) float32 in a file. It is read and written, not mapped: its pages would count as the process's."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self._path, self._shape = path, shape
+        self._bytes = shape[1] * shape[2] * ITEM
+        self._file = path.open("x+b", buffering=0)
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, block: int) -> Tensor:
+        value = torch.empty(self._shape[1:])
+        buffer = raw_bytes(value.numpy())
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._file.fileno(), [buffer[done:]], block * self._bytes + done)
+            if not count:
+                raise UptrainError(f"{self._path} ends before block {block}: it changed while being used.")
+            done += count
+        return value
+
+    def __setitem__(self, block: int, value: Tensor) -> None:
+        buffer = raw_bytes(value.contiguous().numpy())
+        done = 0
+        while done < len(buffer):
+            done += os.pwrite(self._file.fileno(), buffer[done:], block * self._bytes + done)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[block] for block in range(len(self)))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 @dataclass
@@ -27,10 +78,10 @@ class Streams:
     original's next state and `attended` its attention's output, both filled layer by layer.
     """
 
-    original: Tensor
-    converted: Tensor
-    target: Tensor
-    attended: Tensor
+    original: Blocks
+    converted: Blocks
+    target: Blocks
+    attended: Blocks
 
     def advance(self) -> None:
         """Make the target the original stream of the next layer."""
@@ -54,9 +105,11 @@ def open_streams(shape: tuple[int, int, int], memory: int, folder: Path | None) 
             f"Calibration needs {needed:,} bytes in {folder} for activations, which is {needed - free:,} too many.",
             "Use fewer calibration tokens, or allow more memory.",
         )
-    with tempfile.TemporaryDirectory(prefix=".activations-", dir=folder, ignore_cleanup_errors=True) as inner:
-        yield Streams(*(_mapped(Path(inner) / f"{name}.bin", shape) for name in "octa"))
-
-
-def _mapped(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+    with (
+        tempfile.TemporaryDirectory(prefix=".activations-", dir=folder, ignore_cleanup_errors=True) as inner,
+        ExitStack() as opened,
+    ):
+        files = [FileBlocks(Path(inner) / name, shape) for name in ("original", "converted", "target", "attended")]
+        for file in files:
+            opened.callback(file.close)
+        yield Streams(*files)
