@@ -61,6 +61,14 @@ def test_twice_gives_the_same_logits_and_files_for_activations_change_nothing() 
         torch.testing.assert_close(load(one)(tokens).logits, load(two)(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("memory", "told"), [(1, True), (2**40, False)])
+def test_it_says_when_one_layer_alone_takes_more_than_it_may_hold(memory: int, told: bool) -> None:
+    notes: list[str] = []
+    request = Request("mqa", method="calibrated", **SHORT)
+    convert("demo", "out", request, memory=memory, on_note=notes.append)
+    assert any("more than the 1 B of --memory" in note for note in notes) == told
+
+
 def test_as_many_groups_as_heads_is_the_source() -> None:
     convert("demo", "same", Request("gqa", 8, "calibrated", **SHORT))
     from uptrain.checkpoint.source import DEMO

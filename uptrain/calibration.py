@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from uptrain import models
+from uptrain import models, words
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.reader import Checkpoint
@@ -24,6 +24,7 @@ from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.latent_packing import LatentHeads
 from uptrain.methods.calibrate import LayerReport, Target, calibrate
+from uptrain.methods.footprint import held_bytes, working_bytes
 from uptrain.methods.latent_bridge import latent_shape
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.methods.slots import slots_by_text
@@ -68,23 +69,19 @@ class CalibratedLayers:
 
 
 class SharedCalibration:
-    """What calibrations of one source on one text have in common: its tokens, and the source's own run over them.
+    """What calibrations of one source on one text have in common: its tokens, and the source's own run over them."""
 
-    `memory`, in bytes, bounds that run, as `SourceRun` says.
-    """
-
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
+    def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
         self._text: TokenText | None = None
-        self.run = SourceRun(memory)
+        self.run = SourceRun()
 
     def text(self, checkpoint: Checkpoint, plan: Plan) -> TokenText:
         """Return the tokens of the plan's text, read once; another source or text starts anew. Raises as below."""
         key = (checkpoint.path, plan.request.calibrate, plan.request.calibration_tokens)
         if self._text is None or key != self._key:
             self._key, self._text = key, calibration_text(checkpoint, plan)
-            self.run = SourceRun(self._memory)
+            self.run = SourceRun()
         return self._text
 
 
@@ -99,9 +96,9 @@ def calibrate_plan(
 ) -> CalibratedLayers:
     """Calibrate every layer of `plan`, or take what an earlier run of the same plan left in `folder`.
 
-    `memory` is in bytes, for activations; beyond it they go to files beside the layers. `on_layer` is called with
-    the layers done and all; `on_note` with a sentence worth the user's attention. `shared` is what other calibrations
-    of the same source leave for this one.
+    `memory` is what this process may hold, in bytes; activations for which that leaves no room go to files beside the
+    layers. `on_layer` is called with the layers done and all; `on_note` with a sentence worth the user's attention.
+    `shared` is what other calibrations of the same source leave for this one.
 
     Raises:
         UptrainError: the text is unfit, activations are not finite, or the disk is too small for them.
@@ -128,18 +125,23 @@ def calibrate_plan(
             f"--calibrate {plan.request.calibrate} has {len(text.ids)} tokens, less than two blocks of {length}.",
             "Give more text, or raise --calibration-tokens.",
         )
-    settings = CalibrationSettings(memory=memory, folder=folder, seed=plan.request.seed)
+    target, run = _target(plan), None if shared is None else shared.run
+    room = memory - held_bytes() - working_bytes(checkpoint, target, length) + (run.nbytes if run else 0)
+    if room < 0:
+        on_note(
+            f"Converting one layer of this model will hold about {words.size(memory - room)}, more than the "
+            f"{words.size(memory)} of --memory."
+        )
+    settings = CalibrationSettings(memory=room, folder=folder, seed=plan.request.seed)
     if plan.request.repair_steps is not None:
         settings = replace(settings, repair_steps=plan.request.repair_steps)
     blocks = torch.from_numpy(text.ids[: count * length]).view(count, length)
-    target = _target(plan)
     slots: tuple[int, ...] = ()
     if plan.latent is not None and plan.latent.own_slots:
         on_note("Choosing which rotary frequencies to keep.")
         slots = slots_by_text(checkpoint, target, blocks[:SLOT_BLOCKS], plan.latent.target.qk_rope_head_dim // 2)
         target = _target(replace(plan, latent=plan.latent.with_slots(slots)))
     reports = []
-    run = None if shared is None else shared.run
     for layer, heads, report in calibrate(checkpoint, target, blocks, settings, run=run):
         _save(folder / f"layer-{layer}.npz", heads)
         reports.append(_noted(report))

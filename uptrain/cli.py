@@ -166,7 +166,7 @@ def _latent_options(command: Command) -> Command:
     type=Size(),
     default="4GiB",
     show_default=True,
-    help="For activations while calibrating; beyond it they go to files beside OUT.",
+    help="For calibrating; activations that this leaves no room for go to files beside OUT.",
 )
 @click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinite values of MODEL's attention as they are.")

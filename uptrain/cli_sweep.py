@@ -33,8 +33,8 @@ from uptrain.cli_types import Size, Words, texts_of
     "--keep", default="all", show_default=True, help="Checkpoints that stay: all, best (the Pareto front) or none."
 )
 @click.option(
-    "--memory", type=Size(), default="4GiB", show_default=True, help="For activations while calibrating, and as much "
-    "again for what the source predicts; beyond it both are computed anew for each target and method.",
+    "--memory", type=Size(), default="4GiB", show_default=True, help="For calibrating, and as much again for what the "
+    "source predicts; what doesn't fit is computed anew for each target and method.",
 )  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit, for a Hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Also read .bin weights (restricted unpickling).")

@@ -143,7 +143,7 @@ def run_plan(
 ) -> Conversion:
     """Run a plan made by `plan_conversion`, with `join` together with other processes. Raises as `convert` does.
 
-    `memory`, in bytes, bounds the activations of a calibration; `on_layer` gets its layers done and all. `shared`
+    `memory`, in bytes, is what a calibration may hold; `on_layer` gets its layers done and all. `shared`
     lets calibrations of one source share what they have in common.
     """
     folder = Path(out) if out is not None else default_out(source, plan)

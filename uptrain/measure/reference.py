@@ -23,6 +23,12 @@ class Reference:
     _dtype: torch.dtype | None = None
     _seen: dict[tuple[bytes, int, torch.dtype], Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the model and its kept logits take."""
+        weights = [] if self._model is None else list(self._model.parameters())
+        return sum(tensor.nbytes for tensor in (*weights, *self._seen.values()))
+
     def load(self, load_model: Callable[[Source], Any]) -> Any:
         """Return its model in the checkpoint's own dtype, which `load_model` loads the first time."""
         if self._model is None:

@@ -123,7 +123,7 @@ def _layer(
         if run is None or not run.lend(index, streams):
             _trace(layer, streams, model.device, index)
             if run is not None:
-                run.keep(index, len(target.before), streams)
+                run.keep(index, len(target.before), streams, settings.memory)
         bias = source.part("o").bias
         output_bias = None if bias is None else torch.from_numpy(as_float32(bias)).to(model.device)
         rest = (streams, settings, model.device, index, _gain(model), output_bias)

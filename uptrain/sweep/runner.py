@@ -100,8 +100,9 @@ class Runner:
         calibrated = task.plan.request.method == "calibrated"
         began = time.monotonic()
         run_plan(
-            self._source, self._checkpoint, task.plan, place, overwrite=self._overwrite, memory=self._memory,
-            on_layer=self._on_layers(), on_note=self._note, shared=self._sharing() if calibrated else None,
+            self._source, self._checkpoint, task.plan, place, overwrite=self._overwrite,
+            memory=self._memory + self._reference.nbytes, on_layer=self._on_layers(), on_note=self._note,
+            shared=self._sharing() if calibrated else None,
         )  # fmt: skip
         return round(time.monotonic() - began, 1)
 
@@ -111,7 +112,7 @@ class Runner:
                 from uptrain.calibration import SharedCalibration
             except ImportError:
                 return None  # the conversion says what to install
-            self._shared = SharedCalibration(self._memory)
+            self._shared = SharedCalibration()
         return self._shared
 
     def _tidied(self, found: Sweep) -> Sweep:
