@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicCache
 import uptrain
 from uptrain.hosts.absorbed import absorb
 from uptrain.hosts.register import register
+from uptrain.measure.reading import with_cache
 
 
 def llama(**changes: Any) -> Any:
@@ -107,7 +108,7 @@ def folders(paths: list[Path], dtype: torch.dtype) -> dict[str, Any]:
 def filled(model: Any, context: int) -> DynamicCache:
     """Return a cache of `context` tokens' worth of random values, in the shapes that the model caches."""
     probe, cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    model(torch.ones(1, 1, dtype=torch.long), past_key_values=probe)
+    model(torch.ones(1, 1, dtype=torch.long), **with_cache(model, probe))
     for index, layer in enumerate(probe.layers):
         parts = (torch.randn(*one.shape[:2], context, one.shape[3]).to(one.dtype) for one in (layer.keys, layer.values))
         cache.update(*parts, index)
@@ -120,7 +121,7 @@ def decode(model: Any, cache: DynamicCache, context: int, tokens: int) -> float:
     token = torch.ones(1, 1, dtype=torch.long)
     started = time.perf_counter()
     for _ in range(tokens):
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
     seconds = time.perf_counter() - started
     cache.crop(context - cache.get_seq_length())
     return tokens / seconds

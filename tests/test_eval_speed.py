@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.training import checkpoint, corpus
 from uptrain.evaluate import evaluate
@@ -27,12 +28,15 @@ class Clocked:
     def __init__(self, clock: list[float], seconds: list[tuple[float, float]], calls: list[Any]) -> None:
         self.clock, self.seconds, self.calls, self.turn = clock, seconds, calls, -1
 
-    def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         prefill = input_ids.shape[1] > 1
         self.turn += prefill
         self.calls.append((self, input_ids))
         self.clock[0] += self.seconds[self.turn][not prefill]
-        return SimpleNamespace(logits=torch.zeros(len(input_ids), 1, 5), past_key_values=None)
+        return CausalLMOutputWithPast(logits=torch.zeros(len(input_ids), 1, 5), past_key_values=())
+
+    def __call__(self, **given: Any) -> Any:
+        return self.forward(**given)
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_figures_are_medians_ranges_and_ratios_of_one_turn(clock: list[float]) -
 
 def test_a_model_that_does_not_fit_leaves_the_other_s_figures(clock: list[float]) -> None:
     class Full(Clocked):
-        def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
             raise torch.OutOfMemoryError
 
     pair = [Clocked(clock, [(1.0, 1.0)] * 3, []), Full(clock, [], [])]

@@ -24,6 +24,7 @@ from uptrain.errors import UsageError
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.hosts.table import HOSTS
 from uptrain.layout import Architecture, Sliding
+from uptrain.measure.reading import cache_of, with_cache
 from uptrain.model_config import attention_layers
 from uptrain.packing import Heads, join, modules_of, split
 from uptrain.plan import find_prefix, result_attention
@@ -160,9 +161,10 @@ def seen_and_cached(model: PreTrainedModel, name: str, layer: int) -> tuple[torc
     module.register_forward_pre_hook(lambda _, args, named: seen.append((*args, *named.values())[0]), with_kwargs=True)
     ids = torch.arange(5)[:, None] + 7
     if model.config.is_encoder_decoder:
-        cache = model(**read(model, ids), decoder_input_ids=ids, use_cache=True).past_key_values.self_attention_cache
+        cache = cache_of(model(**read(model, ids), decoder_input_ids=ids, use_cache=True)).self_attention_cache
     else:
-        cache = model(ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
+        cache = DynamicCache()
+        model(ids, use_cache=True, **with_cache(model, cache))
     held = cache.layers[layer]
     return seen[0][:, 0], {"k": held.keys[:, :, 0].numpy(), "v": held.values[:, :, 0].numpy()}
 
@@ -221,10 +223,10 @@ def cached_bytes(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, int]:
     """Return the bytes of a model's cache after `ids`, and how many tokens an encoder has read, 0 without one."""
     if not model.config.is_encoder_decoder:
         caches, source = [DynamicCache(config=model.config)], 0
-        model(ids, past_key_values=caches[0])
+        model(ids, **with_cache(model, caches[0]))
     else:
         both = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
-        out = model(**read(model, ids), decoder_input_ids=ids, past_key_values=both)
+        out = model(**read(model, ids), decoder_input_ids=ids, **with_cache(model, both))
         caches, source = [both.self_attention_cache, both.cross_attention_cache], out.encoder_last_hidden_state.shape[1]
     layers = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
     return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values)), source

@@ -17,6 +17,7 @@ from uptrain.checkpoint.manifest import verify
 from uptrain.convert import convert
 from uptrain.errors import UsageError
 from uptrain.inspect import inspect
+from uptrain.measure.reading import cache_of
 from uptrain.request import Request
 
 LLAMA3 = {
@@ -169,7 +170,7 @@ def test_the_cache_holds_what_was_promised_and_generates_as_without_it(tmp_path,
         mask = (torch.arange(13) >= 4).long()[None]
         left = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, min_new_tokens=6)
     assert found.sequences[0, 9:].tolist() == left[0, 13:].tolist() == whole.tolist()
-    held = sum(t.nbytes for layer in found.past_key_values.layers for t in (layer.keys, layer.values))
+    held = sum(t.nbytes for layer in cache_of(found).layers for t in (layer.keys, layer.values))
     assert held == done.plan.cache_after * 14
     assert inspect(str(tmp_path / "out")).cache_bytes_per_token == done.plan.cache_after
     assert done.plan.after[0].cache_values_per_token == sum(

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from tests.hosts.gpt2_models import greedy, left_padded, prompt
 from tests.hosts.test_gpt2_checkpoint import run_python
+from uptrain.measure.reading import cache_of, with_cache
 
 ROWS = [prompt(1, 11)[0], prompt(1, 4, seed=5)[0], prompt(1, 7, seed=6)[0]]
 
@@ -68,7 +69,9 @@ def generates_what_the_source_does(model: PreTrainedModel, source: PreTrainedMod
     assert torch.equal(uncached, greedy(source, prompt(), use_cache=False))
     assert torch.equal(greedy(model, prompt()), uncached)
     assert torch.equal(greedy(model, prompt(), cache_implementation="static"), uncached)
-    assert torch.equal(greedy(model, prompt(), past_key_values=StaticCache(model.config, max_cache_len=40)), uncached)
+    assert torch.equal(
+        greedy(model, prompt(), **with_cache(model, StaticCache(model.config, max_cache_len=40))), uncached
+    )
     one_token = prompt(2, 1)
     uncached = greedy(model, one_token, use_cache=False)
     assert torch.equal(greedy(model, one_token, cache_implementation="static"), uncached)
@@ -105,7 +108,7 @@ def in_chunks(
         if mask is not None:
             positions = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:]
             options = {"attention_mask": mask[:, :end], "position_ids": positions}
-        logits.append(model(ids[:, start:end], past_key_values=cache, **options).logits)
+        logits.append(model(ids[:, start:end], **with_cache(model, cache), **options).logits)
         start = end
     return torch.cat(logits, dim=1)
 
@@ -177,8 +180,9 @@ def the_cache_holds_only(model: PreTrainedModel, values: int, layers: int = 2) -
     """Check the bytes of a cache after generate(), dynamic and static: `values` numbers a token and layer."""
     ids = prompt(2, 11)
     options = {"return_dict_in_generate": True, "max_new_tokens": 5}
-    dynamic = greedy(model, ids, **options).past_key_values
-    static = greedy(model, ids, past_key_values=StaticCache(model.config, max_cache_len=20), **options).past_key_values
+    dynamic = cache_of(greedy(model, ids, **options))
+    static = StaticCache(model.config, max_cache_len=20)
+    greedy(model, ids, **with_cache(model, static), **options)
     for cache, slots in ((dynamic, 11 + 4), (static, 20)):  # the last token is never put in
         held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         assert {tuple(tensor.shape[:3]) for tensor in held} == {(2, 1, slots)}
@@ -189,10 +193,10 @@ def attention_maps_have_one_per_head(model: PreTrainedModel, heads: int) -> None
     ids = prompt(2, 11)
     whole = model(ids, output_attentions=True).attentions
     cache = new_cache(model, "dynamic")
-    model(ids[:, :8], past_key_values=cache)
+    model(ids[:, :8], **with_cache(model, cache))
     for absorbed in (True, False):
         with always(model, absorbed):
-            parts = model(ids[:, 8:], past_key_values=cache, output_attentions=True).attentions
+            parts = model(ids[:, 8:], **with_cache(model, cache), output_attentions=True).attentions
         for one, other in zip(whole, parts, strict=True):
             assert tuple(other.shape) == (2, heads, 3, 11)
             torch.testing.assert_close(other, one[:, :, 8:], rtol=0, atol=1e-5)

@@ -10,6 +10,7 @@ import uptrain
 from tests.hosts.test_latent_norm import ids, neutral
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.hosts.absorbed import AbsorbedDeepseekV3Attention, absorb
+from uptrain.measure.reading import with_cache
 
 IMPLEMENTATIONS = ["sdpa", "eager"]
 
@@ -37,8 +38,8 @@ def absorbed(monkeypatch) -> list[bool]:
 def test_steps_and_chunks_onto_a_cache_give_the_whole_forwards_logits(attention, changes, absorbed):
     stock, ours = pair(attention, **changes)
     whole = stock(ids(2, 24), use_cache=False).logits
-    cache = DynamicCache(config=ours.config)
-    parts = [ours(ids(2, 24)[:, a:b], past_key_values=cache).logits for a, b in ((0, 12), (12, 15), (15, 16), (16, 24))]
+    given = with_cache(ours, DynamicCache(config=ours.config))
+    parts = [ours(ids(2, 24)[:, a:b], **given).logits for a, b in ((0, 12), (12, 15), (15, 16), (16, 24))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
     assert absorbed[0] is False
     assert any(absorbed)

@@ -18,6 +18,7 @@ from tests.hosts.gpt2_models import (
 )
 from uptrain.attention import AttentionSpec, cache_bytes
 from uptrain.hosts.modeling_uptrain_gpt2 import UptrainGPT2Config
+from uptrain.measure.reading import cache_of, with_cache
 
 both_kernels = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 each_grouping = pytest.mark.parametrize("groups", [1, 2, HEADS])
@@ -88,7 +89,7 @@ def test_generation_is_the_same_with_dynamic_static_and_no_cache(groups: int, at
     assert torch.equal(greedy(model, prompt()), uncached)
     assert torch.equal(greedy(model, prompt(), cache_implementation="static"), uncached)
     static = StaticCache(config=model.config, max_cache_len=40)
-    assert torch.equal(greedy(model, prompt(), past_key_values=static), uncached)
+    assert torch.equal(greedy(model, prompt(), **with_cache(model, static)), uncached)
     assert {tuple(layer.keys.shape) for layer in static.layers} == {(2, groups, 40, HEAD_DIM)}
     assert torch.equal(greedy(repeated(model), prompt()), uncached)
 
@@ -147,7 +148,7 @@ def test_a_shared_heads_gradient_is_the_sum_over_its_repeats() -> None:
 
 @each_grouping
 def test_the_cache_holds_exactly_the_shared_heads(groups: int) -> None:
-    cache = grouped(groups)(prompt(2, 11), use_cache=True).past_key_values
+    cache = cache_of(grouped(groups)(prompt(2, 11), use_cache=True))
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     assert {tuple(tensor.shape) for tensor in held} == {(2, groups, 11, HEAD_DIM)}
     layers = [AttentionSpec(HEADS, groups, HEAD_DIM)] * LAYERS

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 from uptrain import evaluate
 from uptrain.attention import AttentionSpec, cache_bytes
 from uptrain.convert import convert
+from uptrain.measure.reading import cache_of
 from uptrain.recipe_schema import Files
 from uptrain.request import Request
 
@@ -91,7 +92,7 @@ def test_cached_greedy_generation_equals_uncached(model: LlamaForCausalLM, token
 
 def test_the_cache_holds_one_head(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert held == cache_bytes([AttentionSpec(9, 1, HEAD_DIM)] * LAYERS, context=ids.shape[1], itemsize=4)
 

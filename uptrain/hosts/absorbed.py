@@ -16,7 +16,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     eager_attention_forward,
 )
 
-from uptrain.hosts.modeling_uptrain_llama_mla import UptrainLlamaMLAAttention, fold_heads
+from uptrain.hosts.modeling_uptrain_llama_mla import UptrainLlamaMLAAttention, cache_argument, fold_heads
+
+CACHE = cache_argument(DeepseekV3Attention)
 
 
 class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
@@ -43,13 +45,13 @@ class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over hidden_states (batch, tokens, hidden_size) and the cache of latents and rotary keys."""
         layer: Any = self
-        if past_key_values is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)[:2]
+        cache: Cache | None = kwargs.pop(CACHE, None)
+        if cache is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)[:2]
         batch, tokens = hidden_states.shape[:2]
         if layer.q_lora_rank is None:
             query = layer.q_proj(hidden_states)
@@ -63,7 +65,7 @@ class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
         latent, key_rope = layer.kv_a_layernorm(latent).unsqueeze(1), key_rope.unsqueeze(1)
         rotate = apply_rotary_pos_emb_interleave if layer.config.rope_interleave else apply_rotary_pos_emb
         query_rope, key_rope = rotate(query_rope, key_rope, *position_embeddings)
-        latent, key_rope = past_key_values.update(latent, key_rope, layer.layer_idx)
+        latent, key_rope = cache.update(latent, key_rope, layer.layer_idx, kwargs=kwargs)
 
         absorbed = layer.pays(tokens, latent, attention_mask)
         if absorbed:

@@ -44,10 +44,12 @@ class RepeatedHeads:
     def __init__(self, cache: Cache | None, repeats: int) -> None:
         self.cache, self.repeats = cache, repeats
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all keys and values, (batch, H, tokens, dim), after adding new ones, (batch, G, tokens, dim)."""
         if self.cache is not None:
-            key, value = self.cache.update(key, value, layer_idx)
+            key, value = self.cache.update(key, value, layer_idx, **kwargs)
         return key.repeat_interleave(self.repeats, dim=1), value.repeat_interleave(self.repeats, dim=1)
 
 
@@ -73,7 +75,7 @@ class UptrainBloomAttention(BloomAttention):
         residual: torch.Tensor,
         alibi: torch.Tensor,
         attention_mask: torch.Tensor,
-        layer_past: Cache | None = None,
+        layer_past: Cache | None,  # no default: not to be given it, under another name, must not pass unseen
         **kwargs: Any,
     ) -> Any:
         """Attend as BLOOM does over hidden_states (batch, tokens, hidden_size), with a cache of the G heads only."""

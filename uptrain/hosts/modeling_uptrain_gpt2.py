@@ -5,10 +5,12 @@ One self-contained file: it is copied into converted checkpoints, where `trust_r
 without uptrain. Apart from `attn.c_attn`, which is narrower, every tensor has GPT-2's name, shape and bytes.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.cache_utils import Cache
@@ -41,6 +43,25 @@ class UptrainGPT2Config(GPT2Config):
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide n_head {self.n_head}.")
         if self.add_cross_attention:
             raise ValueError("uptrain_gpt2 has no cross-attention: add_cross_attention must be false.")
+
+
+def cache_argument(attention: type[nn.Module]) -> str:
+    """Return under which name this transformers gives a layer the cache: `cache`, or `past_key_values` before 5.24.
+
+    Raises:
+        ImportError: under another, and a layer that leaves its cache empty would write nonsense.
+    """
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(attention.forward).parameters:
+            return name
+    raise ImportError(
+        f"transformers {transformers.__version__} gives {attention.__name__} the cache under a name that this file "
+        "doesn't know. Use an older transformers, or convert again with a newer uptrain."
+    )
+
+
+# Before 5.24 a layer was also given a `cache`: continuous batching's, which the kernel takes out of kwargs itself.
+CACHE = cache_argument(GPT2Attention)
 
 
 def repeat_kv(heads: torch.Tensor, repeats: int) -> torch.Tensor:
@@ -87,19 +108,19 @@ class UptrainGPT2Attention(GPT2Attention):
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over hidden_states (batch, tokens, n_embd) and the cache, which holds the G heads only."""
+        cache: Cache | None = kwargs.pop(CACHE, None)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = self.c_attn(hidden_states).split(self.qkv_sizes, dim=-1)
         query = query.view(shape).transpose(1, 2)
         key = key.view(shape).transpose(1, 2)
         value = value.view(shape).transpose(1, 2)
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = (
             ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

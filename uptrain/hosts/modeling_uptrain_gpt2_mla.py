@@ -6,10 +6,12 @@ One self-contained file: it is copied into converted checkpoints, where `trust_r
 without uptrain. Outside `attn`, every tensor has GPT-2's name, shape and bytes; the cache holds the latent only.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.cache_utils import Cache
@@ -52,6 +54,25 @@ class UptrainGPT2MLAConfig(GPT2Config):
             raise ValueError("uptrain_gpt2_mla has no rotary keys: qk_rope_head_dim must be 0.")
         if self.add_cross_attention:
             raise ValueError("uptrain_gpt2_mla has no cross-attention: add_cross_attention must be false.")
+
+
+def cache_argument(attention: type[nn.Module]) -> str:
+    """Return under which name this transformers gives a layer the cache: `cache`, or `past_key_values` before 5.24.
+
+    Raises:
+        ImportError: under another, and a layer that leaves its cache empty would write nonsense.
+    """
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(attention.forward).parameters:
+            return name
+    raise ImportError(
+        f"transformers {transformers.__version__} gives {attention.__name__} the cache under a name that this file "
+        "doesn't know. Use an older transformers, or convert again with a newer uptrain."
+    )
+
+
+# Before 5.24 a layer was also given a `cache`: continuous batching's, which the kernel takes out of kwargs itself.
+CACHE = cache_argument(GPT2Attention)
 
 
 def fold_heads(states: torch.Tensor) -> torch.Tensor:
@@ -125,17 +146,17 @@ class UptrainGPT2MLAAttention(GPT2Attention):
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over hidden_states (batch, tokens, n_embd) and the cache, which holds the latent only."""
+        cache: Cache | None = kwargs.pop(CACHE, None)
         batch, tokens = hidden_states.shape[:2]
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.kv_sizes[0])).transpose(1, 2)
         latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         absorbed = False
-        if past_key_values is not None:
-            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)
+        if cache is not None:
+            latent, _ = cache.update(latent, latent[..., :0], self.layer_idx, kwargs=kwargs)
             absorbed = self.absorbs(tokens, latent, attention_mask)
 
         if absorbed:

@@ -11,10 +11,12 @@ without uptrain. `rope_mode` says where positions are:
 The cache holds the latent and the shared rotary key, nothing else.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.cache_utils import Cache
@@ -74,6 +76,25 @@ class UptrainLlamaMLAConfig(LlamaConfig):
             raise ValueError("rope_mode decoupled has a key per query head: num_key_value_heads must be as many.")
         if self.attention_scale is None:
             self.attention_scale = self.qk_head_dim**-0.5
+
+
+def cache_argument(attention: type[nn.Module]) -> str:
+    """Return under which name this transformers gives a layer the cache: `cache`, or `past_key_values` before 5.24.
+
+    Raises:
+        ImportError: under another, and a layer that leaves its cache empty would write nonsense.
+    """
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(attention.forward).parameters:
+            return name
+    raise ImportError(
+        f"transformers {transformers.__version__} gives {attention.__name__} the cache under a name that this file "
+        "doesn't know. Use an older transformers, or convert again with a newer uptrain."
+    )
+
+
+# Before 5.24 a layer was also given a `cache`: continuous batching's, which the kernel takes out of kwargs itself.
+CACHE = cache_argument(LlamaAttention)
 
 
 def rotate(pairs: Sequence[torch.Tensor], angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -138,10 +159,10 @@ class UptrainLlamaMLAAttention(LlamaAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over hidden_states (batch, tokens, hidden_size) and the cache of latents and rotary keys."""
+        cache: Cache | None = kwargs.pop(CACHE, None)
         batch, tokens = hidden_states.shape[:2]
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
         query, query_rope = query.split(self.q_sizes, dim=-1)
@@ -149,8 +170,8 @@ class UptrainLlamaMLAAttention(LlamaAttention):
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split(self.latent_sizes, dim=-1)
         key_rope = rotate((key_rope[..., 0::2], key_rope[..., 1::2]), position_embeddings)
         absorbed = False
-        if past_key_values is not None:
-            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+        if cache is not None:
+            latent, key_rope = cache.update(latent, key_rope, self.layer_idx, kwargs=kwargs)
             absorbed = self.absorbs(tokens, latent, attention_mask)
 
         if absorbed:
@@ -203,19 +224,19 @@ class UptrainLlamaReRotateAttention(UptrainLlamaMLAAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over hidden_states (batch, tokens, hidden_size) and the cache, which holds the latent only."""
+        cache: Cache | None = kwargs.pop(CACHE, None)
         batch, tokens = hidden_states.shape[:2]
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
         latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         query_angles = key_angles = position_embeddings
-        if past_key_values is not None:
+        if cache is not None:
             # Only distances matter, and those of cache slots are right for padded rows too. A static cache updates
             # the length it has given, and its free slots must not make the rotation think the text is longer.
-            slots = torch.arange(tokens, device=latent.device) + past_key_values.get_seq_length(self.layer_idx)
-            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)
+            slots = torch.arange(tokens, device=latent.device) + cache.get_seq_length(self.layer_idx)
+            latent, _ = cache.update(latent, latent[..., :0], self.layer_idx, kwargs=kwargs)
             positions = torch.arange(latent.shape[2], device=latent.device).clamp(max=slots[-1])
             cos, sin = key_angles = self.rotary_emb(latent, positions.unsqueeze(0))
             query_angles = cos[:, slots], sin[:, slots]

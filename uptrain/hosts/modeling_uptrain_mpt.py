@@ -5,9 +5,11 @@ One self-contained file: it is copied into converted checkpoints, where `trust_r
 without uptrain. Apart from `Wqkv`, which is narrower, every tensor has MPT's name, shape and bytes.
 """
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import nn
 from transformers import MptConfig, MptForCausalLM, MptModel
 from transformers.cache_utils import Cache
@@ -42,6 +44,25 @@ class UptrainMptConfig(MptConfig):
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide n_heads {self.n_heads}.")
 
 
+def cache_argument(attention: type[nn.Module]) -> str:
+    """Return under which name this transformers gives a layer the cache: `cache`, or `past_key_values` before 5.24.
+
+    Raises:
+        ImportError: under another, and a layer that leaves its cache empty would write nonsense.
+    """
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(attention.forward).parameters:
+            return name
+    raise ImportError(
+        f"transformers {transformers.__version__} gives {attention.__name__} the cache under a name that this file "
+        "doesn't know. Use an older transformers, or convert again with a newer uptrain."
+    )
+
+
+# Before 5.24 a layer was also given a `cache`: continuous batching's, which the kernel takes out of kwargs itself.
+CACHE = cache_argument(MptAttention)
+
+
 class UptrainMptAttention(MptAttention):
     """Attend with H query heads over G key/value heads; `Wqkv` gives [H queries | G keys | G values]."""
 
@@ -55,11 +76,10 @@ class UptrainMptAttention(MptAttention):
         self.qkv_sizes = [self.hidden_size, groups * self.head_dim, groups * self.head_dim]
         self.Wqkv = nn.Linear(self.hidden_size, sum(self.qkv_sizes), bias=False)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,14 +88,15 @@ class UptrainMptAttention(MptAttention):
         `position_bias` is (H, 1, max_seq_len), and `attention_mask` (batch, 1, tokens, keys) is true where none may
         look.
         """
+        cache: Cache | None = kwargs.pop(CACHE, None)
         mixed = self.Wqkv(hidden_states)
         if self.clip_qkv:
             mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (part.view(shape).transpose(1, 2) for part in mixed.split(self.qkv_sizes, dim=-1))
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         key = key.repeat_interleave(self.num_key_value_groups, dim=1)
         value = value.repeat_interleave(self.num_key_value_groups, dim=1)
 

@@ -5,10 +5,12 @@ One self-contained file: it is copied into converted checkpoints, where `trust_r
 without uptrain. Apart from `k_proj` and `v_proj`, which are narrower, every tensor has OPT's name, shape and bytes.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 from transformers.cache_utils import Cache
@@ -42,6 +44,25 @@ class UptrainOPTConfig(OPTConfig):
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide {heads} attention heads.")
 
 
+def cache_argument(attention: type[nn.Module]) -> str:
+    """Return under which name this transformers gives a layer the cache: `cache`, or `past_key_values` before 5.24.
+
+    Raises:
+        ImportError: under another, and a layer that leaves its cache empty would write nonsense.
+    """
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(attention.forward).parameters:
+            return name
+    raise ImportError(
+        f"transformers {transformers.__version__} gives {attention.__name__} the cache under a name that this file "
+        "doesn't know. Use an older transformers, or convert again with a newer uptrain."
+    )
+
+
+# Before 5.24 a layer was also given a `cache`: continuous batching's, which the kernel takes out of kwargs itself.
+CACHE = cache_argument(OPTAttention)
+
+
 class UptrainOPTAttention(OPTAttention):
     """Attend with H query heads over G key/value heads."""
 
@@ -58,18 +79,18 @@ class UptrainOPTAttention(OPTAttention):
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over hidden_states (batch, tokens, hidden_size) and the cache, which holds the G heads only."""
+        cache: Cache | None = kwargs.pop(CACHE, None)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = (
             ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, UMT5Config, UMT5ForConditionalGeneration, UMT5Model
-from transformers.cache_utils import Cache
 from transformers.models.t5.modeling_t5 import T5Attention, eager_attention_forward
 
 
@@ -82,14 +81,11 @@ class UptrainUMT5Attention(T5Attention):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend as UMT5 does over hidden_states (batch, tokens, d_model), or over an encoder's."""
-        output, _, weights = super().forward(
-            hidden_states, attention_mask, encoder_hidden_states, past_key_values=past_key_values, **kwargs
-        )
+        output, _, weights = super().forward(hidden_states, attention_mask, encoder_hidden_states, **kwargs)
         return output, weights
 
 

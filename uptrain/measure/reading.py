@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -26,14 +27,28 @@ def predicted(model: Any, shown: Tensor, first: int) -> Tensor:
     return decoded
 
 
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the argument that gives a model a cache: it is `cache`, or `past_key_values` before transformers 5.24.
+
+    A model's own code may be older than transformers, so its forward is asked and not the release.
+    """
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache that a model's output holds, under the name that this transformers has for it."""
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
 def caches(model: Any, ids: Tensor) -> tuple[list[Any], list[Any]]:
     """Return the layers of the cache after `ids` (1, tokens), of self-attention and of attention over a source.
 
     An encoder has then read as many tokens as the decoder.
     """
     if not has_encoder(model):
-        return model(input_ids=ids, use_cache=True).past_key_values.layers, []
-    both = model(input_ids=ids, decoder_input_ids=ids, use_cache=True).past_key_values
+        return cache_of(model(input_ids=ids, use_cache=True)).layers, []
+    both = cache_of(model(input_ids=ids, decoder_input_ids=ids, use_cache=True))
     return both.self_attention_cache.layers, both.cross_attention_cache.layers
 
 
@@ -52,4 +67,4 @@ def prefill(model: Any, ids: Tensor) -> tuple[Any, dict[str, Any]]:
 def step(model: Any, token: Tensor, cache: Any, again: dict[str, Any]) -> Any:
     """Return what the model says after one more token (batch, 1); `again` is what `prefill` gave beside its output."""
     name = "decoder_input_ids" if has_encoder(model) else "input_ids"
-    return model(**{name: token}, past_key_values=cache, use_cache=True, **again)
+    return model(**{name: token}, **with_cache(model, cache), use_cache=True, **again)

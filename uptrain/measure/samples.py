@@ -13,6 +13,7 @@ from uptrain.data.block_reader import Tokens
 from uptrain.data.token_text import separator_of, start_ids
 from uptrain.errors import UsageError
 from uptrain.measure.progress import Progress, counted
+from uptrain.measure.reading import cache_of, with_cache
 
 PROMPT_TOKENS = 32
 
@@ -86,8 +87,8 @@ def greedy(model: Any, ids: torch.Tensor, new_tokens: int, end: int | None) -> l
     written: list[int] = []
     shown, cache = ids[None].to(model.device), None
     while len(written) < new_tokens:
-        out = model(input_ids=shown, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        shown, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        out = model(input_ids=shown, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
+        shown, cache = out.logits[:, -1:].argmax(-1), cache_of(out)
         written.append(int(shown))
         if written[-1] == end:
             break

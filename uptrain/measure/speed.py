@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uptrain.measure.progress import Progress, counted
-from uptrain.measure.reading import caches, prefill, step
+from uptrain.measure.reading import cache_of, caches, prefill, step
 
 _CACHE_TOKENS = 64
 
@@ -113,7 +113,7 @@ def _time(model: Any, ids: Tensor, decode_tokens: int) -> tuple[float, float]:
     prefilled = _now(model)
     for _ in range(decode_tokens):
         token = out.logits[:, -1:].argmax(-1)
-        out = step(model, token, out.past_key_values, again)
+        out = step(model, token, cache_of(out), again)
     return prefilled - started, _now(model) - prefilled
 
 
