@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from tests.training import tokenizer
 from uptrain.data import TokenStream, read_tokens
+from uptrain.data.chat import messages_of
 from uptrain.errors import UptrainError, UsageError
 from uptrain.recipe_schema import Dataset, DataSource, Files
 
@@ -60,6 +61,10 @@ def test_a_conversation_is_what_the_template_writes(tmp_path: Path, words: Any, 
     found = read_tokens([sources(tmp_path)[kind]], words, 10**6)
     assert found.ids.tolist() == oracle(words)
     assert found.bytes == sum(len(text.encode()) for text in [*WRITTEN, words.eos_token]) - len(words.eos_token)
+
+
+def test_a_key_that_only_other_rows_have_is_not_there() -> None:
+    assert messages_of([{"role": "user", "content": "tea?", "tool": None}]) == [{"role": "user", "content": "tea?"}]
 
 
 def test_a_stream_of_conversations_is_the_same_tokens(tmp_path: Path, words: Any) -> None:

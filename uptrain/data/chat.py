@@ -67,4 +67,5 @@ def messages_of(value: Any) -> list[dict[str, Any]] | None:
             return None
         if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             return None
-    return [dict(message) for message in value]
+    # A table's rows all have all columns, and a template takes one that is there, empty or not, for meant.
+    return [{key: part for key, part in message.items() if part is not None} for message in value]
