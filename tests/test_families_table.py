@@ -1,4 +1,4 @@
-"""`uptrain families` says what the plan does, and the README says what it says."""
+"""`uptrain families` says what the plan does, and docs/families.md says what it says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from uptrain.request import CHANGED_PARTS, Request
 
 Save = Callable[..., Path]
 KNOWN: dict[str, Family] = {found.model_type: found for found in families()}
-README = Path(__file__).parents[1] / "README.md"
+DOCUMENT = Path(__file__).parents[1] / "docs/families.md"
 BEGIN, END = "<!-- uptrain families --markdown -->\n", "\n<!-- /families -->"
 
 
@@ -43,9 +43,9 @@ def test_a_family_without_a_class_for_latents_says_so(name: str, save_tiny: Save
         plan_conversion(str(save_tiny(name)), Request("mla", cache=0.5))
 
 
-def test_the_readme_has_the_table_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_document_has_the_table_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["families", "--markdown"]) == 0
-    text = README.read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
     assert text.split(BEGIN)[1].split(END)[0] == capsys.readouterr().out.rstrip("\n"), "paste the command's output"
 
 

@@ -92,7 +92,7 @@ def inspect(
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--markdown", is_flag=True, help="Print the README's table.")
+@click.option("--markdown", is_flag=True, help="Print the table of docs/families.md.")
 def families(as_json: bool, markdown: bool) -> None:
     """List the model families that can be converted, and the class that holds each result.
 

@@ -1,4 +1,4 @@
-"""Lay the table of families out: for a terminal, as JSON, and as the README's Markdown."""
+"""Lay the table of families out: for a terminal, as JSON, and as the Markdown of docs/families.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def table(found: Sequence[Family], as_json: bool) -> None:
 
 
 def markdown(found: Sequence[Family]) -> str:
-    """Return the README's table; families that differ in nothing but their name share a row."""
+    """Return the table of docs/families.md; families that differ in nothing but their name share a row."""
     rows = [(", ".join(family.model_type for family in group), *_cells(group[0])) for group in alike(found)]
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n\\* {REMOTE_CODE}; {NOTE}."
