@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.header import TensorInfo
-from uptrain.checkpoint.state import State
+from uptrain.checkpoint.state import FINISHED, State
 from uptrain.checkpoint.writer import CLAIMS, LOCK, commit, is_open_at, partial_of, write_shard
 from uptrain.errors import UptrainError
 
@@ -160,10 +160,10 @@ class JointState(State):
 
     def refresh(self) -> None:
         """Add what the other processes have finished."""
-        mine = (self.shards, self.sources, self.layers, self.similarity)
+        mine = {name: getattr(self, name) for name in FINISHED}
         self.load()
-        for found, own in zip((self.shards, self.sources, self.layers, self.similarity), mine, strict=True):
-            found.update(own)
+        for name, own in mine.items():
+            getattr(self, name).update(own)
 
     def save(self) -> None:
         """Add what this process has finished to what the others have, and write it."""

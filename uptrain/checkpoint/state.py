@@ -10,6 +10,9 @@ from uptrain.checkpoint.jsonfile import dump_json, parse_object
 from uptrain.checkpoint.writer import STATE, write_atomic
 from uptrain.errors import UptrainError
 
+FINISHED = ("shards", "sources", "layers", "similarity")
+"""What is kept of finished work; several processes that build one folder add theirs to it."""
+
 
 class State:
     """What has been finished in OUT.partial: the plan's digest, the checksum of each whole shard and of each of the
@@ -57,5 +60,4 @@ class State:
 
     def save(self) -> None:
         """Write the state atomically."""
-        names = ("plan", "command", "shards", "sources", "layers", "similarity")
-        write_atomic(self.path, dump_json({name: getattr(self, name) for name in names}))
+        write_atomic(self.path, dump_json({name: getattr(self, name) for name in ("plan", "command", *FINISHED)}))
