@@ -225,7 +225,7 @@ def _by_layer(notes: dict[str, Any]) -> dict[int, Any]:
 
 def _kept_in(folder: Path) -> Kept:
     stages = (read_manifest(folder) or {"stages": [{}]})["stages"]
-    return {int(layer): found for layer, found in stages[-1].get("energy_kept", {}).items()}
+    return _by_layer(stages[-1].get("energy_kept", {}))
 
 
 def _committed(out: Path, source: Source, plan: Plan) -> Conversion | None:

@@ -128,7 +128,7 @@ class LayerMaker:
         spec, every = self.plan.before[layer], self.plan.request.method in ("svd", "calibrated")
         hidden = heads.part("k").weight.shape[-1]
         cheap = len(self.plan.before) * alike.cost(spec, groups, hidden) < alike.CHEAP
-        if self.compare and (every or cheap or layer == self.sample) and _measurable(heads, groups):
+        if self.compare and (every or cheap or layer == self.sample) and _all_measurable(heads, groups):
             position = self.plan.architecture.position
             self.similarity[layer] = alike.head_similarity(heads, groups, position, spec, not self._pool_only)
 
@@ -216,7 +216,7 @@ def _estimate(
     for part in "kv":
         found = []
         for rows in estimate.rows_by_group(heads.part(part), groups):
-            if not np.abs(rows).max(initial=0) < MEASURABLE:
+            if not _measurable(rows):
                 return {}  # what isn't finite is refused with its name when the layer is finished
             best = kept_keys(rows) if part == "k" else estimate.kept_by_factor(rows, 1)
             found.append((estimate.energy(rows), estimate.kept_by_mean(rows, 1), best))
@@ -226,9 +226,12 @@ def _estimate(
     return _known({"mean": _rounded(*means), "svd": _rounded(*bests)})
 
 
-def _measurable(heads: LayerHeads, groups: int) -> bool:
-    rows = (each for part in "kv" for each in estimate.rows_by_group(heads.part(part), groups))
-    return all(bool(np.abs(each).max(initial=0) < MEASURABLE) for each in rows)
+def _all_measurable(heads: LayerHeads, groups: int) -> bool:
+    return all(_measurable(rows) for part in "kv" for rows in estimate.rows_by_group(heads.part(part), groups))
+
+
+def _measurable(rows: Array) -> bool:
+    return bool(np.abs(rows).max(initial=0) < MEASURABLE)
 
 
 def _told(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
