@@ -184,6 +184,11 @@ class Architecture:
         layer, which = divmod(index, len(self.attentions))
         return self.attentions[which].format(prefix=prefix, layer=layer)
 
+    def inside(self) -> tuple[str, str]:
+        """Return where the list of layers is below the prefix ("layers"), and the attention in one ("self_attn")."""
+        path, _, attention = self.layer.removeprefix("{prefix}").partition(".{layer}.")
+        return path, attention.removesuffix(".")
+
     def place(self, index: int) -> str:
         """Say for people where the model's attention number `index` is: "3", or "3, cross"."""
         layer, which = divmod(index, len(self.attentions))

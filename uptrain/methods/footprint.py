@@ -25,8 +25,7 @@ def working_bytes(checkpoint: Checkpoint, target: Target, tokens: int) -> int:
     group, what is factored from them and the refit's equations are square matrices of float64, attention's
     probabilities and the layer's own activations float32. The counts are those that peaks of real runs fit.
     """
-    path = target.architecture.layer.removeprefix("{prefix}").partition(".{layer}.")[0]
-    base = f"{target.prefix}{path}."
+    base = f"{target.prefix}{target.architecture.inside()[0]}."
     inside = [info for name, info in checkpoint.tensors.items() if name.startswith(f"{base}0.")]
     beside = [info for name, info in checkpoint.tensors.items() if not name.startswith(base)]
     embedding = 4 * _values(beside) + max((info.nbytes for info in beside), default=0)

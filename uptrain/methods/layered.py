@@ -138,9 +138,8 @@ class LayeredModel:
         self._base = whole.base_model.eval()
         self._base.config.use_cache = False
         self.config = self._base.config
-        path, _, rest = architecture.layer.removeprefix("{prefix}").partition(".{layer}.")
-        self._path, self._attention = path, rest.removesuffix(".")
-        self.layers: nn.ModuleList = self._base.get_submodule(path)
+        self._path, self._attention = architecture.inside()
+        self.layers: nn.ModuleList = self._base.get_submodule(self._path)
         self._calls: list[dict[str, Call]] = [{} for _ in self.layers]
 
     @torch.no_grad()
