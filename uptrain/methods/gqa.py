@@ -18,11 +18,14 @@ Pool = Callable[[Array, int], Array]
 def mean(heads: Array, groups: int) -> Array:
     """Average each run of heads: (heads, …) of any floating dtype to (groups, …) float32, summed in float32."""
     per_group = len(heads) // groups
-    total = as_float32(heads[::per_group])
-    for offset in range(1, per_group):
-        total += as_float32(heads[offset::per_group])
-    total /= per_group
-    return total
+    means = np.empty((groups, *heads.shape[1:]), np.float32)
+    # A head at a time: what is summed stays in cache, and nothing but the result is as large as it.
+    for group, total in enumerate(means):
+        total[:] = as_float32(heads[group * per_group])
+        for head in heads[group * per_group + 1 : (group + 1) * per_group]:
+            total += as_float32(head)
+    means /= per_group
+    return means
 
 
 def first(heads: Array, groups: int) -> Array:
