@@ -15,14 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from uptrain.checkpoint.checksum import Checksum  # noqa: E402
+from uptrain.checkpoint.clone import Span  # noqa: E402
 from uptrain.checkpoint.header import TensorInfo  # noqa: E402
 from uptrain.checkpoint.joint import Alone  # noqa: E402
 from uptrain.checkpoint.state import State  # noqa: E402
@@ -109,10 +111,11 @@ class NoDisk(Alone):
         chunks: Callable[[str], Iterable[memoryview]],
         checksum: Checksum,
         on_bytes: Callable[[int], None],
+        spans: Mapping[str, Span] = MappingProxyType({}),
         ending: str = "",
     ) -> None:
         """Do as `uptrain.checkpoint.writer.write_shard` does, but for the writing."""
-        checksum.update(shard_header(tensors))
+        checksum.update(shard_header(tensors, spans))
         for info in tensors:
             for chunk in chunks(info.name):
                 checksum.update(chunk)

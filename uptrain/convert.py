@@ -156,6 +156,7 @@ def run_plan(
         filled, kept = plan, None
         with begun(
             folder,
+            checkpoint,
             plan,
             _command(source, plan.request),
             overwrite=overwrite,

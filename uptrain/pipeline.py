@@ -22,7 +22,7 @@ from uptrain.checkpoint.state import State
 from uptrain.errors import Interrupted
 from uptrain.methods.gqa import POOLS, pool_norm
 from uptrain.plan import Plan
-from uptrain.plan_tensors import OutputTensor
+from uptrain.plan_tensors import OutputTensor, unchanged_spans
 from uptrain.rehost import folded_bias, folded_weight
 from uptrain.transform import Calibrated, LayerMaker
 
@@ -119,7 +119,9 @@ class Pipeline:
 
         checksum = Checksum()
         path = self.partial / shard
-        self.party.write_shard(path, [tensor.info for tensor in tensors.values()], chunks, checksum, self._advance)
+        spans = unchanged_spans(tensors.values(), self.checkpoint)
+        infos = [tensor.info for tensor in tensors.values()]
+        self.party.write_shard(path, infos, chunks, checksum, self._advance, spans)
         digest = follower.text() if follower else ""
         with self.lock:
             self.counted.add(shard)
@@ -145,7 +147,7 @@ class Pipeline:
             yield raw_bytes(made[tensor.layer].pop(tensor.module))
             return
         source = self.checkpoint.tensors[tensor.source]
-        if tensor.operation == "copy" and source.dtype == tensor.info.dtype:
+        if tensor.unchanged(self.checkpoint):
             chunks = self.checkpoint.chunks(tensor.source)
             yield from follower.follow(source.start, chunks) if follower else chunks
             return

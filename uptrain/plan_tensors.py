@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from uptrain.checkpoint.clone import Span
 from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
     from uptrain.plan_norms import PooledNorm
@@ -30,3 +33,13 @@ class OutputTensor:
     norm: PooledNorm | None = None
     linear: str = ""
     fold: str = ""
+
+    def unchanged(self, checkpoint: Checkpoint) -> bool:
+        """Say whether its bytes are just those of its source."""
+        return self.operation == "copy" and self.info.dtype == checkpoint.tensors[self.source].dtype
+
+
+def unchanged_spans(tensors: Iterable[OutputTensor], checkpoint: Checkpoint) -> dict[str, Span]:
+    """Map each tensor whose bytes stand as they are in a file of the source to where."""
+    found = {tensor.info.name: checkpoint.span(tensor.source) for tensor in tensors if tensor.unchanged(checkpoint)}
+    return {name: span for name, span in found.items() if span is not None}

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
+from uptrain.checkpoint.clone import can_clone
 from uptrain.checkpoint.joining import joined
 from uptrain.checkpoint.joint import Alone, Joint, JointState
 from uptrain.checkpoint.manifest import read_manifest
+from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.state import State
 from uptrain.checkpoint.writer import STATE, empty, partial_of, staged, taken
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.plan import Plan
+from uptrain.plan_tensors import unchanged_spans
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Begun:
 @contextmanager
 def begun(
     out: Path,
+    checkpoint: Checkpoint,
     plan: Plan,
     command: str,
     *,
@@ -52,14 +56,14 @@ def begun(
     state, resumed = State(partial_of(out), plan.digest, command), tuple[str, ...]()
     if not join:
         with staged(out, overwrite, lambda _: _left(state, plan, overwrite, on_note), beside):
-            yield Begun(state, _begin(state, plan), Alone())
+            yield Begun(state, _begin(state, checkpoint, plan), Alone())
         return
 
     def prepare(first: bool) -> None:
         nonlocal resumed
         if first:
             empty(partial_of(out), _left(state, plan, overwrite, on_note))
-            resumed = _begin(state, plan)
+            resumed = _begin(state, checkpoint, plan)
         elif (state.load() or ("",))[0] != plan.digest:
             raise taken(out)
 
@@ -111,17 +115,22 @@ def _drop_damaged(state: State, plan: Plan) -> None:
             del state.shards[name]
 
 
-def _begin(state: State, plan: Plan) -> tuple[str, ...]:
+def _begin(state: State, checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     """Write the state to begin with; return the shards an earlier run finished."""
     resumed = tuple(state.shards)
-    _check_space(state.path.parent, plan, resumed)
+    _check_space(state.path.parent, checkpoint, plan, resumed)
     state.save()
     return resumed
 
 
-def _check_space(partial: Path, plan: Plan, resumed: tuple[str, ...]) -> None:
-    done = sum(t.info.nbytes for name in resumed for t in plan.shards.get(name, ()))
-    needed, free = plan.total_bytes - done + 2**20, shutil.disk_usage(partial).free
+def _check_space(partial: Path, checkpoint: Checkpoint, plan: Plan, resumed: tuple[str, ...]) -> None:
+    left = [tensor for name, tensors in plan.shards.items() if name not in resumed for tensor in tensors]
+    needed, free = sum(tensor.info.nbytes for tensor in left) + 2**20, shutil.disk_usage(partial).free
+    if needed > free:
+        # Not to the byte: what lies otherwise in blocks is copied all the same, and a disk that gets full can be freed.
+        spans = unchanged_spans(left, checkpoint).values()
+        files = {path for path in {span.path for span in spans} if can_clone(path, partial)}
+        needed -= sum(span.nbytes for span in spans if span.path in files)
     if needed > free:
         raise UptrainError(
             f"The disk is too full: {partial} needs {needed:,} bytes and {free:,} are free, {needed - free:,} short.",

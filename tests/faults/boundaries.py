@@ -83,7 +83,7 @@ def watched(root: Path, at: At = lambda number, call, act, part: act()) -> Itera
 
 
 def _replacements(seen: Boundaries) -> list[tuple[Any, str, Any]]:
-    real_os_open, real_open, real_write, real_sendfile = os.open, io.open, os.write, os.sendfile
+    real_os_open, real_open, real_pwrite, real_sendfile = os.open, io.open, os.pwrite, os.sendfile
 
     class Raw(io.FileIO):
         """A raw file whose every read is a boundary."""
@@ -112,11 +112,11 @@ def _replacements(seen: Boundaries) -> list[tuple[Any, str, Any]]:
             seen.opened(descriptor, path)
         return descriptor
 
-    def write(descriptor: int, data: Any) -> int:
+    def pwrite(descriptor: int, data: Any, position: int) -> int:
         def half(size: int) -> int:
-            return real_write(descriptor, data[: len(data) // size])
+            return real_pwrite(descriptor, data[: len(data) // size], position)
 
-        return seen.meet("write", descriptor, lambda: real_write(descriptor, data), half)
+        return seen.meet("write", descriptor, lambda: real_pwrite(descriptor, data, position), half)
 
     def sendfile(out: int, *args: Any) -> int:
         return seen.meet("sendfile", out, lambda: real_sendfile(out, *args))
@@ -135,7 +135,7 @@ def _replacements(seen: Boundaries) -> list[tuple[Any, str, Any]]:
         (builtins, "open", open_),
         (io, "open", open_),
         (os, "open", os_open),
-        (os, "write", write),
+        (os, "pwrite", pwrite),
         (os, "sendfile", sendfile),
         (os, "fsync", one("fsync", os.fsync)),
         (os, "rename", one("rename", os.rename)),

@@ -11,12 +11,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.clone import Span
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.state import FINISHED, State
 from uptrain.checkpoint.writer import CLAIMS, LOCK, commit, is_open_at, partial_of, write_shard
@@ -134,12 +135,13 @@ class Joint:
         chunks: Callable[[str], Iterable[memoryview]],
         checksum: Checksum,
         on_bytes: Callable[[int], None],
+        spans: Mapping[str, Span],
     ) -> None:
         """Write a shard whose work this process has claimed, as `uptrain.checkpoint.writer.write_shard` does."""
         # Under a name of its own: a process cut off from the file system loses its locks without knowing, and goes on.
         for left in path.parent.glob(f"{path.name}.*.tmp"):
             left.unlink(missing_ok=True)
-        write_shard(path, tensors, chunks, checksum, on_bytes, f".{os.uname().nodename}-{os.getpid()}.tmp")
+        write_shard(path, tensors, chunks, checksum, on_bytes, spans, f".{os.uname().nodename}-{os.getpid()}.tmp")
 
     @contextmanager
     def finishing(self) -> Iterator[bool]:

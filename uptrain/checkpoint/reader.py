@@ -13,6 +13,7 @@ import numpy as np
 
 from uptrain.checkpoint.arrays import Array, numpy_dtype, raw_bytes
 from uptrain.checkpoint.checksum import borrowed_buffer
+from uptrain.checkpoint.clone import Span
 from uptrain.checkpoint.header import TensorInfo, read_header
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.pickles import PickleShards
@@ -68,6 +69,12 @@ class Checkpoint:
             return
         with borrowed_buffer() as buffer:
             yield from self._spans(name, buffer, reuse=True)
+
+    def span(self, name: str) -> Span | None:
+        """Return where the bytes of tensor `name` lie, or None where no file has them as they are."""
+        info = self.tensors[name]
+        whole = self.pickles is None and not self.remote
+        return Span(self.path / info.file, info.start, info.nbytes) if whole else None
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Ask the operating system to read tensors ahead of their use, where it can; errors come when they are read."""

@@ -7,11 +7,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.clone import BLOCK, Span, clone, residue, write_beside
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.errors import UptrainError, UsageError
 
@@ -206,19 +208,23 @@ def write_atomic(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def shard_header(tensors: Sequence[TensorInfo]) -> bytes:
-    """Return the safetensors header of `tensors` in this order, padded to 8 bytes; only their sizes are used.
+def shard_header(tensors: Sequence[TensorInfo], spans: Mapping[str, Span] = MappingProxyType({})) -> bytes:
+    """Return the safetensors header of `tensors` in this order; only their sizes are used.
+
+    It is padded to 8 bytes, or to where most bytes of `spans`, which are to be theirs, lie in blocks as in their files.
 
     Source: safetensors, README, section "Format".
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
+    position, places = 0, []
     for info in tensors:
         end = position + info.nbytes
         entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
+        if info.name in spans:
+            places.append((spans[info.name], position))
         position = end
     text = dump_json_compact(entries)
-    text += b" " * (-len(text) % 8)
+    text += b" " * ((residue(places) - 8 - len(text)) % BLOCK if places else -len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -233,35 +239,34 @@ def write_shard(
     chunks: Callable[[str], Iterable[memoryview]],
     checksum: Checksum,
     on_bytes: Callable[[int], None],
+    spans: Mapping[str, Span] = MappingProxyType({}),
     ending: str = ".tmp",
 ) -> None:
     """Write one safetensors file through a temporary name with `ending`, digesting its bytes on the way.
+
+    Tensors whose chunks are just the bytes of `spans` share their blocks where the file system can.
 
     Raises:
         UptrainError: a tensor's chunks don't add up to its declared size.
     """
     temporary = path.with_name(path.name + ending)
     with temporary.open("wb", buffering=0) as file:
-        header = shard_header(tensors)
-        _write_all(file.fileno(), memoryview(header))
+        header = shard_header(tensors, spans)
+        write_beside(file.fileno(), memoryview(header), 0, range(0))
         checksum.update(header)
+        position = len(header)
         for info in tensors:
-            left = info.nbytes
+            end, span = position + info.nbytes, spans.get(info.name)
+            shared = clone(span, file.fileno(), position) if span else range(0)
             for chunk in chunks(info.name):
                 checksum.update(chunk)
-                _write_all(file.fileno(), chunk)
-                left -= len(chunk)
+                write_beside(file.fileno(), chunk, position, shared)
+                position += len(chunk)
                 on_bytes(len(chunk))
-            if left:
-                raise UptrainError(f"Tensor {info.name} came out {-left:+,} bytes off its planned size.")
+            if position != end:
+                raise UptrainError(f"Tensor {info.name} came out {position - end:+,} bytes off its planned size.")
         os.fsync(file.fileno())
     temporary.rename(path)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    # One write may take less than all: at 2 GiB on Linux, or when the disk is nearly full.
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""Share the blocks of a file with another, where the file system can: nothing is copied and no room is taken.
+
+XFS, btrfs and some servers of NFS 4.2 can, within one file system, for whole blocks that lie at the same place in a
+block of both files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK = 4096
+"""Bytes of a block, as nearly every file system has them."""
+FICLONERANGE = 0x4020940D
+"""Linux's request to share blocks; what does not know it refuses it."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The `nbytes` bytes of the file `path` from `start`."""
+
+    path: Path
+    start: int
+    nbytes: int
+
+
+def residue(spans: Iterable[tuple[Span, int]]) -> int:
+    """Return where in a block a shard's data must begin for most bytes of `spans` to be shared.
+
+    Each span comes with the place that it is to have in the data. A multiple of 8, as the format asks for.
+    """
+    bytes_by_residue: Counter[int] = Counter()
+    for span, position in spans:
+        bytes_by_residue[(span.start - position) % BLOCK] += span.nbytes
+    fitting = [(count, -begin) for begin, count in bytes_by_residue.items() if begin % 8 == 0]
+    return -max(fitting)[1] if fitting else 0
+
+
+def clone(span: Span, descriptor: int, position: int) -> range:
+    """Let the open file share at `position` what whole blocks of `span` it can; return the places it then has."""
+    begin, end = -(-position // BLOCK) * BLOCK, (position + span.nbytes) // BLOCK * BLOCK
+    if (span.start - position) % BLOCK or begin >= end:
+        return range(position, position)
+    try:
+        with span.path.open("rb", buffering=0) as file:
+            request = struct.pack("@qQQQ", file.fileno(), span.start + begin - position, end - begin, begin)
+            fcntl.ioctl(descriptor, FICLONERANGE, request)
+    except OSError:  # it can't, or not here; reading and writing will tell what else is wrong
+        return range(position, position)
+    return range(begin, end)
+
+
+def can_clone(file: Path, folder: Path) -> bool:
+    """Say whether files in `folder` can share blocks of `file`."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        return file.stat().st_size >= BLOCK and bool(clone(Span(file, 0, BLOCK), probe.fileno(), 0))
+
+
+def write_beside(descriptor: int, data: memoryview, position: int, shared: range) -> None:
+    """Write `data` at `position` of an open file, but for the places that are `shared`."""
+    before = data[: max(0, shared.start - position)]
+    after = data[max(0, shared.stop - position) :] if shared else data[len(before) :]
+    _write_all(descriptor, before, position)
+    _write_all(descriptor, after, position + len(data) - len(after))
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    # One write may take less than all: at 2 GiB on Linux, or when the disk is nearly full.
+    while data:
+        written = os.pwrite(descriptor, data, position)
+        data, position = data[written:], position + written
