@@ -62,7 +62,7 @@ class Pipeline:
 
         Digests of both go into the state, each as soon as it is known.
         """
-        with _numpy_blas().limit(limits=1):
+        with _numpy_blas().limit(limits=1), self.layers.at_work():
             pool = ThreadPoolExecutor(max_workers=_workers(), thread_name_prefix="shard")
             try:
                 _wait([pool.submit(self._claimed, work) for work in self.left()])

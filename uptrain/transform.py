@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -61,6 +62,18 @@ class LayerMaker:
             for tensor in shard
             if tensor.operation == "attention"
         }
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Let torch give each layer one thread while the block runs.
+
+        Several layers are made at a time, and sums over more threads would round otherwise.
+        """
+        request = self.plan.request
+        pooled = self.plan.latent is None and request.method != "svd" and request.grouping == "contiguous"
+        without = pooled or self.calibrated is not None or not self._dtypes
+        with nullcontext() if without else _torch_methods().one_thread():
+            yield
 
     def make(self, layer: int) -> dict[str, Array]:
         """Return the layer's new tensors by module ("c_attn.weight", …), in the result's dtype.
@@ -183,6 +196,7 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
 
 
 class _TorchMethods(NamedTuple):
+    one_thread: Callable[[], AbstractContextManager[None]]
     factor_layer: Callable[..., Any]
     similar_layer: Callable[..., LayerHeads]
     position_of: Callable[..., Any]
@@ -193,14 +207,14 @@ class _TorchMethods(NamedTuple):
 def _torch_methods() -> _TorchMethods:
     """Import the methods that stand on torch, which pooling does without."""
     try:
-        from uptrain.methods.bridge import factor_layer, position_of
+        from uptrain.methods.bridge import factor_layer, one_thread, position_of
         from uptrain.methods.latent_bridge import latent_layer, slots_by_weights
         from uptrain.methods.similar import similar_layer
     except ImportError:
         raise UsageError(
             "--method svd, --grouping similar and --to mla need torch.", "Install it with: pip install 'uptrain[train]'"
         ) from None
-    return _TorchMethods(factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
+    return _TorchMethods(one_thread, factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
 
 
 def _estimate(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,13 @@ def test_a_calibration_text_of_one_token_is_refused(tmp_path: Path) -> None:
 
 REQUESTS = {
     "mean": GQA2, "first": Request("gqa", 2, "first"), "svd": Request("gqa", 2, "svd"),
-    "mla": Request("mla", dtype="float32"),
+    "similar": Request("gqa", 2, "svd", grouping="similar"), "mla": Request("mla", dtype="float32"),
 }  # fmt: skip
 SHORT: dict[str, Any] = {"method": "calibrated", "calibration_tokens": 1024, "repair_steps": 1, "dtype": "float32"}
 CALIBRATED = {"gqa": Request("gqa", 2, **SHORT), "mla": Request("mla", cache=0.25, **SHORT)}
 ELSEWHERE = """
 import sys, torch
+from collections.abc import Mapping
 from pathlib import Path
 from tests.numerics import test_numerics as here
 torch.set_num_threads(4)
@@ -164,10 +166,14 @@ for name, request in getattr(here, sys.argv[3]).items():
 """
 
 
-def on_two_machines(folder: str, at: Path, requests: str, capability: str = "default") -> None:
-    """Convert by the module's `requests` here, and in a process of four threads and other vector units."""
+OTHER_UNITS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+"""What makes torch use no vector units."""
+
+
+def on_two_machines(folder: str, at: Path, requests: str, units: Mapping[str, str]) -> None:
+    """Convert by the module's `requests` here, and in a process of four threads and these vector units."""
     plain = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
-    machine = {**plain, "ATEN_CPU_CAPABILITY": capability, "MKL_CBWR": "COMPATIBLE"}
+    machine = {**plain, **units}
     command = [sys.executable, "-c", ELSEWHERE, folder, str(at), requests]
     with subprocess.Popen(command, env=machine, cwd=Path(__file__).parents[2]) as there:
         for name, request in globals()[requests].items():
@@ -175,11 +181,20 @@ def on_two_machines(folder: str, at: Path, requests: str, capability: str = "def
     assert there.returncode == 0
 
 
-def test_threads_and_vector_units_change_no_byte_of_pooled_weights(tmp_path: Path) -> None:
-    """Against a process of four threads whose torch uses no vector units; factored weights may round otherwise."""
+def test_threads_change_no_byte(tmp_path: Path) -> None:
+    """Against a process of four threads, on layers large enough for their sums to be shared out among them."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
+    folder = save(tmp_path / "src", tensors(**sizes), **sizes)
+    on_two_machines(folder, tmp_path, "REQUESTS", {})
+    for name in REQUESTS:
+        assert digests(tmp_path / f"here-{name}") == digests(tmp_path / f"there-{name}"), name
+
+
+def test_vector_units_change_no_byte_of_pooled_weights(tmp_path: Path) -> None:
+    """Against a process whose torch uses no vector units; factored weights may round otherwise."""
     sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
     folder = save(tmp_path / "src", tensors(**sizes), **sizes)
-    on_two_machines(folder, tmp_path, "REQUESTS")
+    on_two_machines(folder, tmp_path, "REQUESTS", OTHER_UNITS)
     for name in REQUESTS:
         here, other = tmp_path / f"here-{name}", tmp_path / f"there-{name}"
         if name in ("mean", "first"):
@@ -196,7 +211,7 @@ def test_threads_and_vector_units_change_what_calibrated_weights_compute_by_a_ro
     folder = save(tmp_path / "src", tensors(**sizes), **sizes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(resolve("demo").path / name, folder)
-    on_two_machines(folder, tmp_path, "CALIBRATED")
+    on_two_machines(folder, tmp_path, "CALIBRATED", OTHER_UNITS)
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 4096, (2, 100)))
     for name in CALIBRATED:
         with torch.no_grad():

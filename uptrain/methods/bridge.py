@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +17,17 @@ from uptrain.methods.factored import factor_heads
 from uptrain.methods.heads import HeadMaps
 from uptrain.methods.rotary import Layout, Rotary
 from uptrain.packing import Heads, LayerHeads, module_of, split
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, here and on threads that begin in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def factor_layer(layer: LayerHeads, groups: int, position: Rotary | None) -> tuple[LayerHeads, dict[str, Shares]]:
