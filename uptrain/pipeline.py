@@ -20,6 +20,7 @@ from uptrain.checkpoint.joint import Alone, Joint
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.state import State
 from uptrain.errors import Interrupted
+from uptrain.heap import give_back
 from uptrain.methods.gqa import POOLS, pool_norm
 from uptrain.plan import Plan
 from uptrain.plan_tensors import OutputTensor, unchanged_spans
@@ -143,6 +144,7 @@ class Pipeline:
             if tensor.layer not in made:
                 made.clear()
                 with self.room:
+                    give_back()
                     made[tensor.layer] = self.layers.make(tensor.layer)
             yield raw_bytes(made[tensor.layer].pop(tensor.module))
             return
