@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import AutoConfig, PreTrainedModel
 from uptrain.architectures import ARCHITECTURES
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts in order to interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
