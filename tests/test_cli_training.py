@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from tests.training import NO_DROPOUT, checkpoint, corpus
-from uptrain import recipes
+from uptrain import console, recipes
 from uptrain.cli import run
+from uptrain.training.journal import Step
 
 
 def test_recipes_are_listed_shown_and_copied(
@@ -45,6 +47,17 @@ def test_train_then_eval_on_ones_own_text(tmp_path: Path, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert f"{found['model']['perplexity']:.3f}" in shown
     assert "decode" not in shown
+
+
+@pytest.mark.parametrize(("hidden", "told"), [(False, range(2, 20, 2)), (True, [])])
+def test_a_log_file_gets_a_line_at_every_tenth_and_nothing_else(
+    hidden: bool, told: Iterable[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.training_progress(20, hidden) as show:
+        for step in range(1, 21):
+            show(Step(step, 20, 64 * step, 2.0, 1e-4, 1.0, 900.0, 20.0 - step))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"Step {step} of 20" for step in told]
 
 
 def test_plot_draws_the_run_and_belongs_to_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,13 +122,16 @@ def parts_progress() -> Iterator[Callable[[str, int, int], None]]:
 
     Yields the callback: what is done, how much of it, and how much there is.
     """
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # A file of its own: where other libraries' words are kept off stderr, the bar goes on.
     screen = Console(file=sys.stderr)
-    with Progress(*columns, console=screen, disable=not sys.stderr.isatty(), transient=True) as progress:
+    with Progress(*columns, console=screen, transient=True) as progress:
         bars: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
@@ -155,7 +158,9 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[St
         TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
     )  # fmt: skip
     quiet = hidden or not sys.stderr.isatty()
-    with Progress(*columns, console=_console(True), disable=quiet, transient=True, expand=True) as progress:
+    progress = Progress(*columns, console=_console(True), transient=True, expand=True)
+    # Not `disable`: old releases of rich end even a disabled bar with an empty line.
+    with nullcontext() if quiet else progress:
         # The bar appears with the first step: before it, text is tokenised and the model loaded.
         task = progress.add_task("", total=steps, visible=False, loss="–", rate="–", speed="–", memory="", left="")
 
