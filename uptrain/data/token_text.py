@@ -16,6 +16,8 @@ from uptrain.errors import UsageError
 from uptrain.recipe_schema import DataSource, has_chats
 
 BATCH_CHARACTERS = 2**20
+CHARACTERS_A_TOKEN = 4
+"""About what a token spells: a batch of text that a few tokens are taken of need not be longer."""
 _BATCH_PIECES = 256
 
 
@@ -48,24 +50,29 @@ def renderer_for(sources: Sequence[DataSource], tokenizer: Any) -> Render | None
     return renderer(tokenizer) if any(has_chats(source) for source in sources) else None
 
 
-def _batches(text: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batches(text: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     size = 0
     for piece in text:
         batch.append(piece)
         size += len(piece.text)
-        if size >= BATCH_CHARACTERS or len(batch) == _BATCH_PIECES:
+        if size >= characters or len(batch) == _BATCH_PIECES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def encoded(sources: Sequence[DataSource], tokenizer: Any) -> Iterator[tuple[list[Piece], list[list[int]]]]:
-    """Yield batches of the sources' pieces with the tokens of each, led by the separator where a document starts."""
+def encoded(
+    sources: Sequence[DataSource], tokenizer: Any, characters: int = BATCH_CHARACTERS
+) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+    """Yield batches of the sources' pieces with the tokens of each, led by the separator where a document starts.
+
+    A batch ends with the piece that fills `characters`.
+    """
     separator = separator_of(tokenizer)
     started = False
-    for batch in _batches(pieces(sources, renderer_for(sources, tokenizer))):
+    for batch in _batches(pieces(sources, renderer_for(sources, tokenizer)), characters):
         ids = encode(tokenizer, [piece.text for piece in batch])
         for position, piece in enumerate(batch):
             if piece.first and started:
@@ -90,7 +97,7 @@ def read_tokens(sources: Sequence[DataSource], tokenizer: Any, limit: int) -> To
     """
     ids: list[int] = []
     size = 0
-    for batch, batch_ids in encoded(sources, tokenizer):
+    for batch, batch_ids in encoded(sources, tokenizer, min(BATCH_CHARACTERS, CHARACTERS_A_TOKEN * limit)):
         for piece, piece_ids in zip(batch, batch_ids, strict=True):
             room = limit - len(ids)
             kept = piece_ids[:room]
