@@ -45,6 +45,8 @@ def test_read_gives_the_bytes_that_safetensors_gives(dtype: torch.dtype, tmp_pat
         assert ours.shape == tuple(tensor.shape)
         assert ours.tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes()
         assert b"".join(bytes(chunk) for chunk in checkpoint.chunks(name)) == ours.tobytes()
+        rows = range(len(tensor))[::2]
+        assert checkpoint.read_rows(name, rows).tobytes() == ours[::2].tobytes()
 
 
 def test_a_sharded_checkpoint_reads_as_one(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -53,7 +53,22 @@ class Checkpoint:
         if self.pickles is not None:
             return self.pickles.read(info)
         out = np.empty(info.shape, numpy_dtype(info.dtype))
-        for _ in self._spans(name, raw_bytes(out)):
+        for _ in self._spans(name, raw_bytes(out), [(0, info.nbytes)]):
+            pass
+        return out
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Array:
+        """Return rows of tensor `name`, (len(rows), …) in its own dtype, without reading the others.
+
+        Raises:
+            CheckpointError: the tensor's bytes can't be read.
+        """
+        info = self.tensors[name]
+        if self.pickles is not None:
+            return self.pickles.read(info)[list(rows)]
+        out = np.empty((len(rows), *info.shape[1:]), numpy_dtype(info.dtype))
+        size = out[:1].nbytes
+        for _ in self._spans(name, raw_bytes(out), [(row * size, size) for row in rows]):
             pass
         return out
 
@@ -68,7 +83,7 @@ class Checkpoint:
             yield raw_bytes(np.ascontiguousarray(self.pickles.read(info)))
             return
         with borrowed_buffer() as buffer:
-            yield from self._spans(name, buffer, reuse=True)
+            yield from self._spans(name, buffer, [(0, info.nbytes)], reuse=True)
 
     def span(self, name: str) -> Span | None:
         """Return where the bytes of tensor `name` lie, or None where no file has them as they are."""
@@ -85,21 +100,28 @@ class Checkpoint:
             with suppress(OSError), (self.path / info.file).open("rb", buffering=0) as file:
                 os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
-    def _spans(self, name: str, buffer: memoryview, reuse: bool = False) -> Iterator[memoryview]:
-        """Read the bytes of tensor `name` into `buffer`, over itself again and again if `reuse`."""
+    def _spans(
+        self, name: str, buffer: memoryview, places: Iterable[tuple[int, int]], reuse: bool = False
+    ) -> Iterator[memoryview]:
+        """Read places of tensor `name`, each an offset and a count of bytes, into `buffer`.
+
+        They come one after the other, or each read over the one before if `reuse`.
+        """
         info = self.tensors[name]
         path = self.path / info.file
         try:
             with path.open("rb", buffering=0) as file:
-                file.seek(info.start)
-                done = 0
-                while done < info.nbytes:
-                    target = buffer if reuse else buffer[done:]
-                    count = file.readinto(target[: info.nbytes - done])
-                    if not count:
-                        raise CheckpointError(f"{path} ends inside tensor {name}: it changed while being read.")
-                    yield target[:count]
-                    done += count
+                done = end = 0
+                for offset, size in places:
+                    file.seek(info.start + offset)
+                    end += size
+                    while done < end:
+                        target = buffer if reuse else buffer[done:]
+                        count = file.readinto(target[: end - done])
+                        if not count:
+                            raise CheckpointError(f"{path} ends inside tensor {name}: it changed while being read.")
+                        yield target[:count]
+                        done += count
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise CheckpointError(f"{path} can't be read at tensor {name}: {reason}.") from None
