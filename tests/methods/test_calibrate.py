@@ -21,7 +21,7 @@ from tests.test_families import SOURCES, family
 from tests.test_svd import NORMED
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.errors import CheckpointError, UptrainError, UsageError
-from uptrain.methods import layered
+from uptrain.methods import layered, probabilities
 from uptrain.methods import streams as streams_module
 from uptrain.methods.bridge import ModuleWeights, heads_of, maps_of
 from uptrain.methods.calibrate import LayerReport, Target, calibrate
@@ -41,6 +41,8 @@ LAYOUTS = [
     "gpt_neox", "gptj", "codegen", "opt", "bloom", "mpt", "gpt_neo",
 ]  # fmt: skip
 """Families of every packing, kind of position and kind of block."""
+WHOLE = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
+"""Families whose code computes all of a block's attention at once."""
 
 
 def save(folder: Path, model_type: str, *, scattered: int = 0, **changes: Any) -> Path:
@@ -104,8 +106,10 @@ def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_t
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_heads_become_the_modules_own_parameters_and_probabilities_are_causal(tmp_path, model_type):
-    checkpoint, target = opened(save(tmp_path, model_type), 4)
+def test_heads_become_the_modules_own_parameters_and_probabilities_are_transformers(tmp_path, model_type, monkeypatch):
+    monkeypatch.setattr(probabilities, "VALUES", 4 * 24 * 5)  # five queries of four heads
+    folder = save(tmp_path, model_type)
+    checkpoint, target = opened(folder, 4)
     model = LayeredModel(checkpoint, target.architecture, target.prefix, torch.device("cpu"))
     block = next(iter(list(model.embed(tokens(2)))))
     heads = [heads for _, heads, _ in calibrate(checkpoint, target, tokens(2), QUICK)]
@@ -113,9 +117,12 @@ def test_heads_become_the_modules_own_parameters_and_probabilities_are_causal(tm
     with model.layer(0) as layer, torch.no_grad():
         same = layer.run(block, {name: value.float() for name, value in weights.items()})
         torch.testing.assert_close(same, layer.run(block), rtol=1e-6, atol=1e-6)
-        _, probabilities = layer.attention_weights(block)
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones_like(probabilities[..., 0]))
-    assert not probabilities.triu(1).any()
+        parts = list(layer.attention_weights(block)[1])
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        expected = plain(tokens(2)[:1], output_attentions=True).attentions[0][0]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected)
+    assert len(parts) == (1 if model_type.partition("+")[0] in WHOLE else 5)
+    assert probabilities.in_parts(type(plain)) == (len(parts) == 5)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -192,6 +199,18 @@ def test_the_next_layers_weights_are_read_ahead_while_one_is_converted(tmp_path,
     tensors = open_checkpoint(folder).tensors
     following = [(info.start, info.nbytes) for name, info in tensors.items() if name.startswith("model.layers.1.")]
     assert sorted(asked) == sorted(following)
+
+
+def test_of_the_table_of_tokens_only_the_rows_of_the_text_are_read(tmp_path, monkeypatch):
+    checkpoint, target = opened(save(tmp_path, "llama", vocab_size=4096), 1)
+    read = Checkpoint.read
+    names: list[str] = []
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: names.append(name) or read(self, name))
+    blocks = tokens(3)
+    embedded = list(LayeredModel(checkpoint, target.architecture, target.prefix, torch.device("cpu")).embed(blocks))
+    table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    torch.testing.assert_close(torch.stack(embedded), table[blocks], rtol=0, atol=0)
+    assert names and "model.embed_tokens.weight" not in names
 
 
 def test_a_disk_too_small_for_the_streams_is_told_by_how_much(tmp_path, monkeypatch):

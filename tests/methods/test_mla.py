@@ -153,3 +153,5 @@ def test_weights_by_distance_are_sums_along_diagonals():
     weights = torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([weights.diagonal(-distance, 1, 2).sum(-1) for distance in range(5)], dim=1)
     torch.testing.assert_close(by_distance(weights), expected)
+    parts = [by_distance(weights[:, rows], rows.start) for rows in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(sum(parts), expected)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uptrain.methods.averages import averaged_moment
+from uptrain.methods.averages import AveragedMoment
 from uptrain.methods.energy import (
     LayerWeights,
     Shares,
@@ -18,7 +18,16 @@ from uptrain.methods.energy import (
     weighted_energy,
 )
 from uptrain.methods.factor import damped
-from uptrain.methods.factored import DAMPING, absorb, expand, pooled_rows, share_keys, share_values, spans_of
+from uptrain.methods.factored import (
+    DAMPING,
+    SharedRows,
+    absorb,
+    expand,
+    pooled_rows,
+    share_keys,
+    share_values,
+    spans_of,
+)
 from uptrain.methods.heads import HeadMaps
 from uptrain.methods.layered import Layer, Parameters
 from uptrain.methods.rotary import Rotary
@@ -59,19 +68,25 @@ def gather_moments(
     queries = torch.zeros(maps.query_heads, size, size, dtype=torch.float64)
     tokens = 0
     for block in hidden:
-        x, probabilities = layer.attention_weights(block, parameters)
+        x, parts = layer.attention_weights(block, parameters)
         rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        sensitivity = probabilities - probabilities.square()
-        received, given = sensitivity.sum(1), sensitivity.sum(2)
+        averaged = [AveragedMoment(rows, per_group) for _ in range(groups)]
+        received, given = rows.new_zeros(maps.query_heads, len(rows)), list[Tensor]()
+        for probabilities in parts:
+            for moment, heads in zip(averaged, probabilities.split(per_group), strict=True):
+                moment.add(heads)
+            # In their place: nothing else needs them any more, and they may be larger than all else here.
+            sensitivity = probabilities.addcmul_(probabilities, probabilities, value=-1)
+            received += sensitivity.sum(1)
+            given.append(sensitivity.sum(2))
         projected = torch.einsum("td,hnd->htn", rows, maps.q_rows.to(rows))
-        queries += (projected.mT @ (projected * given[..., None])).double().cpu() / size
-        for group in range(groups):
-            heads = slice(group * per_group, (group + 1) * per_group)
-            keys[group] += (rows.mT @ (rows * received[heads].sum(0)[:, None])).double().cpu()
-            values[group] += averaged_moment(probabilities[heads], rows)
+        queries += (projected.mT @ (projected * torch.cat(given, dim=1)[..., None])).double().cpu() / size
+        for group, (moment, sensitivities) in enumerate(zip(averaged, received.split(per_group), strict=True)):
+            keys[group] += (rows.mT @ (rows * sensitivities.sum(0)[:, None])).double().cpu()
+            values[group] += moment.moment()
         tokens += len(x)
     by_head = queries.unflatten(0, (maps.kv_heads, per_head)).sum(1)
-    return Moments(keys / tokens, by_head / tokens, values / tokens)
+    return Moments(keys.div_(tokens), by_head.div_(tokens), values.div_(tokens))
 
 
 def share_layer(
@@ -84,27 +99,51 @@ def share_layer(
     spans = spans_of(layer.kv_heads, groups)
     energy = moments.queries if position is None else rotated_energy(moments.queries, position)
     felt = output_energy(layer)
-    key_weights = [LayerWeights(energy, felt, damped(_centred(moment), DAMPING)) for moment in moments.keys]
-    value_weights = [LayerWeights(energy, felt, damped(moment, DAMPING)) for moment in moments.values]
-    keys = [share_keys(layer, weights, span, position) for weights, span in zip(key_weights, spans, strict=True)]
-    values = [share_values(layer, weights, span) for weights, span in zip(value_weights, spans, strict=True)]
     plain = layer_weights(layer, position, None)
-    candidates = {
-        "calibrated": (expand(keys), expand(values)),
-        "svd": (
-            expand([share_keys(layer, plain, span, position) for span in spans]),
-            expand([share_values(layer, plain, span) for span in spans]),
-        ),
-        "mean": (pooled_rows(layer.k_rows, groups, "mean"), pooled_rows(layer.v_rows, groups, "mean")),
-    }
-    kept = {
-        name: Shares(
-            _kept(layer.k_rows, k, spans, [(weights.keys, weights.second_moment) for weights in key_weights]),
-            _kept(layer.v_rows, v, spans, [(weights.values, weights.second_moment) for weights in value_weights]),
-        )
-        for name, (k, v) in candidates.items()
-    }
+    key_rows, value_rows = layer.k_rows, layer.v_rows
+    key_kept = _Kept(
+        key_rows, energy,
+        svd=expand([share_keys(layer, plain, span, position) for span in spans]),
+        mean=pooled_rows(key_rows, groups, "mean"),
+    )  # fmt: skip
+    value_kept = _Kept(
+        value_rows, felt,
+        svd=expand([share_values(layer, plain, span) for span in spans]),
+        mean=pooled_rows(value_rows, groups, "mean"),
+    )  # fmt: skip
+    keys, values = [], []
+    # A group at a time: its damped moments are as large as those that are held for all.
+    for span, of_keys, of_values in zip(spans, moments.keys, moments.values, strict=True):
+        weights = LayerWeights(energy, felt, damped(_centred(of_keys), DAMPING))
+        keys.append(share_keys(layer, weights, span, position))
+        key_kept.add(span, keys[-1], weights.second_moment)
+        weights = LayerWeights(energy, felt, damped(of_values, DAMPING))
+        values.append(share_values(layer, weights, span))
+        value_kept.add(span, values[-1], weights.second_moment)
+    kept = {name: Shares(key_kept.share(name), value_kept.share(name)) for name in ("calibrated", "svd", "mean")}
     return absorb(layer, keys, values, position), kept
+
+
+class _Kept:
+    """Adds up, group by group, what methods keep of the weighted energy of `rows` (G₀, D, d̃)."""
+
+    def __init__(self, rows: Tensor, weights: Tensor, **seen: Tensor) -> None:
+        """Begin with `weights` (G₀, D, D), and the rows that heads see by each method but the calibrated."""
+        self._rows, self._weights, self._seen = rows, weights, seen
+        self._total, self._lost = 0.0, dict.fromkeys(("calibrated", *seen), 0.0)
+
+    def add(self, span: range, calibrated: SharedRows, moment: Tensor | None) -> None:
+        """Add the heads in `span`, which share `calibrated`, under their group's second moment (d̃, d̃)."""
+        heads = list(span)
+        rows, weights = self._rows[heads], self._weights[heads]
+        self._total += weighted_energy(rows, weights, moment)
+        seen = {name: found[heads] for name, found in self._seen.items()} | {"calibrated": expand([calibrated])}
+        for name, found in seen.items():
+            self._lost[name] += weighted_energy(rows - found, weights, moment)
+
+    def share(self, name: str) -> float:
+        """Return the share that a method keeps."""
+        return 1.0 - self._lost[name] / self._total if self._total > 0 else 1.0
 
 
 def _centred(moment: Tensor) -> Tensor:
@@ -112,13 +151,3 @@ def _centred(moment: Tensor) -> Tensor:
     total = moment[-1, -1]
     mean = moment[-1] / total
     return moment - CENTRED * total * torch.outer(mean, mean)
-
-
-def _kept(rows: Tensor, seen: Tensor, spans: list[range], weights: list[tuple[Tensor, Tensor | None]]) -> float:
-    """Return the share of the weighted energy of `rows` (G₀, D, d̃) that `seen` keeps, over all groups."""
-    total = lost = 0.0
-    for span, (weight, moment) in zip(spans, weights, strict=True):
-        heads = list(span)
-        total += weighted_energy(rows[heads], weight[heads], moment)
-        lost += weighted_energy(rows[heads] - seen[heads], weight[heads], moment)
-    return 1.0 - lost / total if total > 0 else 1.0

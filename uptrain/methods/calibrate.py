@@ -16,7 +16,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.latent_packing import LatentHeads
 from uptrain.layout import Architecture
-from uptrain.methods.bridge import ModuleWeights, heads_of, maps_of, position_of
+from uptrain.methods.bridge import ModuleWeights, heads_of, position_of
 from uptrain.methods.choose import Choice, LayerTask
 from uptrain.methods.energy import Shares
 from uptrain.methods.forms import KEY_WEIGHTS, DecoupledLatent, Form, PlainLatent, SharedHeads
@@ -150,7 +150,7 @@ def _trace(layer: Layer, streams: Streams, device: torch.device, index: int) -> 
 def _heads_form(target: Target, spec: AttentionSpec, source: LayerHeads, device: torch.device) -> SharedHeads:
     architecture = target.architecture
     weights, position = ModuleWeights(architecture.projections, spec), position_of(architecture, spec)
-    return SharedHeads(maps_of(source), weights, position, target.groups, device)
+    return SharedHeads(source, weights, position, target.groups, device)
 
 
 def _latent_form(
@@ -161,15 +161,15 @@ def _latent_form(
     device: torch.device,
     output_bias: Tensor | None,
 ) -> Form[LatentMaps]:
-    position, maps = position_of(target.architecture, spec), maps_of(source)
+    position = position_of(target.architecture, spec)
     key_weights = KEY_WEIGHTS if target.key_weight is None else (target.key_weight,)
     frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
     if shape.form == "decoupled":
         factor = target.rotary_factor
-        return DecoupledLatent(maps, position, shape, frequencies, device, output_bias, factor, key_weights)
+        return DecoupledLatent(source, position, shape, frequencies, device, output_bias, factor, key_weights)
     weights = ModuleWeights(target.architecture.projections, spec)
     known = frequencies if target.frequencies else None
-    return PlainLatent(maps, weights, position, shape, known, device, key_weights)
+    return PlainLatent(source, weights, position, shape, known, device, key_weights)
 
 
 def _gain(model: LayeredModel) -> float:

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from uptrain.methods.attended import gather_moments, share_layer
-from uptrain.methods.bridge import ModuleWeights
+from uptrain.methods.bridge import ModuleWeights, maps_of
 from uptrain.methods.energy import Shares
 from uptrain.methods.heads import HeadMaps
 from uptrain.methods.latent import Angles, LatentMaps, mix_heads
-from uptrain.methods.layered import Layer, Reached
+from uptrain.methods.layered import Layer
 from uptrain.methods.mla import LatentShape, factor_latent
+from uptrain.methods.probabilities import Reached
 from uptrain.methods.repair import Maps
 from uptrain.methods.rotary import Rotary
 from uptrain.methods.spread import latent_weights
+from uptrain.packing import LayerHeads
 
 KEY_WEIGHTS = (1.0, 4.0, 16.0)
 """What is tried for how much more key energy counts than value energy in a joint latent."""
@@ -51,7 +53,7 @@ class Form(Protocol[Maps]):
 class SharedHeads:
     """`groups` key/value heads, run by the source's own attention with heads repeated."""
 
-    source: HeadMaps
+    source: LayerHeads
     weights: ModuleWeights
     position: Rotary | None
     groups: int
@@ -59,9 +61,11 @@ class SharedHeads:
 
     def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[HeadMaps]]:
         """Return the calibrated factorisation."""
-        parameters = self.weights.parameters(as_float(self.source, self.device))
-        moments = gather_moments(layer, self.source, parameters, self.groups, hidden)
-        maps, kept = share_layer(self.source, self.groups, self.position, moments)
+        source = maps_of(self.source)
+        narrow = self.weights.parameters(as_float(source, self.device))
+        moments = gather_moments(layer, source, narrow, self.groups, hidden)
+        del narrow
+        maps, kept = share_layer(source, self.groups, self.position, moments)
         return [Made(as_float(maps, self.device), kept)]
 
     def run(self, layer: Layer, hidden: Tensor, maps: HeadMaps) -> Tensor:
@@ -77,7 +81,7 @@ class SharedHeads:
 class PlainLatent:
     """A latent that expands to plain heads, run by the source's own attention with low-rank projections."""
 
-    source: HeadMaps
+    source: LayerHeads
     weights: ModuleWeights
     position: Rotary | None
     shape: LatentShape
@@ -105,7 +109,7 @@ class DecoupledLatent:
     `factor` multiplies the rotary tables, as scaled variants ask for.
     """
 
-    source: HeadMaps
+    source: LayerHeads
     position: Rotary | None
     shape: LatentShape
     frequencies: Tensor
@@ -136,7 +140,8 @@ class DecoupledLatent:
         try:
             layer.run_with(hidden, attend)
         except Reached as reached:
-            return reached.value
+            mixed: Tensor = reached.value
+            return mixed
         raise RuntimeError("the layer never reached its attention")
 
     def _mixed(self, layer: Layer, x: Tensor, mask: Tensor | None, maps: LatentMaps) -> Tensor:
@@ -145,10 +150,11 @@ class DecoupledLatent:
 
 
 def _latents(form: PlainLatent | DecoupledLatent, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[LatentMaps]]:
-    weights = latent_weights(layer, form.source, hidden, form.frequencies)
+    source = maps_of(form.source)
+    weights = latent_weights(layer, source, hidden, form.frequencies)
     made = []
     for key_weight in form.key_weights:
-        maps, kept = factor_latent(form.source, form.shape, form.position, weights, key_weight)
+        maps, kept = factor_latent(source, form.shape, form.position, weights, key_weight)
         made.append(Made(as_float(maps, form.device), {"calibrated": kept}))
     return made
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from uptrain.checkpoint.arrays import as_float32
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
 from uptrain.layout import Architecture
+from uptrain.methods.probabilities import CAPTURE, Reached, in_parts
 
 Parameters = dict[str, Tensor]
 """Weights and biases by name inside the attention module ("q_proj.weight"), (out, in) as the family stores them."""
@@ -53,7 +56,10 @@ class Layer:
 
     def run(self, hidden: Tensor, parameters: Parameters | None = None) -> Tensor:
         """Return the layer's output (T, d) for hidden states (T, d), with `parameters` in place of its attention's."""
-        call = self._calls[self._config._attn_implementation]
+        return self._run(hidden, parameters, self._config._attn_implementation)
+
+    def _run(self, hidden: Tensor, parameters: Parameters | None, kind: str) -> Tensor:
+        call = self._calls[kind]
         replaced = {f"{self.attention}.{name}": value for name, value in (parameters or {}).items()}
         return _hidden(functional_call(self.module, replaced, (hidden[None], *call.args), call.kwargs))
 
@@ -97,34 +103,42 @@ class Layer:
         try:
             self.run(hidden, parameters)
         except Reached as reached:
-            return reached.value
+            mixed: Tensor = reached.value
+            return mixed
         finally:
             hook.remove()
         raise RuntimeError("the layer never reached its output projection")
 
-    def attention_weights(self, hidden: Tensor, parameters: Parameters | None = None) -> tuple[Tensor, Tensor]:
-        """Return the attention's input (T, d) and its probabilities (H, T, T) for hidden states (T, d)."""
+    def attention_weights(
+        self, hidden: Tensor, parameters: Parameters | None = None
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """Return the attention's input (T, d), and its probabilities (H, R, T) of R queries at a time, in order.
+
+        They are those for hidden states (T, d). R is T where the family's code computes them all at once.
+        """
         seen: list[Tensor] = []
 
-        def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen.extend((args[0][0] if args else kwargs["hidden_states"][0], output[1][0]))
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(args[0][0] if args else kwargs["hidden_states"][0])
 
-        hook = self._inner.register_forward_hook(after, with_kwargs=True)
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            raise Reached(iter(output[1]))
+
+        hooks = (
+            self._inner.register_forward_pre_hook(before, with_kwargs=True),
+            self._inner.register_forward_hook(after),
+        )
+        # Only the plain implementation returns its probabilities.
+        kind = CAPTURE if in_parts(type(self._inner)) else "eager"
         try:
-            # Only the plain implementation returns its probabilities.
-            with implementation(self._config, "eager"):
-                self.run(hidden, parameters)
+            with implementation(self._config, kind):
+                self._run(hidden, parameters, "eager")
+        except Reached as reached:
+            return seen[0], reached.value
         finally:
-            hook.remove()
-        return seen[0], seen[1]
-
-
-class Reached(Exception):
-    """Ends a layer's run where its rest would only cost time."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
+            for hook in hooks:
+                hook.remove()
+        raise RuntimeError("the layer never reached its attention")
 
 
 class LayeredModel:
@@ -146,11 +160,15 @@ class LayeredModel:
     def embed(self, blocks: Tensor) -> Iterator[Tensor]:
         """Yield each block's hidden states (T, d) before the first layer, from blocks (n, T) int64.
 
-        The first block also records what the model passes to each of its layers, which is the same for all.
+        Of the table of tokens only the rows that the blocks name are read, since it can outweigh all else. The first
+        block also records what the model passes to each of its layers, which is the same for all.
         """
         beside = list(self._beside())
+        table, wanted = self._base.get_input_embeddings(), blocks.unique()
         for owner, name, path in beside:
-            self._fill(owner.get_submodule(name), f"{self.prefix}{path}.")
+            self._fill(owner.get_submodule(name), f"{self.prefix}{path}.", {table: wanted})
+        table.padding_idx = None
+        table.register_forward_pre_hook(partial(_renumbered, wanted.to(self.device)))
         usual = self.config._attn_implementation
         for kind in dict.fromkeys((usual, "eager")):
             with implementation(self.config, kind):
@@ -210,17 +228,20 @@ class LayeredModel:
                 del layer.forward
         return seen[0][0]
 
-    def _fill(self, module: nn.Module, base: str) -> None:
+    def _fill(self, module: nn.Module, base: str, rows: Mapping[nn.Module, Tensor] = MappingProxyType({})) -> None:
+        """Read a module's parameters; of a module in `rows` only those rows."""
         for name, _ in list(module.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            value = nn.Parameter(self._read(base + name), requires_grad=False)
-            module.get_submodule(owner).register_parameter(leaf, value)
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            value = nn.Parameter(self._read(base + name, rows.get(owner)), requires_grad=False)
+            owner.register_parameter(leaf, value)
         module.to(self.device)
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, rows: Tensor | None) -> Tensor:
         if name not in self.checkpoint.tensors:
             raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
-        return torch.from_numpy(as_float32(self.checkpoint.read(name))).to(self.device)
+        array = self.checkpoint.read(name) if rows is None else self.checkpoint.read_rows(name, rows.tolist())
+        return torch.from_numpy(as_float32(array)).to(self.device)
 
 
 @contextmanager
@@ -232,6 +253,11 @@ def implementation(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = usual
+
+
+def _renumbered(wanted: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Say where tokens stand in the ascending `wanted`, which are all that a table holds."""
+    return (torch.searchsorted(wanted, args[0]), *args[1:])
 
 
 def _hidden(output: Any) -> Tensor:

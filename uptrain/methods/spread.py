@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from uptrain.methods.averages import averaged_moment
+from uptrain.methods.averages import AveragedMoment
 from uptrain.methods.heads import HeadMaps
 from uptrain.methods.layered import Layer
 from uptrain.methods.mla import LatentWeights, calibrated_weights
@@ -28,14 +28,22 @@ def latent_weights(layer: Layer, maps: HeadMaps, hidden: Iterable[Tensor], frequ
     queries = torch.zeros(maps.query_heads, size, size, dtype=torch.float64)
     distances: Tensor | None = None
     for block in hidden:
-        x, probabilities = layer.attention_weights(block)
+        x, parts = layer.attention_weights(block)
         rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        sensitivity = probabilities - probabilities.square()
+        averaged = AveragedMoment(rows, maps.query_heads)
+        received, given = rows.new_zeros(len(rows)), list[Tensor]()
+        spread = torch.zeros(maps.query_heads, len(rows), dtype=torch.float64)
+        for probabilities in parts:
+            averaged.add(probabilities)
+            # In their place: nothing else needs them any more, and they may be larger than all else here.
+            sensitivity = probabilities.addcmul_(probabilities, probabilities, value=-1)
+            spread += by_distance(sensitivity, sum(part.shape[1] for part in given)).double().cpu()
+            received += sensitivity.sum((0, 1))
+            given.append(sensitivity.sum(2))
         projected = torch.einsum("td,hnd->htn", rows, maps.q_rows.to(rows))
-        queries += (projected.mT @ (projected * sensitivity.sum(2)[..., None])).double().cpu() / size
-        as_keys += (rows.mT @ (rows * sensitivity.sum((0, 1))[:, None])).double().cpu()
-        as_values += averaged_moment(probabilities, rows)
-        spread = by_distance(sensitivity).double().cpu()
+        queries += (projected.mT @ (projected * torch.cat(given, dim=1)[..., None])).double().cpu() / size
+        as_keys += (rows.mT @ (rows * received[:, None])).double().cpu()
+        as_values += averaged.moment()
         distances = spread if distances is None else distances + spread
     if distances is None:
         raise ValueError("no blocks to gather weights on")
@@ -43,12 +51,11 @@ def latent_weights(layer: Layer, maps: HeadMaps, hidden: Iterable[Tensor], frequ
     return calibrated_weights(maps, queries, moment, distances, frequencies)
 
 
-def by_distance(weights: Tensor) -> Tensor:
-    """Sum causal weights (H, T, T) along their diagonals: entry Δ of (H, T) is Σ_t w[t, t − Δ]."""
-    tokens = weights.shape[-1]
+def by_distance(weights: Tensor, start: int = 0) -> Tensor:
+    """Sum causal weights (H, R, T) of R queries from the one at `start`: entry Δ of (H, T) is Σ_t w[t, t − Δ]."""
+    heads, queries, tokens = weights.shape
     # Row t, turned round and shifted by t, has distance Δ in column Δ.
-    index = (torch.arange(tokens)[:, None] - torch.arange(tokens)[None]).clamp(min=0).to(weights.device)
-    causal = weights.tril()
-    return causal.new_zeros(len(weights), tokens).scatter_add_(
-        1, index.flatten()[None].expand(len(weights), -1), causal.flatten(1)
-    )
+    rows = torch.arange(start, start + queries)
+    index = (rows[:, None] - torch.arange(tokens)[None]).clamp(min=0).to(weights.device)
+    causal = weights.tril(start)
+    return causal.new_zeros(heads, tokens).scatter_add_(1, index.flatten()[None].expand(heads, -1), causal.flatten(1))
