@@ -8,6 +8,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from uptrain.methods.allocator import give_back
 from uptrain.methods.energy import Shares
 from uptrain.methods.forms import Form
 from uptrain.methods.layered import Layer
@@ -69,14 +70,14 @@ class LayerTask(Generic[Maps]):
     def convert(self) -> tuple[Maps, dict[str, Shares], Choice]:
         """Return the layer's new float32 maps, what each method keeps, and the choices; moves the converted stream."""
         unfitted: list[tuple[float, _Candidate[Maps]]] = [self._made(kind) for kind in self._moment_kinds()]
-        tried: list[tuple[float, _Candidate[Maps]]] = list(unfitted)
+        best = min(unfitted, key=_first)
         for _, candidate in unfitted:
-            tried += self._refits(candidate, "sequence")
+            best = min(best, *self._refits(candidate, "sequence"), key=_first)
         if self.index and self.settings.independent:
             # On the other stream only for the moments that won: it seldom wins, and costs a run over all blocks.
-            winner = min(tried, key=_first)[1].moments
-            tried += self._refits(next(c for _, c in unfitted if c.moments == winner), "independent")
-        refit_error, chosen = min(tried, key=_first)
+            winner = next(c for _, c in unfitted if c.moments == best[1].moments)
+            best = min(best, *self._refits(winner, "independent"), key=_first)
+        refit_error, chosen = best
         maps, steps, error = self._repaired(chosen.maps, refit_error)
         for block, hidden in enumerate(self.streams.converted):
             self.streams.converted[block] = self.form.run(self.layer, hidden.to(self.device), maps).cpu()
@@ -92,6 +93,7 @@ class LayerTask(Generic[Maps]):
 
     def _made(self, kind: str) -> tuple[float, _Candidate[Maps]]:
         """Make the layer's maps on one stream's activations; of several, the one that errs least."""
+        give_back()
         stream = self.streams.original if kind == "original" else self.streams.converted
         stride = max(1, len(self._fit) // self.settings.probes)
         probes = (stream[block].to(self.device) for block in self._fit[::stride][: self.settings.probes])
@@ -100,18 +102,24 @@ class LayerTask(Generic[Maps]):
 
     def _refits(self, unfitted: _Candidate[Maps], stream: str) -> list[tuple[float, _Candidate[Maps]]]:
         """Refit the output projection on the converted stream, at several drifts, or on the original one."""
+        give_back()
         shared = unfitted.maps
-        start = shared.o.flatten(1).mT.double().cpu()
-        drifts = self.settings.drifts if stream == "sequence" and self.index else (0.0,)
-        fit, check = self._regressions(shared, stream, any(drifts))
         found = []
-        for drift, damping in zip(
-            drifts, best_dampings(fit, check, start, drifts, self.settings.dampings), strict=True
-        ):
-            solution = ridge(fit.gram, fit.product(drift), start, damping)
-            output = solution.mT.reshape(shared.o.shape).float().to(self.device)
+        for drift, damping, output in self._outputs(shared, stream):
             candidate = replace(unfitted, maps=replace(shared, o=output), refit=stream, drift=drift, damping=damping)
             found.append((self._error(candidate.maps), candidate))
+        return found
+
+    def _outputs(self, shared: Maps, stream: str) -> list[tuple[float, float, Tensor]]:
+        """Return each drift, its best damping, and the output projection refitted with both."""
+        drifts = self.settings.drifts if stream == "sequence" and self.index else (0.0,)
+        fit, check = self._regressions(shared, stream, any(drifts))
+        start = shared.o.flatten(1).mT.double().cpu()
+        dampings = best_dampings(fit, check, start, drifts, self.settings.dampings)
+        found = []
+        for drift, damping in zip(drifts, dampings, strict=True):
+            solution = ridge(fit.gram, fit.product(drift), start, damping)
+            found.append((drift, damping, solution.mT.reshape(shared.o.shape).float().to(self.device)))
         return found
 
     def _regressions(self, shared: Maps, stream: str, drifting: bool) -> tuple[Regression, Check]:

@@ -29,9 +29,9 @@ class Regression:
     def add(self, features: Tensor, weights: Tensor, targets: dict[str, Tensor]) -> None:
         """Take in a block: features (T, n), weights (T,) ≥ 0, targets (T, d) by name, all float32."""
         weighted = features * weights[:, None]
-        self.gram += (weighted.mT @ features).double().cpu()
+        self.gram += (weighted.mT @ features).cpu()
         for name, target in targets.items():
-            self.products[name] += (weighted.mT @ target).double().cpu()
+            self.products[name] += (weighted.mT @ target).cpu()
 
     def product(self, drift: float) -> Tensor:
         """Return CᵀT (n, d) of the target `attended` + `drift` × `gap`."""
@@ -83,6 +83,7 @@ def best_dampings(
     for damping in dampings:
         regular, level = _regular(fit.gram, damping)
         factors = torch.linalg.lu_factor(regular)
+        del regular
         solutions = {"attended": torch.linalg.lu_solve(*factors, fit.product(0.0) + level * start)}
         if any(drifts):
             solutions["gap"] = torch.linalg.lu_solve(*factors, fit.products["gap"])
@@ -93,7 +94,9 @@ def best_dampings(
 def _regular(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     # Features that are zero throughout say nothing, and keep the start.
     level = damping * float(gram.diagonal().mean()) or 1.0
-    return gram + level * torch.eye(len(gram), dtype=gram.dtype), level
+    regular = gram.clone()
+    regular.diagonal().add_(level)
+    return regular, level
 
 
 def gradient_steps(
