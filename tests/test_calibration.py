@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import tiny_config, tiny_model
 from tests.test_families import load
 from uptrain.checkpoint.manifest import read_manifest, verify
+from uptrain.checkpoint.source import DEMO
 from uptrain.cli import run
 from uptrain.convert import convert
 from uptrain.evaluate import evaluate
@@ -69,10 +75,28 @@ def test_it_says_when_one_layer_alone_takes_more_than_it_may_hold(memory: int, t
     assert any("more than the 1 B of --memory" in note for note in notes) == told
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's peak")
+def test_what_it_says_it_will_hold_is_what_it_holds() -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 1, "vocab_size": 4096}
+    tiny_model(tiny_config("llama", **sizes, max_position_embeddings=256)).save_pretrained("source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, "source")
+    script = (
+        "import re; from pathlib import Path\n"
+        "from uptrain.convert import convert; from uptrain.request import Request\n"
+        "request = Request('mqa', method='calibrated', calibration_tokens=1024, repair_steps=0)\n"
+        "convert('source', 'out', request, memory=1, on_note=lambda note: print(note, flush=True))\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    note, peak = done.stdout.splitlines()
+    told = re.search(r"will hold about ([\d.]+) MiB", note)
+    assert told is not None
+    assert 0.95 < float(told[1]) / (int(peak) / 1024) < 1.3
+
+
 def test_as_many_groups_as_heads_is_the_source() -> None:
     convert("demo", "same", Request("gqa", 8, "calibrated", **SHORT))
-    from uptrain.checkpoint.source import DEMO
-
     source, same = load_file(DEMO / "model.safetensors"), load_file("same/model.safetensors")
     assert all(torch.equal(source[name], same[name]) for name in source)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,14 @@ from uptrain.checkpoint.writer import write_atomic
 from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.latent_packing import LatentHeads
+from uptrain.methods.allocator import give_back, giving_back
 from uptrain.methods.calibrate import LayerReport, Target, calibrate
-from uptrain.methods.footprint import held_bytes, working_bytes
+from uptrain.methods.footprint import held_bytes, hidden_size_of, working_bytes
 from uptrain.methods.latent_bridge import latent_shape
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.methods.slots import slots_by_text
 from uptrain.methods.source_run import SourceRun
+from uptrain.methods.streams import stream_bytes
 from uptrain.packing import Heads, LayerHeads
 from uptrain.recipe_schema import parse_source
 
@@ -126,7 +129,9 @@ def calibrate_plan(
             "Give more text, or raise --calibration-tokens.",
         )
     target, run = _target(plan), None if shared is None else shared.run
-    room = memory - held_bytes() - working_bytes(checkpoint, target, length) + (run.nbytes if run else 0)
+    give_back()  # What the tokenizer has done with.
+    working = working_bytes(checkpoint, target, length, count)
+    room = memory - held_bytes() - working + (run.nbytes if run else 0)
     if room < 0:
         on_note(
             f"Converting one layer of this model will hold about {words.size(memory - room)}, more than the "
@@ -136,16 +141,19 @@ def calibrate_plan(
     if plan.request.repair_steps is not None:
         settings = replace(settings, repair_steps=plan.request.repair_steps)
     blocks = torch.from_numpy(text.ids[: count * length]).view(count, length)
+    # Where all that may be kept in memory leaves no room for what the C library keeps of what is freed.
+    all_kept = stream_bytes((*blocks.shape, hidden_size_of(checkpoint, target)), 0 if run is None else len(plan.before))
     slots: tuple[int, ...] = ()
-    if plan.latent is not None and plan.latent.own_slots:
-        on_note("Choosing which rotary frequencies to keep.")
-        slots = slots_by_text(checkpoint, target, blocks[:SLOT_BLOCKS], plan.latent.target.qk_rope_head_dim // 2)
-        target = _target(replace(plan, latent=plan.latent.with_slots(slots)))
     reports = []
-    for layer, heads, report in calibrate(checkpoint, target, blocks, settings, run=run):
-        _save(folder / f"layer-{layer}.npz", heads)
-        reports.append(_noted(report))
-        on_layer(len(reports), len(plan.before))
+    with giving_back() if room < all_kept + working else nullcontext():
+        if plan.latent is not None and plan.latent.own_slots:
+            on_note("Choosing which rotary frequencies to keep.")
+            slots = slots_by_text(checkpoint, target, blocks[:SLOT_BLOCKS], plan.latent.target.qk_rope_head_dim // 2)
+            target = _target(replace(plan, latent=plan.latent.with_slots(slots)))
+        for layer, heads, report in calibrate(checkpoint, target, blocks, settings, run=run):
+            _save(folder / f"layer-{layer}.npz", heads)
+            reports.append(_noted(report))
+            on_layer(len(reports), len(plan.before))
     digest = Checksum()
     digest.update(blocks.numpy().tobytes())
     notes = {

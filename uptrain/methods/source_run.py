@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from uptrain.methods.streams import ITEM, Streams
+from uptrain.methods.streams import Streams, stream_bytes
 
 
 @dataclass
@@ -27,8 +27,7 @@ class SourceRun:
 
     def keep(self, layer: int, layers: int, streams: Streams, memory: int) -> None:
         """Remember what `layer` made, as `streams` has it, if `memory` bytes hold all `layers` and the streams."""
-        held = (2 * layers + 4) * len(streams.target) * streams.target[0].numel() * ITEM
-        if held <= memory:
+        if stream_bytes((len(streams.target), *streams.target[0].shape), layers) <= memory:
             self._kept[layer] = (torch.stack(list(streams.attended)), torch.stack(list(streams.target)))
 
     def lend(self, layer: int, streams: Streams) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -88,6 +87,12 @@ class Streams:
         self.original, self.target = self.target, self.original
 
 
+def stream_bytes(shape: tuple[int, int, int], layers: int = 0) -> int:
+    """Return the bytes of streams for (blocks, T, d), with what a source's `layers` layers made kept beside them."""
+    blocks, tokens, size = shape
+    return (2 * layers + 4) * blocks * tokens * size * ITEM
+
+
 @contextmanager
 def open_streams(shape: tuple[int, int, int], memory: int, folder: Path | None) -> Iterator[Streams]:
     """Lend streams for (blocks, T, d); above `memory` bytes in all they are files in `folder`, removed afterwards.
@@ -95,7 +100,7 @@ def open_streams(shape: tuple[int, int, int], memory: int, folder: Path | None) 
     Raises:
         UptrainError: they must be files, and the folder's disk has too little room.
     """
-    needed = 4 * math.prod(shape) * ITEM
+    needed = stream_bytes(shape)
     if needed <= memory or folder is None:
         yield Streams(*(torch.empty(shape) for _ in range(4)))
         return
