@@ -23,8 +23,8 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
+from uptrain.heap import give_back, giving_back
 from uptrain.latent_packing import LatentHeads
-from uptrain.methods.allocator import give_back, giving_back
 from uptrain.methods.calibrate import LayerReport, Target, calibrate
 from uptrain.methods.footprint import held_bytes, hidden_size_of, working_bytes
 from uptrain.methods.latent_bridge import latent_shape

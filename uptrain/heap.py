@@ -1,24 +1,51 @@
-"""Give freed memory back to the system, where the C library keeps it for later."""
+"""Have the C library give freed memory back to the system, where it would keep much of it for later (glibc)."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LARGE = 2**19
+"""Bytes from which an array is worth a system call of its own."""
+_TRIM, _OWN_MAP = -1, -3
+"""glibc's names of two settings: what may stay unused at the heap's end, and from what size on memory is mapped."""
+_GROWN = 2**25
+"""What glibc lets the second grow to by itself; the first is twice that."""
 
 
 def give_back() -> None:
-    """Return what was freed to the system; nothing where the C library has no call for it.
+    """Give back what is free now."""
+    library = _library()
+    if library is not None:
+        library.malloc_trim(0)
 
-    glibc keeps freed arrays of up to 32 MiB, for each thread its own: together more than a large layer takes.
+
+@contextmanager
+def giving_back() -> Iterator[None]:
+    """Give back large arrays as soon as they are freed, which costs time: the system clears each new one's pages.
+
+    Where arrays of many sizes come and go, what is kept for later is half as much again as what is used. The settings
+    are the process's; afterwards they are what glibc sets by itself where large arrays are freed.
     """
-    _trim()(0)
-
-
-@cache
-def _trim() -> Callable[[int], int]:
+    library = _library()
+    if library is None:
+        yield
+        return
+    library.mallopt(_OWN_MAP, LARGE)
+    library.mallopt(_TRIM, 2 * LARGE)
     try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return lambda pad: 0
-    return found
+        yield
+    finally:
+        library.mallopt(_OWN_MAP, _GROWN)
+        library.mallopt(_TRIM, 2 * _GROWN)
+
+
+def _library() -> Any:
+    """Return the C library this process runs with if it is glibc, else None."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None

@@ -8,7 +8,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from uptrain.methods.allocator import give_back
+from uptrain.heap import give_back
 from uptrain.methods.energy import Shares
 from uptrain.methods.forms import Form
 from uptrain.methods.layered import Layer
