@@ -56,7 +56,7 @@ def test_it_is_closer_than_svd_and_says_what_it_did() -> None:
         for side in ("keys", "values"):
             assert kept["calibrated"][side] >= max(kept["svd"][side], kept["mean"][side]) - 1e-4
     verify(calibrated)
-    assert not Path("calibrated.calibration").exists()
+    assert not Path("calibrated.uptrain-calibration").exists()
 
 
 def test_twice_gives_the_same_logits_and_files_for_activations_change_nothing() -> None:
@@ -109,11 +109,11 @@ def test_a_finished_calibration_is_not_repeated_when_writing_was_cut_off(monkeyp
         patch.setattr(import_module("uptrain.convert"), "_write_companions", broken)
         with pytest.raises(RuntimeError):
             mqa("out")
-    assert Path("out.calibration/calibration.json").is_file() and not Path("out").exists()
+    assert Path("out.uptrain-calibration/calibration.json").is_file() and not Path("out").exists()
     with monkeypatch.context() as patch:
         patch.setattr("uptrain.calibration.calibrate", broken)
         mqa("out")
-    assert Path("out/model.safetensors").is_file() and not Path("out.calibration").exists()
+    assert Path("out/model.safetensors").is_file() and not Path("out.uptrain-calibration").exists()
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def _build(
 
 
 def _calibration_of(out: Path) -> Path:
-    return out.with_name(out.name + ".calibration")
+    return out.with_name(out.name + ".uptrain-calibration")
 
 
 def _command(source: Source, request: Request) -> str:
