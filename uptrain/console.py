@@ -106,10 +106,12 @@ def layer_progress() -> Callable[[int, int], None]:
     """Return a callback that says on stderr how many layers are calibrated, and how long the rest will take."""
     import time
 
-    began = time.monotonic()
+    began, earlier = time.monotonic(), -1
 
     def show(done: int, layers: int) -> None:
-        minutes, seconds = divmod(round((time.monotonic() - began) / done * (layers - done)), 60)
+        nonlocal earlier
+        earlier = done - 1 if earlier < 0 else earlier  # what an interrupted run had calibrated took no time here
+        minutes, seconds = divmod(round((time.monotonic() - began) / (done - earlier) * (layers - done)), 60)
         if sys.stderr.isatty() or done == layers:
             note(f"Calibrated layer {done} of {layers}, {minutes}:{seconds:02d} left")
 

@@ -28,7 +28,8 @@ from uptrain.resume import Begun, begun
 from uptrain.transform import choose_by_weights
 
 if TYPE_CHECKING:
-    from uptrain.calibration import CalibratedLayers, SharedCalibration
+    from uptrain.calibrated import CalibratedLayers
+    from uptrain.calibration import SharedCalibration
 
 MEMORY = 4 * 2**30
 """Default bytes for the activations of a calibration."""
@@ -200,7 +201,7 @@ def _build(
         notes = {"energy_kept": _kept(state), "head_similarity": _by_layer(state.similarity)}
         stage = {**_stage(source, checkpoint, filled, state.sources), **notes}
         if calibrated is not None:
-            stage["calibration"] = {key: calibrated.notes[key] for key in ("text", "layers")}
+            stage["calibration"] = {"text": calibrated.text, "layers": calibrated.notes}
         append_stage(folder, checkpoint.path, stage, known=dict(state.shards))
         _check_unchanged(checkpoint, plan)
     return filled, _kept(state)
@@ -273,7 +274,7 @@ def _with_slots(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers
     """Put the rotary table of the model's own into the plan, where it asks for one."""
     if plan.latent is None or not plan.latent.own_slots:
         return plan
-    slots = tuple(calibrated.notes["slots"]) if calibrated else choose_by_weights(checkpoint, plan)
+    slots = calibrated.slots if calibrated else choose_by_weights(checkpoint, plan)
     latent = plan.latent.with_slots(slots)
     return replace(plan, latent=latent, config={**plan.config, "rope_parameters": latent.config["rope_parameters"]})
 

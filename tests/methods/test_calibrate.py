@@ -169,6 +169,28 @@ def test_every_choice_lowers_the_error_and_no_method_keeps_more(tmp_path, model_
     assert len(reports) == len(target.before)
 
 
+def as_if_all_were_made(checkpoint: Checkpoint, target: Target, settings: CalibrationSettings) -> None:
+    """Check that layers which an earlier run made leave the others as they are, to the bit."""
+    whole = [heads for _, heads, _ in calibrate(checkpoint, target, tokens(), settings)]
+    for made in range(len(whole) + 1):
+        rest = calibrate(checkpoint, target, tokens(), settings, made=dict(enumerate(whole[:made])).get)
+        found = {index: heads for index, heads, _ in rest}
+        assert list(found) == list(range(made, len(whole)))
+        for index, heads in found.items():
+            for name, value in vars(heads).items():
+                for one, two in zip(parts_of(value), parts_of(vars(whole[index])[name]), strict=True):
+                    assert np.array_equal(one, two), (index, name)
+
+
+def parts_of(value: Any) -> list[Any]:
+    return [part for part in (vars(value).values() if hasattr(value, "__dict__") else [value]) if part is not None]
+
+
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_layers_made_earlier_are_run_and_not_made_again(tmp_path, model_type):
+    as_if_all_were_made(*opened(save(tmp_path, model_type), 2), replace(QUICK, repair_steps=3))
+
+
 def test_the_same_text_gives_the_same_heads(tmp_path):
     folder = save(tmp_path, "llama")
     settings = replace(QUICK, repair_steps=4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_config, tiny_model
-from tests.methods.test_calibrate import QUICK, opened, tokens
+from tests.methods.test_calibrate import QUICK, as_if_all_were_made, opened, tokens
 from uptrain.methods.calibrate import LayerReport, Target, calibrate
 from uptrain.methods.mla import LatentShape
 
@@ -53,15 +53,20 @@ def test_a_latent_wider_than_the_input_leaves_no_error(tmp_path, model_type, for
         assert maps.down.shape == (hidden + 1, hidden)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "shape"),
-    [
-        ("gpt2", LatentShape("free", 12)),
-        ("llama", LatentShape("re-rotate", 12)),
-        ("llama", LatentShape("decoupled", 8, (0, 1))),
-        ("qwen2", LatentShape("decoupled", 8, (0, 0, 1))),
-    ],
-)
+SHAPES = [
+    ("gpt2", LatentShape("free", 12)),
+    ("llama", LatentShape("re-rotate", 12)),
+    ("llama", LatentShape("decoupled", 8, (0, 1))),
+    ("qwen2", LatentShape("decoupled", 8, (0, 0, 1))),
+]
+
+
+@pytest.mark.parametrize(("model_type", "shape"), SHAPES)
+def test_layers_made_earlier_are_run_and_not_made_again(tmp_path, model_type, shape):
+    as_if_all_were_made(*prepared(tmp_path, model_type, shape), replace(QUICK, repair_steps=3))
+
+
+@pytest.mark.parametrize(("model_type", "shape"), SHAPES)
 def test_every_choice_lowers_the_error(tmp_path, model_type, shape):
     reports: list[LayerReport] = []
     checkpoint, target = prepared(tmp_path, model_type, shape)

@@ -150,10 +150,15 @@ def empty(folder: Path, kept: Collection[str]) -> None:
     for entry in folder.iterdir():
         if entry.name in (LOCK, CLAIMS) or entry.name in kept:
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        remove(entry)
+
+
+def remove(entry: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a folder with all that is in it."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 def commit(partial: Path, out: Path, overwrite: bool, beside: Collection[Path]) -> None:

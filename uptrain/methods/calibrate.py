@@ -16,12 +16,12 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.latent_packing import LatentHeads
 from uptrain.layout import Architecture
-from uptrain.methods.bridge import ModuleWeights, heads_of, position_of
+from uptrain.methods.bridge import ModuleWeights, heads_of, maps_of, position_of
 from uptrain.methods.choose import Choice, LayerTask
 from uptrain.methods.energy import Shares
 from uptrain.methods.forms import KEY_WEIGHTS, DecoupledLatent, Form, PlainLatent, SharedHeads
 from uptrain.methods.latent import LatentMaps
-from uptrain.methods.latent_bridge import heads_of_latent
+from uptrain.methods.latent_bridge import heads_of_latent, maps_of_latent
 from uptrain.methods.layered import Layer, LayeredModel
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.settings import CalibrationSettings
@@ -69,6 +69,7 @@ def calibrate(
     settings: CalibrationSettings,
     on_layer: Callable[[LayerReport], None] | None = None,
     run: SourceRun | None = None,
+    made: Callable[[int], Result | None] = lambda layer: None,
 ) -> Iterator[tuple[int, Result, LayerReport]]:
     """Yield each layer's number, its new heads (float32; the source's own where nothing is shared) and its report.
 
@@ -76,7 +77,8 @@ def calibrate(
 
     `blocks` (n, T) int64 are calibration tokens, n ≥ 2; some are held out, and every choice is made by the error of
     the layer's output on those. `run` is what earlier conversions of the same source on the same blocks kept of its
-    own layers, or is to keep.
+    own layers, or is to keep. Layers that `made` returns are run as they are and not yielded: the others come out to
+    the bit as if an equal call had made all.
 
     Raises:
         UsageError: fewer than two blocks.
@@ -98,11 +100,12 @@ def calibrate(
         for index, hidden in enumerate(model.embed(blocks)):
             streams.original[index] = streams.converted[index] = hidden.cpu()
         for index in range(len(target.before)):
-            heads, report = _layer(checkpoint, target, model, streams, settings, index, run)
+            found = _layer(checkpoint, target, model, streams, settings, index, run, made(index))
             streams.advance()
-            if on_layer is not None:
-                on_layer(report)
-            yield index, heads, report
+            if found is not None and on_layer is not None:
+                on_layer(found[1])
+            if found is not None:
+                yield index, *found
 
 
 def _layer(
@@ -113,7 +116,9 @@ def _layer(
     settings: CalibrationSettings,
     index: int,
     run: SourceRun | None,
-) -> tuple[Result, LayerReport]:
+    made: Result | None,
+) -> tuple[Result, LayerReport] | None:
+    """Convert a layer, or take the streams through what was `made` of it."""
     began = time.monotonic()
     spec = target.before[index]
     source = read_heads(checkpoint, target, index)
@@ -128,10 +133,17 @@ def _layer(
         output_bias = None if bias is None else torch.from_numpy(as_float32(bias)).to(model.device)
         rest = (streams, settings, model.device, index, _gain(model), output_bias)
         if target.latent is None:
-            heads, kept, choice = LayerTask(layer, _heads_form(target, spec, source, model.device), *rest).convert()
+            sharing = LayerTask(layer, _heads_form(target, spec, source, model.device), *rest)
+            if isinstance(made, LayerHeads):
+                sharing.advance(maps_of(made))
+                return None
+            heads, kept, choice = sharing.convert()
             return heads_of(heads, source), LayerReport(index, kept, choice, time.monotonic() - began)
-        form = _latent_form(target, target.latent, spec, source, model.device, output_bias)
-        maps, kept, choice = LayerTask(layer, form, *rest).convert()
+        latent = LayerTask(layer, _latent_form(target, target.latent, spec, source, model.device, output_bias), *rest)
+        if isinstance(made, LatentHeads):
+            latent.advance(maps_of_latent(made))
+            return None
+        maps, kept, choice = latent.convert()
     return heads_of_latent(maps, bias), LayerReport(index, kept, choice, time.monotonic() - began)
 
 

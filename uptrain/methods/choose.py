@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uptrain.heap import give_back
 from uptrain.methods.energy import Shares
-from uptrain.methods.forms import Form
+from uptrain.methods.forms import Form, as_float
 from uptrain.methods.layered import Layer
 from uptrain.methods.repair import Check, Maps, Regression, best_dampings, gradient_steps, ridge
 from uptrain.methods.settings import CalibrationSettings
@@ -79,13 +79,18 @@ class LayerTask(Generic[Maps]):
             best = min(best, *self._refits(winner, "independent"), key=_first)
         refit_error, chosen = best
         maps, steps, error = self._repaired(chosen.maps, refit_error)
-        for block, hidden in enumerate(self.streams.converted):
-            self.streams.converted[block] = self.form.run(self.layer, hidden.to(self.device), maps).cpu()
+        self.advance(maps)
         choice = Choice(
             chosen.moments, chosen.refit, chosen.drift, chosen.damping, steps,
             min(error for error, _ in unfitted), refit_error, error,
         )  # fmt: skip
         return maps, chosen.kept, choice
+
+    def advance(self, maps: Maps) -> None:
+        """Take the converted stream through the layer with `maps` as its attention."""
+        maps = as_float(maps, self.device)
+        for block, hidden in enumerate(self.streams.converted):
+            self.streams.converted[block] = self.form.run(self.layer, hidden.to(self.device), maps).cpu()
 
     def _moment_kinds(self) -> tuple[str, ...]:
         """Leave out the original stream where nothing before this layer was converted: both are the same."""

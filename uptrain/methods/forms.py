@@ -160,8 +160,8 @@ def _latents(form: PlainLatent | DecoupledLatent, layer: Layer, hidden: Iterable
 
 
 def as_float(maps: M, device: torch.device) -> M:
-    """Return maps in float32 on a device."""
+    """Return maps in float32 on a device, row by row: products may round by how factors lie."""
     values: dict[str, Any] = {
-        name: None if value is None else value.float().to(device) for name, value in vars(maps).items()
+        name: None if value is None else value.float().to(device).contiguous() for name, value in vars(maps).items()
     }
     return type(maps)(**values)

@@ -64,6 +64,13 @@ def heads_of_latent(maps: LatentMaps, output_bias: Array | None) -> LatentHeads:
     return LatentHeads(**arrays, o_bias=output_bias)
 
 
+def maps_of_latent(heads: LatentHeads) -> LatentMaps:
+    """Return a latent layer's arrays as tensors, in their own dtype."""
+    arrays = {name: value for name, value in vars(heads).items() if name != "o_bias"}
+    tensors: dict[str, Any] = {n: None if value is None else torch.from_numpy(value) for n, value in arrays.items()}
+    return LatentMaps(**tensors)
+
+
 def frequencies_of(target: LatentTarget) -> Tensor | None:
     """Return the source's rotary frequencies (pairs,), None where keys see no rotation."""
     return torch.tensor(target.frequencies, dtype=torch.float64) if target.frequencies else None
