@@ -161,9 +161,10 @@ class LayerMaker:
         return pool_layer(heads, groups, request.method, seed=request.seed, index=layer, std=std)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
-        for part in "qkvo":
-            if not np.isfinite(as_float32(heads.part(part).weight)).all():
-                raise self._not_finite(layer)
+        for part in map(heads.part, "qkvo"):
+            for array in (part.weight, part.bias):
+                if array is not None and not np.isfinite(as_float32(array)).all():
+                    raise self._not_finite(layer)
 
     def _finish(self, layer: int, base: str, name: str, array: Array) -> Array:
         if not self.plan.request.allow_nonfinite and not np.isfinite(array).all():
