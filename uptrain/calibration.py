@@ -13,6 +13,7 @@ import torch
 from uptrain import models, words
 from uptrain.calibrated import CalibratedLayers
 from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.finite import ALLOW, finite
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
@@ -33,6 +34,8 @@ BLOCK = 1024
 """Tokens of a calibration block, where the model's positions allow it."""
 STRANGE = 0.6
 """Tokens a byte from which text is probably of a script or kind the tokenizer was not made for."""
+LARGE = 2**32
+"""Bytes of weights that take more than a few seconds to look at."""
 SLOT_BLOCKS = 4
 """Blocks that the choice of rotary frequencies is made on."""
 
@@ -76,6 +79,8 @@ def calibrate_plan(
     if done is not None and len(done) == len(plan.before):
         on_note("Calibration was finished by an earlier run.")
         return done
+    if done is None and not plan.request.allow_nonfinite:
+        _refuse_nonfinite(checkpoint, on_note)
     models.quiet()
     text = calibration_text(checkpoint, plan) if shared is None else shared.text(checkpoint, plan)
     if text.bytes and len(text.ids) / text.bytes > STRANGE:
@@ -118,6 +123,16 @@ def calibrate_plan(
             done.add(heads, _noted(report))
             on_layer(len(done), len(plan.before))
     return done
+
+
+def _refuse_nonfinite(checkpoint: Checkpoint, on_note: Callable[[str], None]) -> None:
+    """Look for NaN before hours are spent, though writing would find it too."""
+    size = sum(info.nbytes for info in checkpoint.tensors.values())
+    if size > LARGE:
+        on_note(f"Looking for NaN and infinity in {words.size(size)} of weights.")
+    for name in checkpoint.tensors:
+        for _ in finite(checkpoint, name, ALLOW):
+            pass
 
 
 def _begun(

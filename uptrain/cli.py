@@ -169,7 +169,11 @@ def _latent_options(command: Command) -> Command:
     help="For calibrating; activations that this leaves no room for go to files beside OUT.",
 )
 @click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
-@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinite values of MODEL's attention as they are.")
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Keep NaN and infinite values of MODEL; in attention, with --method mean or first.",
+)
 @click.option("--max-shard-size", type=Size(), help="Split weights, e.g. 5GB. Default: as MODEL is split.")
 @_source_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists (only once the new one is whole).")

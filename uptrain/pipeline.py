@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from uptrain.checkpoint.arrays import Array, as_float32, cast, raw_bytes
 from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
+from uptrain.checkpoint.finite import ALLOW, only_finite
 from uptrain.checkpoint.joint import Alone, Joint
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.state import State
@@ -113,7 +115,7 @@ class Pipeline:
         made: dict[int, dict[str, Array]] = {}
 
         def chunks(name: str) -> Iterator[memoryview]:
-            for chunk in self._chunks(tensors[name], made, follower):
+            for chunk in self._checked(tensors[name], self._chunks(tensors[name], made, follower)):
                 if self.stop.is_set():
                     raise Interrupted("Interrupted.")
                 yield chunk
@@ -136,6 +138,13 @@ class Pipeline:
     def _advance(self, count: int) -> None:
         with self.lock:
             self.on_progress(count)
+
+    def _checked(self, tensor: OutputTensor, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Refuse NaN and infinity outside attention, where a layer's maker does, unless they are allowed."""
+        if tensor.operation == "attention" or self.plan.request.allow_nonfinite:
+            return chunks
+        info = replace(self.checkpoint.tensors[tensor.source], dtype=tensor.info.dtype)
+        return only_finite(chunks, info, self.checkpoint.path, ALLOW)
 
     def _chunks(
         self, tensor: OutputTensor, made: dict[int, dict[str, Array]], follower: FollowingChecksum | None

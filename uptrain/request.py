@@ -35,7 +35,8 @@ class Request:
 
     `grouping` says which heads share: neighbours, or those whose sharing loses least. `calibrate` names the text
     of `calibrated`: a file, a dataset or `builtin`; `repair_steps` are its gradient steps a layer, None the default.
-    `method` "auto" is mean, and svd for a latent. `allow_nonfinite` keeps NaN and infinite values of attention.
+    `method` "auto" is mean, and svd for a latent. `allow_nonfinite` keeps NaN and infinite values: in attention only
+    where it `pools`.
 
     Of a latent: `cache` is the share of the source's cache to keep, in place of `kv_lora_rank`; `rope` says how keys
     carry positions; `engine` what must be able to load it; `key_weight` how much more keys count than values.
@@ -79,11 +80,6 @@ class Request:
             raise UsageError("--calibration-tokens and --repair-steps can't be negative.")
         if self.target == "mqa" and self.groups not in (None, 1):
             raise UsageError(f"--to mqa keeps one head, so --groups {self.groups} contradicts it.")
-        if self.allow_nonfinite and (self.method not in ("mean", "first") or self.grouping != "contiguous"):
-            raise UsageError(
-                f"--allow-nonfinite is not for --method {self.method} with --grouping {self.grouping}.",
-                "Use --method mean or first.",
-            )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size} is not a positive number of bytes.")
 
@@ -116,6 +112,11 @@ class Request:
             raise UsageError("--cache and --kv-lora-rank both set the latent's size.", "Give one of them.")
         if self.key_weight is not None and not 0 < self.key_weight < float("inf"):
             raise UsageError(f"--key-weight {self.key_weight} is not a positive number.")
+
+    @property
+    def pools(self) -> bool:
+        """Say whether each new head is made of a few old ones' values alone, and no others'."""
+        return self.method in ("mean", "first") and self.grouping == "contiguous"
 
     @property
     def changed_parts(self) -> frozenset[str]:

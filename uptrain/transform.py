@@ -167,7 +167,8 @@ class LayerMaker:
                     raise self._not_finite(layer)
 
     def _finish(self, layer: int, base: str, name: str, array: Array) -> Array:
-        if not self.plan.request.allow_nonfinite and not np.isfinite(array).all():
+        request = self.plan.request
+        if not (request.allow_nonfinite and request.pools) and not np.isfinite(array).all():
             raise self._not_finite(layer)
         return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
 

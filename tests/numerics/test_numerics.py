@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from uptrain.errors import CheckpointError, UsageError
 from uptrain.request import Request
 
 KEY, VALUE = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")
+OUTSIDE = (
+    "model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.1.self_attn.o_proj.weight", "model.norm.weight", "lm_head.weight",
+)  # fmt: skip
 MQA, GQA2 = Request("mqa"), Request("gqa", 2)
 TOLERANCE = 1e-3
 """Of the logits' standard deviation: how far two machines' calibrated models may be apart, anywhere."""
@@ -106,8 +111,49 @@ def test_what_is_not_finite_is_named_or_kept(name: str, bad: float, tmp_path: Pa
     pooled = source[name].float().unflatten(0, (2, 2, 2)).mean(1).flatten(0, 1).bfloat16()
     assert torch.equal(found[name], pooled) or torch.allclose(found[name].float(), pooled.float(), equal_nan=True)
     assert (~found[name].isfinite()).sum() == 1
-    with pytest.raises(UsageError, match="--allow-nonfinite is not for --method svd"):
-        Request("gqa", 2, "svd", allow_nonfinite=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_is_not_finite_outside_attention_is_named_or_kept(name: str, bad: float, tmp_path: Path) -> None:
+    """Projections that a mean leaves as they are included; what is copied is looked at on its way."""
+    source = tensors(torch.bfloat16)
+    source[name].flatten()[-1] = bad
+    folder = save(tmp_path / "src", source)
+    requests = [GQA2] if "self_attn" in name else [GQA2, Request("gqa", 2, "svd"), Request("mla", dtype="float32")]
+    for request in requests:
+        with pytest.raises(CheckpointError, match=f"NaN or infinity in tensor {name}") as caught:
+            convert(folder, tmp_path / "out", request, overwrite=True)
+        assert "--allow-nonfinite" in caught.value.hint and not (tmp_path / "out").exists()
+        found = result(folder, tmp_path / f"{request.target}-{request.method}", replace(request, allow_nonfinite=True))
+        assert (~found[name].isfinite()).sum() == 1
+
+
+def test_a_calibration_does_not_begin_where_something_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of work later it could not be written: the last norm is nothing that calibration meets."""
+    source = tensors()
+    source["model.norm.weight"][0] = float("nan")
+    monkeypatch.setattr("uptrain.calibration.calibrate", lambda *arguments, **options: pytest.fail("it began"))
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in tensor model\.norm\.weight"):
+        convert(save(tmp_path / "src", source), tmp_path / "out", Request("gqa", 2, "calibrated"))
+
+
+def test_allowing_does_not_spread_what_is_not_finite_in_attention(tmp_path: Path) -> None:
+    """Methods that mix whole matrices would fill them with one such value, in a bias too."""
+    source = tensors(torch.bfloat16)
+    source |= {
+        f"model.layers.{layer}.self_attn.{part}_proj.bias": torch.zeros(8, dtype=torch.bfloat16)
+        for layer in range(2) for part in "qkvo"
+    }  # fmt: skip
+    for name in (KEY, KEY.replace("weight", "bias")):
+        folder = save(
+            tmp_path / "src", {**source, name: torch.full_like(source[name], float("nan"))}, attention_bias=True
+        )
+        for request in (Request("gqa", 2, "svd"), Request("gqa", 2, grouping="similar")):
+            with pytest.raises(CheckpointError, match=f"Layer 1 .* in {name}"):
+                convert(folder, tmp_path / "out", replace(request, allow_nonfinite=True), overwrite=True)
 
 
 DEGENERATE = {

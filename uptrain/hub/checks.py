@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from uptrain.checkpoint.header import ITEM_BITS
+from uptrain.checkpoint.finite import finite
 from uptrain.checkpoint.manifest import MANIFEST, verify
 from uptrain.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
 from uptrain.errors import CheckpointError, VerificationError
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
 _UNSAFE = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"))
-
-# A value is NaN or infinite when all bits under the mask are set: the exponent's, or in formats that have no
-# infinity, those of the one pattern that stands for NaN. Reading bits is exact and many times faster than isfinite,
-# which ml_dtypes computes value by value.
-_NOT_FINITE = MappingProxyType(
-    {
-        "F64": 0x7FF0_0000_0000_0000, "C64": 0x7F80_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80,
-        "F8_E5M2": 0x7C, "F8_E4M3": 0x7F, "F8_E8M0": 0xFF,
-    }
-)  # fmt: skip
 
 
 def check_folder(
@@ -53,7 +39,8 @@ def check_folder(
             "Put the source's tokenizer files into the source's folder and convert again.",
         )
     for name in checkpoint.tensors:
-        check_finite(checkpoint, name, on_bytes)
+        for chunk in finite(checkpoint, name, "Convert or train again: a model with such a value generates nonsense."):
+            on_bytes(len(chunk))
     return checkpoint, manifest
 
 
@@ -64,30 +51,3 @@ def _refuse_unsafe(directory: Path) -> None:
                 f"{path} is not safetensors, and loading such a file can run code.",
                 "Remove it, or convert the checkpoint to safetensors.",
             )
-
-
-def check_finite(checkpoint: Checkpoint, name: str, on_bytes: Callable[[int], None] = lambda count: None) -> None:
-    """Refuse tensor `name` if it holds NaN or infinity, reading a few MiB at a time.
-
-    Raises:
-        CheckpointError: it does, or can't be read.
-    """
-    info = checkpoint.tensors[name]
-    mask = _NOT_FINITE.get(info.dtype)
-    width = 4 if info.dtype == "C64" else max(1, ITEM_BITS[info.dtype] // 8)
-    rest = b""
-    for chunk in checkpoint.chunks(name):
-        # Some file systems read less than they were asked for, and may cut a value in two.
-        whole = rest + chunk if rest else chunk
-        end = len(whole) // width * width
-        rest = bytes(whole[end:])
-        if mask is not None and _has(np.frombuffer(whole[:end], f"<u{width}"), mask):
-            raise CheckpointError(
-                f"{checkpoint.path / info.file} has NaN or infinity in tensor {name}.",
-                "Convert or train again: a model with such a value generates nonsense.",
-            )
-        on_bytes(len(chunk))
-
-
-def _has(bits: npt.NDArray[Any], mask: int) -> bool:
-    return bool((bits & bits.dtype.type(mask)).max(initial=0) == mask)
