@@ -187,3 +187,16 @@ def test_code_in_brackets_is_printed_and_no_markup(capsys: pytest.CaptureFixture
     console.table("", ["name"], [["a[b]"]])
     shown = capsys.readouterr().out
     assert all(words in shown for words in ("[bold]", "[i]", "x[red] = [/] y", "a[b]"))
+
+
+def test_the_time_left_counts_no_layer_that_an_earlier_run_calibrated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 110.0, 140.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    show = console.layer_progress()
+    show(5, 8)
+    show(6, 8)
+    told = capsys.readouterr().err
+    assert "layer 5 of 8, 0:30 left" in told and "layer 6 of 8, 0:40 left" in told
