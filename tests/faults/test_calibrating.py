@@ -21,7 +21,7 @@ from uptrain.methods.choose import LayerTask
 from uptrain.request import Request
 
 LAYERS = 3
-FORMS = {"heads": {"target": "mqa"}, "latent": {"target": "mla", "cache": 0.5}}
+FORMS = {"heads": {"target": "mqa"}, "latent": {"target": "mla", "cache": 0.5, "rope": "longrope"}}
 
 
 @pytest.fixture(autouse=True)
