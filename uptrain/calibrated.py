@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from uptrain.checkpoint.arrays import Array
 from uptrain.checkpoint.checksum import checksum_file
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.writer import remove, write_atomic
+from uptrain.errors import CheckpointError
 from uptrain.latent_packing import LatentHeads
 from uptrain.packing import Heads, LayerHeads
 
@@ -43,17 +45,20 @@ class CalibratedLayers:
         """Return what an earlier run of the same plan left, up to the first layer that isn't whole; None if nothing."""
         if not (folder / NOTES).is_file():
             return None
-        stored = read_json(folder / NOTES)
-        if stored["plan"] != plan:
+        try:
+            stored = _Notes.model_validate(read_json(folder / NOTES))
+        except (CheckpointError, ValidationError):  # damaged: what can't be told of the layers is made again
+            return None
+        if stored.plan != plan:
             return None
         whole = 0
-        for layer, digest in enumerate(stored["files"]):
+        for layer, digest in enumerate(stored.files[: len(stored.notes)]):
             path = folder / _file_of(layer)
             if not path.is_file() or checksum_file(path) != digest:
                 break
             whole += 1
-        lists = {"notes": stored["notes"][:whole], "files": stored["files"][:whole]}
-        return cls(folder, plan, stored["text"], tuple(stored["slots"]), **lists) if whole else None
+        kept = stored.notes[:whole], stored.files[:whole]
+        return cls(folder, plan, stored.text, stored.slots, *kept) if whole else None
 
     def begin(self) -> None:
         """Make the folder, and remove what is in it but these layers: half a layer and activations of a killed run."""
@@ -103,6 +108,16 @@ class CalibratedLayers:
         """Return the share of key and value energy that calibrated, svd and mean keep in one layer."""
         found: dict[str, dict[str, float]] = self.notes[layer]["kept"]
         return found
+
+
+class _Notes(BaseModel):
+    """What calibration.json holds."""
+
+    plan: str
+    text: dict[str, Any]
+    slots: tuple[int, ...]
+    notes: list[dict[str, Any]]
+    files: list[str]
 
 
 def _file_of(layer: int) -> str:

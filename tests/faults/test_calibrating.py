@@ -145,17 +145,22 @@ def test_what_a_killed_run_left_is_used_and_cleared(world: World) -> None:
     assert notes == [f"Going on after 2 of {LAYERS} layers, which an earlier run calibrated."]
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "notes gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "notes gone", "notes cut", "notes of another form"])
 def test_damaged_layers_are_made_again(damage: str, world: World) -> None:
     cut_off(world, 2)
+    notes = world.folder / NOTES
     if damage == "notes gone":
-        (world.folder / NOTES).unlink()
+        notes.unlink()
+    elif damage == "notes cut":
+        notes.write_bytes(notes.read_bytes()[:-9])
+    elif damage == "notes of another form":
+        notes.write_text('{"plan": [], "files": {"layer-0.npz": 1}}')
     elif damage == "gone":
         (world.folder / "layer-1.npz").unlink()
     else:
         whole = (world.folder / "layer-1.npz").read_bytes()
         (world.folder / "layer-1.npz").write_bytes(whole[:-9])
-    world.check_ends_well({LAYERS if damage == "notes gone" else LAYERS - 1})
+    world.check_ends_well({LAYERS if "notes" in damage else LAYERS - 1})
 
 
 def test_another_text_starts_over(world: World) -> None:
