@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from uptrain.calibration import SharedCalibration
 
 MEMORY = 4 * 2**30
-"""Default bytes for the activations of a calibration."""
+"""Default bytes that a process may hold while it calibrates."""
 
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
