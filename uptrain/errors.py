@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UptrainError(Exception):
@@ -40,6 +41,22 @@ class Interrupted(UptrainError):
     """A run stopped by the user, which the same command resumes."""
 
     exit_code = 130
+
+
+@contextmanager
+def told_as(refusal: Callable[[str], UptrainError]) -> Iterator[None]:
+    """Turn whatever a library raises in the block into the `refusal` that its reason gives, a panic in Rust too.
+
+    A panic is no Exception, so that handlers let it pass, and its class can't be imported.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UptrainError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        raise refusal(str(error) or type(error).__name__) from None
 
 
 LONGEST = 2000

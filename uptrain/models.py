@@ -16,7 +16,7 @@ from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
-from uptrain.errors import CheckpointError, UsageError
+from uptrain.errors import CheckpointError, UsageError, told_as
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.recipe_schema import TokenizerSpec
 
@@ -34,18 +34,14 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
         CheckpointError: the folder holds no language model that transformers can load.
     """
     register()
-    try:
-        model = auto_class_of(source.path).from_pretrained(
+    with told_as(lambda reason: CheckpointError(f"transformers can't load {source.name}: {reason}")):
+        return auto_class_of(source.path).from_pretrained(
             source.path,
             dtype=dtype or "auto",
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=attn_implementation,
         )
-    except Exception as error:  # for a config that is broken it raises anything
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"transformers can't load {source.name}: {reason}") from None
-    return model
 
 
 def load_tokenizer(path: Path | str) -> Any:
@@ -54,11 +50,8 @@ def load_tokenizer(path: Path | str) -> Any:
     Raises:
         CheckpointError: there is none.
     """
-    try:
+    with told_as(lambda reason: CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}")):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # for files that are broken it raises anything, bare Exceptions from Rust included
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}") from None
 
 
 def new_model(config: dict[str, Any], tokenizer: Any, seed: int) -> Any:

@@ -17,6 +17,7 @@ from tests.fuzz.attempt import attempt, inputs
 from tests.fuzz.hostile import as_json, damaged
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.convert import convert
+from uptrain.data.token_text import encode
 from uptrain.models import load_tokenizer
 from uptrain.request import Request
 
@@ -55,26 +56,79 @@ def test_a_pickle_is_weights_or_refused(data: bytes, tmp_path: Path) -> None:
     attempt(open_checkpoint, tmp_path, allow_pickle=True)
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 TOKENIZER = {
     "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    "post_processor": None, "decoder": {"type": "ByteLevel"},
+    "pre_tokenizer": BYTES, "post_processor": None, "decoder": BYTES,
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "unk_token": None},
 }  # fmt: skip
+TOKENIZERS = [
+    TOKENIZER,
+    TOKENIZER | {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], ["b", -2.0]]}},
+    TOKENIZER | {
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "},
+        ]},
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False},
+        "model": {"type": "WordPiece", "vocab": {"a": 0, "##b": 1, "[UNK]": 2}, "unk_token": "[UNK]",
+                  "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+        "post_processor": {"type": "TemplateProcessing", "special_tokens": {},
+                           "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+                           "pair": [{"Sequence": {"id": "B", "type_id": 1}}]},
+    },
+]  # fmt: skip
 SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+TEXT = ["ab a b\n", "", "Ünïcode \u2603 " + "x" * 300]
 
 
-@given(tokenizer=as_json(damaged(TOKENIZER)), settings_=as_json(damaged(SETTINGS, ("added_tokens_decoder",))))
+def load(folder: Path, tokenizer: bytes, settings_: bytes) -> tuple[Any, str]:
+    """Load and use a tokenizer of these two files; return its tokens, or the sentence that refused it."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    (folder / "tokenizer_config.json").write_bytes(settings_)
+    loaded, sentence = attempt(load_tokenizer, folder)
+    return (None, sentence) if sentence else attempt(encode, loaded, TEXT)
+
+
+@given(
+    tokenizer=as_json(st.sampled_from(TOKENIZERS).flatmap(damaged)),
+    settings_=as_json(damaged(SETTINGS, ("added_tokens_decoder",))),
+)
 @inputs(15)
 def test_a_tokenizer_loads_or_is_refused_and_its_code_does_not_run(
     tokenizer: bytes, settings_: bytes, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer)
-    (tmp_path / "tokenizer_config.json").write_bytes(settings_)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    attempt(load_tokenizer, tmp_path)
+    load(tmp_path, tokenizer, settings_)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda found: found["model"]["type"])
+def test_what_is_damaged_was_right(tokenizer: Any, tmp_path: Path) -> None:
+    """Or all of the tokenizers above would be refused for what they have in common."""
+    tokens, sentence = load(tmp_path, json.dumps(tokenizer).encode(), json.dumps(SETTINGS).encode())
+    assert not sentence and len(tokens) == len(TEXT) and tokens[0]
+
+
+PANICS = {
+    "a map of characters that is none": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "a pattern that matches nothing": {
+        "normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 8}
+    },
+    "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a second text where there is one": {
+        "post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
+                           "single": [{"Sequence": {"id": "B", "type_id": 0}}]},
+    },
+    "an unknown word without a token": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}},
+}  # fmt: skip
+"""What made a library of the tokenizer's give up, in ways that no handler of exceptions sees."""
+
+
+@pytest.mark.parametrize("damage", PANICS.values(), ids=PANICS)
+def test_what_panics_in_a_tokenizers_library_is_one_sentence(damage: dict[str, Any], tmp_path: Path) -> None:
+    _, sentence = load(tmp_path, json.dumps(TOKENIZER | damage).encode(), json.dumps(SETTINGS).encode())
+    assert "tokenizer" in sentence
 
 
 def test_a_conversion_copies_a_tokenizer_without_reading_it(tmp_path: Path) -> None:

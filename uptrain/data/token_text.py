@@ -12,7 +12,7 @@ from uptrain.data.block_reader import Tokens
 from uptrain.data.chat import Render, renderer
 from uptrain.data.documents import pieces
 from uptrain.data.text_files import Piece
-from uptrain.errors import UsageError
+from uptrain.errors import CheckpointError, UsageError, told_as
 from uptrain.recipe_schema import DataSource, has_chats
 
 BATCH_CHARACTERS = 2**20
@@ -36,9 +36,18 @@ def start_ids(tokenizer: Any) -> list[int]:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenise texts without adding special tokens."""
-    out = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    """Tokenise texts without adding special tokens.
+
+    Raises:
+        CheckpointError: the tokenizer, though it could be loaded, fails.
+    """
+    with told_as(_unfit):
+        out = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return list(out["input_ids"])
+
+
+def _unfit(reason: str) -> CheckpointError:
+    return CheckpointError(f"The tokenizer fails on this text: {reason}", "Download it again, or use another one.")
 
 
 def renderer_for(sources: Sequence[DataSource], tokenizer: Any) -> Render | None:
