@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ def evaluate(
     loaded = [models.load_model(sources[0]), *([reference.load(models.load_model)] if reference else [])]
     own = [each.dtype for each in loaded]
     loaded = [each.to(device=device, dtype=wanted or each.dtype).eval() for each in loaded]
+    for each, ids in product(loaded, [text.ids for text in texts.values()]):
+        models.check_tokens(each, ids)
     longest = min(models.longest_context(each) or 2**31 for each in loaded)
     most = max(len(each.ids) for each in texts.values())
     contexts = sorted({min(each, longest, most) for each in _listed(context)})

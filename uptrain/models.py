@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from uptrain.architectures import ARCHITECTURES
@@ -112,6 +114,20 @@ def longest_context(model: Any) -> int | None:
     key = entry.keys.max_position_embeddings if entry else "max_position_embeddings"
     value = getattr(model.config, key, None)
     return value if isinstance(value, int) else None
+
+
+def check_tokens(model: Any, ids: NDArray[np.integer[Any]]) -> None:
+    """Refuse tokens that a model has no embedding of.
+
+    Raises:
+        UsageError: there are some.
+    """
+    table, largest = model.get_input_embeddings().num_embeddings, int(ids.max(initial=0))
+    if largest >= table:
+        raise UsageError(
+            f"The tokenizer gives token {largest}, but the model has {table} embeddings.",
+            "Use the tokenizer that the model was trained with, or resize the model's embeddings.",
+        )
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:

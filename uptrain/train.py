@@ -19,6 +19,7 @@ from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out, staged
 from uptrain.data import BlockReader, build_tokens, counts_of, open_reader
+from uptrain.data.block_reader import Tokens
 from uptrain.data.teacher_text import generate_tokens
 from uptrain.distill import Objective
 from uptrain.errors import Interrupted, UptrainError, UsageError
@@ -224,7 +225,7 @@ class _Run:
 
     def _train_step(self) -> tuple[Figures, float, bool, str]:
         recipe, accelerator = self.recipe, self.accelerator
-        batch = batch_of(self.reader.take(recipe.batch_size), self.boundary, self.spread.objective.has_encoder)
+        batch = self._batch(self.reader.take(recipe.batch_size), self.boundary)
         # Every process sees the whole batch's tokens, so all know what the sum is to be divided by.
         counted, processes = batch.counted, accelerator.num_processes
         micro = batch.share(accelerator.process_index, processes, recipe.gradient_accumulation)
@@ -248,6 +249,11 @@ class _Run:
         self.optimizer.zero_grad()
         self.schedule.step()
         return figures, norm, bool(sums[4] > 0), skipped
+
+    def _batch(self, blocks: Tokens, boundary: Boundary | None) -> Batch:
+        objective = self.spread.objective
+        models.check_tokens(objective.student, blocks)
+        return batch_of(blocks, boundary, objective.has_encoder)
 
     def _objective(self, part: Batch) -> torch.Tensor:
         part = part.to(self.accelerator.device)
@@ -279,7 +285,7 @@ class _Run:
         ids, block = self.held_out.ids, recipe.scored_block_size
         # Documents run on as they do in `uptrain eval`, so that the figures compare.
         blocks = ids[: len(ids) // block * block].reshape(-1, block)
-        batch = batch_of(blocks, None, self.spread.objective.has_encoder)
+        batch = self._batch(blocks, None)
         rows = -(-len(batch.ids) // accelerator.num_processes)
         # As many tokens at once as a micro-batch has.
         micro = accelerator.num_processes * recipe.gradient_accumulation

@@ -61,9 +61,14 @@ class Checkpoint:
         """Return rows of tensor `name`, (len(rows), …) in its own dtype, without reading the others.
 
         Raises:
-            CheckpointError: the tensor's bytes can't be read.
+            CheckpointError: the tensor has no such row, or its bytes can't be read.
         """
         info = self.tensors[name]
+        if max(rows, default=-1) >= info.shape[0]:
+            raise CheckpointError(
+                f"Tensor {name} has {info.shape[0]} rows, but row {max(rows)} is asked for.",
+                "If it holds the tokens' embeddings, the tokenizer may be another model's.",
+            )
         if self.pickles is not None:
             return self.pickles.read(info)[list(rows)]
         out = np.empty((len(rows), *info.shape[1:]), numpy_dtype(info.dtype))

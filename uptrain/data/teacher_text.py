@@ -20,6 +20,7 @@ from uptrain.checkpoint.writer import write_atomic
 from uptrain.data.content_digest import content_digest, tokenizer_digest
 from uptrain.data.teacher_sampler import Sampler, stops_of
 from uptrain.data.token_file import TokenCount, TokenFile
+from uptrain.data.token_text import dtype_of
 from uptrain.errors import UptrainError
 from uptrain.recipe_schema import Teacher
 
@@ -82,7 +83,7 @@ class _Progress:
 
 def _write(sampler: Sampler, folder: Path, key: str, on_tokens: Callable[[int], None]) -> None:
     wanted = sampler.source.tokens
-    dtype = np.dtype("uint16" if len(sampler.tokenizer) <= 2**16 else "uint32")
+    dtype = np.dtype(dtype_of(sampler.tokenizer, sampler.model.config.vocab_size))
     note, tokens = folder / "progress.json", folder / "tokens.bin"
     done = _Progress(**read_json(note)) if note.is_file() else _Progress(key)
     if done.key != key or not tokens.is_file() or tokens.stat().st_size < done.tokens * dtype.itemsize:

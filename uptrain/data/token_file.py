@@ -14,7 +14,7 @@ import numpy as np
 
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.data.block_reader import Tokens
-from uptrain.data.token_text import encoded
+from uptrain.data.token_text import dtype_of, encoded
 from uptrain.errors import UsageError
 from uptrain.recipe_schema import DataSource
 
@@ -59,7 +59,7 @@ class TokenFile:
             UsageError: the sources can't be read.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+        dtype = dtype_of(tokenizer)
         count, documents, size = 0, 0, 0
         digest = hashlib.sha256()
         with (folder / "tokens.bin").open("wb") as file:

@@ -29,6 +29,12 @@ def separator_of(tokenizer: Any) -> list[int]:
     return []
 
 
+def dtype_of(tokenizer: Any, vocab_size: int = 0) -> str:
+    """Return the smallest dtype with room for every token, those included that only a model of `vocab_size` knows."""
+    largest = max(max(tokenizer.get_vocab().values(), default=0), vocab_size - 1)
+    return "uint16" if largest < 2**16 else "uint32"
+
+
 def start_ids(tokenizer: Any) -> list[int]:
     """Return what the tokenizer puts before any text: beginning of text, or nothing."""
     begin = tokenizer("")["input_ids"][:1]
