@@ -199,6 +199,7 @@ REQUESTS = {
     "mean": GQA2, "first": Request("gqa", 2, "first"), "svd": Request("gqa", 2, "svd"),
     "similar": Request("gqa", 2, "svd", grouping="similar"), "mla": Request("mla", dtype="float32"),
 }  # fmt: skip
+STORED = {**REQUESTS, "mla": Request("mla", dtype="bfloat16")}
 SHORT: dict[str, Any] = {"method": "calibrated", "calibration_tokens": 1024, "repair_steps": 1, "dtype": "float32"}
 CALIBRATED = {"gqa": Request("gqa", 2, **SHORT), "mla": Request("mla", cache=0.25, **SHORT)}
 ELSEWHERE = """
@@ -213,7 +214,7 @@ for name, request in getattr(here, sys.argv[3]).items():
 
 
 OTHER_UNITS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
-"""What makes torch use no vector units."""
+"""What makes torch, and MKL in it, use no vector units."""
 
 
 def on_two_machines(folder: str, at: Path, requests: str, units: Mapping[str, str]) -> None:
@@ -236,8 +237,18 @@ def test_threads_change_no_byte(tmp_path: Path) -> None:
         assert digests(tmp_path / f"here-{name}") == digests(tmp_path / f"there-{name}"), name
 
 
-def test_vector_units_change_no_byte_of_pooled_weights(tmp_path: Path) -> None:
-    """Against a process whose torch uses no vector units; factored weights may round otherwise."""
+@pytest.mark.parametrize("units", ["avx2", "default"])
+def test_torchs_vector_units_change_no_byte(units: str, tmp_path: Path) -> None:
+    """As models are stored; on a processor with AVX-512, "avx2" leaves that out and "default" all."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
+    folder = save(tmp_path / "src", tensors(torch.bfloat16, **sizes), **sizes)
+    on_two_machines(folder, tmp_path, "STORED", {"ATEN_CPU_CAPABILITY": units})
+    for name in STORED:
+        assert digests(tmp_path / f"here-{name}") == digests(tmp_path / f"there-{name}"), name
+
+
+def test_other_linear_algebra_changes_no_byte_of_pooled_weights(tmp_path: Path) -> None:
+    """Against a process where MKL too uses no vector units; factored weights may round otherwise."""
     sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
     folder = save(tmp_path / "src", tensors(**sizes), **sizes)
     on_two_machines(folder, tmp_path, "REQUESTS", OTHER_UNITS)
