@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.faults.tally import FAILED, KILLED, UNREAD, struck
+
 CHANGING = frozenset({"write", "fsync", "sendfile", "rename", "mkdir", "unlink", "rmdir", "open to write"})
 
 
@@ -164,8 +166,10 @@ def killed_at(boundary: int, torn: bool = False) -> At:
 
     def at(number: int, call: Call, act: Callable[[], Any], part: Callable[[int], Any] | None) -> Any:
         nonlocal dead
-        if number == boundary and torn and part is not None:
-            part(2)
+        if number == boundary:
+            struck(KILLED)
+            if torn and part is not None:
+                part(2)
         dead = dead or number == boundary
         if dead:
             raise Killed
@@ -179,6 +183,7 @@ def failing_at(boundary: int, error: int, torn: bool = False) -> At:
 
     def at(number: int, call: Call, act: Callable[[], Any], part: Callable[[int], Any] | None) -> Any:
         if number == boundary:
+            struck(FAILED if call.changes else UNREAD)
             if torn and part is not None:
                 part(2)
             raise OSError(error, os.strerror(error), call.name)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.faults.boundaries import At, Boundaries, Call, Killed, failing_at, killed_at, watched
+from tests.faults.tally import CHANGED, SECOND, struck
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint.manifest import MANIFEST, verify
 from uptrain.checkpoint.writer import CLAIMS, LOCK, STATE
@@ -189,16 +190,17 @@ def test_a_second_run_at_any_boundary_of_the_first(world: World) -> None:
         ends.clear()
         world.fresh(False)
         with watched(world.root) as seen:
-            seen.at = _between(seen, number, second)
+            seen.at = _between(seen, number, SECOND, second)
             second()
         assert "done" in ends, call
         assert digests(world.out) == world.final
         assert [path.name for path in world.out.parent.iterdir()] == ["out"]
 
 
-def _between(seen: Boundaries, boundary: int, other: Callable[[], Any]) -> At:
+def _between(seen: Boundaries, boundary: int, kind: str, other: Callable[[], Any]) -> At:
     def at(number: int, call: Call, act: Callable[[], Any], part: Callable[[int], Any] | None) -> Any:
         if number == boundary:
+            struck(kind)
             with seen.aside():
                 other()
         return act()
@@ -217,7 +219,7 @@ def test_a_source_that_changes_underneath(world: World) -> None:
     for number in range(0, commit, 7):
         world.fresh(False)
         with watched(world.root) as seen:
-            seen.at = _between(seen, number, lambda: _replace(changed, world.source))
+            seen.at = _between(seen, number, CHANGED, lambda: _replace(changed, world.source))
             with suppress(CheckpointError):
                 world.run(False)
                 # Nothing of the source had been looked at yet.

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import tiny_config, tiny_model
 from tests.faults.boundaries import At, Call, Killed, failing_at, killed_at, watched
+from tests.faults.tally import KILLED, struck
 from tests.small import digests
 from uptrain.calibrated import NOTES
 from uptrain.checkpoint.source import DEMO
@@ -135,6 +136,7 @@ def test_what_a_killed_run_left_is_used_and_cleared(world: World) -> None:
             leftover = world.folder / ".activations-killed"
             leftover.mkdir()
             (leftover / "original").write_bytes(b"\0" * 100)
+            struck(KILLED)
             raise Killed
 
     world.fresh()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.boundaries import watched
+from tests.faults.tally import REAL, struck
 from tests.small import digests, save_small
 from uptrain.checkpoint.manifest import verify
 from uptrain.checkpoint.writer import STATE, partial_of
@@ -56,6 +57,7 @@ def kill(tmp_path: Path, boundary: int) -> set[str]:
     command = [sys.executable, "-c", CRASH, str(tmp_path / "src"), str(tmp_path / "out"), str(boundary)]
     killed = subprocess.run(command, check=False, cwd=Path(__file__).parents[2])
     assert killed.returncode == -signal.SIGKILL
+    struck(REAL)
     state = partial_of(tmp_path / "out") / STATE
     return set(json.loads(state.read_text())["shards"]) if state.exists() else set()
 
@@ -110,6 +112,7 @@ def test_ctrl_c_exits_130_and_resumes(boundaries: list[str], tmp_path: Path) -> 
     command = [sys.executable, "-c", CTRL_C, str(tmp_path / "src"), str(out), str(at)]
     stopped = subprocess.run(command, check=False, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
     assert stopped.returncode == Interrupted.exit_code, stopped.stderr
+    struck(REAL)
     assert "same command" in stopped.stderr and "Traceback" not in stopped.stderr and not out.exists()
     assert convert(str(tmp_path / "src"), out, MQA).resumed
     assert digests(out) == digests(tmp_path / "undisturbed")
@@ -164,3 +167,4 @@ def test_a_disk_that_is_really_full_or_read_only(tmp_path: Path) -> None:
     command = [*alone, sys.executable, "-c", SMALL_DISK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+    struck(REAL, SMALL_DISK.count("refused(") - 1)
