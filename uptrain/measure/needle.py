@@ -149,4 +149,4 @@ def ask(model: Any, prompt: Prompt) -> tuple[bool, float]:
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(prompt.key) + 1).logits[0, :-1]
     key: Tensor = ids[0, -len(prompt.key) :]
     logs = logits.float().log_softmax(-1)
-    return bool((logits.argmax(-1) == key).all()), float(logs.gather(-1, key[:, None]).double().sum())
+    return bool((logits.argmax(-1) == key).all()), float(logs.gather(-1, key[:, None]).cpu().double().sum())

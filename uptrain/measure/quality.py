@@ -168,9 +168,9 @@ def _window(logits: Sequence[Tensor], targets: Tensor) -> Window:
         wanted = targets[start : start + rows]
         logs = [each[start : start + rows].float().log_softmax(-1) for each in logits]
         for position, each in enumerate(logs):
-            nats[position] -= float(each.gather(-1, wanted[:, None]).double().sum())
+            nats[position] -= float(each.gather(-1, wanted[:, None]).cpu().double().sum())
         if len(logs) == 2:
-            divergence += float((logs[1].exp() * (logs[1] - logs[0])).double().sum())
+            divergence += float((logs[1].exp() * (logs[1] - logs[0])).sum(-1).cpu().double().sum())
             best = [each.argmax(-1) for each in logs]
             top1 += int((best[0] == best[1]).sum())
             flips += int(((best[0] == wanted) != (best[1] == wanted)).sum())

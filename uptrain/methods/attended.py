@@ -80,9 +80,9 @@ def gather_moments(
             received += sensitivity.sum(1)
             given.append(sensitivity.sum(2))
         projected = torch.einsum("td,hnd->htn", rows, maps.q_rows.to(rows))
-        queries += (projected.mT @ (projected * torch.cat(given, dim=1)[..., None])).double().cpu() / size
+        queries += (projected.mT @ (projected * torch.cat(given, dim=1)[..., None])).cpu().double() / size
         for group, (moment, sensitivities) in enumerate(zip(averaged, received.split(per_group), strict=True)):
-            keys[group] += (rows.mT @ (rows * sensitivities.sum(0)[:, None])).double().cpu()
+            keys[group] += (rows.mT @ (rows * sensitivities.sum(0)[:, None])).cpu().double()
             values[group] += moment.moment()
         tokens += len(x)
     by_head = queries.unflatten(0, (maps.kv_heads, per_head)).sum(1)

@@ -25,10 +25,10 @@ class AveragedMoment:
             self._sum.addmm_(flat.mT, flat)
         else:
             mixed = (probabilities @ self._rows).flatten(0, 1)
-            self._sum += (mixed.mT @ mixed).double().cpu()
+            self._sum += (mixed.mT @ mixed).cpu().double()
 
     def moment(self) -> Tensor:
         """Return what was gathered, (d̃, d̃) float64 on the CPU."""
         if self._by_tokens:
-            return (self._rows.mT @ (self._sum @ self._rows)).double().cpu()
+            return (self._rows.mT @ (self._sum @ self._rows)).cpu().double()
         return self._sum

@@ -119,7 +119,7 @@ class LayerTask(Generic[Maps]):
         """Return each drift, its best damping, and the output projection refitted with both."""
         drifts = self.settings.drifts if stream == "sequence" and self.index else (0.0,)
         fit, check = self._regressions(shared, stream, any(drifts))
-        start = shared.o.flatten(1).mT.double().cpu()
+        start = shared.o.flatten(1).mT.cpu().double()
         dampings = best_dampings(fit, check, start, drifts, self.settings.dampings)
         found = []
         for drift, damping in zip(drifts, dampings, strict=True):

@@ -55,7 +55,7 @@ class Angles:
     @classmethod
     def at(cls, frequencies: Tensor, tokens: int, factor: float = 1.0) -> Angles:
         """Return the angles of `frequencies` (Dr/2,), radians a token, for `tokens` positions, times `factor`."""
-        turned = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies.double().cpu()
+        turned = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies.cpu().double()
         return cls(factor * turned.cos(), factor * turned.sin())
 
     def rotate(self, pairs: Tensor) -> Tensor:

@@ -37,12 +37,12 @@ def latent_weights(layer: Layer, maps: HeadMaps, hidden: Iterable[Tensor], frequ
             averaged.add(probabilities)
             # In their place: nothing else needs them any more, and they may be larger than all else here.
             sensitivity = probabilities.addcmul_(probabilities, probabilities, value=-1)
-            spread += by_distance(sensitivity, sum(part.shape[1] for part in given)).double().cpu()
+            spread += by_distance(sensitivity, sum(part.shape[1] for part in given)).cpu().double()
             received += sensitivity.sum((0, 1))
             given.append(sensitivity.sum(2))
         projected = torch.einsum("td,hnd->htn", rows, maps.q_rows.to(rows))
-        queries += (projected.mT @ (projected * torch.cat(given, dim=1)[..., None])).double().cpu() / size
-        as_keys += (rows.mT @ (rows * received[:, None])).double().cpu()
+        queries += (projected.mT @ (projected * torch.cat(given, dim=1)[..., None])).cpu().double() / size
+        as_keys += (rows.mT @ (rows * received[:, None])).cpu().double()
         as_values += averaged.moment()
         distances = spread if distances is None else distances + spread
     if distances is None:
