@@ -1,6 +1,6 @@
 """Measure what calibrating a large model takes: peak memory and time of `uptrain convert --calibrate`.
 
-    python benchmarks/calibrate_scale.py --dir /dev/shm [--memory 6GB] [--calibration-tokens 4096] [--repair-steps 2]
+    python benchmarks/calibrate_scale.py --dir /dev/shm [--memory 6GB] [--calibration-tokens 1024] [--repair-steps 0]
     python benchmarks/calibrate_scale.py --model ./SmolLM2-135M --groups 1 --memory 500MB
 
 Without --model it makes a Llama of 3.2 billion random bfloat16 weights (Llama 3.2 3B's shape, but for 512 positions,
@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28, help="Of the random Llama; memory hardly depends on it.")
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--memory", default="6GB")
-    parser.add_argument("--calibration-tokens", type=int, default=4096)
-    parser.add_argument("--repair-steps", type=int, default=2)
+    parser.add_argument("--calibration-tokens", type=int, default=1024)
+    parser.add_argument("--repair-steps", type=int, default=0)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="Has room for twice the model.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="uptrain-calibrate-", dir=options.dir) as work:

@@ -1,6 +1,6 @@
 """Time `uptrain convert --to gqa` against `cp -r` of the same synthetic sharded Llama checkpoint.
 
-    python benchmarks/convert_speed.py [--gigabytes 2] [--shards 4] [--dir /dev/shm] [--json]
+    python benchmarks/convert_speed.py [--gigabytes 8] [--shards 16] [--dir /dev/shm] [--json]
 
 Both run as processes of their own, in turns, each after its earlier output is removed; the first turn warms up
 and does not count. On a memory file system neither waits for a disk, so the ratio is the converter's own cost. On a
@@ -178,8 +178,8 @@ def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time uptrain convert against cp -r.")
-    parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--gigabytes", type=float, default=8.0)
+    parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"))
