@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -62,6 +63,33 @@ def damaged(draw: st.DrawFn, base: Any, keys: tuple[str, ...] = (), most: int = 
         else:
             place[key] = draw(values)
     return value
+
+
+_ALIKE: dict[type, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    int: st.sampled_from([0, 1, 2, 7, 2**31, 2**32 - 1, 2**40]) | st.integers(0, 20),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    str: st.text(max_size=4) | st.sampled_from(["", "a", "b", " ", "x*", "A", "B", "\u2581", "AAAA", "[", "ab" * 40]),
+}
+
+
+@st.composite
+def retouched(draw: st.DrawFn, base: Any, most: int = 3) -> Any:
+    """Return a copy of nested `base` with up to `most` of its values replaced by others of their type."""
+    value = copy.deepcopy(base)
+    places = list(_leaves(value))
+    for _ in range(draw(st.integers(0, most)) if places else 0):
+        place, key = draw(st.sampled_from(places))
+        place[key] = draw(_ALIKE[type(place[key])])
+    return value
+
+
+def _leaves(place: Any) -> Iterator[tuple[Any, Any]]:
+    for key in _entries(place):
+        if isinstance(place[key], dict | list):
+            yield from _leaves(place[key])
+        elif type(place[key]) in _ALIKE and key not in ("type", "version"):
+            yield place, key
 
 
 def _entries(place: Any) -> list[Any]:

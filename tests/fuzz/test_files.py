@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.attempt import attempt, inputs
-from tests.fuzz.hostile import as_json, damaged
+from tests.fuzz.hostile import as_json, damaged, retouched
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.convert import convert
 from uptrain.data.token_text import encode
@@ -57,26 +57,50 @@ def test_a_pickle_is_weights_or_refused(data: bytes, tmp_path: Path) -> None:
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-TOKENIZER = {
+TOKENIZER: dict[str, Any] = {
     "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
     "pre_tokenizer": BYTES, "post_processor": None, "decoder": BYTES,
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "unk_token": None},
 }  # fmt: skip
-TOKENIZERS = [
-    TOKENIZER,
-    TOKENIZER | {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], ["b", -2.0]]}},
-    TOKENIZER | {
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "},
-        ]},
-        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False},
-        "model": {"type": "WordPiece", "vocab": {"a": 0, "##b": 1, "[UNK]": 2}, "unk_token": "[UNK]",
-                  "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
-        "post_processor": {"type": "TemplateProcessing", "special_tokens": {},
-                           "single": [{"Sequence": {"id": "A", "type_id": 0}}],
-                           "pair": [{"Sequence": {"id": "B", "type_id": 1}}]},
-    },
-]  # fmt: skip
+WORDS = {"a": 0, "b": 1, "ab": 2, "##b": 3, "[UNK]": 4}
+PARTS: dict[str, list[Any]] = {
+    "model": [
+        TOKENIZER["model"],
+        {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], ["b", -2.0]], "byte_fallback": False},
+        {"type": "WordPiece", "vocab": WORDS, "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+         "max_input_chars_per_word": 100},
+        {"type": "WordLevel", "vocab": WORDS, "unk_token": "[UNK]"},
+    ],
+    "normalizer": [
+        None, {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "},
+        {"type": "Replace", "pattern": {"String": "x"}, "content": "y"}, {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "StripAccents"}]},
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    ],
+    "pre_tokenizer": [
+        None, BYTES, {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False},
+        {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+        {"type": "Digits", "individual_digits": True}, {"type": "FixedLength", "length": 3},
+        {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, {"type": "Digits", "individual_digits": False}]},
+    ],
+    "post_processor": [
+        None, BYTES, {"type": "RobertaProcessing", "sep": ["b", 1], "cls": ["a", 0], "trim_offsets": True,
+                      "add_prefix_space": False},
+        {"type": "TemplateProcessing", "special_tokens": {"a": {"id": "a", "ids": [0], "tokens": ["a"]}},
+         "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+         "pair": [{"Sequence": {"id": "B", "type_id": 1}}]},
+    ],
+    "truncation": [None, {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}],
+    "padding": [None, {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                       "pad_type_id": 0, "pad_token": "a"}],
+    "added_tokens": [[], [{"id": 7, "content": "zz", "single_word": False, "lstrip": False, "rstrip": False,
+                           "normalized": False, "special": True}]],
+}  # fmt: skip
+TOKENIZERS = [TOKENIZER | {"model": model} for model in PARTS["model"]]
+tokenizers = st.fixed_dictionaries({name: st.sampled_from(parts) for name, parts in PARTS.items()}).flatmap(
+    lambda parts: retouched(TOKENIZER | parts)
+)
+"""Parts as they come, each with a few of its values changed."""
 SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
 TEXT = ["ab a b\n", "", "Ünïcode \u2603 " + "x" * 300]
 
@@ -91,10 +115,10 @@ def load(folder: Path, tokenizer: bytes, settings_: bytes) -> tuple[Any, str]:
 
 
 @given(
-    tokenizer=as_json(st.sampled_from(TOKENIZERS).flatmap(damaged)),
-    settings_=as_json(damaged(SETTINGS, ("added_tokens_decoder",))),
+    tokenizer=tokenizers.map(lambda made: json.dumps(made).encode()) | as_json(damaged(TOKENIZER)),
+    settings_=st.just(json.dumps(SETTINGS).encode()) | as_json(damaged(SETTINGS, ("added_tokens_decoder",))),
 )
-@inputs(15)
+@inputs(60)
 def test_a_tokenizer_loads_or_is_refused_and_its_code_does_not_run(
     tokenizer: bytes, settings_: bytes, tmp_path: Path
 ) -> None:
