@@ -42,7 +42,7 @@ LAYOUTS = [
 ]  # fmt: skip
 """Families of every packing, kind of position and kind of block."""
 WHOLE = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
-"""Families whose code computes all of a block's attention at once."""
+"""Families whose code computes all of a block's attention at once, in every release of transformers or in some."""
 
 
 def save(folder: Path, model_type: str, *, scattered: int = 0, **changes: Any) -> Path:
@@ -121,8 +121,10 @@ def test_heads_become_the_modules_own_parameters_and_probabilities_are_transform
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         expected = plain(tokens(2)[:1], output_attentions=True).attentions[0][0]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected)
-    assert len(parts) == (1 if model_type.partition("+")[0] in WHOLE else 5)
-    assert probabilities.in_parts(type(plain)) == (len(parts) == 5)
+    split = probabilities.in_parts(type(plain))
+    assert len(parts) == (5 if split else 1)
+    # Of those that compute all at once in one release of transformers, some do not in the next.
+    assert split or model_type.partition("+")[0] in WHOLE
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
