@@ -3,9 +3,9 @@
     python benchmarks/calibrate_scale.py --dir /dev/shm [--memory 6GB] [--calibration-tokens 1024] [--repair-steps 0]
     python benchmarks/calibrate_scale.py --model ./SmolLM2-135M --groups 1 --memory 500MB
 
-Without --model it makes a Llama of 3.2 billion random bfloat16 weights (Llama 3.2 3B's shape, but for 512 positions,
-which makes blocks of as many tokens) with the demo's tokenizer, a shard at a time. Random weights say nothing of
-quality; memory and time are those of a real model.
+Without --model it makes a Llama of 3.6 billion random bfloat16 weights (Llama 3.2 3B's shape with a head of its own,
+but for 512 positions, which makes blocks of as many tokens) with the demo's tokenizer, a shard at a time. Random
+weights say nothing of quality; memory and time are those of a real model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHARD = 2**30
 """Bytes of a shard before the next one is begun."""
 LLAMA_3B = LlamaConfig(
     vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-    num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=512, dtype="bfloat16",
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, max_position_embeddings=512, dtype="bfloat16",
 )  # fmt: skip
 
 
