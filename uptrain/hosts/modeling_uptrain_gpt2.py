@@ -93,6 +93,10 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
+# GPT-2's classes name "attn.bias", the masks of old checkpoints; vLLM finds it in c_attn.bias too, and drops that.
+NOTHING_TO_IGNORE: list[str] = []
+
+
 class UptrainGPT2Attention(GPT2Attention):
     """Attend with H query heads over G key/value heads; `c_attn` gives [H queries | G keys | G values]."""
 
@@ -136,7 +140,7 @@ class UptrainGPT2Attention(GPT2Attention):
             scaling=self.scaling,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*attn_output.shape[:-2], -1).contiguous()
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.resid_dropout(self.c_proj(attn_output)), attn_weights
 
 
@@ -145,6 +149,7 @@ class UptrainGPT2Model(GPT2Model):
 
     config: UptrainGPT2Config
     config_class = UptrainGPT2Config
+    _keys_to_ignore_on_load_unexpected = NOTHING_TO_IGNORE
 
     def __init__(self, config: UptrainGPT2Config) -> None:
         super().__init__(config)
@@ -158,6 +163,7 @@ class UptrainGPT2LMHeadModel(GPT2LMHeadModel):
 
     config: UptrainGPT2Config
     config_class = UptrainGPT2Config
+    _keys_to_ignore_on_load_unexpected = NOTHING_TO_IGNORE
 
     def __init__(self, config: UptrainGPT2Config) -> None:
         # Past GPT2LMHeadModel's own __init__, which would build the whole model a second time.

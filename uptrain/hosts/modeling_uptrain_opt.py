@@ -106,7 +106,7 @@ class UptrainOPTAttention(OPTAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*attn_output.shape[:-2], -1).contiguous()
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.out_proj(attn_output), attn_weights
 
 

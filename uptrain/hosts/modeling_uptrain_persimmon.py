@@ -117,7 +117,7 @@ class UptrainPersimmonAttention(PersimmonAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*attn_output.shape[:-2], -1).contiguous()
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.dense(attn_output), attn_weights
 
 
