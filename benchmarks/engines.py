@@ -7,9 +7,10 @@
 
 Engines live in environments of their own and are asked in processes of their own: to go on from prompts of token ids,
 and for the log-probability of every token of what transformers went on with, so that the difference means the same
-whether or not tokens part. --families converts small random models of several families to the stock classes that hold
-their shared heads. --synthetic makes dense deepseek_v3 of random weights with a 512 + 64 cache, the size that
-fast MLA kernels take, and neutral norms: with whole queries, and with a low-rank q_a, which llama.cpp must have.
+whether or not tokens part. --families converts small random models of several families to the classes that hold their
+shared heads, stock ones or those of uptrain's own modelling files. --synthetic makes dense deepseek_v3 of random
+weights with a 512 + 64 cache, the size that fast MLA kernels take, and neutral norms: with whole queries, and with a
+low-rank q_a, which llama.cpp must have.
 
 vLLM 0.32 on CPU: its C++ rotary operator is wrong for interleaved queries, so it is turned off here. It decodes from
 latents of 512 + 64 only (CPU_MLA); others run with VLLM_MLA_DISABLE=1, their cache expanded. Nothing is tokenised, so
@@ -38,14 +39,20 @@ GPT2_SIZES = {
     "vocab_size": 512, "n_embd": 512, "n_layer": 2, "n_head": 8, "n_positions": 512, "initializer_range": 0.05,
     "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-FAMILIES: dict[str, tuple[dict[str, Any], str, int | None]] = {
-    "llama": (SIZES, "gqa", 2),
-    "qwen2": (SIZES, "gqa", 2),
-    "olmo2": (SIZES, "gqa", 2),
-    "gpt_neox": ({**SIZES, "rotary_pct": 0.5}, "gqa", 2),
-    "gpt2": (GPT2_SIZES, "mqa", None),
-}
-"""Sizes of a random source, target and groups; what is asked about is the stock class that holds the result."""
+FAMILIES: list[tuple[str, dict[str, Any], str, int | None]] = [
+    ("llama", SIZES, "gqa", 2),
+    ("qwen2", SIZES, "gqa", 2),
+    ("olmo2", SIZES, "gqa", 2),
+    ("gpt_neox", {**SIZES, "rotary_pct": 0.5}, "gqa", 2),
+    ("gpt2", GPT2_SIZES, "mqa", None),
+    ("gpt2", GPT2_SIZES, "gqa", 2),
+    ("gpt_neo", {**SIZES, "num_layers": 2, "num_heads": 8, "attention_types": [[["global", "local"], 1]]}, "gqa", 2),
+    ("opt", {**SIZES, "ffn_dim": 1024, "word_embed_proj_dim": 512}, "gqa", 2),
+    ("bloom", {**SIZES, "n_layer": 2, "n_head": 8}, "gqa", 2),
+    ("mpt", {**SIZES, "d_model": 512, "n_layers": 2, "n_heads": 8, "max_seq_len": 512}, "gqa", 2),
+    ("persimmon", SIZES, "gqa", 2),
+]
+"""A family, sizes of a random source, target and groups; what is asked about is the class that holds the result."""
 PROMPTS = [list(range(11, 23)), [5, 9, 14, 3, 200, 77, 31, 8]]
 NEW = 12
 FAST = (512, 64)
@@ -65,7 +72,8 @@ if __name__ == "__main__":
     options = {"attention_backend": job["backend"]} if job["backend"] else {}
     model = LLM(
         job["folder"], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=128,
-        compilation_config={"custom_ops": ["-rotary_embedding"]}, gpu_memory_utilization=0.3, **options,
+        trust_remote_code=True, compilation_config={"custom_ops": ["-rotary_embedding"]}, gpu_memory_utilization=0.3,
+        **options,
     )
     def ask(rows, **settings):
         asked = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **settings)
@@ -152,7 +160,7 @@ def synthetic(folder: Path, q_lora_rank: int | None) -> Path:
     return folder
 
 
-def converted(model_type: str, work: Path) -> Path:
+def converted(model_type: str, sizes: dict[str, Any], target: str, groups: int | None, work: Path) -> Path:
     """Convert a random model of a family by mean pooling; biases and norms are random too, as trained ones are."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -160,13 +168,12 @@ def converted(model_type: str, work: Path) -> Path:
     from uptrain.convert import convert
     from uptrain.request import Request
 
-    sizes, target, groups = FAMILIES[model_type]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += torch.randn_like(parameter) * 0.1
-    source = work / f"{model_type}-source"
+    source = work / f"{model_type}-{target}-source"
     model.save_pretrained(source)
     out = convert(str(source), work / f"{model_type} {target}", Request(target, groups)).out
     held = json.loads((out / "config.json").read_text())["model_type"]
@@ -269,6 +276,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path, help="checkpoint folders")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--families", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", default=[family for family, *_ in FAMILIES])
     parser.add_argument("--setup", type=Path, metavar="FOLDER")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON")
     parser.add_argument("--llama", type=Path, metavar="PYTHON")
@@ -288,7 +296,7 @@ def main() -> None:
             folders.append(synthetic(Path(work) / "512+64", None))
             folders.append(synthetic(Path(work) / "512+64, low-rank q_a", 192))
         if arguments.families:
-            folders += [converted(family, Path(work)) for family in FAMILIES]
+            folders += [converted(*family, Path(work)) for family in FAMILIES if family[0] in arguments.only]
         for folder in folders:
             for row in engines(arguments, folder, Path(work), by_transformers(folder)):
                 rows.append({"checkpoint": folder.name, **row})
