@@ -45,16 +45,14 @@ class Interrupted(UptrainError):
 
 @contextmanager
 def told_as(refusal: Callable[[str], UptrainError]) -> Iterator[None]:
-    """Turn whatever a library raises in the block into the `refusal` that its reason gives, a panic in Rust too.
+    """Turn whatever is raised in the block into the `refusal` that its reason gives, a panic in Rust too.
 
     A panic is no Exception, so that handlers let it pass, and its class can't be imported.
     """
     try:
         yield
     except BaseException as error:
-        if isinstance(error, UptrainError) or not (
-            isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        ):
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise refusal(str(error) or type(error).__name__) from None
 

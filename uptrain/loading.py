@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.source import resolve
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, told_as
 from uptrain.hosts.register import auto_class_of, register
 
 
@@ -25,11 +25,8 @@ def load(model: str | Path, *, absorbed: bool = True, revision: str | None = Non
 
     source = resolve(str(model), revision)
     settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
-    try:
+    with told_as(lambda reason: CheckpointError(f"transformers can't load {source.name}: {reason}")):
         found = auto_class_of(source.path).from_pretrained(source.path, **settings)
-    except Exception as error:  # for a config that is broken it raises anything
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"transformers can't load {source.name}: {reason}") from None
     latent_norm.check_loaded(found)
     if absorbed:
         from uptrain.hosts.absorbed import absorb

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from uptrain.errors import UsageError, did_you_mean
+from uptrain.errors import UsageError, did_you_mean, told_as
 from uptrain.measure.intervals import interval
 from uptrain.measure.progress import Progress, counted
 
@@ -85,12 +85,9 @@ def load_tasks(wanted: Tasks) -> Any:
                 f"lm-eval knows no task {unknown[0]}.",
                 did_you_mean(unknown[0], manager.all_tasks) or "Name a task, or the path of a task's YAML file.",
             )
-        try:
+        # Whatever a task's file or data does wrong, from YAML to a server that can't be reached.
+        with told_as(lambda reason: UsageError(f"lm-eval can't load {', '.join(wanted.names)}: {reason}")):
             loaded = manager.load(list(dict.fromkeys(wanted.names)))
-        except Exception as error:
-            # Whatever a task's file or data does wrong, from YAML to a server that can't be reached.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"lm-eval can't load {', '.join(wanted.names)}: {reason}") from None
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
