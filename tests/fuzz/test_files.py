@@ -146,7 +146,7 @@ PANICS = {
     },
     "an unknown word without a token": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}},
 }  # fmt: skip
-"""What made a library of the tokenizer's give up, in ways that no handler of exceptions sees."""
+"""What makes the tokenizers library give up; all but the last by a panic, which no handler of exceptions sees."""
 
 
 @pytest.mark.parametrize("damage", PANICS.values(), ids=PANICS)
