@@ -182,6 +182,11 @@ def _latent_options(command: Command) -> Command:
     is_flag=True,
     help="Share the work with every process that runs this same command, here or on machines that see the same OUT.",
 )
+@click.option(
+    "--diagnose",
+    is_flag=True,
+    help="Also measure each layer: the energy that each method keeps, and how similar the heads are that share.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def convert(model: str, out: str | None, **options: Any) -> None:
@@ -225,6 +230,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     settings = {
         "overwrite": options["overwrite"],
         "join": options["join"],
+        "diagnose": options["diagnose"],
         "memory": options["memory"],
         "on_note": console.note,
     }

@@ -97,6 +97,7 @@ def convert(
     allow_pickle: bool = False,
     overwrite: bool = False,
     join: bool = False,
+    diagnose: bool = False,
     memory: int = MEMORY,
     on_progress: Progress = lambda count: None,
     on_layer: Callable[[int, int], None] = lambda done, layers: None,
@@ -105,7 +106,8 @@ def convert(
     """Convert `model` (a folder, `demo` or a Hub id) and write the result to `out`, whole or not at all.
 
     With `join`, other processes may make the same call with the same `out` at the same time: they share the work, and
-    each returns when `out` stands.
+    each returns when `out` stands. With `diagnose`, every layer is measured too: what each method keeps of its energy,
+    and how similar the heads are that come to share.
 
     Raises:
         UptrainError: as `plan_conversion`; OUT exists or lies in the source; the disk is full.
@@ -121,6 +123,7 @@ def convert(
         out,
         overwrite=overwrite,
         join=join,
+        diagnose=diagnose,
         memory=memory,
         on_progress=on_progress,
         on_layer=on_layer,
@@ -136,6 +139,7 @@ def run_plan(
     *,
     overwrite: bool = False,
     join: bool = False,
+    diagnose: bool = False,
     memory: int = MEMORY,
     on_progress: Progress = lambda count: None,
     on_layer: Callable[[int, int], None] = lambda done, layers: None,
@@ -147,6 +151,10 @@ def run_plan(
     `memory`, in bytes, is what a calibration may hold; `on_layer` gets its layers done and all. `shared`
     lets calibrations of one source share what they have in common.
     """
+    if diagnose and plan.latent is not None:
+        raise UsageError(
+            "--diagnose compares heads that come to share one, and --to mla has none.", "Leave --diagnose out."
+        )
     folder = Path(out) if out is not None else default_out(source, plan)
     with _resumable(), friendly_errors(folder):
         found = _committed(folder, source, plan)
@@ -169,7 +177,7 @@ def run_plan(
                 on_note(f"Other processes have finished {folder}.")
             else:
                 calibrating = partial(_calibrated, checkpoint, plan, folder, memory, on_layer, on_note, shared)
-                filled, kept = _build(source, checkpoint, plan, work, calibrating, on_progress)
+                filled, kept = _build(source, checkpoint, plan, work, calibrating, on_progress, diagnose)
     return Conversion(folder, source, filled, work.resumed if work else (), _kept_in(folder) if kept is None else kept)
 
 
@@ -180,6 +188,7 @@ def _build(
     work: Begun,
     calibrating: Callable[[], CalibratedLayers | None],
     on_progress: Progress,
+    diagnose: bool,
 ) -> tuple[Plan, Kept | None]:
     """Do this process's part of the work; return the plan as it was run, and what was kept if it came to finish OUT."""
     folder, state = work.state.path.parent, work.state
@@ -188,7 +197,7 @@ def _build(
     if not there:
         return plan, None
     filled = _with_slots(checkpoint, plan, calibrated)
-    runner = Pipeline(checkpoint, filled, folder, state, on_progress, calibrated, work.party)
+    runner = Pipeline(checkpoint, filled, folder, state, on_progress, calibrated, work.party, diagnose)
     runner.run()
     while left := runner.left():
         # What is left is others' work; should they die, it is ours.

@@ -49,13 +49,14 @@ class Pipeline:
         on_progress: Progress,
         calibrated: Calibrated | None = None,
         party: Alone | Joint | None = None,
+        diagnose: bool = False,
     ) -> None:
         self.checkpoint, self.plan, self.partial, self.state = checkpoint, plan, partial, state
         self.on_progress, self.party = on_progress, party or Alone()
         self.counted: set[str] = set()
         self.lock = threading.Lock()
         self.stop = threading.Event()
-        self.layers = LayerMaker(checkpoint, plan, calibrated)
+        self.layers = LayerMaker(checkpoint, plan, calibrated, diagnose)
         self.followers = _followers(checkpoint, plan)
         pooled = plan.request.method in POOLS
         self.room = threading.Semaphore(max(1, POOLED_AT_ONCE // plan.peak_memory) if pooled else _workers())

@@ -203,15 +203,16 @@ def conversion(done: Conversion, as_json: bool) -> None:
         rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
         rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
         columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
-        title = "Energy kept" if done.plan.latent else "Energy kept, and what pooling would keep"
+        title = "Energy kept" if done.plan.latent else "Energy kept, by method"
         console.table(title, columns, rows)
     console.facts(f"Wrote {done.out}", pairs)
-    if method == "mean" and done.kept:
+    if method == "mean" and len(done.kept) == 1:
         (layer, kept), *_ = done.kept.items()
         ours, better = kept["mean"], kept["svd"]
         console.note(
-            f"In layer {place(layer)}, mean keeps {ours['keys']:.0%} of key and {ours['values']:.0%} of value energy; "
-            f"--method svd would keep {better['keys']:.0%} and {better['values']:.0%}."
+            f"In layer {place(layer)}, mean keeps about {ours['keys']:.0%} of key and {ours['values']:.0%} of value "
+            f"energy; --method svd would keep {better['keys']:.0%} and {better['values']:.0%}. "
+            "--diagnose measures every layer."
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )

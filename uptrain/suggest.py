@@ -104,7 +104,7 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
     if request.method == "mean":
         shares = [_pooled(checkpoint, plan, layer, groups) for layer in layers]
     else:
-        maker = LayerMaker(checkpoint, plan, compare=False)
+        maker = LayerMaker(checkpoint, plan)
         for layer in layers:
             maker.make(layer)
         shares = [(kept["svd"]["keys"], kept["svd"]["values"]) for kept in maker.kept.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -36,6 +37,10 @@ class Calibrated(Protocol):
         """Return what each method keeps of one layer's energy."""
 
 
+DIAGNOSED_PER_BYTE = 1.0
+DIAGNOSED_AT_LEAST = 1e8
+"""Multiplications per byte of the result, and at least, that a conversion which only pools may spend on measuring what
+is lost: about a thirtieth of the time that writing takes."""
 MEASURABLE = 1e15
 """The largest weight whose energy float32 can add up."""
 
@@ -43,18 +48,21 @@ MEASURABLE = 1e15
 class LayerMaker:
     """Makes one layer's changed attention tensors from the source's.
 
-    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be, and `similarity`,
-    unless it is not to `compare`, how alike the heads are that come to share.
+    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be.
+
+    - `calibrated`: the layers that a calibration made, None where weights alone decide.
+    - `diagnose`: measure every layer, also what pooling does not need: what the other method would keep, and in
+      `similarity` how alike the heads are that come to share. Without it, pooling measures a part of one layer, with at
+      most `DIAGNOSED_PER_BYTE` multiplications per byte of the result.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated | None = None, compare: bool = True
+        self, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated | None = None, diagnose: bool = False
     ) -> None:
-        self.checkpoint, self.plan, self.calibrated, self.compare = checkpoint, plan, calibrated, compare
+        self.checkpoint, self.plan, self.calibrated, self.diagnose = checkpoint, plan, calibrated, diagnose
         self.kept: dict[int, dict[str, dict[str, float]]] = {}
         self.similarity: dict[int, dict[str, dict[str, float]]] = {}
-        # Telling what svd would keep costs time, so mean tells it of the middle layer only.
-        self.sample = len(plan.before) // 2
+        self._sample = len(plan.before) // 2
         self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
         self._dtypes = {
             (tensor.layer, tensor.module): tensor.info.dtype
@@ -119,10 +127,8 @@ class LayerMaker:
             self.kept[layer] = self.calibrated.kept(layer)
             return self.calibrated.read(layer)
         if request.method != "svd" and request.grouping == "contiguous":
-            if request.method == "mean" and layer == self.sample and not self._pool_only:
-                self.kept[layer] = _estimate(
-                    heads, groups, self.plan.architecture.position, self.plan.before[layer].rotary_ndims
-                )
+            if request.method == "mean" and not self._pool_only:
+                self._estimate(heads, groups, layer)
             return self._pooled(heads, groups, layer)
         self._check_finite(heads, layer)
         methods = _torch_methods()
@@ -137,13 +143,23 @@ class LayerMaker:
         return heads
 
     def _compare(self, heads: LayerHeads, groups: int, layer: int) -> None:
-        """Note how alike the heads are that come to share: of every layer, or of one where that would cost much."""
-        spec, every = self.plan.before[layer], self.plan.request.method in ("svd", "calibrated")
-        hidden = heads.part("k").weight.shape[-1]
-        cheap = len(self.plan.before) * alike.cost(spec, groups, hidden) < alike.CHEAP
-        if self.compare and (every or cheap or layer == self.sample) and _all_measurable(heads, groups):
-            position = self.plan.architecture.position
+        """Record how alike the heads are that come to share, where this is asked for."""
+        if self.diagnose and _all_measurable(heads, groups):
+            spec, position = self.plan.before[layer], self.plan.architecture.position
             self.similarity[layer] = alike.head_similarity(heads, groups, position, spec, not self._pool_only)
+
+    def _estimate(self, heads: LayerHeads, groups: int, layer: int) -> None:
+        """Record what `mean` keeps of a layer's energy, and what svd would keep of it."""
+        spec, measured = self.plan.before[layer], groups
+        if not self.diagnose:
+            if layer != self._sample:
+                return
+            budget = max(DIAGNOSED_AT_LEAST, DIAGNOSED_PER_BYTE * self.plan.total_bytes)
+            each = estimate.cost(spec.num_key_value_heads // groups, spec.head_dim, heads.part("k").weight.shape[-1])
+            measured = min(groups, int(budget // each))
+        found = _estimated(heads, groups, measured, self.plan.architecture.position, spec.rotary_ndims)
+        if found:
+            self.kept[layer] = found
 
     def _latent(self, heads: LayerHeads, layer: int, latent: LatentPlan) -> LatentHeads:
         if self.calibrated is not None:
@@ -219,19 +235,30 @@ def _torch_methods() -> _TorchMethods:
     return _TorchMethods(one_thread, factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
 
 
-def _estimate(
-    heads: LayerHeads, groups: int, position: Position, rotary_ndims: int | None
+def _estimated(
+    heads: LayerHeads, groups: int, measured: int, position: Position, rotary_ndims: int | None
 ) -> dict[str, dict[str, float]]:
+    """Return the share of key and value energy that `mean` keeps and that svd would keep, by method.
+
+    - `heads`: the layer's heads as they are.
+    - `groups`: how many heads are to stay of keys and of values.
+    - `measured`: of how many groups, the first ones, this is measured; nothing is returned for none.
+    - `position`: what tells attention where a token stands.
+    - `rotary_ndims`: how many dims of a key rotate, None for all of them where `position` rotates.
+    """
+
     def kept_keys(rows: Array) -> float:
         if not position.rotates or rotary_ndims == 0:
             return estimate.kept_by_factor(rows, 1)
         interleaved = position is Position.ROTARY_INTERLEAVED
         return estimate.kept_by_phases(rows, 1, interleaved, rotary_ndims or rows.shape[1])
 
+    if not measured:
+        return {}
     means, bests = [], []
     for part in "kv":
         found = []
-        for rows in estimate.rows_by_group(heads.part(part), groups):
+        for rows in islice(estimate.rows_by_group(heads.part(part), groups), measured):
             if not _measurable(rows):
                 return {}  # what isn't finite is refused with its name when the layer is finished
             best = kept_keys(rows) if part == "k" else estimate.kept_by_factor(rows, 1)

@@ -17,8 +17,6 @@ from uptrain.packing import Heads, LayerHeads
 
 PAIRS = 64
 """Pairs of a group that are compared; of more, so many evenly spread ones."""
-CHEAP = 5e10
-"""Multiplications that a conversion which only averages heads may spend on this: a few seconds of one core."""
 
 Kept = Callable[[estimate.Floats], float]
 """Says of two heads' rows (2, D, d̃) which share of their energy one head keeps."""
@@ -78,9 +76,3 @@ def _mean(heads: Heads, groups: int, kept: Kept) -> float:
 def _pairs(heads: int) -> list[tuple[int, int]]:
     found = list(combinations(range(heads), 2))
     return found[:: -(-len(found) // PAIRS)]
-
-
-def cost(spec: AttentionSpec, groups: int, hidden_size: int) -> float:
-    """Return about how many multiplications `head_similarity` of one layer takes."""
-    pairs = len(_pairs(spec.num_key_value_heads // groups))
-    return 2.0 * groups * pairs * (2 * spec.head_dim) ** 2 * (hidden_size + 1)

@@ -63,6 +63,12 @@ def kept_by_phases(rows: Floats, groups: int, interleaved: bool, dims: int) -> f
     return kept / energy(rows)
 
 
+def cost(heads: int, head_dim: int, hidden_size: int) -> float:
+    """Return about how many multiplications `kept_by_factor` of `heads` heads takes, for keys and for values."""
+    stacked = heads * head_dim
+    return 2.0 * stacked * (hidden_size + 1) * (stacked if stacked <= EXACT_ROWS else 8 * (head_dim + 32))
+
+
 def energy(rows: Array) -> float:
     """Return the energy of `rows`, and 1 for that of none, so that shares of it are numbers."""
     return float(np.square(rows).sum(dtype=np.float64)) or 1.0

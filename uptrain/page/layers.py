@@ -35,7 +35,7 @@ def energy(subjects: list[Subject]) -> Section:
         else:
             (layer, methods), *_ = kept.items()
             missing.append(
-                f"{subject.name} was estimated in layer {layer} alone; --method svd and calibrated record all."
+                f"{subject.name} was estimated in layer {layer} alone; uptrain convert --diagnose measures all layers."
             )
         for layer, methods in kept.items():
             for method, sides in methods.items():
@@ -64,7 +64,7 @@ def similarity(subjects: list[Subject]) -> Iterator[Section]:
         elif len(layers) > 1:
             alike.append((layers, [subject.name]))
         elif not layers:
-            missing.append(f"{subject.name} has no record of it: uptrain convert notes it where heads come to share.")
+            missing.append(f"{subject.name} has no record of it: uptrain convert --diagnose measures it.")
         for layer, kinds in layers.items():
             cells = [f"{kinds[kind][side]:.1%}" if kind in kinds else "–" for side in ("keys", "values")
                      for kind in _LINES]  # fmt: skip

@@ -101,6 +101,7 @@ class Runner:
         began = time.monotonic()
         run_plan(
             self._source, self._checkpoint, task.plan, place, overwrite=self._overwrite,
+            diagnose=task.plan.latent is None,
             memory=self._memory + self._reference.nbytes, on_layer=self._on_layers(), on_note=self._note,
             shared=self._sharing() if calibrated else None,
         )  # fmt: skip
