@@ -1,10 +1,13 @@
 """Time `uptrain convert --to gqa` against `cp -r` of the same synthetic sharded Llama checkpoint.
 
     python benchmarks/convert_speed.py [--gigabytes 8] [--shards 16] [--dir /dev/shm] [--json]
+    python benchmarks/convert_speed.py --gigabytes 2 --heads 32:32:8 --heads 64:64:8 --heads 32:8:2 --profile
 
-Both run as processes of their own, in turns, each after its earlier output is removed; the first turn warms up
-and does not count. On a memory file system neither waits for a disk, so the ratio is the converter's own cost. On a
-disk both end when their bytes are on it: a conversion flushes what it writes, so the copy is followed by `sync`.
+Each --heads is one source: its attention heads, its key/value heads, and how many of those stay. Many key/value heads
+are what makes pooling work hard. Both commands run as processes of their own, in turns, each after its earlier output
+is removed; the first turn warms up and does not count. On a memory file system neither waits for a disk, so the ratio
+is the converter's own cost. On a disk both end when their bytes are on it: a conversion flushes what it writes, so the
+copy is followed by `sync`.
 """
 
 from __future__ import annotations
@@ -12,32 +15,68 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-HIDDEN, HEADS, INTERMEDIATE, VOCAB = 2048, 32, 5632, 32000
+VOCAB = 32000
 ROOT = Path(__file__).parents[1]
 
 
-def layer_tensors(layer: int) -> dict[str, tuple[int, ...]]:
-    prefix = f"model.layers.{layer}."
-    square = {f"{prefix}self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
-    return {
-        f"{prefix}input_layernorm.weight": (HIDDEN,),
-        **square,
-        f"{prefix}post_attention_layernorm.weight": (HIDDEN,),
-        f"{prefix}mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-        f"{prefix}mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-        f"{prefix}mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-    }
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's width: attention heads, key/value heads, and how many of them the conversion keeps."""
+
+    heads: int
+    key_value_heads: int
+    groups: int
+    head_dim: int = 64
+
+    @classmethod
+    def read(cls, text: str) -> Shape:
+        """Read `heads:key_value_heads:groups` or, with the dims of a head, `heads:key_value_heads:groups:head_dim`."""
+        return cls(*map(int, text.split(":")))
+
+    @property
+    def hidden(self) -> int:
+        """Return the hidden size."""
+        return self.heads * self.head_dim
+
+    @property
+    def intermediate(self) -> int:
+        """Return the MLP's width, in Llama's proportion."""
+        return self.hidden * 11 // 4
+
+    def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Return a layer's tensors and their shapes."""
+        prefix, hidden = f"model.layers.{layer}.", self.hidden
+        few = (self.key_value_heads * self.head_dim, hidden)
+        return {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}self_attn.q_proj.weight": (hidden, hidden),
+            f"{prefix}self_attn.k_proj.weight": few,
+            f"{prefix}self_attn.v_proj.weight": few,
+            f"{prefix}self_attn.o_proj.weight": (hidden, hidden),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            f"{prefix}mlp.gate_proj.weight": (self.intermediate, hidden),
+            f"{prefix}mlp.up_proj.weight": (self.intermediate, hidden),
+            f"{prefix}mlp.down_proj.weight": (hidden, self.intermediate),
+        }
+
+
+# Multi-head attention narrow and wide, and grouped heads.
+SHAPES = ("32:32:8", "24:24:8:128", "64:64:8", "32:8:2")
 
 
 def size(shape: tuple[int, ...]) -> int:
@@ -45,15 +84,15 @@ def size(shape: tuple[int, ...]) -> int:
     return 2 * int(np.prod(shape))
 
 
-def model_tensors(total_bytes: int) -> tuple[dict[str, tuple[int, ...]], int]:
+def model_tensors(shape: Shape, total_bytes: int) -> tuple[dict[str, tuple[int, ...]], int]:
     """Return names and shapes of a Llama near total_bytes, and its layer count."""
-    ends = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    tail = {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    ends = {"model.embed_tokens.weight": (VOCAB, shape.hidden)}
+    tail = {"model.norm.weight": (shape.hidden,), "lm_head.weight": (VOCAB, shape.hidden)}
     fixed = sum(map(size, [*ends.values(), *tail.values()]))
-    layers = max(1, round((total_bytes - fixed) / sum(map(size, layer_tensors(0).values()))))
+    layers = max(1, round((total_bytes - fixed) / sum(map(size, shape.layer_tensors(0).values()))))
     tensors: dict[str, tuple[int, ...]] = dict(ends)
     for layer in range(layers):
-        tensors |= layer_tensors(layer)
+        tensors |= shape.layer_tensors(layer)
     return tensors | tail, layers
 
 
@@ -93,10 +132,10 @@ def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], blocks: Iterato
             offset -= len(block)
 
 
-def make_source(folder: Path, total_bytes: int, shards: int) -> int:
+def make_source(folder: Path, shape: Shape, total_bytes: int, shards: int) -> int:
     """Write the checkpoint and return its weights' bytes."""
     folder.mkdir()
-    tensors, layers = model_tensors(total_bytes)
+    tensors, layers = model_tensors(shape, total_bytes)
     parts, blocks = split(tensors, shards), noise()
     weight_map = {}
     for number, part in enumerate(parts, start=1):
@@ -109,11 +148,11 @@ def make_source(folder: Path, total_bytes: int, shards: int) -> int:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
         "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_value_heads,
         "vocab_size": VOCAB,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
@@ -135,7 +174,9 @@ def run(command: list[str], outputs: tuple[Path, ...]) -> tuple[float, float, in
         shutil.rmtree(output, ignore_errors=True)
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        # The first turn leaves compiled modules, as an installation does, also where this shell forbids it.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
         # wait4 took the child from under Popen, which would otherwise wait for it again.
@@ -146,11 +187,13 @@ def run(command: list[str], outputs: tuple[Path, ...]) -> tuple[float, float, in
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
-def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -> dict[str, float]:
+def measure(
+    work: Path, shape: Shape, total_bytes: int, shards: int, runs: int, profile: bool
+) -> dict[str, float | list[str]]:
     source, copy, out = work / "source", work / "copy", work / "converted"
-    weights = make_source(source, total_bytes, shards)
-    convert = [sys.executable, "-m", "uptrain", "convert", str(source), str(out)]
-    convert += ["--to", "gqa", "--groups", str(groups)]
+    weights = make_source(source, shape, total_bytes, shards)
+    arguments = ["-m", "uptrain", "convert", str(source), str(out), "--to", "gqa", "--groups", str(shape.groups)]
+    convert = [sys.executable, *arguments]
     cp = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(source), str(copy)]
     pairs = []
     for _ in range(runs + 1):
@@ -159,7 +202,10 @@ def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -
         zip(*found, strict=True) for found in zip(*pairs[1:], strict=True)
     )
     copied, converted = statistics.median(copies), statistics.median(conversions)
+    largest = largest_items(arguments, (copy, out), work / "profile") if profile else []
     return {
+        **asdict(shape),
+        "largest": largest,
         "source_bytes": weights,
         "output_bytes": sum(path.stat().st_size for path in out.rglob("*.safetensors")),
         "cp_seconds": copied,
@@ -176,30 +222,57 @@ def measure(work: Path, total_bytes: int, shards: int, groups: int, runs: int) -
     }
 
 
+def largest_items(arguments: list[str], outputs: tuple[Path, ...], report: Path, count: int = 5) -> list[str]:
+    """Convert once more under py-spy (pip install py-spy); return the functions that ran longest and their share."""
+    tool = shutil.which("py-spy") or sys.exit("--profile needs py-spy: pip install py-spy")
+    run([tool, "record", "-r", "500", "-f", "raw", "-o", str(report), "--", sys.executable, *arguments], outputs)
+    items: Counter[str] = Counter()
+    for line in report.read_text().splitlines():
+        stack, _, samples = line.rpartition(" ")
+        function = re.sub(r":\d+\)$", ")", stack.rpartition(";")[2])
+        if function and "thread" not in function:  # neither an unreadable stack nor a worker that waits for work
+            items[function] += int(samples)
+    return [f"{samples / items.total():4.0%}  {name}" for name, samples in items.most_common(count)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time uptrain convert against cp -r.")
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--shards", type=int, default=16)
-    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument(
+        "--heads", action="append", type=Shape.read, metavar="HEADS:KEY_VALUE_HEADS:GROUPS[:HEAD_DIM]",
+        help=f"a source; may be repeated; default: {', '.join(SHAPES)}",
+    )  # fmt: skip
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print the functions that take longest (needs py-spy)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per source")
     options = parser.parse_args()
     total = int(options.gigabytes * 1e9)
     if shutil.disk_usage(options.dir).free < 3 * total:
         sys.exit(f"{options.dir} has less than the {3 * options.gigabytes:g} GB free that this needs")
-    with tempfile.TemporaryDirectory(prefix="uptrain-convert-speed-", dir=options.dir) as work:
-        result = measure(Path(work), total, options.shards, options.groups, options.runs)
-    if options.json:
-        print(json.dumps(result))
-        return
+    for shape in options.heads or map(Shape.read, SHAPES):
+        with tempfile.TemporaryDirectory(prefix="uptrain-convert-speed-", dir=options.dir) as work:
+            result = measure(Path(work), shape, total, options.shards, options.runs, options.profile)
+        if options.json:
+            print(json.dumps(result), flush=True)
+        else:
+            show(result, options.runs)
+
+
+def show(result: dict[str, Any], runs: int) -> None:
+    """Print one source's figures."""
+    print(f"heads      {result['heads']}, key/value heads {result['key_value_heads']} to {result['groups']}")
     print(f"source     {result['source_bytes'] / 1e9:7.3f} GB, output {result['output_bytes'] / 1e9:.3f} GB")
     for label, key in (("cp -r", "cp"), ("convert", "convert")):
         seconds, busy, spread = (result[f"{key}_{what}"] for what in ("seconds", "cpu_seconds", "spread"))
-        print(f"{label:<10} {seconds:7.3f} s   median of {options.runs}, slowest / fastest {spread:.2f}", end="")
+        print(f"{label:<10} {seconds:7.3f} s   median of {runs}, slowest / fastest {spread:.2f}", end="")
         print(f", processors {busy:.3f} s")
     print(f"ratio      {result['ratio']:7.2f}")
     print(f"peak RSS   {result['peak_rss_bytes'] / 1e6:7.0f} MB")
+    for line in result["largest"]:
+        print(f"           {line}")
+    print(flush=True)
 
 
 if __name__ == "__main__":
