@@ -163,7 +163,12 @@ def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
 
 @pytest.fixture(autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UPTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("UPTRAIN_CACHE", str(cache))
+    # What a class needs is the same for all tests, and costs a process that imports torch to find out.
+    classes = tmp_path_factory.getbasetemp().parent / "classes"
+    classes.mkdir(exist_ok=True)
+    (cache / "classes").symlink_to(classes)
 
 
 @pytest.fixture

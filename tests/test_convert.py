@@ -170,13 +170,21 @@ def test_peak_memory_does_not_hold_the_model(tmp_path: Path) -> None:
     source = tmp_path / "src"
     source.mkdir()
     size, layers = 512, 8
-    config = {"model_type": "llama", "hidden_size": size, "num_attention_heads": 8, "num_hidden_layers": layers}
+    config = {
+        "model_type": "llama", "hidden_size": size, "num_attention_heads": 8, "num_hidden_layers": layers,
+        "intermediate_size": 4_000, "vocab_size": 64,
+    }  # fmt: skip
     (source / "config.json").write_text(json.dumps(config))
     weight_map = {}
     for layer in range(layers):
         base, shard = f"model.layers.{layer}.", f"model-{layer}.safetensors"
         tensors = {f"{base}self_attn.{part}_proj.weight": torch.randn(size, size) for part in "qkvo"}
-        tensors[f"{base}mlp.up_proj.weight"] = torch.randn(12_000, size)
+        tensors |= {f"{base}mlp.{part}_proj.weight": torch.randn(4_000, size) for part in ("gate", "up")}
+        tensors[f"{base}mlp.down_proj.weight"] = torch.randn(size, 4_000)
+        tensors |= {f"{base}{norm}_layernorm.weight": torch.ones(size) for norm in ("input", "post_attention")}
+        if layer == 0:
+            tensors |= {name: torch.randn(64, size) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+            tensors["model.norm.weight"] = torch.ones(size)
         save_file(tensors, source / shard)
         weight_map |= dict.fromkeys(tensors, shard)
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -20,6 +20,7 @@ from uptrain.checkpoint.remote import open_headers
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.state import State
 from uptrain.checkpoint.writer import check_out, friendly_errors, tidy, write_atomic
+from uptrain.class_check import check_classes
 from uptrain.errors import CheckpointError, Interrupted, UsageError
 from uptrain.pipeline import Pipeline, Progress
 from uptrain.plan import Plan, make_plan, plan_digest
@@ -70,14 +71,15 @@ def plan_conversion(
     A Hub model is downloaded first, unless `dry`: then only its headers are, and the plan can't be run.
 
     Raises:
-        UptrainError: the model can't be found or read, or the request is impossible for it.
+        UptrainError: the model can't be found or read, lacks weights, or the request is impossible for it.
     """
     if dry:
         source, checkpoint = open_headers(model, revision, allow_pickle)
     else:
         source = resolve(model, revision, allow_pickle)
         checkpoint = open_checkpoint(source.path, allow_pickle)
-    return source, checkpoint, make_plan(checkpoint, request, source.name)
+    plan = make_plan(checkpoint, request, source.name)
+    return source, checkpoint, replace(plan, notes=check_classes(checkpoint, plan, source.name))
 
 
 def default_out(source: Source, plan: Plan) -> Path:
@@ -162,6 +164,8 @@ def run_plan(
             tidy(folder, (_calibration_of(folder),))
             return found
         check_out(folder, overwrite or join, source.path)
+        for note in plan.notes:
+            on_note(note)
         filled, kept = plan, None
         with begun(
             folder,

@@ -73,6 +73,7 @@ def evaluate(
     reference = Reference(resolve(baseline)) if isinstance(baseline, str) else baseline
     sources = [resolve(model), *([reference.source] if reference else [])]
     names = [source.name for source in sources]
+    models.check_heads(*sources)
     tokenizers = [models.load_tokenizer(source.path) for source in sources]
     texts = {}
     for each in text:

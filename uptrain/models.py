@@ -17,9 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
+from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, UsageError, told_as
-from uptrain.hosts.register import auto_class_of, register
+from uptrain.hosts.loaded import load_language_model
+from uptrain.hosts.register import register
+from uptrain.purpose import check_language_model
 from uptrain.recipe_schema import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -33,17 +36,28 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
     """Load a language model, in the checkpoint's own dtype unless another is given.
 
     Raises:
-        CheckpointError: the folder holds no language model that transformers can load.
+        UsageError: the model has no language-model head.
+        CheckpointError: transformers can't load it, or weights are missing, of other sizes or left out.
     """
-    register()
-    with told_as(lambda reason: CheckpointError(f"transformers can't load {source.name}: {reason}")):
-        return auto_class_of(source.path).from_pretrained(
-            source.path,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=attn_implementation,
-        )
+    return load_language_model(
+        source.path,
+        source.name,
+        dtype=dtype or "auto",
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation=attn_implementation,
+    )
+
+
+def check_heads(*sources: Source | None) -> None:
+    """Refuse models without a language-model head before anything is loaded or written; None is no model.
+
+    Raises:
+        UsageError: one has none.
+    """
+    for source in sources:
+        if source is not None:
+            check_language_model(read_config(source.path), source.name)
 
 
 def load_tokenizer(path: Path | str) -> Any:

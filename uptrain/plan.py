@@ -15,7 +15,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.frequencies import partly_rotated
 from uptrain.hosts.host import Host
-from uptrain.hosts.table import host_config, host_of, own_host
+from uptrain.hosts.table import host_config, host_of, own_host, result_class
 from uptrain.latent_packing import latent_shapes
 from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
@@ -45,6 +45,8 @@ class Plan:
     shards: dict[str, list[OutputTensor]]
     digest: str
     latent: LatentPlan | None = None
+    notes: tuple[str, ...] = ()
+    """What the user is to know before it runs."""
 
     @property
     def total_bytes(self) -> int:
@@ -115,6 +117,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     config = _as_it_is(host, checkpoint.config) if config is None else config
     if not same or host.architecture is not architecture:
         set_attention(host.architecture, config, groups)
+        config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
     if host.rotary:
         spec = before[0]
         rotated = spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims
@@ -140,10 +143,10 @@ def _latent_plan(
     prefix = find_prefix(architecture, checkpoint, name)
     base = architecture.attention(prefix, 0)
     latent = plan_latent(checkpoint, request, architecture, before, base, name)
-    config = dict(latent.config)
+    config, host = dict(latent.config), latent.entry.host
+    config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
     if request.dtype:
         _set_dtype(config, request.dtype)
-    host = latent.entry.host
     planner = _Planner(checkpoint, request, architecture, host, prefix, before, latent.after, False, latent)
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent)

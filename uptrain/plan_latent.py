@@ -16,6 +16,7 @@ from uptrain.hosts.latent_hosts import LATENT_HOSTS, LatentHost, latent_config
 from uptrain.latent_packing import LatentTarget, Rope, Stored
 from uptrain.layout import Architecture
 from uptrain.model_config import config_value
+from uptrain.purpose import is_language_model
 from uptrain.request import Request
 
 ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
@@ -100,6 +101,7 @@ def plan_latent(
     tied = entry.untied and bool(config.get("tie_word_embeddings", False))
     if tied:
         written["tie_word_embeddings"] = False
+    tied = tied and is_language_model(config)  # the classes for other purposes have no head to make of it
     return LatentPlan(
         entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
         alpha, scales, rope == "longrope" and not target.slots, EMBEDDING if tied else "",

@@ -11,6 +11,7 @@ from uptrain.errors import CheckpointError
 from uptrain.hosts.host import Host
 from uptrain.layout import Architecture
 from uptrain.plan_tensors import OutputTensor
+from uptrain.purpose import is_language_model
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class Rehost:
             CheckpointError: a norm that moves into a linear, or that linear, is missing.
         """
         out: dict[str, list[OutputTensor]] = {}
+        headed = is_language_model(self.checkpoint.config)
         for zero, like in self.host.zeros.items():
+            if zero.startswith("lm_head.") and not headed:
+                continue
             info = self._info(self.source_prefix + like)
             new = TensorInfo(zero, dtype(info.dtype), info.shape[:1], "", -1, -1)
             copied = TensorInfo(self.named(info.name), dtype(info.dtype), info.shape, "", -1, -1)

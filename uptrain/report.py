@@ -9,6 +9,7 @@ from uptrain import console
 from uptrain.attention import cross_bytes_per_token
 from uptrain.console import size
 from uptrain.model_config import expands_cache, position_of_config
+from uptrain.purpose import is_language_model
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.source import Source
@@ -123,8 +124,11 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
 def dry_run(source: Source, plan: Plan, out: Path, as_json: bool) -> None:
     """Show a plan that isn't run."""
     if as_json:
-        console.result_json({"source": source.describe(), "out": str(out), **_plan_facts(plan)})
+        facts = {"source": source.describe(), "out": str(out), **_plan_facts(plan)}
+        console.result_json({**facts, "notes": list(plan.notes)})
         return
+    for note in plan.notes:
+        console.note(note)
     console.facts(
         f"{source.name} → {out} (dry run: nothing is written)",
         [
@@ -216,7 +220,8 @@ def conversion(done: Conversion, as_json: bool) -> None:
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
-    console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
+    if is_language_model(done.plan.config):
+        console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
 
 
 def _wants_text(plan: Plan) -> bool:

@@ -97,6 +97,7 @@ class _Run:
         recipe = self.recipe
         self.source = source = resolve(recipe.model, recipe.revision) if recipe.model else None
         self.taught_by = find_teacher(recipe.distill.teacher, source) if recipe.distill else None
+        models.check_heads(source, self.taught_by)
         with self._first():
             check_out(recipe.output, recipe.overwrite, source.path if source else None)
             if self.accelerator.is_main_process:

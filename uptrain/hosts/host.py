@@ -28,6 +28,7 @@ class Host:
     lacks, each with the tensor whose rows it counts; `shifts` says what is added to a norm's weight, for classes that
     add one themselves; with `biased` all of the attention's linears have biases.
 
+    `purposes` are the endings of its classes beside the language model's, with the source family's names of tensors.
     `remote_code` is the modelling file shipped inside the checkpoint, with `auto_classes`, when no stock class serves.
     """
 
@@ -47,6 +48,7 @@ class Host:
     shifts: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     zeros: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     biased: bool = False
+    purposes: tuple[str, ...] = ("Model",)
     remote_code: str = ""
     auto_classes: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
 

@@ -65,6 +65,7 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
                     "moe_intermediate_size": 64, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
                     "num_nextn_predict_layers": 0,
                 },
+                purposes=("Model", "ForSequenceClassification", "ForTokenClassification"),
             ),
             LatentLayout(fold_scale=True, neutral=True),
             ropes=("grid", "longrope"),

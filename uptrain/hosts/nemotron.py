@@ -30,6 +30,7 @@ NEMOTRON_HOSTS: Mapping[str, Host] = MappingProxyType(
                 "embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head",
                 "mlp.dense_h_to_4h": "mlp.up_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
             },
+            purposes=("Model", "ForSequenceClassification"),
             shifts={"input_layernorm": -1.0, "post_attention_layernorm": -1.0, "final_layer_norm": -1.0},
         )
     }

@@ -28,6 +28,7 @@ _GPTJ = Host(
         "mlp.fc_in": "mlp.fc1", "mlp.fc_out": "mlp.fc2",
     },
     zeros={"lm_head.bias": "wte.weight"},
+    purposes=("Model", "ForSequenceClassification"),
     biased=True,
 )  # fmt: skip
 
@@ -53,6 +54,7 @@ _GPT_NEOX = Host(
     attention_norm="input_layernorm",
     folds={"mlp.dense_h_to_4h": "post_attention_layernorm"},
     zeros={"lm_head.bias": "embed_in.weight"},
+    purposes=("Model", "ForSequenceClassification"),
     biased=True,
 )  # fmt: skip
 

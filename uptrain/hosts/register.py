@@ -54,6 +54,14 @@ def register() -> None:
         auto_class.register(config, language_model, exist_ok=True)
 
 
+def own_class(name: str) -> Any:
+    """Return our model class of that name, None where there is none."""
+    for file, names in OWN_CLASSES.items():
+        if name in names[1:]:
+            return getattr(importlib.import_module(f"uptrain.hosts.{file}"), name)
+    return None
+
+
 def auto_class_of(folder: Path) -> Any:
     """Return the Auto class of transformers that loads a checkpoint's language model.
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
 from uptrain.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_UMT5, UPTRAIN_WHISPER
+from uptrain.errors import UsageError
 from uptrain.hosts.host import Host
 from uptrain.hosts.nemotron import NEMOTRON_HOSTS
 from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
+from uptrain.purpose import class_named, is_language_model, stem
 from uptrain.uncounted import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
 
 
@@ -35,6 +37,7 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
             fill={"activation_function": "gelu_new"},
             drop=("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "num_key_value_heads"),
             transposes=("mlp.c_fc", "mlp.c_proj"),
+            purposes=("Model", "ForSequenceClassification", "ForTokenClassification"),
         ),
         "uptrain_llama_mla": _ours(
             UPTRAIN_LLAMA_MLA,
@@ -95,6 +98,32 @@ def own_host(architecture: Architecture) -> Host:
     return Host(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 
+def result_class(host: Host, architecture: Architecture, config: Mapping[str, Any], name: str) -> str:
+    """Return the class that a result's config.json names: the host's, for the same purpose as the source's class.
+
+    Args:
+        host: the class that holds the result as a language model.
+        architecture: the source's family.
+        config: the source's config.
+        name: what the user called the source.
+
+    Raises:
+        UsageError: the host has no class for that purpose.
+    """
+    named = class_named(config)
+    if named is None or is_language_model(config):
+        return host.architecture.class_name
+    if host.architecture is architecture:
+        return named
+    purpose = named.removeprefix(stem(architecture.class_name))
+    if purpose not in host.purposes:
+        raise UsageError(
+            f"{name} is a {named}, and {host.name}, which would hold the result, has no such class.",
+            "Use another --to, for which its own family has a class.",
+        )
+    return stem(host.architecture.class_name) + purpose
+
+
 def host_config(host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the source's config rewritten for `host`, its attention sizes still the source's."""
     kept = {key: value for key, value in source.items() if key not in (*host.drop, "auto_map")}
@@ -106,7 +135,7 @@ def host_config(host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
             config[key] = factor * config[other]
     config.update(host.fix)
     config["model_type"] = host.name
-    config["architectures"] = [host.architecture.class_name]
+    config["architectures"] = [host.architecture.class_name]  # a language model's; see `result_class`
     if host.remote_code:
         module = host.remote_code.removesuffix(".py")
         config["auto_map"] = {auto: f"{module}.{name}" for auto, name in host.auto_classes.items()}

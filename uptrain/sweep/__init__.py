@@ -12,11 +12,13 @@ from uptrain import plots
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out
+from uptrain.class_check import check_classes
 from uptrain.convert import MEMORY
 from uptrain.errors import UsageError
 from uptrain.page.style import drawing, png
 from uptrain.page.sweep import pareto_chart
 from uptrain.plan import make_plan
+from uptrain.purpose import check_language_model
 from uptrain.request import Request
 from uptrain.sweep.runner import Measuring, Runner, Task
 from uptrain.sweep.targets import parse_methods, parse_target
@@ -71,6 +73,7 @@ def sweep(
     asked = [parse_target(word) for word in dict.fromkeys(to)], parse_methods(methods)
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
+    check_language_model(checkpoint.config, source.name)
     tasks: list[Task] = []
     refused: list[Refused] = []
     for target in asked[0]:
@@ -78,6 +81,7 @@ def sweep(
             try:
                 options = {**target.options, **(calibration if method == "calibrated" else {})}
                 plan = make_plan(checkpoint, Request(method=method, **options), source.name)
+                plan = replace(plan, notes=check_classes(checkpoint, plan, source.name))
             except UsageError as error:
                 refused.append(Refused(target.word, method, error.message))
             else:

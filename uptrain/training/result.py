@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uptrain.errors import UptrainError
 from uptrain.hosts import latent_norm
+from uptrain.hosts.fit import listed
 from uptrain.training.parallel import whole
 
 
@@ -41,8 +43,11 @@ def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> An
         if isinstance(module, latent_norm.AbsentNorm):
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, latent_norm.AbsentNorm(module.width, module.eps))
-    model.load_state_dict(weights, strict=False, assign=True)
+    left = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
+    lost = [*left.unexpected_keys, *(name for name, value in model.named_parameters() if value.is_meta)]
+    if lost:
+        raise UptrainError(f"The trained model can't be written: its class and its weights differ in {listed(lost)}.")
     latent_norm.fold(model, dtype)
     return model
 

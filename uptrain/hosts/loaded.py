@@ -1,0 +1,71 @@
+"""Load a model so that no weight of it is random: every `from_pretrained` of uptrain goes through here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uptrain.architectures import ARCHITECTURES
+from uptrain.checkpoint.reader import read_config
+from uptrain.errors import CheckpointError, told_as
+from uptrain.hosts.fit import Fit, check_fit
+from uptrain.hosts.register import auto_class_of, register
+from uptrain.purpose import check_language_model
+
+
+def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
+    """Load the language model in `folder`, every weight from its files.
+
+    Args:
+        folder: the checkpoint's folder.
+        name: what the user called it.
+        settings: for transformers' `from_pretrained`.
+
+    Raises:
+        UsageError: its class has no language-model head.
+        CheckpointError: transformers can't load it; weights are missing, of other sizes, or left out.
+    """
+    register()
+    config = read_config(folder)
+    check_language_model(config, name)
+    auto_class = auto_class_of(folder)
+    with told_as(lambda reason: CheckpointError(f"transformers can't load {name}: {reason}")):
+        model, info = loading_info(auto_class, folder, **settings)
+    fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)
+    # What a quantised checkpoint stores beside its weights, the quantiser alone knows.
+    family = None if config.get("quantization_config") else ARCHITECTURES.get(str(config.get("model_type")))
+    check_fit(fit, name, family, config.get(family.keys.num_hidden_layers) if family else None)
+    return model
+
+
+def loading_info(loader: Any, place: Path | None, **settings: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Call `loader.from_pretrained(place)` and return the model and transformers' report of its tensors.
+
+    The model is None where tensors of the file don't go together; the report then names them under "unjoined".
+
+    Raises:
+        Exception: whatever transformers raises for other reasons.
+    """
+    given = {**settings, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = loader.from_pretrained(place, **given)
+    except RuntimeError as error:
+        report = _report_of(error)
+        if report is None:
+            raise
+        return None, {**report.to_dict(), "unjoined": set(report.conversion_errors)}
+    return model, info
+
+
+def _report_of(error: RuntimeError) -> Any:
+    """Return transformers' report on conversions of weights that failed, None if `error` is of another kind.
+
+    Its message only points to what was logged, and uptrain keeps that log off the screen.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = frame.f_locals.get("loading_info")
+        if getattr(found, "conversion_errors", None):
+            return found
+    return None
