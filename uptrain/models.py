@@ -18,6 +18,7 @@ from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
+from uptrain.embeddings import declare_loaded
 from uptrain.errors import CheckpointError, UsageError, told_as
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.recipe_schema import TokenizerSpec
@@ -164,9 +165,10 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
         ):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(key) != str(dtype).removeprefix("torch."):
-        config[key] = str(dtype).removeprefix("torch.")
+    before = dict(config)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    declare_loaded(config, set(model.all_tied_weights_keys))
+    if config != before:
         (folder / "config.json").write_text(dump_json(config))
 
 

@@ -42,7 +42,9 @@ def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> An
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, latent_norm.AbsentNorm(module.width, module.eps))
     model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
+    # The config may say tied though the student was loaded with a head of its own.
+    model.all_tied_weights_keys = dict(plain.all_tied_weights_keys)
+    model.tie_weights(recompute_mapping=False)
     latent_norm.fold(model, dtype)
     return model
 
