@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.encoder_decoders import ENCODER_DECODERS
-from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections, Sliding
+from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections, Sliding, Vocabulary
 from uptrain.uncounted import CLIPPED, UNCOUNTED
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -24,6 +24,7 @@ GPT2 = Architecture(
     projections=Projections(o="c_proj", fused="c_attn", packing=Packing.CONCAT, transposed=True),
     keys=ConfigKeys("n_embd", "n_layer", "n_head", None, None, max_position_embeddings="n_positions"),
     position=Position.ABSOLUTE,
+    vocabulary=Vocabulary("wte.weight", tied=True),
     buffers=("attn.bias", "attn.masked_bias"),
     defaults={"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
     hosts={"gqa": ("uptrain_gpt2",), "mqa": ("gpt_bigcode", "uptrain_gpt2"), "mla": ("uptrain_gpt2_mla",)},
@@ -69,6 +70,8 @@ LLAMA = Architecture(
     },
 )  # fmt: skip
 
+
+_TIED = Vocabulary(tied=True)
 
 _FUSED_EXPERTS = "transformers holds its experts in other tensors than the checkpoint, so no layer can be read alone"
 
@@ -118,6 +121,7 @@ FALCON = Architecture(
         num_key_value_heads="num_kv_heads", head_dim=None,
         multi_query="multi_query", grouped="new_decoder_architecture", alibi="alibi",
     ),
+    vocabulary=Vocabulary("word_embeddings.weight", tied=True),
     buffers=("self_attention.rotary_emb.inv_freq",),
     defaults={
         **dict(zip(_SIZES, (4544, 32, 71, 65024, 2048), strict=False)),
@@ -155,9 +159,11 @@ _ENTRIES = (
         sliding=Sliding.EVEN, sliding_flag=True, uncalibrated=_FUSED_EXPERTS,
         also={"max_window_layers": 28},
     ),
-    _like_llama("gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256, unsupported=_BOTH_WAYS),
     _like_llama(
-        "gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256,
+        "gemma", "GemmaForCausalLM", 3072, 28, 16, 256000, 8192, 16, 256, vocabulary=_TIED, unsupported=_BOTH_WAYS
+    ),
+    _like_llama(
+        "gemma2", "Gemma2ForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256, vocabulary=_TIED,
         sliding=Sliding.PATTERN, also={"sliding_window": 4096}, unsupported=_BOTH_WAYS,
     ),
     _like_llama("granite", "GraniteForCausalLM", 4096, 32, 32, 32000, 2048),
@@ -170,16 +176,18 @@ _ENTRIES = (
     _like_llama("hyperclovax", "HyperCLOVAXForCausalLM", 4096, 32, 32, 32000, 2048),
     _like_llama("nanochat", "NanoChatForCausalLM", 768, 12, 6, 50304, 2048, key_norm=KeyNorm()),
     _like_llama(
-        "vaultgemma", "VaultGemmaForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256,
+        "vaultgemma", "VaultGemmaForCausalLM", 2304, 26, 8, 256000, 8192, 4, 256, vocabulary=_TIED,
         sliding=Sliding.PATTERN, also={"sliding_window": 4096},
     ),
     _like_llama(
-        "smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4,
+        "smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4, vocabulary=_TIED,
         sliding=Sliding.UNROTATED, sliding_flag=True, also={"no_rope_layer_interval": 4},
     ),
-    _like_llama("starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, sliding=Sliding.ALL),
     _like_llama(
-        "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192,
+        "starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, vocabulary=_TIED, sliding=Sliding.ALL
+    ),
+    _like_llama(
+        "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192, vocabulary=_TIED,
         position=Position.ROTARY_INTERLEAVED,
         key_norm=KeyNorm(flag="use_qk_norm", by_head=True), also={"use_qk_norm": False},
     ),
@@ -192,7 +200,7 @@ _ENTRIES = (
         sliding=Sliding.ALL, sliding_flag=True, key_norm=KeyNorm(), uncalibrated=_FUSED_EXPERTS,
     ),
     _like_llama(
-        "gemma3_text", "Gemma3ForCausalLM", 2304, 26, 8, 262208, 131072, 4, 256,
+        "gemma3_text", "Gemma3ForCausalLM", 2304, 26, 8, 262208, 131072, 4, 256, vocabulary=_TIED,
         sliding=Sliding.PATTERN, sliding_window_pattern=6, key_norm=KeyNorm(), also={"sliding_window": 4096},
         unsupported=_BOTH_WAYS,
     ),
@@ -219,7 +227,7 @@ _ENTRIES = (
         "helium", "HeliumForCausalLM", 2560, 24, 20, 48000, 4096, 20, 128, position=Position.ROTARY_INTERLEAVED
     ),
     _like_llama(
-        "ernie4_5", "Ernie4_5ForCausalLM", 1024, 18, 16, 103424, 131072, 2, 128,
+        "ernie4_5", "Ernie4_5ForCausalLM", 1024, 18, 16, 103424, 131072, 2, 128, vocabulary=_TIED,
         position=Position.ROTARY_INTERLEAVED,
     ),
     _like_llama(
@@ -232,7 +240,7 @@ _ENTRIES = (
     ),
     _like_llama("nemotron", "NemotronForCausalLM", 6144, 32, 48, 256000, 4096, partial_rotary_factor=0.5),
     _like_llama(
-        "cohere2", "Cohere2ForCausalLM", 8192, 40, 64, 256000, 8192,
+        "cohere2", "Cohere2ForCausalLM", 8192, 40, 64, 256000, 8192, vocabulary=_TIED,
         position=Position.ROTARY_INTERLEAVED, rotates_sliding_only=True,
         sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
     ),

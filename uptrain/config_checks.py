@@ -34,16 +34,22 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 _Kind = tuple[str, Callable[[Any], bool]]
 NUMBER: _Kind = ("a number", _number)
 WHOLE: _Kind = ("a whole number", _whole)
 OBJECT: _Kind = ("an object", _object)
 TEXT: _Kind = ("text", _text)
+FLAG: _Kind = ("true or false", _flag)
 
 KINDS: Mapping[str, _Kind] = MappingProxyType({
     "rope_theta": NUMBER, "rotary_emb_base": NUMBER, "rms_norm_eps": NUMBER, "initializer_range": NUMBER,
     "max_window_layers": WHOLE, "max_position_embeddings": WHOLE,
     "rope_parameters": OBJECT, "rope_scaling": OBJECT, "attn_config": OBJECT,
+    "tie_word_embeddings": FLAG,
 })  # fmt: skip
 """What config.json's keys hold, where they aren't null."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from uptrain.layout import Architecture, ConfigKeys, Position, Projections
+from uptrain.layout import Architecture, ConfigKeys, Position, Projections, Vocabulary
 
 _UNCALIBRATED = "its decoder reads an encoder's output, and calibration runs one stack of layers on text"
 _ALONE = "it is an encoder or a decoder alone, and only both together are known"
@@ -28,6 +28,7 @@ T5 = Architecture(
         initializer_factor="initializer_factor",
     ),
     position=Position.RELATIVE,
+    vocabulary=Vocabulary("shared.weight", tied=True, always=True, more=True),
     buffers=(),
     defaults={
         "d_model": 512, "num_decoder_layers": 6, "num_heads": 8, "d_kv": 64, "vocab_size": 32128,
@@ -65,6 +66,7 @@ BART = Architecture(
         "d_model", "decoder_layers", "decoder_attention_heads", None, None, initializer_range="init_std"
     ),
     position=Position.ABSOLUTE,
+    vocabulary=Vocabulary("shared.weight", tied=True, more=True),
     buffers=(),
     defaults={
         "d_model": 1024, "decoder_layers": 12, "decoder_attention_heads": 16, "vocab_size": 50265,
@@ -81,6 +83,7 @@ WHISPER = BART.for_model(
     "WhisperForConditionalGeneration",
     auto_class="AutoModelForSpeechSeq2Seq",
     keys=replace(BART.keys, max_position_embeddings="max_target_positions"),
+    vocabulary=Vocabulary("decoder.embed_tokens.weight", ("proj_out.weight",), tied=True),
     defaults={
         "d_model": 384, "decoder_layers": 4, "decoder_attention_heads": 6, "vocab_size": 51865,
         "max_target_positions": 448,

@@ -11,6 +11,7 @@ from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token,
 from uptrain.checkpoint.header import ITEM_BITS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
+from uptrain.embeddings import embeddings_of
 from uptrain.errors import UsageError
 from uptrain.hosts.table import host_of
 from uptrain.layout import Architecture
@@ -119,7 +120,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         sliding_window=windows[0] if windows else None,
         sliding_layers=len(windows),
         biases=_biases(architecture, checkpoint, model),
-        tied_embeddings=not any(name.endswith("lm_head.weight") for name in checkpoint.tensors),
+        tied_embeddings=embeddings_of(architecture, checkpoint, find_prefix(architecture, checkpoint, model)).tied,
         parameters=sum(counts.values()),
         dtype=dtype,
         shards=len(checkpoint.files),

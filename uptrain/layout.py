@@ -115,6 +115,22 @@ class KeyNorm:
     by_head: bool = False
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Where a family's token embedding and head are, and when the two are one matrix.
+
+    `table` is the embedding's name below the prefix, and `heads` are the head's names, newest first. `tied` is what the
+    config class assumes of `tie_word_embeddings`; classes with `always` tie whatever config.json says. With `more` the
+    flag decides about other tensors or scales too, so no result changes it.
+    """
+
+    table: str = "embed_tokens.weight"
+    heads: tuple[str, ...] = ("lm_head.weight",)
+    tied: bool = False
+    always: bool = False
+    more: bool = False
+
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -147,6 +163,7 @@ class Architecture:
     """Whether layers slide only if the config says `use_sliding_window`."""
     sliding_window_pattern: int = 2
     """What the config class assumes where the config is silent."""
+    vocabulary: Vocabulary = Vocabulary()
     buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     """What the config class assumes where config.json is silent."""

@@ -19,6 +19,7 @@ from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.source import Source
+from uptrain.embeddings import declare_loaded
 from uptrain.errors import CheckpointError, UsageError, told_as
 from uptrain.hosts.loaded import load_language_model
 from uptrain.hosts.register import register
@@ -178,9 +179,10 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
         ):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(key) != str(dtype).removeprefix("torch."):
-        config[key] = str(dtype).removeprefix("torch.")
+    before = dict(config)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    declare_loaded(config, set(model.all_tied_weights_keys))
+    if config != before:
         (folder / "config.json").write_text(dump_json(config))
 
 

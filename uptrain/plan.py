@@ -12,6 +12,7 @@ from uptrain.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.checkpoint.arrays import is_float
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
+from uptrain.embeddings import Embeddings, declare, embeddings_of
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.frequencies import partly_rotated
 from uptrain.hosts.host import Host
@@ -21,10 +22,12 @@ from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
 from uptrain.plan_checks import check_groups, check_method
-from uptrain.plan_latent import HEAD, LatentPlan, plan_latent
+from uptrain.plan_embeddings import shared_outputs
+from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
 from uptrain.plan_rehost import Rehost
 from uptrain.plan_tensors import OutputTensor
+from uptrain.purpose import is_language_model
 from uptrain.request import Request, resolve_groups
 
 PLAN_FORMAT = 1
@@ -45,6 +48,8 @@ class Plan:
     shards: dict[str, list[OutputTensor]]
     digest: str
     latent: LatentPlan | None = None
+    copied_head: bool = False
+    """Whether the result's head is a copy of the embedding that the source ties it to."""
     notes: tuple[str, ...] = ()
     """What the user is to know before it runs."""
 
@@ -124,7 +129,9 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         config["rope_parameters"] = partly_rotated(checkpoint.config, host.theta, rotated, spec.head_dim)
     if request.dtype:
         _set_dtype(config, request.dtype)
-    planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same)
+    embeddings = embeddings_of(architecture, checkpoint, prefix)
+    declare(config, embeddings, architecture, host.architecture)
+    planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same, embeddings)
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, after, config, shards, "")
     return replace(plan, digest=plan_digest(plan, checkpoint))
@@ -147,9 +154,15 @@ def _latent_plan(
     config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
     if request.dtype:
         _set_dtype(config, request.dtype)
-    planner = _Planner(checkpoint, request, architecture, host, prefix, before, latent.after, False, latent)
+    embeddings, headed = embeddings_of(architecture, checkpoint, prefix), is_language_model(checkpoint.config)
+    declare(config, embeddings, architecture, host.architecture, latent.entry.untied)
+    untied = latent.entry.untied and headed  # classes for other purposes have no head to make of the embedding
+    planner = _Planner(
+        checkpoint, request, architecture, host, prefix, before, latent.after, False, embeddings, latent, untied
+    )
     shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
-    plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent)
+    copied = untied and embeddings.tied
+    plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent, copied)
     return replace(plan, digest=plan_digest(plan, checkpoint))
 
 
@@ -180,11 +193,15 @@ class _Planner:
     before: tuple[AttentionSpec, ...]
     after: tuple[AttentionSpec, ...]
     same: bool
+    embeddings: Embeddings
     latent: LatentPlan | None = None
+    untied: bool = False
 
     def outputs(self) -> Iterator[OutputTensor]:
         """Yield the result's tensors in the order of the source's bytes."""
         attention, norms, rehosted = self._attention(), self._norms(), self._rehost().outputs(self._dtype)
+        zeros = self._rehost().zeros(self._dtype)
+        shared = shared_outputs(self.checkpoint, self.embeddings, self.host, self.untied, self._passed)
         placed: set[int] = set()
         for name, info in self.checkpoint.tensors.items():
             if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
@@ -197,13 +214,8 @@ class _Planner:
                 yield from rehosted[name]
                 continue
             if name not in attention:
-                if self.latent is not None and self.latent.head_of:
-                    if name == HEAD:
-                        continue  # a copy of the embedding, which is made below
-                    if name.endswith(self.latent.head_of):
-                        head = TensorInfo(HEAD, self._dtype(info.dtype), info.shape, "", -1, -1)
-                        yield OutputTensor(head, "copy", name)
-                yield self._passed(name, info)
+                yield from shared.get(name) or [self._passed(name, info)]
+                yield from zeros.get(name, ())
                 continue
             layer, outputs = attention[name]
             if layer in placed:
@@ -233,7 +245,8 @@ class _Planner:
         return out
 
     def _rehost(self) -> Rehost:
-        return Rehost(self.checkpoint, self.architecture, self.host, self.prefix, len(self.before))
+        table = self.embeddings.table or self.embeddings.own_table
+        return Rehost(self.checkpoint, self.architecture, self.host, self.prefix, len(self.before), table)
 
     def _norms(self) -> dict[str, OutputTensor | None]:
         """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""

@@ -16,12 +16,9 @@ from uptrain.hosts.latent_hosts import LATENT_HOSTS, LatentHost, latent_config
 from uptrain.latent_packing import LatentTarget, Rope, Stored
 from uptrain.layout import Architecture
 from uptrain.model_config import config_value
-from uptrain.purpose import is_language_model
 from uptrain.request import Request
 
 ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
-
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 FAST = 512 + 64
 """Cached values a token that the fast MLA kernels of today's engines are written for."""
@@ -32,8 +29,7 @@ class LatentPlan:
     """All that a conversion to a latent needs beyond what every plan has.
 
     `scales` maps the ends of tensor names outside attention to what they are multiplied by, `alpha` is the residual
-    stream's factor, `head_of` ends the name of the embedding that a head is copied from. With `own_slots` the target's
-    slots are still to be chosen, by what unrotated pairs would cost.
+    stream's factor. With `own_slots` the target's slots are still to be chosen, by what unrotated pairs would cost.
     """
 
     entry: LatentHost
@@ -46,7 +42,6 @@ class LatentPlan:
     alpha: float = 1.0
     scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     own_slots: bool = False
-    head_of: str = ""
 
     def with_slots(self, slots: tuple[int, ...]) -> LatentPlan:
         """Return the plan with its rotary pairs chosen and their table in the config."""
@@ -98,13 +93,9 @@ def plan_latent(
     written.update(_attention_config(entry, architecture, spec, target, heads, biases, q_lora_rank, config))
     written.update(_rotation(target, written, rope_parameters(config), spec.head_dim))
     _check_grid(target, written, name)
-    tied = entry.untied and bool(config.get("tie_word_embeddings", False))
-    if tied:
-        written["tie_word_embeddings"] = False
-    tied = tied and is_language_model(config)  # the classes for other purposes have no head to make of it
     return LatentPlan(
         entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
-        alpha, scales, rope == "longrope" and not target.slots, EMBEDDING if tied else "",
+        alpha, scales, rope == "longrope" and not target.slots,
     )  # fmt: skip
 
 

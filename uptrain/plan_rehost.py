@@ -16,13 +16,17 @@ from uptrain.purpose import is_language_model
 
 @dataclass(frozen=True)
 class Rehost:
-    """Says what the source's tensors outside attention become in `host`; `source_prefix` starts the body's names."""
+    """Says what the source's tensors outside attention become in `host`; `source_prefix` starts the body's names.
+
+    `table` is the stored tensor that the token embedding takes its values from.
+    """
 
     checkpoint: Checkpoint
     architecture: Architecture
     host: Host
     source_prefix: str
     layers: int
+    table: str
 
     @property
     def prefix(self) -> str:
@@ -47,15 +51,6 @@ class Rehost:
             CheckpointError: a norm that moves into a linear, or that linear, is missing.
         """
         out: dict[str, list[OutputTensor]] = {}
-        headed = is_language_model(self.checkpoint.config)
-        for zero, like in self.host.zeros.items():
-            if zero.startswith("lm_head.") and not headed:
-                continue
-            info = self._info(self.source_prefix + like)
-            new = TensorInfo(zero, dtype(info.dtype), info.shape[:1], "", -1, -1)
-            copied = TensorInfo(self.named(info.name), dtype(info.dtype), info.shape, "", -1, -1)
-            if zero not in self.checkpoint.tensors:
-                out[info.name] = [OutputTensor(copied, "copy", info.name), _constant(new, info.name, 0)]
         for module, addend in self.host.shifts.items():
             for name, info in self.checkpoint.tensors.items():
                 if f".{name}".endswith(f".{module}.weight"):
@@ -67,6 +62,21 @@ class Rehost:
             if self.host.attention_norm:
                 out.update(self._neutral(block + self.host.attention_norm, dtype))
         return out
+
+    def zeros(self, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+        """Map the token embedding to the tensors of zeros that have a value for each of its rows.
+
+        Raises:
+            CheckpointError: the embedding is missing.
+        """
+        headed = is_language_model(self.checkpoint.config)
+        needed = [zero for zero in self.host.zeros if headed or not zero.startswith("lm_head.")]
+        missing = [zero for zero in needed if zero not in self.checkpoint.tensors]
+        if not missing:
+            return {}
+        info = self._info(self.table)
+        headers = [TensorInfo(zero, dtype(info.dtype), info.shape[:1], "", -1, -1) for zero in missing]
+        return {info.name: [_constant(new, info.name, 0) for new in headers]}
 
     def _block(self, layer: int) -> str:
         attention = self.architecture.attention(self.source_prefix, layer)

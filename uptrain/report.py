@@ -166,7 +166,7 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
         facts.append(("decoding", "every step expands and rotates the whole context again"))
     if latent.target.form == "longrope":
         facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
-    if latent.head_of:
+    if plan.copied_head:
         facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))
     if latent.alpha != 1:
         facts.append(("residual stream", f"scaled by {latent.alpha:.4f}, so that rms_norm_eps 1e-6 changes no norm"))

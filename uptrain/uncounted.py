@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections
+from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections, Vocabulary
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 CLIPPED = "it clips queries, keys and values, which no longer cancels when heads are re-scaled"
@@ -15,6 +15,7 @@ GPT_NEOX = Architecture(
     projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
     keys=ConfigKeys(num_key_value_heads=None, head_dim=None, rotary_share="rotary_pct"),
     partial_rotary_factor=0.25,
+    vocabulary=Vocabulary("embed_in.weight", ("lm_head.weight", "embed_out.weight")),
     buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
     defaults=dict(zip(_SIZES, (6144, 44, 64, 50432, 2048), strict=True)),
     hosts=dict.fromkeys(("gqa", "mqa"), ("phi_of_gpt_neox", "nemotron_of_gpt_neox")),
@@ -31,6 +32,7 @@ GPTJ = Architecture(
         "n_embd", "n_layer", "n_head", None, None, rotary_ndims="rotary_dim", max_position_embeddings="n_positions"
     ),
     position=Position.ROTARY_INTERLEAVED,
+    vocabulary=Vocabulary("wte.weight"),
     buffers=("attn.bias", "attn.masked_bias", "attn.causal_mask", "attn.embed_positions"),
     defaults={
         "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048, "vocab_size": 50400, "rotary_dim": 64,
@@ -53,6 +55,7 @@ OPT = Architecture(
     projections=Projections(o="out_proj"),
     keys=ConfigKeys(num_key_value_heads=None, head_dim=None),
     position=Position.ABSOLUTE,
+    vocabulary=Vocabulary("decoder.embed_tokens.weight", tied=True),
     buffers=(),
     defaults=dict(zip(_SIZES, (768, 12, 12, 50272, 2048), strict=True)),
     hosts={"gqa": ("uptrain_opt",), "mqa": ("uptrain_opt",)},
@@ -67,6 +70,7 @@ BLOOM = Architecture(
     projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
     keys=ConfigKeys("hidden_size", "n_layer", "n_head", None, None, max_position_embeddings="seq_length"),
     position=Position.ALIBI,
+    vocabulary=Vocabulary("word_embeddings.weight", tied=True),
     buffers=(),
     defaults={"hidden_size": 64, "n_layer": 2, "n_head": 8, "vocab_size": 250880},
     older={"hidden_size": "n_embed", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
@@ -83,6 +87,7 @@ GPT_NEO = Architecture(
     projections=Projections(o="out_proj"),
     keys=ConfigKeys("hidden_size", "num_layers", "num_heads", None, None),
     position=Position.ABSOLUTE,
+    vocabulary=Vocabulary("wte.weight", tied=True),
     buffers=("attn.attention.bias", "attn.attention.masked_bias"),
     defaults={
         "hidden_size": 2048, "num_layers": 24, "num_heads": 16, "vocab_size": 50257, "max_position_embeddings": 2048,
@@ -100,6 +105,7 @@ MPT = Architecture(
     projections=Projections(o="out_proj", fused="Wqkv", packing=Packing.CONCAT),
     keys=ConfigKeys("d_model", "n_layers", "n_heads", None, None, max_position_embeddings="max_seq_len"),
     position=Position.ALIBI,
+    vocabulary=Vocabulary("wte.weight", tied=True),
     buffers=(),
     defaults={"d_model": 2048, "n_layers": 24, "n_heads": 16, "max_seq_len": 2048, "vocab_size": 50368},
     hosts={"gqa": ("uptrain_mpt",), "mqa": ("uptrain_mpt",)},

@@ -24,9 +24,9 @@ class Host:
     Of tensors outside attention, by module inside a layer or the model: `transposes` names the linears that change
     between (in, out) and (out, in); `renames` gives the host's names; `folds` maps a linear to the norm before it whose
     weight and bias move into it, and `attention_norm` is the one that moves into queries, keys and values, leaving
-    behind a norm without effect that serves all; `zeros` are tensors of zeros that the host has and the source
-    lacks, each with the tensor whose rows it counts; `shifts` says what is added to a norm's weight, for classes that
-    add one themselves; with `biased` all of the attention's linears have biases.
+    behind a norm without effect that serves all; `zeros` are tensors of zeros, one for each row of the token embedding,
+    that the host has and the source lacks; `shifts` says what is added to a norm's weight, for classes that add one
+    themselves; with `biased` all of the attention's linears have biases.
 
     `purposes` are the endings of its classes beside the language model's, with the source family's names of tensors.
     `remote_code` is the modelling file shipped inside the checkpoint, with `auto_classes`, when no stock class serves.
@@ -46,7 +46,7 @@ class Host:
     attention_norm: str = ""
     folds: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     shifts: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
-    zeros: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    zeros: tuple[str, ...] = ()
     biased: bool = False
     purposes: tuple[str, ...] = ("Model",)
     remote_code: str = ""

@@ -27,7 +27,7 @@ _GPTJ = Host(
         "wte": "embed_tokens", "h": "layers", "ln_1": "input_layernorm", "ln_f": "final_layernorm",
         "mlp.fc_in": "mlp.fc1", "mlp.fc_out": "mlp.fc2",
     },
-    zeros={"lm_head.bias": "wte.weight"},
+    zeros=("lm_head.bias",),
     purposes=("Model", "ForSequenceClassification"),
     biased=True,
 )  # fmt: skip
@@ -53,7 +53,7 @@ _GPT_NEOX = Host(
     },
     attention_norm="input_layernorm",
     folds={"mlp.dense_h_to_4h": "post_attention_layernorm"},
-    zeros={"lm_head.bias": "embed_in.weight"},
+    zeros=("lm_head.bias",),
     purposes=("Model", "ForSequenceClassification"),
     biased=True,
 )  # fmt: skip

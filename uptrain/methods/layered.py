@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from uptrain.checkpoint.arrays import as_float32
 from uptrain.checkpoint.reader import Checkpoint
+from uptrain.embeddings import stored_table
 from uptrain.errors import CheckpointError
 from uptrain.layout import Architecture
 from uptrain.methods.probabilities import CAPTURE, Reached, in_parts
@@ -155,6 +156,7 @@ class LayeredModel:
         self._path, self._attention = architecture.inside()
         self.layers: nn.ModuleList = self._base.get_submodule(self._path)
         self._calls: list[dict[str, Call]] = [{} for _ in self.layers]
+        self._table = stored_table(architecture, checkpoint, prefix)
 
     @torch.no_grad()
     def embed(self, blocks: Tensor) -> Iterator[Tensor]:
@@ -238,6 +240,8 @@ class LayeredModel:
         module.to(self.device)
 
     def _read(self, name: str, rows: Tensor | None) -> Tensor:
+        own, stored = self._table
+        name = stored if name == own else name
         if name not in self.checkpoint.tensors:
             raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
         array = self.checkpoint.read(name) if rows is None else self.checkpoint.read_rows(name, rows.tolist())

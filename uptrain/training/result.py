@@ -44,7 +44,9 @@ def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> An
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, latent_norm.AbsentNorm(module.width, module.eps))
     left = model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
+    # The config may say tied though the student was loaded with a head of its own.
+    model.all_tied_weights_keys = dict(plain.all_tied_weights_keys)
+    model.tie_weights(recompute_mapping=False)
     lost = [*left.unexpected_keys, *(name for name, value in model.named_parameters() if value.is_meta)]
     if lost:
         raise UptrainError(f"The trained model can't be written: its class and its weights differ in {listed(lost)}.")
