@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,25 +15,6 @@ from uptrain.convert import convert
 from uptrain.request import Request
 
 Save = Callable[..., Path]
-
-
-@pytest.fixture
-def uptrain_against(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs the command line in a process of its own against an endpoint."""
-
-    def run(endpoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_dummy",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }  # fmt: skip
-        environment.pop("HF_HUB_OFFLINE", None)
-        return subprocess.run(
-            [sys.executable, "-m", "uptrain", *arguments],
-            env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-    return run
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["single", "sharded"])

@@ -15,10 +15,11 @@ from uptrain.checkpoint.checksum import Checksum, checksum_file
 from uptrain.checkpoint.joint import CALIBRATION
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import append_stage, read_manifest
-from uptrain.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, read_config
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.remote import open_headers
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.state import State
+from uptrain.checkpoint.weight_files import INDEX
 from uptrain.checkpoint.writer import check_out, friendly_errors, tidy, write_atomic
 from uptrain.class_check import check_classes
 from uptrain.errors import CheckpointError, Interrupted, UsageError
@@ -314,7 +315,9 @@ def _write_companions(checkpoint: Checkpoint, plan: Plan, partial: Path) -> None
 
 
 def _stage(source: Source, checkpoint: Checkpoint, plan: Plan, sources: dict[str, str]) -> dict[str, Any]:
-    others = [name for name in (*COMPANIONS, "config.json", INDEX) if (checkpoint.path / name).is_file()]
+    # An index that was not read, such as one left beside a single file, is no part of the source.
+    wanted = (*COMPANIONS, "config.json", *filter(None, [checkpoint.index]))
+    others = [name for name in wanted if (checkpoint.path / name).is_file()]
     read = {name: sources[name] for name in checkpoint.files}
     files = {**read, **{name: checksum_file(checkpoint.path / name) for name in others}}
     return {

@@ -16,12 +16,12 @@ from uptrain.embeddings import Embeddings, declare, embeddings_of
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.frequencies import partly_rotated
 from uptrain.hosts.host import Host
-from uptrain.hosts.table import host_config, host_of, own_host, result_class
+from uptrain.hosts.table import OF_THE_FOLDER, host_config, host_of, own_host, result_class
 from uptrain.latent_packing import latent_shapes
 from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
-from uptrain.plan_checks import check_groups, check_method
+from uptrain.plan_checks import check_groups, check_listed, check_method
 from uptrain.plan_embeddings import shared_outputs
 from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
@@ -106,6 +106,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     """
     architecture = architecture_of(checkpoint.config, name)
     check_method(architecture, checkpoint.config, request, name)
+    check_listed(architecture, checkpoint)
     before = attention_layers(architecture, checkpoint.config, name)
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
@@ -138,9 +139,9 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
 
 
 def _as_it_is(host: Host, config: Mapping[str, Any]) -> dict[str, Any]:
-    # A result is for classes we know: a name of code that the source gives doesn't go along, as its file doesn't.
+    # A name of code or weights that the source gives doesn't go along, as its file doesn't.
     own = host_config(host, config)
-    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    kept = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
     return {**kept, "auto_map": own["auto_map"]} if "auto_map" in own else kept
 
 

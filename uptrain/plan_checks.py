@@ -5,10 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from uptrain.errors import UsageError
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import CheckpointError, UsageError
 from uptrain.layout import Architecture
 from uptrain.model_config import holds_groups, why_fixed_order, why_pool_only
 from uptrain.request import CHANGED_PARTS, Request
+
+_HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
+_INNER_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+def check_listed(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose index lists a tensor that no shard holds, unless its class makes it itself.
+
+    A class makes a head or an inner embedding that is tied to the stored embedding, and its buffers. Without the
+    class's own list of names, which needs torch, the index is what tells that a tensor is missing.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
+    tied = (*_HEADS, *_INNER_EMBEDDINGS) if checkpoint.config.get("tie_word_embeddings") is not False else ()
+    for name in checkpoint.absent:
+        if not name.endswith((*tied, *architecture.buffers)):
+            raise CheckpointError(
+                f"{checkpoint.path / checkpoint.index} lists tensor {name}, which no shard holds.",
+                "Download the checkpoint again.",
+            )
 
 
 def check_method(architecture: Architecture, config: Mapping[str, Any], request: Request, name: str) -> None:

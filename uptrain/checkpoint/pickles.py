@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,32 @@ _INTEGERS = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint
 
 
 class PickleShards:
-    """Memory-mapped `.bin` files of one folder; tensors are read from the map when asked for."""
+    """The `.bin` files of one folder, mapped into memory where their format allows; tensors are read when asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._shards: dict[str, dict[str, Any]] = {}
 
-    def headers(self, names: list[str]) -> dict[str, TensorInfo]:
-        """Return every tensor of the shards `names`.
+    def header(self, name: str) -> dict[str, TensorInfo]:
+        """Return every tensor of the file `name`.
 
         Raises:
-            CheckpointError: a shard is missing, isn't a weights-only pickle, or holds something else than tensors.
+            CheckpointError: it isn't a weights-only pickle, or holds something else than tensors.
         """
         out: dict[str, TensorInfo] = {}
-        for name in names:
-            for key, tensor in self._shard(name).items():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                code = FLOAT_DTYPES.get(dtype) or _INTEGERS.get(dtype)
-                if code is None:
-                    raise CheckpointError(f"{self.path / name}: tensor {key} has dtype {dtype}.")
-                out[key] = TensorInfo(key, code, tuple(tensor.shape), name, -1, -1)
+        for key, tensor in self._shard(name).items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            code = FLOAT_DTYPES.get(dtype) or _INTEGERS.get(dtype)
+            if code is None:
+                raise CheckpointError(f"{self.path / name}: tensor {key} has dtype {dtype}.")
+            out[key] = TensorInfo(key, code, tuple(tensor.shape), name, -1, -1)
         return out
 
     def read(self, info: TensorInfo) -> Array:
         """Return one tensor as an array of its own dtype and shape."""
         import torch
 
-        tensor = self._shard(info.file)[info.name].contiguous()
+        tensor = self._shard(info.file)[info.name].detach().contiguous()
         flat = tensor.reshape(-1).view(torch.uint8).numpy()
         return np.asarray(flat.view(numpy_dtype(info.dtype)).reshape(info.shape))
 
@@ -54,7 +54,9 @@ class PickleShards:
                     f"Reading {name} needs torch.", "Install it with: pip install 'uptrain[train]'"
                 ) from None
             try:
-                shard = torch.load(self.path / name, map_location="cpu", weights_only=True, mmap=True)
+                # torch before 1.6 wrote one stream, which can't be mapped: all of it is then in memory.
+                mapped = zipfile.is_zipfile(self.path / name)
+                shard = torch.load(self.path / name, map_location="cpu", weights_only=True, mmap=mapped)
             except Exception as error:  # the unpickler raises anything for bytes that were made to break it
                 first = next(iter(str(error).splitlines()), type(error).__name__)
                 raise CheckpointError(f"{self.path / name} can't be read as weights: {first}") from None

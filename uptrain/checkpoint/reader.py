@@ -5,31 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from uptrain.checkpoint.arrays import Array, numpy_dtype, raw_bytes
-from uptrain.checkpoint.checksum import borrowed_buffer
+from uptrain.checkpoint.checksum import Checksum, borrowed_buffer
 from uptrain.checkpoint.clone import Span
 from uptrain.checkpoint.header import TensorInfo, read_header
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.pickles import PickleShards
+from uptrain.checkpoint.weight_files import (
+    WeightFiles,
+    files_of,
+    find_weights,
+    merge_shards,
+    names_in,
+    read_weight_map,
+)
 from uptrain.errors import CheckpointError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-PICKLE_SINGLE = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder: its config, and each tensor's place. Nothing of the weights is in memory.
 
-    `remote` says that the weights are on the Hub only: the tensors are known, but can't be read.
+    `remote` says that the weights are on the Hub only: the tensors are known, but can't be read. `index` names the
+    index that was read, if there are shards, and `absent` the tensors that it lists and no shard holds.
     """
 
     path: Path
@@ -37,6 +41,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     pickles: PickleShards | None = field(default=None, compare=False)
     remote: bool = False
+    index: str = ""
+    absent: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[str]:
@@ -90,6 +96,20 @@ class Checkpoint:
         with borrowed_buffer() as buffer:
             yield from self._spans(name, buffer, [(0, info.nbytes)], reuse=True)
 
+    def equal(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Say whether two tensors of the same dtype and shape, which need not be among `tensors`, hold the same bytes.
+
+        Raises:
+            CheckpointError: a file ends early or can't be read.
+        """
+        digests = []
+        for info in (one, other):
+            digest = Checksum()
+            for chunk in replace(self, tensors={info.name: info}).chunks(info.name):
+                digest.update(chunk)
+            digests.append(digest.text())
+        return digests[0] == digests[1]
+
     def span(self, name: str) -> Span | None:
         """Return where the bytes of tensor `name` lie, or None where no file has them as they are."""
         info = self.tensors[name]
@@ -133,19 +153,38 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
-    """Open the checkpoint in folder `path` from its config, index and headers.
+    """Open the checkpoint in folder `path` from its config, index and headers: the files that transformers reads.
 
     Raises:
         CheckpointError: no config or weights, an unsafe or wrong index, a missing, cut or corrupt shard.
     """
     config = read_config(path)
-    if (path / INDEX).is_file():
-        tensors = _indexed(path, INDEX, ".safetensors")
-    elif (path / SINGLE).is_file():
-        tensors = read_header(path / SINGLE)
-    else:
-        return _open_pickles(path, config, allow_pickle)
-    return Checkpoint(path, config, tensors)
+    weights = find_weights(names_in(path, config), config, path, allow_pickle)
+    weight_map = read_weight_map(path, weights)
+    names = files_of(weights, weight_map)
+    check_files(path, weights, names)
+    pickles = PickleShards(path) if weights.pickled else None
+    shards = ((name, pickles.header(name) if pickles else _header(path, name)) for name in names)
+    opened = Checkpoint(path, config, {}, pickles, index=weights.file if weights.indexed else "")
+    tensors = merge_shards(shards, weight_map, path, opened.equal)
+    return replace(opened, tensors=tensors, absent=tuple(sorted(weight_map.keys() - tensors.keys())))
+
+
+def check_files(path: Path, weights: WeightFiles, names: Iterable[str]) -> None:
+    """Refuse a folder that lacks one of its weight files `names`.
+
+    Raises:
+        CheckpointError: as said.
+    """
+    for name in names:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing, though {weights.file} lists it.", "Download it again.")
+
+
+def _header(path: Path, name: str) -> dict[str, TensorInfo]:
+    found = read_header(path / name)
+    # It knows the file's own name only.
+    return {key: replace(info, file=name) for key, info in found.items()} if "/" in name else found
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -160,56 +199,3 @@ def read_config(path: Path) -> dict[str, Any]:
             "Name the folder that holds config.json and the .safetensors files.",
         )
     return read_json(path / "config.json")
-
-
-def _open_pickles(path: Path, config: dict[str, Any], allow_pickle: bool) -> Checkpoint:
-    indexed, single = (path / PICKLE_INDEX).is_file(), (path / PICKLE_SINGLE).is_file()
-    if not indexed and not single:
-        raise CheckpointError(f"{path} has no {SINGLE} and no {INDEX}.", "Name a folder with safetensors weights.")
-    if not allow_pickle:
-        raise CheckpointError(
-            f"{path} has only pickled .bin weights, which can run code when they are read.",
-            "If you trust them, add --allow-pickle (they are still read with weights_only=True).",
-        )
-    names = _shard_names(path, PICKLE_INDEX, ".bin") if indexed else [PICKLE_SINGLE]
-    pickles = PickleShards(path)
-    return Checkpoint(path, config, pickles.headers(names), pickles)
-
-
-def _shard_names(path: Path, index: str, ending: str) -> list[str]:
-    weight_map = read_json(path / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path / index} has no weight_map.", "Download it again.")
-    for name in weight_map.values():
-        check_shard_name(path / index, name, ending)
-    return sorted(set(weight_map.values()))
-
-
-def check_shard_name(index: Path, name: Any, ending: str) -> None:
-    """Refuse a shard name that isn't a plain file name inside the index's own folder.
-
-    Raises:
-        CheckpointError: not text, absolute, with `..` or a drive letter, in another folder, or of another ending.
-    """
-    plain = isinstance(name, str) and name.endswith(ending) and "\0" not in name and len(os.fsencode(name)) < 256
-    if not plain or len(PurePosixPath(name).parts) != 1 or len(PureWindowsPath(name).parts) != 1:
-        raise CheckpointError(
-            f"{index} points to {str(name)[:200]!r}, which is not a {ending} file in its own folder.",
-            "Don't use this checkpoint unless you know who wrote it.",
-        )
-
-
-def _indexed(path: Path, index: str, ending: str) -> dict[str, TensorInfo]:
-    names = _shard_names(path, index, ending)
-    tensors: dict[str, TensorInfo] = {}
-    for shard in names:
-        if not (path / shard).is_file():
-            raise CheckpointError(f"{path / shard} is missing, though {index} lists it.", "Download it again.")
-        for name, info in read_header(path / shard).items():
-            if name in tensors:
-                raise CheckpointError(f"Tensor {name} stands in both {tensors[name].file} and {shard}.")
-            tensors[name] = info
-    for name, shard in read_json(path / index)["weight_map"].items():
-        if name not in tensors or tensors[name].file != shard:
-            raise CheckpointError(f"{path / index} lists tensor {name} in {shard}, which doesn't hold it.")
-    return tensors

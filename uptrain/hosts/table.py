@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_UMT5, UPTRAIN_WHISPER
 from uptrain.errors import UsageError
 from uptrain.hosts.host import Host
@@ -15,6 +16,9 @@ from uptrain.hosts.phi import PHI_HOSTS
 from uptrain.layout import Architecture
 from uptrain.purpose import class_named, is_language_model, stem
 from uptrain.uncounted import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
+
+OF_THE_FOLDER = ("auto_map", EXPLICIT)
+"""Config keys that name code or weight files of the source's own folder."""
 
 
 def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> Host:
@@ -126,7 +130,7 @@ def result_class(host: Host, architecture: Architecture, config: Mapping[str, An
 
 def host_config(host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the source's config rewritten for `host`, its attention sizes still the source's."""
-    kept = {key: value for key, value in source.items() if key not in (*host.drop, "auto_map")}
+    kept = {key: value for key, value in source.items() if key not in (*host.drop, *OF_THE_FOLDER)}
     config = {host.config_names.get(key, key): value for key, value in kept.items()}
     for key, value in host.fill.items():
         config.setdefault(key, value)

@@ -8,7 +8,8 @@ from typing import Any
 
 from uptrain.checkpoint.finite import finite
 from uptrain.checkpoint.manifest import MANIFEST, verify
-from uptrain.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.weight_files import INDEX
 from uptrain.errors import CheckpointError, VerificationError
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
