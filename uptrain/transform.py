@@ -44,7 +44,8 @@ class LayerMaker:
     """Makes one layer's changed attention tensors from the source's.
 
     `kept` gathers, by layer and method, the share of key and value energy that is kept or would be, and `similarity`,
-    unless it is not to `compare`, how alike the heads are that come to share.
+    unless it is not to `compare`, how alike the heads are that come to share. `orders` has, by layer, the source's
+    key/value heads in the result's order, where they moved.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LayerMaker:
         self.checkpoint, self.plan, self.calibrated, self.compare = checkpoint, plan, calibrated, compare
         self.kept: dict[int, dict[str, dict[str, float]]] = {}
         self.similarity: dict[int, dict[str, dict[str, float]]] = {}
+        self.orders: dict[int, list[int]] = {}
         # Telling what svd would keep costs time, so mean tells it of the middle layer only.
         self.sample = len(plan.before) // 2
         self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
@@ -128,7 +130,7 @@ class LayerMaker:
         methods = _torch_methods()
         rotary = methods.position_of(self.plan.architecture, self.plan.before[layer])
         if request.grouping == "similar":
-            heads = methods.similar_layer(heads, groups, rotary, request.seed)
+            heads, self.orders[layer] = methods.similar_layer(heads, groups, rotary, request.seed)
             self._compare(heads, groups, layer)
         if request.method != "svd":
             return self._pooled(heads, groups, layer)
@@ -200,7 +202,7 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
 class _TorchMethods(NamedTuple):
     one_thread: Callable[[], AbstractContextManager[None]]
     factor_layer: Callable[..., Any]
-    similar_layer: Callable[..., LayerHeads]
+    similar_layer: Callable[..., tuple[LayerHeads, list[int]]]
     position_of: Callable[..., Any]
     latent_layer: Callable[..., tuple[LatentHeads, dict[str, Any]]]
     slots_by_weights: Callable[..., tuple[int, ...]]
