@@ -23,6 +23,7 @@ from uptrain.checkpoint.weight_files import INDEX
 from uptrain.checkpoint.writer import check_out, friendly_errors, tidy, write_atomic
 from uptrain.class_check import check_classes
 from uptrain.errors import CheckpointError, Interrupted, UsageError
+from uptrain.head_order import move_indices
 from uptrain.pipeline import Pipeline, Progress
 from uptrain.plan import Plan, make_plan, plan_digest
 from uptrain.request import Request
@@ -212,7 +213,10 @@ def _build(
         if not needed:
             return filled, None
         _write_companions(checkpoint, filled, folder)
+        move_indices(checkpoint, filled.architecture, filled.before, _by_layer(state.orders), folder)
         notes = {"energy_kept": _kept(state), "head_similarity": _by_layer(state.similarity)}
+        if state.orders:
+            notes["head_order"] = _by_layer(state.orders)
         stage = {**_stage(source, checkpoint, filled, state.sources), **notes}
         if calibrated is not None:
             stage["calibration"] = {"text": calibrated.text, "layers": calibrated.notes}

@@ -89,6 +89,8 @@ WHISPER = BART.for_model(
         "max_target_positions": 448,
     },
     hosts={"gqa": ("uptrain_whisper",), "mqa": ("uptrain_whisper",)},
+    # Word timestamps are read from what these heads attend to.
+    head_indices={"alignment_heads": True},
 )  # fmt: skip
 
 UPTRAIN_BART = BART.with_groups("uptrain_bart", "UptrainBartForConditionalGeneration")

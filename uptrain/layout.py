@@ -114,6 +114,11 @@ class KeyNorm:
     flag: str = ""
     by_head: bool = False
 
+    @property
+    def query_module(self) -> str:
+        """Name the norm on the queries, which stands beside the one on the keys."""
+        return self.module.replace("key", "query") if "key" in self.module else "q" + self.module.removeprefix("k")
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -176,6 +181,8 @@ class Architecture:
     """Config keys that, when set, rule out methods that change queries and output, and why."""
     fixed_order: str = ""
     """Why no head can take another's place, beyond norms and ALiBi; empty where each can."""
+    head_indices: Mapping[str, bool] = field(default_factory=lambda: _NOTHING)
+    """Keys of generation_config.json that list pairs of layer and query head; true where cross-attention is meant."""
     uncalibrated: str = ""
     """Why no layer can be run alone, which calibration does; empty where it can."""
     native: bool = True

@@ -134,6 +134,7 @@ class Pipeline:
                 self.state.sources[file] = digest
             self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.items()})
             self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.items()})
+            self.state.orders.update({str(layer): order for layer, order in self.layers.orders.items()})
             self.state.save()
 
     def _advance(self, count: int) -> None:

@@ -15,6 +15,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.embeddings import Embeddings, declare, embeddings_of
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.frequencies import partly_rotated
+from uptrain.head_order import check_order
 from uptrain.hosts.host import Host
 from uptrain.hosts.table import OF_THE_FOLDER, host_config, host_of, own_host, result_class
 from uptrain.latent_packing import latent_shapes
@@ -30,7 +31,7 @@ from uptrain.plan_tensors import OutputTensor
 from uptrain.purpose import is_language_model
 from uptrain.request import Request, resolve_groups
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
 
 
@@ -119,6 +120,8 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         check_groups(architecture, host.architecture, checkpoint.config, groups, name)
     after = tuple(spec.grouped(groups) for spec in before)
     prefix = find_prefix(architecture, checkpoint, name)
+    if request.grouping != "contiguous" and not same:
+        check_order(checkpoint, architecture, prefix, before, name)
     config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None
     config = _as_it_is(host, checkpoint.config) if config is None else config
     if not same or host.architecture is not architecture:

@@ -48,7 +48,8 @@ MEASURABLE = 1e15
 class LayerMaker:
     """Makes one layer's changed attention tensors from the source's.
 
-    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be.
+    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be. `orders` has, by
+    layer, the source's key/value heads in the result's order, where they moved.
 
     - `calibrated`: the layers that a calibration made, None where weights alone decide.
     - `diagnose`: measure every layer, also what pooling does not need: what the other method would keep, and in
@@ -62,6 +63,7 @@ class LayerMaker:
         self.checkpoint, self.plan, self.calibrated, self.diagnose = checkpoint, plan, calibrated, diagnose
         self.kept: dict[int, dict[str, dict[str, float]]] = {}
         self.similarity: dict[int, dict[str, dict[str, float]]] = {}
+        self.orders: dict[int, list[int]] = {}
         self._sample = len(plan.before) // 2
         self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
         self._dtypes = {
@@ -134,7 +136,7 @@ class LayerMaker:
         methods = _torch_methods()
         rotary = methods.position_of(self.plan.architecture, self.plan.before[layer])
         if request.grouping == "similar":
-            heads = methods.similar_layer(heads, groups, rotary, request.seed)
+            heads, self.orders[layer] = methods.similar_layer(heads, groups, rotary, request.seed)
             self._compare(heads, groups, layer)
         if request.method != "svd":
             return self._pooled(heads, groups, layer)
@@ -216,7 +218,7 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
 class _TorchMethods(NamedTuple):
     one_thread: Callable[[], AbstractContextManager[None]]
     factor_layer: Callable[..., Any]
-    similar_layer: Callable[..., LayerHeads]
+    similar_layer: Callable[..., tuple[LayerHeads, list[int]]]
     position_of: Callable[..., Any]
     latent_layer: Callable[..., tuple[LatentHeads, dict[str, Any]]]
     slots_by_weights: Callable[..., tuple[int, ...]]

@@ -10,7 +10,7 @@ from uptrain.checkpoint.jsonfile import dump_json, parse_object
 from uptrain.checkpoint.writer import STATE, write_atomic
 from uptrain.errors import UptrainError
 
-FINISHED = ("shards", "sources", "layers", "similarity")
+FINISHED = ("shards", "sources", "layers", "similarity", "orders")
 """What is kept of finished work; several processes that build one folder add theirs to it."""
 
 
@@ -18,7 +18,8 @@ class State:
     """What has been finished in OUT.partial: the plan's digest, the checksum of each whole shard and of each of the
     source's files that was read, and notes by layer.
 
-    Of each layer `layers` has the energy that is kept, `similarity` how alike its heads were.
+    Of each layer `layers` has the energy that is kept, `similarity` how alike its heads were, `orders` in which
+    order its key/value heads stand now.
 
     `command` digests what was asked for and of which folder, so that a changed source can be told from another wish.
     """
@@ -30,6 +31,7 @@ class State:
         self.sources: dict[str, str] = {}
         self.layers: dict[str, Any] = {}
         self.similarity: dict[str, Any] = {}
+        self.orders: dict[str, Any] = {}
 
     def load(self) -> tuple[str, str] | None:
         """Read an earlier run's state; return its plan and command, or None where there is none that can be used.
@@ -50,9 +52,10 @@ class State:
             self.layers = {layer: kept for layer, kept in layers.items() if layer.isdecimal()}
             found = sources.items() if isinstance(sources, dict) else ()
             self.sources = {name: text for name, text in found if isinstance(text, str) and algorithm_of(text)}
-            similarity = value.get("similarity")
-            if isinstance(similarity, dict):
-                self.similarity = {layer: found for layer, found in similarity.items() if layer.isdecimal()}
+            for name in ("similarity", "orders"):
+                notes = value.get(name)
+                if isinstance(notes, dict):
+                    setattr(self, name, {layer: found for layer, found in notes.items() if layer.isdecimal()})
         return str(value.get("plan")), str(value.get("command"))
 
     def refresh(self) -> None:

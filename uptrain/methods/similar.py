@@ -9,8 +9,10 @@ from uptrain.methods.rotary import Rotary
 from uptrain.packing import Heads, LayerHeads
 
 
-def similar_layer(layer: LayerHeads, groups: int, position: Rotary | None, seed: int) -> LayerHeads:
+def similar_layer(layer: LayerHeads, groups: int, position: Rotary | None, seed: int) -> tuple[LayerHeads, list[int]]:
     """Return the layer with its key/value heads, their queries and output columns moved so that similar ones share.
+
+    With it comes the order: the number of each of the result's key/value heads in the given layer.
 
     Values only change place: no bit of them and no logit changes by it.
     """
@@ -20,7 +22,7 @@ def similar_layer(layer: LayerHeads, groups: int, position: Rotary | None, seed:
     picks = {"q": queries, "k": order, "v": order}
     moved = {part: _pick(layer.part(part), pick) for part, pick in picks.items()}
     output = layer.part("o")
-    return LayerHeads(**moved, o=Heads(output.weight[:, queries], output.bias))
+    return LayerHeads(**moved, o=Heads(output.weight[:, queries], output.bias)), order
 
 
 def _pick(heads: Heads, order: list[int]) -> Heads:
