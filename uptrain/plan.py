@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from uptrain.attention import AttentionSpec, cache_bytes_per_token
@@ -20,14 +20,14 @@ from uptrain.latent_packing import latent_shapes
 from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
-from uptrain.plan_checks import check_groups, check_method
+from uptrain.plan_checks import check_effects, check_groups, check_method
 from uptrain.plan_latent import HEAD, LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
 from uptrain.plan_rehost import Rehost
 from uptrain.plan_tensors import OutputTensor
 from uptrain.request import Request, resolve_groups
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
 
 
@@ -106,6 +106,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         return _latent_plan(checkpoint, request, architecture, before, name)
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
+    check_effects(request, groups, before[0].num_key_value_heads, name)
     host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
     if not same:
         check_groups(architecture, host.architecture, checkpoint.config, groups, name)
@@ -368,7 +369,7 @@ def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
     stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]
     material = {
         "format": PLAN_FORMAT,
-        "request": asdict(plan.request),
+        "request": plan.request.recorded(),
         "host": plan.host.name,
         "config": plan.config,
         "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
