@@ -96,7 +96,7 @@ def test_what_it_says_it_will_hold_is_what_it_holds() -> None:
 
 
 def test_as_many_groups_as_heads_is_the_source() -> None:
-    convert("demo", "same", Request("gqa", 8, "calibrated", **SHORT))
+    convert("demo", "same", Request("gqa", 8, "calibrated"))
     source, same = load_file(DEMO / "model.safetensors"), load_file("same/model.safetensors")
     assert all(torch.equal(source[name], same[name]) for name in source)
 

@@ -175,7 +175,8 @@ def test_conversion_itself_needs_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2 * 2**30), ("1024", 1024), ("1.5k", 1500)]
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2 * 2**30), ("1024B", 1024), ("3 b", 3), ("1.5k", 1500)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size

@@ -89,13 +89,13 @@ def test_dtype_rounds_as_torch_does_and_is_what_the_config_says(dtype: str, save
 def test_provenance_names_source_files_by_digest_and_verifies(save_tiny: Save, tmp_path: Path) -> None:
     source = save_tiny("llama", max_shard_size="20KB")
     (source / "LICENSE").write_text("free")
-    convert(str(source), tmp_path / "out", Request("gqa", 2, seed=5))
+    convert(str(source), tmp_path / "out", Request("gqa", 2, "random", seed=5))
     manifest = read_manifest(tmp_path / "out")
     assert manifest is not None
     stage = manifest["stages"][0]
     files = {path.name: checksum_file(path) for path in source.iterdir()}
     assert stage["source"]["files"] == files
-    assert (stage["request"]["method"], stage["request"]["seed"]) == ("mean", 5)
+    assert (stage["request"]["method"], stage["request"]["seed"]) == ("random", 5)
     assert stage["num_key_value_heads"] == {"before": 4, "after": 2}
     verify(tmp_path / "out")
     convert(str(tmp_path / "out"), tmp_path / "mqa", Request("mqa"))

@@ -50,7 +50,7 @@ class SharedCalibration:
 
     def text(self, checkpoint: Checkpoint, plan: Plan) -> TokenText:
         """Return the tokens of the plan's text, read once; another source or text starts anew. Raises as below."""
-        key = (checkpoint.path, plan.request.calibrate, plan.request.calibration_tokens)
+        key = (checkpoint.path, plan.request.chosen_text, plan.request.chosen_tokens)
         if self._text is None or key != self._key:
             self._key, self._text = key, calibration_text(checkpoint, plan)
             self.run = SourceRun()
@@ -93,7 +93,7 @@ def calibrate_plan(
     count = len(text.ids) // length
     if count < 2:
         raise UsageError(
-            f"--calibrate {plan.request.calibrate} has {len(text.ids)} tokens, less than two blocks of {length}.",
+            f"--calibrate {plan.request.chosen_text} has {len(text.ids)} tokens, less than two blocks of {length}.",
             "Give more text, or raise --calibration-tokens.",
         )
     blocks = torch.from_numpy(text.ids[: count * length]).view(count, length)
@@ -107,7 +107,7 @@ def calibrate_plan(
             f"Converting one layer of this model will hold about {words.size(memory - room)}, more than the "
             f"{words.size(memory)} of --memory."
         )
-    settings = CalibrationSettings(memory=room, folder=folder, seed=plan.request.seed)
+    settings = CalibrationSettings(memory=room, folder=folder, seed=plan.request.chosen_seed)
     if plan.request.repair_steps is not None:
         settings = replace(settings, repair_steps=plan.request.repair_steps)
     # Where all that may be kept in memory leaves no room for what the C library keeps of what is freed.
@@ -141,7 +141,7 @@ def _begun(
     """Return what an earlier run `left` if it was on the same text, or begin anew."""
     digest = Checksum()
     digest.update(blocks.numpy().tobytes())
-    text = {"name": plan.request.calibrate, "tokens": int(blocks.numel()), "token_digest": digest.text()}
+    text = {"name": plan.request.chosen_text, "tokens": int(blocks.numel()), "token_digest": digest.text()}
     if left is not None and left.text != text:
         on_note("The calibration text changed since the run that was cut off: starting over.")
     elif left is not None:
@@ -171,14 +171,14 @@ def calibration_text(checkpoint: Checkpoint, plan: Plan) -> TokenText:
     Raises:
         UsageError: it names no text, or text that is empty or binary.
     """
-    name = plan.request.calibrate
+    name = plan.request.chosen_text
     try:
         source = parse_source("python-stdlib" if name == "builtin" else name)
     except ValueError:
         raise UsageError(f"--calibrate {name} is not a text.", "Name a file, a dataset, or 'builtin'.") from None
     tokenizer = models.load_tokenizer(checkpoint.path)
     try:
-        return read_tokens([source], tokenizer, plan.request.calibration_tokens)
+        return read_tokens([source], tokenizer, plan.request.chosen_tokens)
     except UsageError as error:
         raise UsageError(f"--calibrate {name}: {error.message}", error.hint) from None
 

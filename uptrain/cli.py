@@ -153,20 +153,23 @@ def _latent_options(command: Command) -> Command:
     show_default=True,
     help="Which heads share: contiguous (neighbours, as in the paper) or similar (least loss; heads are moved).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="For --method random and --grouping similar.")
+@click.option("--seed", type=int, help="For --method random or calibrated and --grouping similar. Default: 0.")
 @click.option(
     "--calibrate",
     help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
     metavar="TEXT",
 )
-@click.option("--calibration-tokens", type=int, default=65_536, show_default=True, help="How much of it to use.")
-@click.option("--repair-steps", type=int, help="Gradient steps a layer after --method calibrated; 0 for none.")
+@click.option(
+    "--calibration-tokens", type=int, help="Of --method calibrated: how much of that text to use. Default: 65536."
+)
+@click.option(
+    "--repair-steps", type=int, help="Of --method calibrated: gradient steps a layer afterwards; 0 for none. Default: "
+    "40.",
+)  # fmt: skip
 @click.option(
     "--memory",
     type=Size(),
-    default="4GiB",
-    show_default=True,
-    help="For calibrating; activations that this leaves no room for go to files beside OUT.",
+    help="Of --method calibrated; activations that this leaves no room for go to files beside OUT. Default: 4GiB.",
 )
 @click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
 @click.option(
@@ -205,16 +208,17 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """
     from uptrain import report
-    from uptrain.convert import default_out, plan_conversion, run_plan
+    from uptrain.convert import check_memory, default_out, plan_conversion, run_plan
     from uptrain.request import Request
 
     names = (
-        "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibration_tokens", "repair_steps",
-        "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight", "allow_nonfinite",
+        "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
+        "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight",
+        "allow_nonfinite",
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
-    calibrate = options["calibrate"] or "builtin"
-    request = Request(method=method, calibrate=calibrate, **{name: options[name] for name in names})
+    request = Request(method=method, **{name: options[name] for name in names})
+    check_memory(options["memory"], request)
     source, checkpoint, plan = plan_conversion(
         model,
         request,

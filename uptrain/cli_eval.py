@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from uptrain import console
-from uptrain.cli_types import Sizes, texts_of
+from uptrain.cli_types import Sizes, check_belongs, texts_of
+from uptrain.errors import UsageError
 
 
 @click.command()
@@ -113,6 +114,7 @@ def evaluate(
     from uptrain.measure.needle import Needles
     from uptrain.measure.tasks import Tasks
 
+    _check_options(no_speed, bool(tasks), needle, bool(options["samples"]))
     if no_speed:
         options["repeats"] = 0
     text = texts_of(texts)
@@ -132,6 +134,18 @@ def evaluate(
     if place is not None:
         write_evaluation(found, place)
         console.note(f"Wrote {place}.")
+
+
+def _check_options(no_speed: bool, tasks: bool, needle: bool, samples: bool) -> None:
+    """Refuse what is said of a part that isn't measured."""
+    check_belongs(("include_path", "task_limit"), "--task", tasks)
+    check_belongs(("needle_lengths", "needle_depths", "needle_trials"), "--needle", needle)
+    check_belongs(("sample_tokens",), "--samples", samples)
+    context = click.get_current_context()
+    for name in ("speed_context", "speed_batch"):
+        if no_speed and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--no-speed leaves nothing for {option} to change.", "Leave one of them out.")
 
 
 COMMANDS: dict[str, click.Command] = {"eval": evaluate}

@@ -19,9 +19,9 @@ from uptrain.cli_types import Size, Words, texts_of
 )  # fmt: skip
 @click.option("--methods", type=Words(), default="mean,svd,calibrated", show_default=True, help="As of convert.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for all of it. Default: ./NAME-sweep.")
-@click.option("--calibrate", metavar="TEXT", default="builtin", show_default=True, help="Text for calibrated.")
-@click.option("--calibration-tokens", type=int, default=65_536, show_default=True, help="How much of it to use.")
-@click.option("--repair-steps", type=int, help="Gradient steps a layer after calibrated; 0 for none.")
+@click.option("--calibrate", metavar="TEXT", help="Text for the method calibrated. Default: builtin.")
+@click.option("--calibration-tokens", type=int, help="Of calibrated: how much of it to use. Default: 65536.")
+@click.option("--repair-steps", type=int, help="Of calibrated: gradient steps a layer; 0 for none. Default: 40.")
 @click.option(
     "--text", "texts", multiple=True, help="Score this text, as of eval; repeatable. Default: python-stdlib:held-out."
 )

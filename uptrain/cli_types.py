@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Size(click.ParamType[int]):
-    """A number of bytes: 5GB, 500MB, 2GiB or plain digits."""
+    """A number of bytes: 5GB, 500MB, 2GiB or 800B."""
 
     name = "size"
 
@@ -23,7 +23,9 @@ class Size(click.ParamType[int]):
         """Return the bytes that a text such as 5GB means."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)\s*", str(value), re.IGNORECASE)
+        if not match and str(value).strip().isdigit():
+            self.fail(f"{value!r} has no unit. Write it like 5GB, 500MB or, in bytes, {value.strip()}B.", param, ctx)
         if not match:
             self.fail(f"{value!r} is not a size. Write it like 5GB, 500MB or 2GiB.", param, ctx)
         number, unit, binary = match.groups()
@@ -91,3 +93,16 @@ def texts_of(names: Sequence[str]) -> list[DataSource]:
         return [parse_source(name) for name in names] or [HELD_OUT]
     except ValueError:
         raise UsageError(f"--text {' '.join(names)} is not a text.", "Name a file, a glob or a dataset.") from None
+
+
+def check_belongs(names: Sequence[str], owner: str, there: bool) -> None:
+    """Refuse options that were typed although what they belong to, `owner`, isn't `there`.
+
+    Raises:
+        UsageError: one was.
+    """
+    context = click.get_current_context()
+    options = {param.name: param.opts[0] for param in context.command.params}
+    for name in names:
+        if not there and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise UsageError(f"{options[name]} has no effect without {owner}.", f"Add {owner}, or leave it out.")

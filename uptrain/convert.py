@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +84,19 @@ def plan_conversion(
     return source, checkpoint, replace(plan, notes=check_classes(checkpoint, plan, source.name))
 
 
+def check_memory(memory: int | None, request: Request) -> None:
+    """Refuse a limit on what a calibration may hold where nothing is calibrated.
+
+    Raises:
+        UsageError: as said.
+    """
+    if memory is not None and request.method != "calibrated":
+        raise UsageError(
+            f"--memory is for --method calibrated, not {request.method}.",
+            "Leave it out: other methods hold a few layers at a time, as --dry-run says.",
+        )
+
+
 def default_out(source: Source, plan: Plan) -> Path:
     """Return `./NAME-gqa4`, `./NAME-mqa` or, with the values a token that are cached, `./NAME-mla576`."""
     groups = plan.after[0].num_key_value_heads
@@ -102,7 +115,7 @@ def convert(
     overwrite: bool = False,
     join: bool = False,
     diagnose: bool = False,
-    memory: int = MEMORY,
+    memory: int | None = None,
     on_progress: Progress = lambda count: None,
     on_layer: Callable[[int, int], None] = lambda done, layers: None,
     on_note: Callable[[str], None] = lambda text: None,
@@ -144,7 +157,7 @@ def run_plan(
     overwrite: bool = False,
     join: bool = False,
     diagnose: bool = False,
-    memory: int = MEMORY,
+    memory: int | None = None,
     on_progress: Progress = lambda count: None,
     on_layer: Callable[[int, int], None] = lambda done, layers: None,
     on_note: Callable[[str], None] = lambda text: None,
@@ -152,13 +165,15 @@ def run_plan(
 ) -> Conversion:
     """Run a plan made by `plan_conversion`, with `join` together with other processes. Raises as `convert` does.
 
-    `memory`, in bytes, is what a calibration may hold; `on_layer` gets its layers done and all. `shared`
-    lets calibrations of one source share what they have in common.
+    `memory`, in bytes, is what a calibration may hold (default: MEMORY); `on_layer` gets its layers done and all.
+    `shared` lets calibrations of one source share what they have in common.
     """
     if diagnose and plan.latent is not None:
         raise UsageError(
             "--diagnose compares heads that come to share one, and --to mla has none.", "Leave --diagnose out."
         )
+    check_memory(memory, plan.request)
+    memory = MEMORY if memory is None else memory
     folder = Path(out) if out is not None else default_out(source, plan)
     with _resumable(), friendly_errors(folder):
         found = _committed(folder, source, plan)
@@ -231,7 +246,7 @@ def _calibration_of(out: Path) -> Path:
 
 def _command(source: Source, request: Request) -> str:
     running = Checksum()
-    running.update(json.dumps([str(source.path), asdict(request)], sort_keys=True).encode())
+    running.update(json.dumps([str(source.path), request.recorded()], sort_keys=True).encode())
     return running.text()
 
 
@@ -333,7 +348,7 @@ def _stage(source: Source, checkpoint: Checkpoint, plan: Plan, sources: dict[str
             "model_type": plan.architecture.model_type,
             "files": dict(sorted(files.items())),
         },
-        "request": asdict(plan.request),
+        "request": plan.request.recorded(plan.before != plan.after),
         "num_attention_heads": plan.after[0].num_attention_heads,
         "num_key_value_heads": {
             "before": plan.before[0].num_key_value_heads,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from uptrain.attention import AttentionSpec, cache_bytes_per_token
@@ -22,7 +22,7 @@ from uptrain.latent_packing import latent_shapes
 from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
-from uptrain.plan_checks import check_groups, check_listed, check_method
+from uptrain.plan_checks import check_effects, check_groups, check_listed, check_method
 from uptrain.plan_embeddings import shared_outputs
 from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
@@ -115,6 +115,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         return _latent_plan(checkpoint, request, architecture, before, name)
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
+    check_effects(request, groups, before[0].num_key_value_heads, name)
     host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
     if not same:
         check_groups(architecture, host.architecture, checkpoint.config, groups, name)
@@ -388,7 +389,7 @@ def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
     stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]
     material = {
         "format": PLAN_FORMAT,
-        "request": asdict(plan.request),
+        "request": plan.request.recorded(),
         "host": plan.host.name,
         "config": plan.config,
         "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],

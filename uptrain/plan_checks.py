@@ -9,7 +9,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.layout import Architecture
 from uptrain.model_config import holds_groups, why_fixed_order, why_pool_only
-from uptrain.request import CHANGED_PARTS, Request
+from uptrain.request import CALIBRATION_FIELDS, CHANGED_PARTS, Request
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
 _INNER_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -69,3 +69,21 @@ def check_groups(
             f"{architecture.model_type} has one or all.",
             "Use --to mqa.",
         )
+
+
+def check_effects(request: Request, groups: int, heads: int, name: str) -> None:
+    """Refuse options that change nothing where `groups` of `heads` key/value heads stay.
+
+    Raises:
+        UsageError: there is one.
+    """
+    given = [option for option in (*CALIBRATION_FIELDS, "seed") if getattr(request, option) is not None]
+    given += ["grouping"] if request.grouping != "contiguous" else []
+    if given and groups == heads:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UsageError(
+            f"{option} has no effect: {name} keeps all its {heads} key/value heads.",
+            f"Ask for fewer --groups, or leave {option} out.",
+        )
+    if groups == 1 and request.grouping != "contiguous":
+        raise UsageError(f"--grouping {request.grouping} has no effect: all heads share one.", "Leave --grouping out.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.errors import UsageError, did_you_mean
+from uptrain.methods.settings import CalibrationSettings
 
 TARGETS = ("gqa", "mqa", "mla")
 
@@ -27,14 +29,24 @@ ENGINES = ("any", "llama.cpp")
 LATENT_METHODS = ("svd", "calibrated")
 LATENT_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "cache", "rope", "key_weight")
 """What only a latent has."""
+CALIBRATION_FIELDS = ("calibrate", "calibration_tokens", "repair_steps")
+"""What only --method calibrated has."""
+SEEDED_METHODS = ("random", "calibrated")
+NEUTRAL: Mapping[str, object] = {"grouping": "contiguous", "engine": "any", "allow_nonfinite": False}
+"""Values that ask for nothing."""
+BUILTIN = "builtin"
+CALIBRATION_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
 class Request:
     """A target, how to reach it, and how the result is stored. `max_shard_size` is in bytes.
 
+    None means that an option was not given. An option that can't have an effect is refused, never ignored.
+
     `grouping` says which heads share: neighbours, or those whose sharing loses least. `calibrate` names the text
-    of `calibrated`: a file, a dataset or `builtin`; `repair_steps` are its gradient steps a layer, None the default.
+    of `calibrated`: a file, a dataset or `builtin`, of which it reads `calibration_tokens`; `repair_steps` are its
+    gradient steps per layer. `seed` is for what draws random numbers.
     `method` "auto" is mean, and svd for a latent. `allow_nonfinite` keeps NaN and infinite values: in attention only
     where it `pools`.
 
@@ -45,12 +57,12 @@ class Request:
     target: str = "gqa"
     groups: int | None = None
     method: str = "auto"
-    seed: int = 0
+    seed: int | None = None
     dtype: str | None = None
     max_shard_size: int | None = None
     grouping: str = "contiguous"
-    calibrate: str = "builtin"
-    calibration_tokens: int = 65_536
+    calibrate: str | None = None
+    calibration_tokens: int | None = None
     repair_steps: int | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
@@ -72,16 +84,28 @@ class Request:
             _one_of("--dtype", self.dtype, FLOAT_DTYPES)
         if self.method == "calibrated" and self.grouping != "contiguous":
             raise UsageError("--grouping similar doesn't go with --method calibrated.", "Use --method svd.")
-        if self.calibrate != "builtin" and self.method != "calibrated":
-            raise UsageError(
-                f"--calibrate {self.calibrate} is for --method calibrated, not {self.method}.", "Leave one of them out."
-            )
-        if self.calibration_tokens < 1 or (self.repair_steps or 0) < 0:
+        self._check_effects()
+        if self.chosen_tokens < 1 or (self.repair_steps or 0) < 0:
             raise UsageError("--calibration-tokens and --repair-steps can't be negative.")
         if self.target == "mqa" and self.groups not in (None, 1):
             raise UsageError(f"--to mqa keeps one head, so --groups {self.groups} contradicts it.")
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size} is not a positive number of bytes.")
+
+    def _check_effects(self) -> None:
+        """Refuse what this target and method make no use of."""
+        for name in (*CALIBRATION_FIELDS, "seed"):
+            if getattr(self, name) is None or _has_effect(name, vars(self)):
+                continue
+            option = f"--{name.replace('_', '-')}"
+            if name == "seed":
+                raise UsageError(
+                    f"{option} has no effect on --method {self.method}: it draws no random numbers.",
+                    f"Leave {option} out; it is for --method {' and '.join(SEEDED_METHODS)} and --grouping similar.",
+                )
+            raise UsageError(
+                f"{option} is for --method calibrated, not {self.method}.", "Leave it out, or add --method calibrated."
+            )
 
     def _check_latent(self) -> None:
         if self.target != "mla":
@@ -114,6 +138,35 @@ class Request:
             raise UsageError(f"--key-weight {self.key_weight} is not a positive number.")
 
     @property
+    def chosen_seed(self) -> int:
+        """Return the seed: the one that was given, else 0."""
+        return self.seed or 0
+
+    @property
+    def chosen_text(self) -> str:
+        """Return what `calibrated` reads: what was given, else the text that comes with Python."""
+        return self.calibrate or BUILTIN
+
+    @property
+    def chosen_tokens(self) -> int:
+        """Return how many tokens `calibrated` reads at most."""
+        return CALIBRATION_TOKENS if self.calibration_tokens is None else self.calibration_tokens
+
+    def recorded(self, changed: bool = True) -> dict[str, Any]:
+        """Return what a result depends on: the options that have an effect, those left to their defaults included.
+
+        With `changed` off, no head was changed, so neither the method nor what belongs to it had an effect.
+        """
+        steps = CalibrationSettings.repair_steps if self.repair_steps is None else self.repair_steps
+        defaults = {
+            "seed": self.chosen_seed, "calibrate": self.chosen_text, "calibration_tokens": self.chosen_tokens,
+            "repair_steps": steps,
+        }  # fmt: skip
+        found = in_effect({**asdict(self), **defaults})
+        unused = () if changed else ("method", "grouping", "seed", "key_weight", *CALIBRATION_FIELDS)
+        return {name: value for name, value in found.items() if name not in unused}
+
+    @property
     def pools(self) -> bool:
         """Say whether each new head is made of a few old ones' values alone, and no others'."""
         return self.method in ("mean", "first") and self.grouping == "contiguous"
@@ -123,6 +176,38 @@ class Request:
         """Return which of q, k, v and o change: moving heads takes their queries and output columns along."""
         plain = self.grouping == "contiguous" and self.target != "mla"
         return CHANGED_PARTS[self.method] if plain else frozenset("qkvo")
+
+
+def in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options of a request that had an effect; `values` are an uptrain.json's of any version.
+
+    Earlier versions recorded every option's default, whether it had an effect or not.
+    """
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and value != NEUTRAL.get(name) and _has_effect(name, values)
+    }
+
+
+def option_words(values: Mapping[str, Any]) -> list[str]:
+    """Return the words of the command line that ask for a request, of which `values` are as for `in_effect`."""
+    words: list[str] = []
+    for name, value in in_effect(values).items():
+        option = "--to" if name == "target" else f"--{name.replace('_', '-')}"
+        if name == "max_shard_size":
+            value = f"{value}B"
+        words += [option] if value is True else [option, str(value)]
+    return words
+
+
+def _has_effect(name: str, values: Mapping[str, Any]) -> bool:
+    method = values.get("method")
+    if name in CALIBRATION_FIELDS:
+        return method == "calibrated"
+    if name == "seed":
+        return method in SEEDED_METHODS or values.get("grouping") == "similar"
+    return True
 
 
 def _one_of(option: str, value: str, known: Mapping[str, object] | tuple[str, ...]) -> None:

@@ -136,7 +136,7 @@ class LayerMaker:
         methods = _torch_methods()
         rotary = methods.position_of(self.plan.architecture, self.plan.before[layer])
         if request.grouping == "similar":
-            heads, self.orders[layer] = methods.similar_layer(heads, groups, rotary, request.seed)
+            heads, self.orders[layer] = methods.similar_layer(heads, groups, rotary, request.chosen_seed)
             self._compare(heads, groups, layer)
         if request.method != "svd":
             return self._pooled(heads, groups, layer)
@@ -176,7 +176,7 @@ class LayerMaker:
 
     def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
         request, std = self.plan.request, initializer_std(self.plan.architecture, self.checkpoint.config)
-        return pool_layer(heads, groups, request.method, seed=request.seed, index=layer, std=std)
+        return pool_layer(heads, groups, request.method, seed=request.chosen_seed, index=layer, std=std)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
         for part in map(heads.part, "qkvo"):

@@ -53,6 +53,8 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
         found = path.exists()
     except (OSError, RuntimeError, ValueError):  # too long, nobody's home, or a NUL
         raise UsageError(f"{model!r} can't be the name of a folder.", "Name one, ORG/NAME, or 'demo'.") from None
+    if revision is not None and (path.is_dir() or model == "demo"):
+        raise UsageError(f"--revision {revision} is for a Hub id, and {model} is here.", "Leave --revision out.")
     if path.is_dir():
         return Source(path.resolve(), model, "folder")
     if model == "demo":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from uptrain.hub.figures import Figures
@@ -12,7 +11,7 @@ from uptrain.hub.licence import Licence
 from uptrain.hub.subject import Subject
 from uptrain.hub.use import TASKS, use
 from uptrain.model_config import auto_class_name
-from uptrain.request import Request
+from uptrain.request import in_effect
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -130,12 +129,12 @@ def _unknown(stage: Stage) -> str:
 
 def _converting(stage: Stage) -> str:
     request = stage["request"]
-    method = request["method"]
-    usual = {field.name: field.default for field in fields(Request)}
-    options = {key: value for key, value in request.items() if key not in _SAID and value != usual.get(key)}
-    if method == "calibrated":
-        options = {"calibrate": request["calibrate"], "calibration_tokens": request["calibration_tokens"], **options}
+    method = request.get("method")
+    options = {key: value for key, value in in_effect(request).items() if key not in _SAID}
     listed = ", ".join(f"`{key}` {value}" for key, value in options.items())
+    if method is None:
+        listed = f" Options: {listed}." if listed else ""
+        return f"**Written** as {str(request['target']).upper()} with all its key/value heads as they were.{listed}"
     return (
         f"**Converted** to {str(request['target']).upper()}, method `{method}`: {_METHODS.get(method, 'see below')}."
         f"{_energy(stage, method)}{f' Options: {listed}.' if listed else ''}"

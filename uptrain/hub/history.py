@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 import yaml
 
-from uptrain.request import Request
+from uptrain.request import option_words
 
 Stage = Mapping[str, Any]
 _DEMO = "demo"
-_ALWAYS_SAID = ("target", "method")
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,7 @@ def _convert(stage: Stage, before: Parent, out: str) -> list[str]:
     request = dict(stage.get("request", {}))
     if request.get("target") == "gqa":
         request["groups"] = stage.get("num_key_value_heads", {}).get("after", request.get("groups"))
-    for field in fields(Request):
-        value = request.get(field.name, field.default)
-        if value is None or value is MISSING or (value == field.default and field.name not in _ALWAYS_SAID):
-            continue
-        option = "to" if field.name == "target" else field.name.replace("_", "-")
-        words += [f"--{option}", str(value)]
+    words += option_words(request)
     if before.revision:
         words += ["--revision", before.revision]
     if any(str(file).endswith(".bin") for file in stage.get("source", {}).get("files", ())):

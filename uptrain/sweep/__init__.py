@@ -19,7 +19,7 @@ from uptrain.page.style import drawing, png
 from uptrain.page.sweep import pareto_chart
 from uptrain.plan import make_plan
 from uptrain.purpose import check_language_model
-from uptrain.request import Request
+from uptrain.request import BUILTIN, CALIBRATION_TOKENS, Request
 from uptrain.sweep.runner import Measuring, Runner, Task
 from uptrain.sweep.targets import parse_methods, parse_target
 from uptrain.sweep_file import Refused, Sweep, read_sweep, write_sweep
@@ -37,8 +37,8 @@ def sweep(
     methods: Sequence[str] = METHODS,
     out: str | Path | None = None,
     *,
-    calibrate: str = "builtin",
-    calibration_tokens: int = 65_536,
+    calibrate: str | None = None,
+    calibration_tokens: int | None = None,
     repair_steps: int | None = None,
     measuring: Measuring | None = None,
     keep: str = "all",
@@ -71,6 +71,7 @@ def sweep(
         "repair_steps": repair_steps,
     }
     asked = [parse_target(word) for word in dict.fromkeys(to)], parse_methods(methods)
+    _check_calibration(calibration, asked[1])
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
     check_language_model(checkpoint.config, source.name)
@@ -91,7 +92,9 @@ def sweep(
     how = measuring or Measuring()
     folder = Path(out) if out is not None else Path(f"{source.short_name}-sweep")
     named = {"name": source.name, "origin": source.origin, "revision": source.revision}
-    fresh = Sweep(named, {**how.to_dict(), **calibration}, {}, {}, (), tuple(refused))
+    used = {"calibrate": BUILTIN, "calibration_tokens": CALIBRATION_TOKENS}
+    used |= {option: value for option, value in calibration.items() if value is not None}
+    fresh = Sweep(named, {**how.to_dict(), "repair_steps": None, **used}, {}, {}, (), tuple(refused))
     found = _to_go_on_with(folder, source, fresh, tasks, overwrite)
     runner = Runner(source, checkpoint, folder, how, keep, memory, overwrite, on_note, on_layers)
     done = {arm.name for arm in found.arms}
@@ -106,6 +109,17 @@ def sweep(
     with drawing():
         (folder / PICTURE).write_bytes(png(pareto_chart(found)))
     return folder, found
+
+
+def _check_calibration(given: dict[str, Any], methods: Sequence[str]) -> None:
+    """Refuse what is said of calibration where nothing is calibrated."""
+    for option, value in given.items():
+        if value is not None and "calibrated" not in methods:
+            named = f"--{option.replace('_', '-')}"
+            raise UsageError(
+                f"{named} is for the method calibrated, not {', '.join(methods)}.",
+                f"Leave {named} out, or add calibrated to --methods.",
+            )
 
 
 def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[Task], overwrite: bool) -> Sweep:

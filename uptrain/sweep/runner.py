@@ -102,7 +102,8 @@ class Runner:
         run_plan(
             self._source, self._checkpoint, task.plan, place, overwrite=self._overwrite,
             diagnose=task.plan.latent is None,
-            memory=self._memory + self._reference.nbytes, on_layer=self._on_layers(), on_note=self._note,
+            memory=self._memory + self._reference.nbytes if calibrated else None, on_layer=self._on_layers(),
+            on_note=self._note,
             shared=self._sharing() if calibrated else None,
         )  # fmt: skip
         return round(time.monotonic() - began, 1)
