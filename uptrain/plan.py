@@ -27,6 +27,7 @@ from uptrain.plan_embeddings import shared_outputs
 from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
 from uptrain.plan_rehost import Rehost
+from uptrain.plan_shards import into_shards
 from uptrain.plan_tensors import OutputTensor
 from uptrain.purpose import is_language_model
 from uptrain.request import Request, resolve_groups
@@ -137,7 +138,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     embeddings = embeddings_of(architecture, checkpoint, prefix)
     declare(config, embeddings, architecture, host.architecture)
     planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same, embeddings)
-    shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
+    shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, architecture, host, prefix, before, after, config, shards, "")
     return replace(plan, digest=plan_digest(plan, checkpoint))
 
@@ -165,7 +166,7 @@ def _latent_plan(
     planner = _Planner(
         checkpoint, request, architecture, host, prefix, before, latent.after, False, embeddings, latent, untied
     )
-    shards = _into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
+    shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     copied = untied and embeddings.tied
     plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent, copied)
     return replace(plan, digest=plan_digest(plan, checkpoint))
@@ -341,45 +342,6 @@ class _Planner:
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
     for key in [key for key in DTYPE_KEYS if key in config] or ["dtype"]:
         config[key] = dtype
-
-
-def _into_shards(
-    outputs: list[OutputTensor], checkpoint: Checkpoint, limit: int | None
-) -> dict[str, list[OutputTensor]]:
-    """Group the outputs: as the source is sharded, or in order up to `limit` bytes a shard."""
-    _check_outputs(outputs, checkpoint)
-    groups: list[list[OutputTensor]] = []
-    if limit is None:
-        by_file: dict[str, list[OutputTensor]] = {name: [] for name in checkpoint.files}
-        for output in outputs:
-            by_file[checkpoint.tensors[output.source].file].append(output)
-        groups = [group for group in by_file.values() if group]
-    else:
-        size = 0
-        for output in outputs:
-            if not groups or size + output.info.nbytes > limit:
-                groups.append([])
-                size = 0
-            groups[-1].append(output)
-            size += output.info.nbytes
-    return dict(zip(_shard_names(len(groups)), groups, strict=True))
-
-
-def _check_outputs(outputs: list[OutputTensor], checkpoint: Checkpoint) -> None:
-    seen: set[str] = set()
-    for output in outputs:
-        if output.info.name in seen:
-            raise CheckpointError(f"Two tensors of the source would both become {output.info.name}.")
-        seen.add(output.info.name)
-        source = checkpoint.tensors[output.source]
-        if output.operation in ("scale", "shift", "pool", "fold") and not is_float(source.dtype):
-            raise CheckpointError(f"Tensor {source.name} is {source.dtype}, where floating values are needed.")
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
