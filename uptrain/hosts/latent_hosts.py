@@ -50,6 +50,7 @@ _KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "tie_word_embeddings", "attention_dropout", "dtype", "torch_dtype", "transformers_version",
+    "num_labels", "id2label", "label2id", "problem_type", "classifier_dropout",
 )  # fmt: skip
 
 LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(

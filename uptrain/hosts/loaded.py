@@ -55,7 +55,9 @@ def loading_info(loader: Any, place: Path | None, **settings: Any) -> tuple[Any,
         report = _report_of(error)
         if report is None:
             raise
-        return None, {**report.to_dict(), "unjoined": set(report.conversion_errors)}
+        unjoined = set(report.conversion_errors)
+        found = report.to_dict()
+        return None, {**found, "missing_keys": found["missing_keys"] - unjoined, "unjoined": unjoined}
     return model, info
 
 

@@ -9,8 +9,7 @@ from uptrain.hub.figures import Figures
 from uptrain.hub.history import Stage, steps
 from uptrain.hub.licence import Licence
 from uptrain.hub.subject import Subject
-from uptrain.hub.use import TASKS, use
-from uptrain.model_config import auto_class_name
+from uptrain.hub.use import TASKS, auto_class_of, use
 from uptrain.request import in_effect
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def _metadata(subject: Subject, figures: Figures | None) -> Any:
 
     converted = subject.converted
     kind = converted[-1].get("request", {}).get("target") if converted else None
-    task = TASKS[auto_class_name(subject.config)]
+    task = TASKS[auto_class_of(subject.config)]
     results = figures.results(task) if figures else None
     return ModelCardData(
         base_model=subject.base,

@@ -8,11 +8,16 @@ from typing import Any
 from uptrain.hub.history import Stage
 from uptrain.layout import Architecture
 from uptrain.model_config import auto_class_name
+from uptrain.purpose import auto_class_without_head, is_language_model
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModel": "feature-extraction",
 }
 """The Hub's name of what each of transformers' Auto classes does."""
 
@@ -22,13 +27,19 @@ _READS_SOUND = (
 )  # fmt: skip
 
 
+def auto_class_of(config: Mapping[str, Any]) -> str:
+    """Name the Auto class of transformers that loads a published checkpoint with the head that it has."""
+    return auto_class_name(config) if is_language_model(config) else auto_class_without_head(config)
+
+
 def use(repo: str, config: Mapping[str, Any], converted: Sequence[Stage], revision: str | None) -> str:
     """Return the card's section on loading and serving `repo`."""
     remote = bool(config.get("auto_map"))
     last = converted[-1] if converted else {}
-    auto = auto_class_name(config)
+    auto = auto_class_of(config)
     served = "It runs in transformers only." if _alone(auto, remote, last) else _serving(repo, remote, last, revision)
-    return "\n\n".join((_loading(repo, auto, remote, revision), _code(config, remote), served))
+    writes = is_language_model(config)
+    return "\n\n".join((_loading(repo, auto, remote, revision, writes), _code(config, remote), served))
 
 
 def _alone(auto: str, remote: bool, last: Mapping[str, Any]) -> bool:
@@ -37,17 +48,18 @@ def _alone(auto: str, remote: bool, last: Mapping[str, Any]) -> bool:
     return auto != Architecture.auto_class or bool(latent and (remote or latent.get("rope") == "longrope"))
 
 
-def _loading(repo: str, auto: str, remote: bool, revision: str | None) -> str:
+def _loading(repo: str, auto: str, remote: bool, revision: str | None, writes: bool) -> str:
     at = f', revision="{revision}"' if revision else ""
     trust = ", trust_remote_code=True" if remote else ""
     name, reader, given = _READS_SOUND if TASKS[auto] == "automatic-speech-recognition" else _READS_TEXT
+    shown = f"{name}.decode(model.generate(**inputs, max_new_tokens=20)[0])" if writes else "model(**inputs)[0]"
     return f'''```python
 from transformers import {", ".join(sorted((auto, reader)))}
 
 {name} = {reader}.from_pretrained("{repo}"{at})
 model = {auto}.from_pretrained("{repo}"{at}, dtype="auto"{trust})
 inputs = {given}
-print({name}.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+print({shown})
 ```'''
 
 
