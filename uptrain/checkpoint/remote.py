@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from uptrain.checkpoint.download import has_weights, is_offline, missing_weights, refuse_missing
 from uptrain.checkpoint.header import ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import Source, hub_errors, resolve
@@ -15,9 +16,11 @@ def open_headers(model: str, revision: str | None = None, allow_pickle: bool = F
         UptrainError: it can't be found, reached or understood.
     """
     source = resolve(model, revision, allow_pickle, weights=False)
-    if source.origin != "hub":
+    if source.origin != "hub" or has_weights(source.path, source.listed, allow_pickle):
         return source, open_checkpoint(source.path, allow_pickle)
     config = read_config(source.path)
+    if is_offline():
+        refuse_missing(model, missing_weights(source.path, source.listed, allow_pickle))
     return source, Checkpoint(source.path, config, _remote_tensors(source), remote=True)
 
 
