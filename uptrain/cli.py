@@ -208,7 +208,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """
     from uptrain import report
-    from uptrain.convert import check_memory, default_out, plan_conversion, run_plan
+    from uptrain.convert import check_memory, default_out, plan_conversion, run_plan, sidecars
     from uptrain.request import Request
 
     names = (
@@ -228,7 +228,8 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     )
     folder = Path(out) if out else default_out(source, plan)
     if options["dry_run"]:
-        report.dry_run(source, plan, folder, options["as_json"])
+        beside = sidecars(source, checkpoint, dry=True)
+        report.dry_run(source, plan, beside, folder, options["as_json"])
         return
     console.note(f"Reading {source.describe()}")
     settings = {

@@ -17,6 +17,7 @@ from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import append_stage, read_manifest
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.remote import open_headers
+from uptrain.checkpoint.sidecars import Sidecars, carry, reading_code, sidecars_of
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.state import State
 from uptrain.checkpoint.weight_files import INDEX
@@ -37,27 +38,23 @@ if TYPE_CHECKING:
 MEMORY = 4 * 2**30
 """Default bytes that a process may hold while it calibrates."""
 
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json", "normalizer.json", "LICENSE",
-    "LICENSE.txt", "LICENSE.md", "NOTICE",
-)  # fmt: skip
-"""Files that go into the result as they are."""
-
 Kept = dict[int, dict[str, dict[str, float]]]
 """By layer and method, the share of key and of value energy that was kept, or would have been."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: where the result is, its plan, and which shards an earlier run had finished."""
+    """What a conversion did: where the result is, its plan, and which shards an earlier run had finished.
+
+    `sidecars` names the source's other files: those that went along, and those left out, by the reason why.
+    """
 
     out: Path
     source: Source
     plan: Plan
     resumed: tuple[str, ...]
     kept: Kept
+    sidecars: Sidecars
 
 
 def plan_conversion(
@@ -95,6 +92,16 @@ def check_memory(memory: int | None, request: Request) -> None:
             f"--memory is for --method calibrated, not {request.method}.",
             "Leave it out: other methods hold a few layers at a time, as --dry-run says.",
         )
+
+
+def sidecars(source: Source, checkpoint: Checkpoint, dry: bool = False) -> Sidecars:
+    """Return which files of `source` go along into a conversion; with `dry`, they need not be downloaded yet.
+
+    Raises:
+        CheckpointError: one of them can't be read.
+    """
+    read = (*checkpoint.files, *filter(None, [checkpoint.index]))
+    return sidecars_of(source.path, source.listed, read, dry=dry)
 
 
 def default_out(source: Source, plan: Plan) -> Path:
@@ -176,13 +183,14 @@ def run_plan(
     memory = MEMORY if memory is None else memory
     folder = Path(out) if out is not None else default_out(source, plan)
     with _resumable(), friendly_errors(folder):
-        found = _committed(folder, source, plan)
+        found = _committed(folder, source, checkpoint, plan)
         if found is not None:
             tidy(folder, (_calibration_of(folder),))
             return found
         check_out(folder, overwrite or join, source.path)
         for note in plan.notes:
             on_note(note)
+        beside = sidecars(source, checkpoint)
         filled, kept = plan, None
         with begun(
             folder,
@@ -192,14 +200,16 @@ def run_plan(
             overwrite=overwrite,
             join=join,
             beside=(_calibration_of(folder),),
+            others=beside.nbytes(source.path),
             on_note=on_note,
         ) as work:
             if work is None:
                 on_note(f"Other processes have finished {folder}.")
             else:
                 calibrating = partial(_calibrated, checkpoint, plan, folder, memory, on_layer, on_note, shared)
-                filled, kept = _build(source, checkpoint, plan, work, calibrating, on_progress, diagnose)
-    return Conversion(folder, source, filled, work.resumed if work else (), _kept_in(folder) if kept is None else kept)
+                filled, kept = _build(source, checkpoint, plan, work, beside, calibrating, on_progress, diagnose)
+    resumed = work.resumed if work else ()
+    return Conversion(folder, source, filled, resumed, _kept_in(folder) if kept is None else kept, beside)
 
 
 def _build(
@@ -207,6 +217,7 @@ def _build(
     checkpoint: Checkpoint,
     plan: Plan,
     work: Begun,
+    beside: Sidecars,
     calibrating: Callable[[], CalibratedLayers | None],
     on_progress: Progress,
     diagnose: bool,
@@ -227,12 +238,12 @@ def _build(
     with work.party.finishing() as needed:
         if not needed:
             return filled, None
-        _write_companions(checkpoint, filled, folder)
+        _write_companions(checkpoint, filled, beside, folder)
         move_indices(checkpoint, filled.architecture, filled.before, _by_layer(state.orders), folder)
         notes = {"energy_kept": _kept(state), "head_similarity": _by_layer(state.similarity)}
         if state.orders:
             notes["head_order"] = _by_layer(state.orders)
-        stage = {**_stage(source, checkpoint, filled, state.sources), **notes}
+        stage = {**_stage(source, checkpoint, filled, beside, state.sources), **notes}
         if calibrated is not None:
             stage["calibration"] = {"text": calibrated.text, "layers": calibrated.notes}
         append_stage(folder, checkpoint.path, stage, known=dict(state.shards))
@@ -263,12 +274,12 @@ def _kept_in(folder: Path) -> Kept:
     return _by_layer(stages[-1].get("energy_kept", {}))
 
 
-def _committed(out: Path, source: Source, plan: Plan) -> Conversion | None:
+def _committed(out: Path, source: Source, checkpoint: Checkpoint, plan: Plan) -> Conversion | None:
     """Return the conversion of an earlier run of this plan that was cut off when OUT stood already."""
     state = State(out, plan.digest)
     if state.load() is None or not state.shards.keys() >= plan.shards.keys():
         return None
-    return Conversion(out, source, plan, tuple(plan.shards), _kept(state))
+    return Conversion(out, source, plan, tuple(plan.shards), _kept(state), sidecars(source, checkpoint))
 
 
 def _check_unchanged(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -320,22 +331,23 @@ def _resumable() -> Iterator[None]:
         raise Interrupted("Interrupted.", "Run the same command again; it goes on where it stopped.") from None
 
 
-def _write_companions(checkpoint: Checkpoint, plan: Plan, partial: Path) -> None:
-    for name in COMPANIONS:
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, partial / name)
+def _write_companions(checkpoint: Checkpoint, plan: Plan, beside: Sidecars, partial: Path) -> None:
+    carry(checkpoint.path, beside, partial)
     if plan.host.remote_code:
-        code = Path(__file__).parent / "hosts" / plan.host.remote_code
-        shutil.copyfile(code, partial / plan.host.remote_code)
-    write_atomic(partial / "config.json", dump_json(plan.config, allow_nan=True))
+        shutil.copyfile(Path(__file__).parent / "hosts" / plan.host.remote_code, partial / plan.host.remote_code)
+    code = {**reading_code(checkpoint.config), **plan.config.get("auto_map", {})}
+    config = {**plan.config, "auto_map": code} if code else plan.config
+    write_atomic(partial / "config.json", dump_json(config, allow_nan=True))
     if len(plan.shards) > 1:
         index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": plan.weight_map()}
         write_atomic(partial / INDEX, dump_json(index))
 
 
-def _stage(source: Source, checkpoint: Checkpoint, plan: Plan, sources: dict[str, str]) -> dict[str, Any]:
+def _stage(
+    source: Source, checkpoint: Checkpoint, plan: Plan, beside: Sidecars, sources: dict[str, str]
+) -> dict[str, Any]:
     # An index that was not read, such as one left beside a single file, is no part of the source.
-    wanted = (*COMPANIONS, "config.json", *filter(None, [checkpoint.index]))
+    wanted = (*beside.along, "config.json", *filter(None, [checkpoint.index]))
     others = [name for name in wanted if (checkpoint.path / name).is_file()]
     read = {name: sources[name] for name in checkpoint.files}
     files = {**read, **{name: checksum_file(checkpoint.path / name) for name in others}}

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
-from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.reader import read_config
+from uptrain.checkpoint.sidecars import carry, sidecars_of
 from uptrain.checkpoint.source import Source
 from uptrain.embeddings import declare_loaded
 from uptrain.errors import CheckpointError, UsageError, told_as
@@ -29,7 +29,6 @@ from uptrain.recipe_schema import TokenizerSpec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -169,15 +168,8 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
     if source is None:
         tokenizer.save_pretrained(folder)
         return
-    for path in sorted(source.path.iterdir()):
-        wanted = path.suffix in _COMPANIONS or path.name.startswith(("LICENSE", "NOTICE"))
-        if (
-            path.is_file()
-            and wanted
-            and not path.name.endswith(".index.json")
-            and path.name not in (MANIFEST, EVALUATION)
-        ):
-            shutil.copyfile(path, folder / path.name)
+    carry(source.path, sidecars_of(source.path, source.listed, keeps_class=True), folder)
+    shutil.copyfile(source.path / "config.json", folder / "config.json")
     config = json.loads((folder / "config.json").read_text())
     before = dict(config)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")

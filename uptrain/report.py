@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from uptrain import console
 from uptrain.attention import cross_bytes_per_token
+from uptrain.checkpoint.sidecars import short
 from uptrain.console import size
 from uptrain.model_config import expands_cache, position_of_config
 from uptrain.purpose import is_language_model
 
 if TYPE_CHECKING:
+    from uptrain.checkpoint.sidecars import Sidecars
     from uptrain.checkpoint.source import Source
     from uptrain.convert import Conversion
     from uptrain.inspect import Inspection
@@ -121,11 +123,11 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def dry_run(source: Source, plan: Plan, out: Path, as_json: bool) -> None:
-    """Show a plan that isn't run."""
+def dry_run(source: Source, plan: Plan, beside: Sidecars, out: Path, as_json: bool) -> None:
+    """Show a plan that isn't run, and which files beside the weights it would take along."""
     if as_json:
         facts = {"source": source.describe(), "out": str(out), **_plan_facts(plan)}
-        console.result_json({**facts, "notes": list(plan.notes)})
+        console.result_json({**facts, **beside.to_dict(), "notes": list(plan.notes)})
         return
     for note in plan.notes:
         console.note(note)
@@ -138,8 +140,14 @@ def dry_run(source: Source, plan: Plan, out: Path, as_json: bool) -> None:
             ("tensors", f"{sum(map(len, plan.shards.values()))}, of which {plan.changed} change"),
             ("disk", f"{size(plan.total_bytes)} in {len(plan.shards)} shard(s)"),
             ("memory", f"about {size(plan.peak_memory)} a thread above the interpreter's own"),
+            ("goes along", short(beside.along) or "nothing"),
+            *_left_out(beside),
         ],
     )
+
+
+def _left_out(beside: Sidecars) -> list[tuple[str, str]]:
+    return [("left out", beside.summary())] if beside.left else []
 
 
 def _shared_facts(plan: Plan) -> list[tuple[str, str]]:
@@ -196,11 +204,12 @@ def conversion(done: Conversion, as_json: bool) -> None:
     """Show a finished conversion, the energy it kept, and what to type next."""
     if as_json:
         extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.kept}
-        console.result_json({**extra, **_plan_facts(done.plan)})
+        console.result_json({**extra, **_plan_facts(done.plan), **done.sidecars.to_dict()})
         return
     pairs = _shared_facts(done.plan)
     if done.resumed:
         pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
+    pairs += _left_out(done.sidecars)
     method, place = done.plan.request.method, done.plan.architecture.place
     if len(done.kept) > 1:
         methods = list(next(iter(done.kept.values())))

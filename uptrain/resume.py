@@ -43,12 +43,13 @@ def begun(
     overwrite: bool,
     join: bool,
     beside: tuple[Path, ...],
+    others: int,
     on_note: Callable[[str], None],
 ) -> Iterator[Begun | None]:
     """Enter OUT.partial for as long as the block runs; with `join`, yield None where others have finished OUT.
 
     Alone, OUT is made of it at the end; together, by the party's `finishing`. The folders `beside` it are removed then.
-    `command` is that of `State`.
+    `command` is that of `State`, `others` the bytes of the files that go along with the weights.
 
     Raises:
         UptrainError: OUT exists, is being written, or holds another plan's unfinished conversion; the disk is full.
@@ -56,14 +57,14 @@ def begun(
     state, resumed = State(partial_of(out), plan.digest, command), tuple[str, ...]()
     if not join:
         with staged(out, overwrite, lambda _: _left(state, plan, overwrite, on_note), beside):
-            yield Begun(state, _begin(state, checkpoint, plan), Alone())
+            yield Begun(state, _begin(state, checkpoint, plan, others), Alone())
         return
 
     def prepare(first: bool) -> None:
         nonlocal resumed
         if first:
             empty(partial_of(out), _left(state, plan, overwrite, on_note))
-            resumed = _begin(state, checkpoint, plan)
+            resumed = _begin(state, checkpoint, plan, others)
         elif (state.load() or ("",))[0] != plan.digest:
             raise taken(out)
 
@@ -115,17 +116,17 @@ def _drop_damaged(state: State, plan: Plan) -> None:
             del state.shards[name]
 
 
-def _begin(state: State, checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+def _begin(state: State, checkpoint: Checkpoint, plan: Plan, others: int) -> tuple[str, ...]:
     """Write the state to begin with; return the shards an earlier run finished."""
     resumed = tuple(state.shards)
-    _check_space(state.path.parent, checkpoint, plan, resumed)
+    _check_space(state.path.parent, checkpoint, plan, resumed, others)
     state.save()
     return resumed
 
 
-def _check_space(partial: Path, checkpoint: Checkpoint, plan: Plan, resumed: tuple[str, ...]) -> None:
+def _check_space(partial: Path, checkpoint: Checkpoint, plan: Plan, resumed: tuple[str, ...], others: int) -> None:
     left = [tensor for name, tensors in plan.shards.items() if name not in resumed for tensor in tensors]
-    needed, free = sum(tensor.info.nbytes for tensor in left) + 2**20, shutil.disk_usage(partial).free
+    needed, free = sum(tensor.info.nbytes for tensor in left) + others + 2**20, shutil.disk_usage(partial).free
     if needed > free:
         # Not to the byte: what lies otherwise in blocks is copied all the same, and a disk that gets full can be freed.
         spans = unchanged_spans(left, checkpoint).values()

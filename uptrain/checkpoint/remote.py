@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from uptrain.checkpoint.download import has_weights, is_offline, missing_weights, refuse_missing
 from uptrain.checkpoint.header import ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import Source, hub_errors, resolve
@@ -20,8 +21,10 @@ def open_headers(model: str, revision: str | None = None, allow_pickle: bool = F
         UptrainError: it can't be found, reached or understood.
     """
     source = resolve(model, revision, allow_pickle, weights=False)
-    if source.origin != "hub":
+    if source.origin != "hub" or has_weights(source.path, source.listed, allow_pickle):
         return source, open_checkpoint(source.path, allow_pickle)
+    if is_offline():
+        refuse_missing(model, missing_weights(source.path, source.listed, allow_pickle))
     return source, _open_remote(source)
 
 
@@ -30,8 +33,10 @@ def _open_remote(source: Source) -> Checkpoint:
     from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 
     config, api = read_config(source.path), HfApi()
-    with hub_errors(source.name, source.revision):
-        names = api.list_repo_files(source.name, revision=source.revision)
+    names = source.listed
+    if names is None:
+        with hub_errors(source.name, source.revision):
+            names = api.list_repo_files(source.name, revision=source.revision)
     weights = find_weights(names, config, source.name, allow_pickle=True)
     if weights.pickled:
         raise CheckpointError(

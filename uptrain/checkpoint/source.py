@@ -5,25 +5,30 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlparse
 
+from uptrain.checkpoint.download import download, is_offline, unreachable
 from uptrain.errors import CheckpointError, UsageError
 
 DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model a user named, and the local folder that holds it."""
+    """A model a user named, and the local folder that holds it.
+
+    `listed` names all files of a Hub repository, of which `path` has those that are read; None where nothing lists
+    them: for folders, and without a network for repositories that another program downloaded.
+    """
 
     path: Path
     name: str
     origin: Literal["folder", "hub", "demo"]
     revision: str | None = None
+    listed: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
 
     @property
     def short_name(self) -> str:
@@ -35,14 +40,16 @@ class Source:
         return {
             "folder": f"the folder {self.path}",
             "demo": "uptrain's embedded demo checkpoint",
-            "hub": f"{self.name} on the Hub, revision {self.revision}",
+            "hub": f"{self.name} on the Hub, revision {self.revision}"
+            + ("" if self.listed is not None else "; what of it is not in the cache stays behind"),
         }[self.origin]
 
 
 def resolve(model: str, revision: str | None = None, allow_pickle: bool = False, weights: bool = True) -> Source:
     """Find the folder that `model` names: a folder if one exists, else `demo`, else a Hub id, downloaded.
 
-    Without `weights`, only a Hub repository's small files are downloaded.
+    Of a Hub repository, the weights that are read are downloaded and what goes along with them; without `weights`, only
+    what says of which kind it is. What lies in the Hub's cache needs no network.
 
     Raises:
         CheckpointError: no such folder and no such repository, or the Hub can't be reached.
@@ -50,7 +57,7 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
     """
     try:
         path = Path(model).expanduser()
-        found = path.exists()
+        there = path.exists()
     except (OSError, RuntimeError, ValueError):  # too long, nobody's home, or a NUL
         raise UsageError(f"{model!r} can't be the name of a folder.", "Name one, ORG/NAME, or 'demo'.") from None
     if revision is not None and (path.is_dir() or model == "demo"):
@@ -59,20 +66,13 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
         return Source(path.resolve(), model, "folder")
     if model == "demo":
         return Source(DEMO, model, "demo")
-    if found:
+    if there:
         raise UsageError(f"{model} is a file.", "Name the folder that holds it, with its config.json.")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UsageError(f"There is no folder {model}.", "Name a checkpoint folder, a Hub id, or 'demo'.")
-    patterns = [
-        *_SMALL_FILES,
-        *(["*.safetensors"] if weights else []),
-        *(["*.bin"] if weights and allow_pickle else []),
-    ]
     with hub_errors(model, revision):
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    return Source(folder, model, "hub", revision=folder.name)
+        found = download(model, revision, allow_pickle, weights)
+    return Source(found.folder, model, "hub", revision=found.folder.name, listed=found.listed)
 
 
 @contextmanager
@@ -115,7 +115,8 @@ def hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise CheckpointError(f"The disk is full: {model} can't be downloaded.", "Set HF_HOME elsewhere.") from None
+        cached = ", no config.json of it in the Hub's cache" if is_offline() else ""
+        check = "Unset HF_HUB_OFFLINE" if is_offline() else "Check the network or HF_ENDPOINT"
         raise CheckpointError(
-            f"There is no folder {model}, and the Hub at {host} can't be reached.",
-            f"Check the network or HF_ENDPOINT, {local}.",
+            f"There is no folder {model}{cached}, and {unreachable()}.", f"{check}, {local}."
         ) from None
