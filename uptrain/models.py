@@ -13,6 +13,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
@@ -20,6 +21,7 @@ from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, UsageError, told_as
 from uptrain.hosts.register import auto_class_of, register
+from uptrain.quantisation import check_loadable, check_read, quantisation_in
 from uptrain.recipe_schema import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -36,14 +38,34 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
         CheckpointError: the folder holds no language model that transformers can load.
     """
     register()
-    with told_as(lambda reason: CheckpointError(f"transformers can't load {source.name}: {reason}")):
-        return auto_class_of(source.path).from_pretrained(
+    quantised = quantisation_in(source.path)
+    check_loadable(quantised, AUTO_QUANTIZATION_CONFIG_MAPPING, source.name)
+    name = f"{source.name}, which is quantised with {quantised.describe()}" if quantised else source.name
+    with told_as(lambda reason: CheckpointError(f"transformers can't load {name}: {reason}")):
+        model, info = auto_class_of(source.path).from_pretrained(
             source.path,
             dtype=dtype or "auto",
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
+    check_read(quantised, info["unexpected_keys"], source.name)
+    return model
+
+
+def placed(model: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
+    """Return the model on `device` (None: where it is) and in `dtype`; one that holds codes stays as it was loaded."""
+    if holds_codes(model):
+        return model if device is None else model.to(device)
+    return model.to(device=device, dtype=dtype)
+
+
+def holds_codes(model: Any) -> bool:
+    """Tell whether a loaded model computes with quantised weights, which no other dtype has a meaning for."""
+    floats = _DTYPES.values()
+    narrow = any(parameter.dtype not in (*floats, torch.float64) for parameter in model.parameters())
+    return narrow or getattr(model, "hf_quantizer", None) is not None
 
 
 def load_tokenizer(path: Path | str) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from uptrain.checkpoint.arrays import Array, numpy_dtype, raw_bytes
 from uptrain.checkpoint.checksum import borrowed_buffer
 from uptrain.checkpoint.clone import Span
+from uptrain.checkpoint.gguf import refuse_gguf
 from uptrain.checkpoint.header import TensorInfo, read_header
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.pickles import PickleShards
@@ -155,6 +156,7 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: the folder has none, or it isn't one JSON object.
     """
     if not (path / "config.json").is_file():
+        refuse_gguf(path)
         raise CheckpointError(
             f"{path} has no config.json, so it isn't a Hugging Face checkpoint.",
             "Name the folder that holds config.json and the .safetensors files.",
@@ -165,6 +167,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _open_pickles(path: Path, config: dict[str, Any], allow_pickle: bool) -> Checkpoint:
     indexed, single = (path / PICKLE_INDEX).is_file(), (path / PICKLE_SINGLE).is_file()
     if not indexed and not single:
+        refuse_gguf(path)
         raise CheckpointError(f"{path} has no {SINGLE} and no {INDEX}.", "Name a folder with safetensors weights.")
     if not allow_pickle:
         raise CheckpointError(
