@@ -49,7 +49,7 @@ KINDS: Mapping[str, _Kind] = MappingProxyType({
     "rope_theta": NUMBER, "rotary_emb_base": NUMBER, "rms_norm_eps": NUMBER, "initializer_range": NUMBER,
     "max_window_layers": WHOLE, "max_position_embeddings": WHOLE,
     "rope_parameters": OBJECT, "rope_scaling": OBJECT, "attn_config": OBJECT,
-    "tie_word_embeddings": FLAG,
+    "tie_word_embeddings": FLAG, "quantization_config": OBJECT,
 })  # fmt: skip
 """What config.json's keys hold, where they aren't null."""
 

@@ -87,7 +87,7 @@ def evaluate(
     wanted = models.dtype_named(dtype) or (torch.float32 if device.type == "cpu" else None)
     loaded = [models.load_model(sources[0]), *([reference.load(models.load_model)] if reference else [])]
     own = [each.dtype for each in loaded]
-    loaded = [each.to(device=device, dtype=wanted or each.dtype).eval() for each in loaded]
+    loaded = [models.placed(each, device, wanted or each.dtype).eval() for each in loaded]
     for each, ids in product(loaded, [text.ids for text in texts.values()]):
         models.check_tokens(each, ids)
     longest = min(models.longest_context(each) or 2**31 for each in loaded)
@@ -110,10 +110,10 @@ def evaluate(
     all_ids = {name: text.ids for name, text in texts.items()}
     written = write_samples(loaded, tokenizers[0], all_ids, samples, sample_tokens, on_progress) if samples else []
     quality_dtype = _name(loaded[0])
-    loaded = [each.to(itself) for each, itself in zip(loaded, own, strict=True)]
+    loaded = [models.placed(each, None, itself) for each, itself in zip(loaded, own, strict=True)]
     cache = [cache_bytes_per_token(each) for each in loaded]
     if not models.has_fast_bf16(device):
-        loaded = [each.float() if each.dtype is torch.bfloat16 else each for each in loaded]
+        loaded = [models.placed(each, None, torch.float32) if each.dtype is torch.bfloat16 else each for each in loaded]
     batches = sorted({1, *_listed(speed_batch)})
     depths = list(dict.fromkeys(max(1, min(each, longest - decode_tokens - 1)) for each in _listed(speed_context)))
     places = [(batch, depth) for batch in batches for depth in depths] if repeats else []

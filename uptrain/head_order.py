@@ -31,13 +31,13 @@ def check_order(
         UsageError: a tensor or a setting that may have an entry for each head.
         CheckpointError: generation_config.json names a layer or a head that the model doesn't have.
     """
-    movable = _movable(architecture, checkpoint)
-    for base in (architecture.attention(prefix, index) for index in range(len(before))):
-        for tensor, info in checkpoint.tensors.items():
-            buffer = any(tensor.endswith(f".{one}") for one in architecture.buffers)
-            stays = tensor.startswith(base) and tensor.removeprefix(base) not in movable and not buffer
-            if stays and math.prod(info.shape) > 1:
-                raise _stays(name, f"tensor {tensor} may have weights of its own for each head")
+    bases = [architecture.attention(prefix, index) for index in range(len(before))]
+    moved = {f"{base}{movable}" for base in bases for movable in _movable(architecture, checkpoint)}
+    for tensor, info in checkpoint.tensors.items():
+        inside = tensor.startswith(tuple(bases)) and tensor not in moved
+        buffer = any(tensor.endswith(f".{one}") for one in architecture.buffers)
+        if inside and not buffer and math.prod(info.shape) > 1:
+            raise _stays(name, f"tensor {tensor} may have weights of its own for each head")
     settings = {"config.json": checkpoint.config, GENERATION: _generation(checkpoint.path)}
     for file, values in settings.items():
         known = [architecture.keys.attention_heads_by_layer, *(architecture.head_indices if file == GENERATION else ())]

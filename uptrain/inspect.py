@@ -11,8 +11,9 @@ from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token,
 from uptrain.checkpoint.header import ITEM_BITS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
-from uptrain.embeddings import embeddings_of
-from uptrain.errors import UsageError
+from uptrain.embeddings import declares_tied, embeddings_of
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.hosts.host import Host
 from uptrain.hosts.table import host_of
 from uptrain.layout import Architecture
 from uptrain.model_config import (
@@ -26,6 +27,8 @@ from uptrain.model_config import (
 from uptrain.packing import module_of
 from uptrain.plan import find_prefix
 from uptrain.plan_latent import plan_latent
+from uptrain.plan_quantised import check_attention, check_host
+from uptrain.quantisation import compute_dtype, quantisation_of
 from uptrain.request import Request
 
 CONTEXTS = (4096, 32768, 131072)
@@ -49,11 +52,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is. Cache figures are bytes for one sequence, in the weights' own dtype.
+    """What a checkpoint is. Cache figures are bytes for one sequence, in the dtype that the model computes in.
 
     `cross_bytes_per_token` is what of `cache_bytes_per_token` a token of the source costs, where a decoder reads an
     encoder; `cache_bytes` then is of a source and a target of as many tokens each. With `cache_expanded` transformers'
     own class caches more: a copy for every query head.
+
+    `dtype` is what most weights are stored in. Of a quantised checkpoint, `quantised` says how, `parameters` counts
+    packed codes one by one, and `unreadable` says why it can't be converted, where it can't.
     """
 
     name: str
@@ -82,6 +88,8 @@ class Inspection:
     cache_bytes: dict[int, int]
     cache_expanded: bool
     options: tuple[Option, ...]
+    quantised: str = ""
+    unreadable: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the inspection as plain JSON values."""
@@ -100,8 +108,9 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
     counts = Counter[str]()
     for info in checkpoint.tensors.values():
         counts[info.dtype] += math.prod(info.shape)
-    dtype = counts.most_common(1)[0][0] if counts else "F32"
-    itemsize = ITEM_BITS[dtype] // 8
+    itemsize = ITEM_BITS[compute_dtype(checkpoint.config, checkpoint.tensors)] // 8
+    quantised = quantisation_of(checkpoint)
+    unreadable = _unreadable(checkpoint, architecture, layers, model)
     windows = [spec.sliding_window for spec in layers if spec.sliding_window]
     return Inspection(
         name=model,
@@ -120,9 +129,9 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         sliding_window=windows[0] if windows else None,
         sliding_layers=len(windows),
         biases=_biases(architecture, checkpoint, model),
-        tied_embeddings=embeddings_of(architecture, checkpoint, find_prefix(architecture, checkpoint, model)).tied,
-        parameters=sum(counts.values()),
-        dtype=dtype,
+        tied_embeddings=_tied(architecture, checkpoint, model),
+        parameters=quantised.parameters(checkpoint.tensors) if quantised else sum(counts.values()),
+        dtype=counts.most_common(1)[0][0] if counts else "F32",
         shards=len(checkpoint.files),
         weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         cache_bytes_per_token=cache_bytes_per_token(layers, itemsize),
@@ -130,12 +139,36 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
         cache_expanded=expands_cache(architecture, checkpoint.config),
         options=()
-        if layers[0].kind == "mla"
+        if layers[0].kind == "mla" or unreadable
         else (
-            *_options(architecture, checkpoint.config, layers, itemsize),
+            *_options(checkpoint, architecture, layers, itemsize, model),
             *_latent_options(checkpoint, architecture, layers, itemsize, model),
         ),
+        quantised=quantised.describe() if quantised else "",
+        unreadable=unreadable,
     )
+
+
+def _tied(architecture: Architecture, checkpoint: Checkpoint, name: str) -> bool:
+    """Tell whether head and embedding are one; where no tensor has a known name, as config.json says."""
+    try:
+        prefix = find_prefix(architecture, checkpoint, name)
+    except CheckpointError:
+        return declares_tied(architecture, checkpoint.config)
+    return embeddings_of(architecture, checkpoint, prefix).tied
+
+
+def _unreadable(
+    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], name: str
+) -> str:
+    """Return why a quantised checkpoint can't be converted, empty where nothing speaks against it."""
+    if layers[0].kind == "mla":
+        return ""
+    try:
+        check_attention(checkpoint, architecture, find_prefix(architecture, checkpoint, name), layers, name)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -155,19 +188,27 @@ def _biases(architecture: Architecture, checkpoint: Checkpoint, name: str) -> st
 
 
 def _options(
-    architecture: Architecture, config: dict[str, Any], layers: tuple[AttentionSpec, ...], itemsize: int
+    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], itemsize: int, name: str
 ) -> list[Option]:
-    heads = layers[0].num_key_value_heads
+    heads, config = layers[0].num_key_value_heads, checkpoint.config
     out = []
     for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
         target = "mqa" if groups == 1 else "gqa"
         host = host_of(architecture, target, config, same=False)
-        if not holds_groups(host.architecture, config, groups):
+        if not holds_groups(host.architecture, config, groups) or not _holds(checkpoint, architecture, host, name):
             continue
         after = [spec.grouped(groups) for spec in layers]
         size = cache_bytes_per_token(after, itemsize)
         out.append(Option(target, groups, size, host.name, bool(host.remote_code)))
     return out
+
+
+def _holds(checkpoint: Checkpoint, architecture: Architecture, host: Host, name: str) -> bool:
+    try:
+        check_host(checkpoint, architecture, host, False, name)
+    except UsageError:
+        return False
+    return True
 
 
 def _latent_options(
@@ -178,6 +219,7 @@ def _latent_options(
     for cache in SHARES:
         try:
             latent = plan_latent(checkpoint, Request("mla", cache=cache), architecture, layers, base, name)
+            check_host(checkpoint, architecture, latent.entry.host, True, name)
         except UsageError:
             continue
         size, host = cache_bytes_per_token(latent.after, itemsize), latent.entry.host

@@ -60,6 +60,20 @@ def check_heads(*sources: Source | None) -> None:
             check_language_model(read_config(source.path), source.name)
 
 
+def placed(model: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
+    """Return the model on `device` (None: where it is) and in `dtype`; one that holds codes stays as it was loaded."""
+    if holds_codes(model):
+        return model if device is None else model.to(device)
+    return model.to(device=device, dtype=dtype)
+
+
+def holds_codes(model: Any) -> bool:
+    """Tell whether a loaded model computes with quantised weights, which no other dtype has a meaning for."""
+    floats = _DTYPES.values()
+    narrow = any(parameter.dtype not in (*floats, torch.float64) for parameter in model.parameters())
+    return narrow or getattr(model, "hf_quantizer", None) is not None
+
+
 def load_tokenizer(path: Path | str) -> Any:
     """Load a tokenizer from a folder or a Hub id.
 

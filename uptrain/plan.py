@@ -26,6 +26,7 @@ from uptrain.plan_checks import check_effects, check_groups, check_listed, check
 from uptrain.plan_embeddings import shared_outputs
 from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
+from uptrain.plan_quantised import check_host, check_quantised
 from uptrain.plan_rehost import Rehost
 from uptrain.plan_shards import into_shards
 from uptrain.plan_tensors import OutputTensor
@@ -112,6 +113,8 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     before = attention_layers(architecture, checkpoint.config, name)
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
+    prefix = find_prefix(architecture, checkpoint, name)
+    check_quantised(checkpoint, request, architecture, prefix, before, name)
     if request.target == "mla":
         return _latent_plan(checkpoint, request, architecture, before, name)
     groups = resolve_groups(request, before[0], name)
@@ -120,8 +123,8 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
     if not same:
         check_groups(architecture, host.architecture, checkpoint.config, groups, name)
+    check_host(checkpoint, architecture, host, False, name)
     after = tuple(spec.grouped(groups) for spec in before)
-    prefix = find_prefix(architecture, checkpoint, name)
     if request.grouping != "contiguous" and not same:
         check_order(checkpoint, architecture, prefix, before, name)
     config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None
@@ -157,6 +160,7 @@ def _latent_plan(
     base = architecture.attention(prefix, 0)
     latent = plan_latent(checkpoint, request, architecture, before, base, name)
     config, host = dict(latent.config), latent.entry.host
+    check_host(checkpoint, architecture, host, True, name)
     config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
     if request.dtype:
         _set_dtype(config, request.dtype)
@@ -180,12 +184,14 @@ def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -
     """
     module = module_of(architecture.projections, "o")
     for prefix in architecture.prefixes:
-        if architecture.attention(prefix, 0) + module + ".weight" in checkpoint.tensors:
+        # A quantised module may have no weight, but codes and scales.
+        start = architecture.attention(prefix, 0) + module + "."
+        if any(name.startswith(start) for name in checkpoint.tensors):
             return prefix
     wanted = architecture.attention(architecture.prefixes[0], 0) + module + ".weight"
     raise CheckpointError(
         f"{name} says it is {architecture.model_type} but has no tensor {wanted}.",
-        "Is it an adapter, or quantised? Convert the full-precision original.",
+        "Is it an adapter? Merge it into its base first.",
     )
 
 
@@ -306,11 +312,8 @@ class _Planner:
         rows = expected[1] if self.architecture.projections.transposed else expected[0]
         if bias is not None and (bias.shape != (rows,) or not is_float(bias.dtype)):
             raise CheckpointError(f"Tensor {bias.name} is {bias.dtype} {list(bias.shape)}, not {rows} floating values.")
-        if not is_float(info.dtype) or ITEM_BITS[info.dtype] < 16:
-            raise CheckpointError(
-                f"Tensor {info.name} is {info.dtype}: quantised checkpoints can't be pooled.",
-                "Convert the full-precision original and quantise the result.",
-            )
+        if info.dtype not in FLOAT_DTYPES.values():
+            raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantised?")
         return ["weight"] if bias is None else ["weight", "bias"]
 
     def _hidden_size(self) -> int:
@@ -318,12 +321,6 @@ class _Planner:
         return config_value(self.architecture, self.checkpoint.config, key, "config.json")
 
     def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
-        if self.request.dtype and is_float(info.dtype) and ITEM_BITS[info.dtype] < 16:
-            raise UsageError(
-                f"Tensor {name} is {info.dtype}, whose values mean nothing without their scales, so --dtype "
-                f"{self.request.dtype} can't widen it.",
-                "Leave --dtype out.",
-            )
         turned = any(name.endswith(f"{module}.weight") for module in self.host.transposes)
         if len(info.shape) != 2:
             turned = False

@@ -52,6 +52,7 @@ def inspection(found: Inspection, as_json: bool) -> None:
             ("sliding window", window if found.sliding_window else "none"),
             ("attention biases", found.biases),
             ("weights", f"{found.parameters:,} parameters, {found.dtype}, {size(found.weight_bytes)}"),
+            *([("quantised", found.quantised)] if found.quantised else []),
             ("shards", str(found.shards)),
             ("cache", f"{size(found.cache_bytes_per_token)} per token"),
             *_cross(found.cross_bytes_per_token),
@@ -59,6 +60,9 @@ def inspection(found: Inspection, as_json: bool) -> None:
             *((f"  at {context // 1024} K", size(count)) for context, count in found.cache_bytes.items()),
         ],
     )
+    if found.unreadable:
+        console.result(found.unreadable)
+        return
     if not found.options:
         kept = "a latent" if found.kv_lora_rank else "one key/value head"
         console.result(f"It keeps {kept} already: there is nothing left to share.")

@@ -86,9 +86,9 @@ def test_float8_weights_outside_attention_pass_and_in_attention_are_refused(dtyp
     folder = save(tmp_path / "src", source)
     found = result(folder, tmp_path / "out", MQA)
     assert torch.equal(found[name].view(torch.uint8), source[name].view(torch.uint8))
-    with pytest.raises(UsageError, match=f"{name} is F8_.*mean nothing without their scales"):
+    with pytest.raises(UsageError, match=r"quantised.*mean nothing without their scales"):
         plan_conversion(folder, Request("mqa", dtype="bfloat16"))
-    with pytest.raises(CheckpointError, match=f"Tensor {KEY} is F8_.*quantised checkpoints can't be pooled"):
+    with pytest.raises(CheckpointError, match=f"quantised.*{KEY} is F8_"):
         plan_conversion(save(tmp_path / "src", {**source, KEY: source[KEY].to(dtype)}), MQA)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from uptrain.checkpoint.arrays import Array, numpy_dtype, raw_bytes
 from uptrain.checkpoint.checksum import Checksum, borrowed_buffer
 from uptrain.checkpoint.clone import Span
+from uptrain.checkpoint.gguf import refuse_gguf
 from uptrain.checkpoint.header import TensorInfo, read_header
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.pickles import PickleShards
@@ -159,12 +160,15 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
         CheckpointError: no config or weights, an unsafe or wrong index, a missing, cut or corrupt shard.
     """
     config = read_config(path)
-    weights = find_weights(names_in(path, config), config, path, allow_pickle)
+    names = names_in(path, config)
+    if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
+        refuse_gguf(path)
+    weights = find_weights(names, config, path, allow_pickle)
     weight_map = read_weight_map(path, weights)
-    names = files_of(weights, weight_map)
-    check_files(path, weights, names)
+    files = files_of(weights, weight_map)
+    check_files(path, weights, files)
     pickles = PickleShards(path) if weights.pickled else None
-    shards = ((name, pickles.header(name) if pickles else _header(path, name)) for name in names)
+    shards = ((name, pickles.header(name) if pickles else _header(path, name)) for name in files)
     opened = Checkpoint(path, config, {}, pickles, index=weights.file if weights.indexed else "")
     tensors = merge_shards(shards, weight_map, path, opened.equal)
     return replace(opened, tensors=tensors, absent=tuple(sorted(weight_map.keys() - tensors.keys())))
@@ -194,6 +198,7 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: the folder has none, or it isn't one JSON object.
     """
     if not (path / "config.json").is_file():
+        refuse_gguf(path)
         raise CheckpointError(
             f"{path} has no config.json, so it isn't a Hugging Face checkpoint.",
             "Name the folder that holds config.json and the .safetensors files.",

@@ -11,6 +11,7 @@ from typing import Literal
 from urllib.parse import urlparse
 
 from uptrain.checkpoint.download import download, is_offline, unreachable
+from uptrain.checkpoint.gguf import refuse_gguf
 from uptrain.errors import CheckpointError, UsageError
 
 DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
@@ -67,6 +68,7 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
     if model == "demo":
         return Source(DEMO, model, "demo")
     if there:
+        refuse_gguf(path)
         raise UsageError(f"{model} is a file.", "Name the folder that holds it, with its config.json.")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UsageError(f"There is no folder {model}.", "Name a checkpoint folder, a Hub id, or 'demo'.")

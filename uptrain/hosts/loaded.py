@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.reader import read_config
 from uptrain.errors import CheckpointError, told_as
 from uptrain.hosts.fit import Fit, check_fit
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.purpose import check_language_model
+from uptrain.quantisation import check_loadable, check_read, quantisation_in
 
 
 def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
@@ -30,9 +33,12 @@ def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
     register()
     config = read_config(folder)
     check_language_model(config, name)
-    auto_class = auto_class_of(folder)
-    with told_as(lambda reason: CheckpointError(f"transformers can't load {name}: {reason}")):
+    auto_class, quantised = auto_class_of(folder), quantisation_in(folder)
+    check_loadable(quantised, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
+    called = f"{name}, which is quantised with {quantised.describe()}" if quantised else name
+    with told_as(lambda reason: CheckpointError(f"transformers can't load {called}: {reason}")):
         model, info = loading_info(auto_class, folder, **settings)
+    check_read(quantised, info["unexpected_keys"], name)
     fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)
     # What a quantised checkpoint stores beside its weights, the quantiser alone knows.
     family = None if config.get("quantization_config") else ARCHITECTURES.get(str(config.get("model_type")))

@@ -10,6 +10,7 @@ from uptrain.hub.history import Stage, steps
 from uptrain.hub.licence import Licence
 from uptrain.hub.subject import Subject
 from uptrain.hub.use import TASKS, auto_class_of, use
+from uptrain.quantisation import declared_scheme
 from uptrain.request import in_effect
 
 if TYPE_CHECKING:
@@ -74,6 +75,15 @@ def _text(subject: Subject, licence: Licence, figures: Figures | None) -> str:
 
 
 def _summary(subject: Subject) -> str:
+    return "\n\n".join([_made_of(subject), *_quantised(subject)])
+
+
+def _quantised(subject: Subject) -> list[str]:
+    scheme = declared_scheme(subject.config)
+    return [f"Its weights outside attention are quantised ({scheme}), as those of its source are."] if scheme else []
+
+
+def _made_of(subject: Subject) -> str:
     source, converted = subject.source, subject.converted
     named = f"[{source}](https://huggingface.co/{source})" if source == subject.base else source
     if not converted:

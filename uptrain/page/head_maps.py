@@ -20,6 +20,7 @@ from uptrain.model_config import architecture_of, attention_layers
 from uptrain.packing import read_layer
 from uptrain.page.style import SERIES, WIDTH, drawing, png
 from uptrain.plan import find_prefix
+from uptrain.plan_quantised import check_attention
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pick
 
     Raises:
         UsageError: the model keeps a latent, `out` is no place for a PNG, or matplotlib is not installed.
-        CheckpointError: the model can't be found or read, or holds NaN.
+        CheckpointError: the model can't be found or read, its attention is quantised, or it holds NaN.
     """
     if out.suffix.lower() != ".png" or not out.resolve().parent.is_dir():
         raise UsageError(f"{out} can't be written.", "Name a .png in a folder that exists.")
@@ -56,6 +57,7 @@ def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pick
     if specs[0].kind == "mla":
         raise UsageError(f"{model} keeps a latent: it has no heads to compare.", "Draw the model it was made from.")
     prefix = find_prefix(architecture, checkpoint, model)
+    check_attention(checkpoint, architecture, prefix, specs, model)
     chosen = sorted({round(number) for number in np.linspace(0, len(specs) - 1, min(LAYERS, len(specs)))})
     found = [look(checkpoint, architecture, prefix, layer, specs[layer]) for layer in chosen]
     with drawing():

@@ -13,6 +13,7 @@ from uptrain.data import TokenText, read_tokens
 from uptrain.data.documents import pieces
 from uptrain.errors import UsageError
 from uptrain.hosts import latent_norm
+from uptrain.quantisation import check_trainable, quantisation_in
 from uptrain.recipe_schema import Recipe, Teacher, TokenizerSpec
 from uptrain.training.runfolder import RunFolder
 from uptrain.training.scope import choose
@@ -44,13 +45,15 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
     """Return the model to train, frozen where the recipe says so, and the dtype it will be stored in.
 
     Raises:
-        UsageError: blocks longer than the model's positions, a dtype that can't hold it, or an impossible scope.
+        UsageError: a quantised model, blocks longer than the model's positions, a dtype that can't hold it, or an
+            impossible scope.
     """
     if source is None:
         assert recipe.config is not None
         model = models.new_model(recipe.config, tokenizer, recipe.seed)
         dtype = models.dtype_named(recipe.dtype) or torch.bfloat16
     else:
+        check_trainable(quantisation_in(source.path), source.name)
         model = models.load_model(source, attn_implementation=recipe.attn_implementation)
         dtype = models.dtype_named(recipe.dtype) or model.dtype
         models.check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")

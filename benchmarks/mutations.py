@@ -1,0 +1,128 @@
+"""Take each guard out of the code, one at a time, and say which of them no test misses.
+
+    python benchmarks/mutations.py                      # all modules below, each with the tests that should notice
+    python benchmarks/mutations.py uptrain/plan_latent.py
+    python benchmarks/mutations.py uptrain/packing.py --tests tests/test_packing.py
+
+A guard is a `raise`, which is replaced by `pass`. It survives when the tests pass without it: then either a test is
+missing, or nothing can reach it and it should go. Tests run in a copy of the repository, so the working tree is left
+alone. The exit code is 1 where a guard survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("uptrain", "tests", "recipes", "docs", "pyproject.toml", "README.md")
+SECONDS = 900
+"""After which a run of the tests counts as one that noticed: a missing guard can make a loop endless."""
+
+PLANS = ("--noconftest", "tests/test_refusals.py")
+"""These need neither torch nor the fixtures, and take two seconds."""
+ORDER = ("tests/test_head_order.py",)
+QUANTISED = ("tests/test_quantisation.py",)
+READING = ("tests/checkpoint", "tests/test_hub.py", "tests/test_hub_checks.py", "tests/test_signature.py")
+NOTICED_BY: dict[str, tuple[str, ...]] = {
+    "uptrain/plan.py": PLANS,
+    "uptrain/plan_checks.py": PLANS,
+    "uptrain/plan_latent.py": PLANS,
+    "uptrain/plan_norms.py": PLANS,
+    "uptrain/plan_rehost.py": PLANS,
+    "uptrain/request.py": PLANS,
+    "uptrain/model_config.py": PLANS,
+    "uptrain/config_checks.py": PLANS,
+    "uptrain/frequencies.py": PLANS,
+    "uptrain/head_order.py": ORDER,
+    "uptrain/plan_quantised.py": QUANTISED,
+    "uptrain/quantisation.py": QUANTISED,
+    "uptrain/checkpoint/gguf.py": QUANTISED,
+    "uptrain/checkpoint/header.py": READING,
+    "uptrain/checkpoint/jsonfile.py": READING,
+    "uptrain/checkpoint/reader.py": READING,
+    "uptrain/checkpoint/source.py": READING,
+}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A `raise` in `file`: its first line, what it says, and the file's text without it."""
+
+    file: str
+    line: int
+    says: str
+    without: str
+
+
+def guards_of(file: str) -> Iterator[Guard]:
+    """Yield the guards of a file; one inside an `except` passes on what was raised before, and is none."""
+    text = (ROOT / file).read_text()
+    lines, tree = text.splitlines(keepends=True), ast.parse(text)
+    caught = {
+        node for handler in ast.walk(tree) if isinstance(handler, ast.ExceptHandler) for node in ast.walk(handler)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and node not in caught and node.end_lineno is not None:
+            before, after = lines[: node.lineno - 1], lines[node.end_lineno :]
+            without = "".join([*before, " " * node.col_offset + "pass\n", *after])
+            yield Guard(file, node.lineno, " ".join(ast.unparse(node).split())[:90], without)
+
+
+def survives(guard: Guard, folder: Path, tests: tuple[str, ...]) -> bool:
+    """Tell whether the tests pass in `folder`, a copy of the repository, without the guard."""
+    path = folder / guard.file
+    whole = path.read_text()
+    path.write_text(guard.without)
+    try:
+        return passes(folder, tests)
+    finally:
+        path.write_text(whole)
+
+
+def passes(folder: Path, tests: tuple[str, ...]) -> bool:
+    """Tell whether tests pass in a copy of the repository."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", "-q", "-x", *tests]
+    try:
+        done = subprocess.run(command, env=environment, cwd=folder, timeout=SECONDS, capture_output=True, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=list(NOTICED_BY), help="modules, as seen from the repository")
+    parser.add_argument("--tests", nargs="+", help="what to run in place of the tests that are known for them")
+    options = parser.parse_args()
+    survived: list[Guard] = []
+    count = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for each in COPIED:
+            source = ROOT / each
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / each)
+        for file in options.files:
+            tests = tuple(options.tests or NOTICED_BY[file])
+            if not passes(folder, tests):
+                sys.exit(f"{' '.join(tests)} fails with every guard in its place.")
+            for guard in guards_of(file):
+                count += 1
+                alive = survives(guard, folder, tests)
+                survived += [guard] if alive else []
+                print(f"{'SURVIVES' if alive else 'noticed '} {guard.file}:{guard.line} {guard.says}", flush=True)
+    print(f"{count} guards, {len(survived)} of which no test misses.")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Say how a checkpoint's weights are quantised: by which scheme, in which modules, and which tensors are codes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
+from uptrain.checkpoint.jsonfile import read_json
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.model_config import DTYPE_KEYS
+
+ORIGINAL = "Convert the full-precision original and quantise the result."
+
+NAMES: Mapping[str, str] = MappingProxyType({
+    "aqlm": "AQLM", "auto-round": "AutoRound", "awq": "AWQ", "bitnet": "BitNet", "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors", "eetq": "EETQ", "fbgemm_fp8": "FBGEMM fp8",
+    "fouroversix": "Four over six", "fp8": "fp8 with block scales", "fp_quant": "FP-Quant", "gemma": "Gemma QAT",
+    "gguf": "GGUF", "gptq": "GPTQ", "higgs": "HIGGS", "hqq": "HQQ", "metal": "Metal", "mlx": "MLX",
+    "modelopt": "ModelOpt", "mxfp4": "MXFP4", "mxfp8": "MXFP8", "nvfp4": "NVFP4", "quanto": "quanto",
+    "quark": "Quark", "sinq": "SINQ", "spqr": "SpQR", "torchao": "torchao", "vptq": "VPTQ",
+})  # fmt: skip
+"""What people call each `quant_method` of transformers, and three schemes of other tools."""
+
+_WIDTHS: Mapping[str, int] = MappingProxyType({
+    "bitnet": 2, "eetq": 8, "fbgemm_fp8": 8, "fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4,
+})  # fmt: skip
+"""Bits of a code, where the scheme leaves no choice."""
+
+_CODES = ("qweight", "weight_packed", "W_q", "weight._data", "_weight_qdata", "weight:_data", "codes", "dense_weights")
+_SIGNS: tuple[tuple[str, str], ...] = (
+    (r"weight\.quant_state\.bitsandbytes__\w+|weight\.(nested_)?(absmax|quant_map)|SCB", "bitsandbytes"),
+    (r"weight_scale_inv", "fp8"),
+    (r"weight_packed|weight_shape|weight_zero_point|weight_global_scale|input_global_scale", "compressed-tensors"),
+    (r"g_idx", "gptq"),
+    (r"qweight|qzeros", "awq"),
+    (r"W_q", "hqq"),
+    (r"weight\._(data|scale|shift)", "quanto"),
+    (r"_weight_(qdata|scale|zero_point)|weight:_\w+", "torchao"),
+    (r"weight_scales", "eetq"),
+    (r"weight_scale_2", "modelopt"),
+    (r"codebooks", "aqlm"),
+    (r"dense_weights", "spqr"),
+    (r"weight_scale|input_scale|activation_scale|output_scale|input_scale_ub", ""),
+)
+"""Ends of tensor names that only quantised modules have, and the scheme that each is a sign of."""
+_MARKS = re.compile(rf"(.*)\.(?:{'|'.join(f'(?P<s{number}>{sign[0]})' for number, sign in enumerate(_SIGNS))})")
+_EXPERTS = re.compile(r"(.*\.\w+)_(blocks|scales|scale_inv)")
+_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Where GPTQ, AWQ and ModelOpt say what they did, beside config.json or in place of it."""
+_NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme")
+_CACHE_SCALES = re.compile(r".*\.([kv]|kv|[kv]_cache)_scale")
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a checkpoint is quantised.
+
+    Attributes:
+        method: transformers' word for the scheme, as config.json has it; empty where only tensors tell.
+        scheme: what people call the scheme.
+        bits: bits of a code; None where nothing says it.
+        declared: whether config.json says so, as transformers' loader needs.
+        codes: the tensors that hold codes in place of weights.
+        floats: those codes that are floating numbers of 8 bits.
+        tensors: the codes, and all that belongs to them: scales, zero points, shapes.
+        cache: whether the key/value cache is quantised too, by scales that were measured.
+    """
+
+    method: str
+    scheme: str
+    bits: int | None
+    declared: bool
+    codes: frozenset[str]
+    floats: frozenset[str]
+    tensors: frozenset[str]
+    cache: bool
+
+    def describe(self) -> str:
+        """Return the scheme's name and width: "GPTQ, 4 bits"."""
+        return self.scheme if self.bits is None else f"{self.scheme}, {self.bits} bits"
+
+    @property
+    def scaled(self) -> bool:
+        """Tell whether there are codes that mean nothing by themselves, as 8-bit floats without scales do."""
+        return len(self.tensors) > len(self.floats)
+
+    def parameters(self, tensors: Mapping[str, TensorInfo]) -> int:
+        """Count a checkpoint's parameters: packed codes one by one, and nothing that only belongs to codes."""
+        count = 0
+        for name, info in tensors.items():
+            packed = self.bits and not info.dtype.startswith("F") and self.bits < ITEM_BITS[info.dtype]
+            if name in self.codes and packed:
+                count += info.nbytes * 8 // (self.bits or 8)
+            elif name in self.codes or name not in self.tensors:
+                count += math.prod(info.shape)
+        return count
+
+
+def quantisation_of(checkpoint: Checkpoint) -> Quantisation | None:
+    """Return how a checkpoint is quantised, by its config and its tensors' names and dtypes; None where it isn't.
+
+    Raises:
+        CheckpointError: a quantize_config.json or the like that can't be read.
+    """
+    return _found(checkpoint.config, checkpoint.tensors, checkpoint.path)
+
+
+def quantisation_in(path: Path) -> Quantisation | None:
+    """Return how the checkpoint in folder `path` is quantised; None where it isn't.
+
+    Where its weights can't be read without more ado, its config is all that is asked.
+
+    Raises:
+        CheckpointError: config.json is missing or broken.
+    """
+    try:
+        return quantisation_of(open_checkpoint(path))
+    except CheckpointError:
+        return _found(read_config(path), {}, path)
+
+
+def check_loadable(found: Quantisation | None, methods: Iterable[str], name: str) -> None:
+    """Refuse codes that a loader would take for weights: config.json doesn't say what they are, or it knows no such.
+
+    `methods` are the schemes that the loader knows. Floats of 8 bits without scales are their own values.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    check_declared(found, name)
+    known = found is None or any(method.startswith(found.method or "?") for method in methods)
+    if found is not None and found.scaled and not known:
+        raise CheckpointError(
+            f"{name} is quantised with {found.describe()}, which transformers doesn't know: it would take codes for "
+            "weights.",
+            "Use the full-precision original.",
+        )
+
+
+def check_declared(found: Quantisation | None, name: str) -> None:
+    """Refuse codes of which config.json says nothing, so that every loader takes them for weights.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    if found is not None and found.scaled and not found.declared:
+        raise CheckpointError(
+            f"{name} is quantised with {found.describe()}, but its config.json doesn't say so: every loader would take "
+            "codes for weights.",
+            "Get its whole config.json, or use the full-precision original.",
+        )
+
+
+def check_read(found: Quantisation | None, left: Iterable[str], name: str) -> None:
+    """Refuse a loaded model that left out scales, zero points or codes; `left` names the tensors it had no place for.
+
+    Its class then has modules that its loader can't quantise, and took their codes for weights.
+
+    Raises:
+        CheckpointError: it did.
+    """
+    lost = sorted(found.tensors.intersection(left)) if found is not None else []
+    if found is not None and lost:
+        raise CheckpointError(
+            f"{name} is quantised with {found.describe()}, and transformers has no place for its tensor {lost[0]}.",
+            "Use the full-precision original.",
+        )
+
+
+def check_trainable(found: Quantisation | None, name: str) -> None:
+    """Refuse to train a model whose weights are codes: no step is small enough for them.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if found is not None:
+        raise UsageError(
+            f"{name} is quantised with {found.describe()}, and codes can't be trained.",
+            "Train the full-precision model and quantise the result.",
+        )
+
+
+def declared_scheme(config: Mapping[str, Any]) -> str:
+    """Return "GPTQ, 4 bits" or the like where a config says so; empty where it doesn't."""
+    said = _said(config)
+    method = str(said.get("quant_method") or "")
+    bits = _bits(method, said)
+    return "" if not said else NAMES.get(method, method or "MLX") + (f", {bits} bits" if bits else "")
+
+
+def compute_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """Return the safetensors dtype that a model computes and caches in, whatever its weights are stored as.
+
+    That is the dtype of most of its weights, if those are floating numbers of 16 bits or more. Else it is what
+    config.json says, then what most of the other weights have, and bfloat16 where there are none.
+    """
+    counts: dict[str, int] = {}
+    for info in tensors.values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
+    most = sorted(counts, key=lambda dtype: -counts[dtype])
+    whole = [dtype for dtype in most if dtype in FLOAT_DTYPES.values()]
+    if most and most[0] in whole:
+        return most[0]
+    sections = [config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))]
+    named = [str(section[key]).removeprefix("torch.") for section in sections for key in DTYPE_KEYS if section.get(key)]
+    known = [FLOAT_DTYPES[name] for name in named if name in FLOAT_DTYPES]
+    return (known or whole or ["BF16"])[0]
+
+
+def _found(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> Quantisation | None:
+    said = _said(config)
+    signs: dict[str, str] = {}
+    for name, info in tensors.items():
+        module, method = _sign(name, info)
+        if module and not signs.get(module):
+            signs[module] = method
+    # Old GPTQ and AWQ differ by the order of rows that only GPTQ has.
+    found = {method for method in signs.values() if method} - ({"awq"} if "gptq" in signs.values() else set())
+    if not said and not signs:
+        return None
+    method = str(said.get("quant_method") or "") or next(iter(sorted(found)), "")
+    for file in _FILES:
+        if (path / file).is_file():
+            said = {**read_json(path / file), **said}
+    belonging = _belonging(tensors, signs)
+    cache = said.get("kv_cache_scheme") or (said.get("quantization") or {}).get("kv_cache_quant_algo")
+    codes = frozenset(name for name in belonging if _is_code(name, tensors[name]))
+    bits = _bits(method, said) or _width_of(tensors, codes)
+    return Quantisation(
+        str(said.get("quant_method") or ""),
+        NAMES.get(method, method) or _unnamed(tensors, codes, said),
+        bits,
+        bool(_said(config)),
+        codes,
+        frozenset(name for name in codes if tensors[name].dtype.startswith("F8")),
+        frozenset(belonging),
+        bool(cache) or any(_CACHE_SCALES.fullmatch(name) for name in tensors),
+    )
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what config.json says of quantisation, empty where it is silent."""
+    inner = config.get("text_config")
+    for section in (config, inner if isinstance(inner, dict) else {}):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if section.get(key):
+                found = section[key]
+                return dict(found) if isinstance(found, dict) else {"quant_method": str(found)}
+    return {}
+
+
+def _sign(name: str, info: TensorInfo) -> tuple[str, str]:
+    """Return the module that a tensor marks as quantised, empty where it marks none, and the scheme it is a sign of."""
+    if info.dtype in FLOAT_DTYPES.values() and name.endswith((".weight", ".bias")):
+        return "", ""
+    match = _MARKS.fullmatch(name)
+    if match:
+        sign = next(key for key, value in match.groupdict().items() if value is not None)
+        return match[1], _SIGNS[int(sign[1:])][1]
+    experts = _EXPERTS.fullmatch(name)
+    if experts and (info.dtype == "U8" or experts[2] == "scale_inv"):
+        return experts[1], "fp8" if experts[2] == "scale_inv" else "mxfp4"
+    if ITEM_BITS[info.dtype] == 8 and info.dtype.startswith("F8") and len(info.shape) > 1:
+        return name.removesuffix(".weight"), ""
+    if name.endswith(".weight") and info.dtype in ("I8", "U8", "I16", "U16", "I32", "U32"):
+        return name.removesuffix(".weight"), "mlx" if info.dtype == "U32" else ""
+    return "", ""
+
+
+def _belonging(tensors: Mapping[str, TensorInfo], modules: Iterable[str]) -> list[str]:
+    """Return the tensors of quantised modules; their biases are plain numbers."""
+    known = set(modules)
+    out = []
+    for name in tensors:
+        experts = _EXPERTS.fullmatch(name)
+        parts = name.split(".")
+        inside = any(".".join(parts[:count]) in known for count in range(len(parts) + 1))
+        if (inside or (experts and experts[1] in known)) and not name.endswith(".bias"):
+            out.append(name)
+    return out
+
+
+def _is_code(name: str, info: TensorInfo) -> bool:
+    if info.dtype in FLOAT_DTYPES.values():
+        return False
+    experts = _EXPERTS.fullmatch(name)
+    if experts:
+        return experts[2] == "blocks"
+    return any(name.endswith(f".{one}") for one in (*_CODES, "weight")) or (
+        info.dtype.startswith("F8") and len(info.shape) > 1 and not name.endswith(("scale", "scales", "scale_inv"))
+    )
+
+
+def _bits(method: str, said: Mapping[str, Any]) -> int | None:
+    """Return the bits of a code that a quantization_config tells, in the words of its scheme."""
+    for key in ("bits", "w_bit", "nbits", "num_bits"):
+        if type(said.get(key)) is int:
+            return int(said[key])
+    for bits in (4, 8):
+        if said.get(f"load_in_{bits}bit"):
+            return bits
+    for key in ("weights", "quant_type", "_type", "quant_algo"):
+        digits = re.search(r"(?:int|float|fp)(\d+)", str(said.get(key)).lower())
+        if digits and isinstance(said[key], str):
+            return int(digits[1])
+    for key, value in said.items():
+        found = _bits("", value) if isinstance(value, dict) and key not in _NOT_WEIGHTS else None
+        if found is not None:
+            return found
+    return _WIDTHS.get(method)
+
+
+def _width_of(tensors: Mapping[str, TensorInfo], codes: Iterable[str]) -> int | None:
+    """Return 8 where all codes are 8-bit floats, which nothing packs."""
+    dtypes = {tensors[name].dtype for name in codes}
+    return 8 if dtypes and all(dtype.startswith("F8") for dtype in dtypes) else None
+
+
+def _unnamed(tensors: Mapping[str, TensorInfo], codes: Iterable[str], said: Mapping[str, Any]) -> str:
+    if {"bits", "group_size"} <= said.keys():
+        return NAMES["mlx"]
+    dtypes = sorted({tensors[name].dtype for name in codes})
+    return f"a scheme that config.json doesn't name ({', '.join(dtypes)})" if dtypes else "an unnamed scheme"
