@@ -47,13 +47,14 @@ def test_every_key_is_documented_and_every_documented_key_is_there(
     more += ["--speed-batch=1", "--speed-context=8"]
     assert run(command(converted, *more, "--json")) == 0
     found: dict[str, Any] = json.loads((converted / "eval.json").read_text())
-    whole, each, rows, tasks, needle, samples, speeds = re.split(
+    whole, each, rows, tasks, needle, samples, speeds, runs = re.split(
         r"\nIn .*:\n", DOCS.read_text().partition("## eval.json")[2]
     )
     assert keys_of(whole) == set(found)
     assert keys_of(each) == set(found["model"]) == set(found["baseline"])
     assert all(keys_of(rows) == set(row) for row in found["rows"])
-    assert keys_of(tasks) == {field.name for field in fields(TaskFigure)}
+    assert keys_of(tasks) == {field.name for field in fields(TaskFigure)} | {"run"}
+    assert len(found["runs"]) == 1 and keys_of(runs) == set(found["runs"][0])
     assert len(found["needle"]) == 5 and all(keys_of(needle) == set(cell) for cell in found["needle"])
     assert len(found["samples"]) == 4 and all(keys_of(samples) == set(each) for each in found["samples"])
     assert len(found["speeds"]) == 1 and all(keys_of(speeds) == set(cell) for cell in found["speeds"])

@@ -13,6 +13,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.training import checkpoint, corpus
+from uptrain.errors import UsageError
 from uptrain.evaluate import evaluate
 from uptrain.measure import speed
 from uptrain.measure.speed import time_cell
@@ -81,7 +82,9 @@ def test_a_model_that_does_not_fit_leaves_the_other_s_figures(clock: list[float]
 
 def test_every_batch_is_timed_at_every_context_and_one_sequence_stands_first(tmp_path: Path) -> None:
     folder, text = checkpoint(tmp_path / "model"), Files(files=str(corpus(tmp_path / "text.txt", 20)))
-    sizes: dict[str, Any] = {"speed_context": [20, 500, 8], "speed_batch": 3, "decode_tokens": 4, "repeats": 1}
+    sizes: dict[str, Any] = {"speed_context": [20, 59, 8], "speed_batch": 3, "decode_tokens": 4, "repeats": 1}
+    with pytest.raises(UsageError, match="speed-context"):
+        evaluate(str(folder), None, [text], context=32, tokens=60, **{**sizes, "speed_context": [20, 60]})
     found = evaluate(str(folder), None, [text], context=32, tokens=60, **sizes)
     # 64 positions, of which 4 are decoded into.
     cells = [(cell.batch, cell.context) for cell in found.speeds]

@@ -198,8 +198,13 @@ def test_the_cache_really_holds_what_the_arithmetic_says(
 
 def test_speed_is_measured_for_both_or_left_out(tmp_path: Path, text: list[Files]) -> None:
     folder = checkpoint(tmp_path / "model")
-    found = quick(folder, folder, text, tokens=64, repeats=2, speed_context=1000, decode_tokens=4)
+    notes: list[str] = []
+    timed: dict[str, Any] = {"tokens": 64, "repeats": 2, "decode_tokens": 4}
+    found = quick(folder, folder, text, **timed, on_note=notes.append)
     assert found.speed_context == 64 - 4 - 1
+    assert any("--speed-context" in note and "64 positions" in note for note in notes)
+    with pytest.raises(UsageError, match="--speed-context"):
+        quick(folder, folder, text, **timed, speed_context=64 - 4)
     for measured in (found.model, found.baseline):
         assert measured is not None
         assert measured.decode_tokens_per_second is not None
@@ -213,9 +218,14 @@ def test_no_window_is_longer_than_the_positions_a_family_counts_in_its_own_word(
 ) -> None:
     """MPT's class fails beyond max_seq_len; BLOOM's counts no positions, so all 300 tokens are one window."""
     folder = checkpoint(tmp_path / "model", model_type)
-    found = quick(folder, None, text, tokens=300, context=1024, repeats=1, speed_context=512, decode_tokens=2)
+    notes: list[str] = []
+    found = quick(folder, None, text, tokens=300, context=None, repeats=1, decode_tokens=2, on_note=notes.append)
     assert found.context == longest
     assert found.speed_context == (61 if longest == 64 else 512)
+    assert bool(notes) == (longest == 64)
+    if notes:
+        with pytest.raises(UsageError, match="64 positions"):
+            quick(folder, None, text, tokens=300, context=65)
 
 
 def test_comparisons_that_mean_nothing_are_refused(tmp_path: Path, text: list[Files]) -> None:

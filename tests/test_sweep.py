@@ -42,9 +42,11 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(here: Path, out: str, *more: str) -> list[str]:
+    calibrating = "--methods" not in more or "calibrated" in more[more.index("--methods") + 1]
+    words = ["--calibrate", str(here / "calibration.txt"), "--calibration-tokens", "256", "--repair-steps", "2"]
     return [
         "sweep", str(here / "source"), "--to", ",".join(TARGETS), "--out", str(here / out),
-        "--calibrate", str(here / "calibration.txt"), "--calibration-tokens", "256", "--repair-steps", "2",
+        *(words if calibrating else []),
         "--text", str(here / "text.txt"), "--context", "32", "--tokens", "300", *more,
     ]  # fmt: skip
 
@@ -172,7 +174,7 @@ def test_the_source_runs_once_where_memory_holds_it(here: Path, counted: dict[st
     assert run(command(here, "shared", *calibrated)) == 0
     assert counted["traces"] == layers * blocks
     counted["traces"] = 0
-    assert run(command(here, "apart", *calibrated, "--memory", "1")) == 0
+    assert run(command(here, "apart", *calibrated, "--memory", "1B")) == 0
     assert counted["traces"] == 2 * layers * blocks
     assert plain(read(here / "apart"))["arms"] == plain(read(here / "shared"))["arms"]
 
@@ -197,7 +199,9 @@ def test_another_sweep_and_other_files_are_left_alone(
         assert run(command(here, "done", *arguments)) == 2
         return " ".join(capsys.readouterr().err.split())
 
-    assert "holds another sweep (different tokens). Choose another --out, or add" in refused("--tokens", "200")
+    told = refused("--tokens", "200")
+    assert "another sweep" in told and "tokens: 300, not 200" in told and "--overwrite" in told
+    assert "calibration tokens: 256, not 100" in refused("--calibration-tokens", "100")
     (tmp_path / "mine").write_text("")
     for more in ((), ("--overwrite",)):
         assert "exists already and holds no sweep" in refused("--out", str(tmp_path), *more)

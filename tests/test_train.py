@@ -257,9 +257,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(recipe: Callable[...,
 def test_requests_that_cannot_be_carried_out(recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="longer than the model's 64 positions"):
         train(recipe(block_size=65))
-    with pytest.raises(UsageError, match="unfinished run with another block_size"):
-        train(recipe())
-    run(recipe(steps=1), restart=True)
+    run(recipe(steps=1))
     with pytest.raises(UsageError, match="exists already"):
         train(recipe(steps=1))
     with pytest.raises(UsageError, match="tracker wandb is not installed"):

@@ -11,6 +11,7 @@ import click
 from uptrain import __version__, cli_eval, cli_hub, cli_report, cli_sweep, cli_training, cli_verify, console
 from uptrain.cli_types import Share, Size
 from uptrain.errors import Interrupted, UptrainError
+from uptrain.missing import refusal
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -266,6 +267,12 @@ def run(arguments: Sequence[str]) -> int:
     except UptrainError as error:
         console.fail(error)
         return error.exit_code
+    except ImportError as error:
+        told = refusal(error, f"uptrain {next(iter(arguments), '')}")
+        if told is None:
+            raise
+        console.fail(told)
+        return told.exit_code
     except BrokenPipeError:
         return 0
     except OSError as error:

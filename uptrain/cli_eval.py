@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,10 +11,17 @@ from uptrain import console
 from uptrain.cli_types import Sizes, check_belongs, texts_of
 from uptrain.errors import UsageError
 
+if TYPE_CHECKING:
+    from uptrain.measure.reference import Reference
+
 
 @click.command()
 @click.argument("directory", metavar="MODEL")
-@click.option("--baseline", help="Compare with this MODEL on the same tokens: KL and top-1 agreement.")
+@click.option(
+    "--baseline", help="Compare with this MODEL on the same tokens: KL and top-1 agreement. Default: what MODEL was "
+    "converted from, as its uptrain.json says, if that is on this machine.",
+)  # fmt: skip
+@click.option("--no-baseline", is_flag=True, help="Compare with nothing.")
 @click.option(
     "--text",
     "texts",
@@ -28,15 +35,14 @@ from uptrain.errors import UsageError
     type=Sizes(2),
     metavar="TOKENS[,TOKENS]",
     multiple=True,
-    default=("1024",),
-    show_default=True,
-    help="Window, in tokens; the same text is scored with each; repeatable.",
+    help="Window, in tokens; the same text is scored with each; repeatable. Default: 1024, or all the positions that "
+    "MODEL has.",
 )
 @click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
 @click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
 @click.option(
-    "--speed-context", type=Sizes(1), metavar="TOKENS[,TOKENS]", default="512", show_default=True, help="Measure speed "
-    "after so many tokens.",
+    "--speed-context", type=Sizes(1), metavar="TOKENS[,TOKENS]", help="Measure speed after so many tokens. Default: "
+    "512, or what MODEL has positions for.",
 )  # fmt: skip
 @click.option(
     "--speed-batch", type=Sizes(1), metavar="N[,N]", default="1", show_default=True, help="Measure speed of so many "
@@ -86,6 +92,7 @@ def evaluate(
     out: Path | None,
     as_json: bool,
     no_speed: bool,
+    no_baseline: bool,
     tasks: tuple[str, ...],
     include_path: str | None,
     task_limit: int | None,
@@ -98,9 +105,11 @@ def evaluate(
     """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
 
     Against a baseline also how far apart their predictions are, with 95 % intervals. docs/evaluation.md says how each
-    figure is computed, and what the JSON holds.
+    figure is computed, and what the JSON holds. What is measured is added to MODEL/eval.json: what was measured before,
+    on the same weights, stays.
 
     \b
+    uptrain eval demo-gqa4
     uptrain eval demo-gqa4 --baseline demo
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
     uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024,4096
@@ -118,8 +127,8 @@ def evaluate(
     if no_speed:
         options["repeats"] = 0
     text = texts_of(texts)
-    context = [size for listed in contexts for size in listed]
-    baseline = options.pop("baseline")
+    context = [size for listed in contexts for size in listed] or None
+    baseline = _baseline(directory, options.pop("baseline"), no_baseline)
     names = tuple(name.strip() for listed in tasks for name in listed.split(",") if name.strip())
     if names:
         options["tasks"] = Tasks(names, include_path, task_limit)
@@ -129,11 +138,26 @@ def evaluate(
     # What can't be written is said before anything is measured.
     place = save_place(directory, out)
     with console.parts_progress() as show:
-        found = run(directory, baseline, text, context=context, on_progress=show, **options)
+        found = run(directory, baseline, text, context=context, on_progress=show, on_note=console.note, **options)
     report_eval.evaluation(found, as_json)
     if place is not None:
-        write_evaluation(found, place)
-        console.note(f"Wrote {place}.")
+        notes = write_evaluation(found, place)
+        console.note(" ".join([f"Wrote {place}.", *notes]))
+
+
+def _baseline(directory: str, named: str | None, none: bool) -> str | Reference | None:
+    """Return what to compare with: as named, else what `directory` was converted from, where that is here."""
+    if named is not None and none:
+        raise UsageError(f"--no-baseline leaves out --baseline {named}.", "Give one of them.")
+    if named is not None or none:
+        return named
+    from uptrain.measure.baseline import find_baseline
+    from uptrain.measure.reference import Reference
+
+    source, said = find_baseline(directory)
+    if said:
+        console.note(said)
+    return None if source is None else Reference(source)
 
 
 def _check_options(no_speed: bool, tasks: bool, needle: bool, samples: bool) -> None:

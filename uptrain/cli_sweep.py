@@ -25,7 +25,9 @@ from uptrain.cli_types import Size, Words, texts_of
 @click.option(
     "--text", "texts", multiple=True, help="Score this text, as of eval; repeatable. Default: python-stdlib:held-out."
 )
-@click.option("--context", type=click.IntRange(2), default=1024, show_default=True, help="Window, in tokens.")
+@click.option(
+    "--context", type=click.IntRange(2), help="Window, in tokens. Default: 1024, or all the positions that MODEL has."
+)
 @click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
 @click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,10 @@ from uptrain.checkpoint.writer import check_out, friendly_errors, tidy, write_at
 from uptrain.class_check import check_classes
 from uptrain.errors import CheckpointError, Interrupted, UsageError
 from uptrain.head_order import move_indices
+from uptrain.missing import needing
 from uptrain.pipeline import Pipeline, Progress
 from uptrain.plan import Plan, make_plan, plan_digest
-from uptrain.request import Request
+from uptrain.request import Request, option_words
 from uptrain.resume import Begun, begun
 from uptrain.transform import choose_by_weights
 
@@ -196,7 +198,7 @@ def run_plan(
             folder,
             checkpoint,
             plan,
-            _command(source, plan.request),
+            (_command(source, plan.request), _asked(source, plan.request)),
             overwrite=overwrite,
             join=join,
             beside=(_calibration_of(folder),),
@@ -261,6 +263,11 @@ def _command(source: Source, request: Request) -> str:
     return running.text()
 
 
+def _asked(source: Source, request: Request) -> str:
+    revision = ["--revision", source.revision] if source.revision else []
+    return shlex.join(["uptrain", "convert", source.name, *option_words(asdict(request)), *revision])
+
+
 def _kept(state: State) -> Kept:
     return _by_layer(state.layers)
 
@@ -305,12 +312,8 @@ def _calibrated(
 ) -> CalibratedLayers | None:
     if plan.request.method != "calibrated" or plan.before == plan.after:
         return None
-    try:
+    with needing("--method calibrated"):
         from uptrain.calibration import calibrate_plan
-    except ImportError:
-        raise UsageError(
-            "--method calibrated needs torch and accelerate.", "Install them with: pip install 'uptrain[train]'"
-        ) from None
     return calibrate_plan(checkpoint, plan, _calibration_of(out), memory, on_layer, on_note, shared)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from uptrain.words import number
 
+_PARTS = ("rows", "tasks", "needle", "samples", "speeds")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -44,6 +46,26 @@ def pair(row: Mapping[str, Any], name: str) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
+def run_of(found: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """Return the run that the figures of `part`, quality or speed, are of; empty where none was recorded."""
+    runs, parts = found.get("runs"), found.get("parts")
+    at = parts.get(part) if isinstance(parts, Mapping) else None
+    listed = runs if isinstance(runs, list | tuple) else []
+    run = listed[at] if isinstance(at, int) and 0 <= at < len(listed) else None
+    return run if isinstance(run, Mapping) else {}
+
+
+def weights_of(found: Mapping[str, Any]) -> str:
+    """Return the digest of the weights that an evaluation measured; empty where it was not recorded."""
+    return str(run_of(found, "quality").get("weights") or "")
+
+
+def stale_parts(found: Mapping[str, Any] | None) -> list[str]:
+    """Return what an evaluation has only of other weights, or against another baseline than the rest."""
+    stale = (found or {}).get("stale")
+    return [part for part in _PARTS if isinstance(stale, Mapping) and rows_of(stale, part)]
+
+
 def by_text(found: Mapping[str, Any]) -> Table:
     """Return a row for each text and context, of the model beside its baseline."""
     columns = ("text", "context", "perplexity", "original's", "KL, nats", "top-1", "top-5", "flips")
@@ -56,7 +78,16 @@ def by_text(found: Mapping[str, Any]) -> Table:
         )
         for row in rows_of(found, "rows")
     ]  # fmt: skip
+    conditions = [_conditions(row) for row in rows_of(found, "rows")]
+    places = [row[:2] for row in rows]
+    if len({*places}) < len(places):  # one text and context, measured in more than one way
+        columns = (*columns[:2], "tokens, stride", *columns[2:])
+        rows = [(*row[:2], said, *row[2:]) for row, said in zip(rows, conditions, strict=True)]
     return Table(columns, rows)
+
+
+def _conditions(row: Mapping[str, Any]) -> str:
+    return f"{_whole(row, 'tokens')}, {_whole(row, 'stride')}"
 
 
 def tasks(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:

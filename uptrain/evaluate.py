@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
 import torch
 
 from uptrain import models
+from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.source import resolve
+from uptrain.checkpoint.weights import weights_digest
 from uptrain.data import TokenText, read_tokens
 from uptrain.errors import UsageError
+from uptrain.measure.contexts import CONTEXT, SPEED_CONTEXT, check_stride, chosen_contexts
 from uptrain.measure.memory import memory_bytes
 from uptrain.measure.needle import Needles, check_needles, find_needles
 from uptrain.measure.progress import Progress, counted
 from uptrain.measure.quality import Row, Window, make_row, score, scored_tokens, windows
 from uptrain.measure.reading import has_encoder
 from uptrain.measure.reference import Reference
-from uptrain.measure.result import Evaluation, Measured, save_place, write_evaluation
+from uptrain.measure.result import Evaluation, Measured, Run, save_place, write_evaluation
 from uptrain.measure.samples import check_samples, write_samples
 from uptrain.measure.speed import SpeedCell, cache_bytes_per_token, time_cells
 from uptrain.measure.tasks import Tasks, load_tasks, run_tasks
@@ -36,10 +39,10 @@ def evaluate(
     baseline: str | Reference | None = None,
     text: Sequence[DataSource] = (HELD_OUT,),
     *,
-    context: int | Sequence[int] = 1024,
+    context: int | Sequence[int] | None = None,
     stride: int | None = None,
     tokens: int = 32_768,
-    speed_context: int | Sequence[int] = 512,
+    speed_context: int | Sequence[int] | None = None,
     speed_batch: int | Sequence[int] = 1,
     decode_tokens: int = 32,
     repeats: int = 5,
@@ -49,8 +52,12 @@ def evaluate(
     samples: int = 0,
     sample_tokens: int = 48,
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Measure `model`, and `baseline` on the same tokens: at most `tokens` of each text, at each context.
+
+    A context is 1024 tokens, and before decoding is timed 512, unless others are asked for; a default that the models
+    have no positions for is shortened, which `on_note` hears, and what was asked for is refused.
 
     A `Reference` as the baseline spares the next evaluation what this one ran of it.
 
@@ -85,16 +92,26 @@ def evaluate(
     loaded_tasks = load_tasks(tasks) if tasks else None
     device = _device()
     wanted = models.dtype_named(dtype) or (torch.float32 if device.type == "cpu" else None)
+    digest = weights_digest(sources[0].path)
     loaded = [models.load_model(sources[0]), *([reference.load(models.load_model)] if reference else [])]
     own = [each.dtype for each in loaded]
     loaded = [models.placed(each, device, wanted or each.dtype).eval() for each in loaded]
     for each, ids in product(loaded, [text.ids for text in texts.values()]):
         models.check_tokens(each, ids)
-    longest = min(models.longest_context(each) or 2**31 for each in loaded)
+    room = min((models.longest_context(each) or 2**31, name) for each, name in zip(loaded, names, strict=True))
+    longest = room[0]
     most = max(len(each.ids) for each in texts.values())
-    contexts = sorted({min(each, longest, most) for each in _listed(context)})
+    contexts = chosen_contexts("--context", context, CONTEXT, *room, on_note=on_note)
+    if max(contexts) > most and context is not None:
+        on_note(f"--context {max(contexts)} is {most}: no text here has more tokens.")
+    contexts = sorted({min(each, most) for each in contexts})
+    depths = [0]
+    if repeats:
+        depths = chosen_contexts(
+            "--speed-context", speed_context, SPEED_CONTEXT, *room, beside=decode_tokens + 1, on_note=on_note
+        )
     _check_reading(names, loaded, bool(tasks or needle or samples))
-    _check_stride(stride, contexts[0], has_encoder(loaded[0]))
+    check_stride(stride, contexts[0], has_encoder(loaded[0]))
     if needle:
         needle = replace(needle, lengths=needle.lengths or tuple(contexts))
         check_needles(tokenizers[0], needle, longest)
@@ -115,18 +132,27 @@ def evaluate(
     if not models.has_fast_bf16(device):
         loaded = [models.placed(each, None, torch.float32) if each.dtype is torch.bfloat16 else each for each in loaded]
     batches = sorted({1, *_listed(speed_batch)})
-    depths = list(dict.fromkeys(max(1, min(each, longest - decode_tokens - 1)) for each in _listed(speed_context)))
     places = [(batch, depth) for batch in batches for depth in depths] if repeats else []
     timed = time_cells(loaded, torch.from_numpy(ids), places, decode_tokens, repeats, on_progress)
     # The last row is that of the longest context and, of several texts, of all.
     head, first = rows[-1], timed[0] if timed else None
     measured = _measured(names, head, cache, first)
+    settings = {
+        "texts": list(texts), "contexts": contexts, "stride": stride, "tokens": tokens,
+        "tasks": asdict(tasks) if tasks else None, "needle": asdict(needle) if needle else None, "samples": samples,
+        "sample_tokens": sample_tokens, "speed_contexts": depths if places else [], "speed_batches": batches,
+        "decode_tokens": decode_tokens,
+    }  # fmt: skip
+    of = {"name": names[1], "weights": reference.weights()} if reference else None
+    run = Run(
+        digest, of, quality_dtype, str(device), _name(loaded[0]), repeats, memory_bytes(device), settings, versions()
+    )
     return Evaluation(
         measured[0], measured[1] if reference else None, head.kl, head.top1_agreement, head.tokens,
         head.context, head.stride, first.context if first else 0, _name(loaded[0]), quality_dtype, str(device),
         head.windows, tuple(texts), head.kl_interval, head.perplexity_ratio, head.perplexity_ratio_interval,
         head.top5_agreement, head.flip_rate, repeats, memory_bytes(device), tuple(rows), tuple(ran), tuple(cells),
-        tuple(written), tuple(timed),
+        tuple(written), tuple(timed), run,
     )  # fmt: skip
 
 
@@ -141,16 +167,6 @@ def _check_reading(names: Sequence[str], loaded: Sequence[Any], more: bool) -> N
             f"{names[0]} has an encoder; tasks, needles and samples are asked of decoders alone.",
             "Leave out --task, --needle and --samples.",
         )
-
-
-def _check_stride(stride: int | None, context: int, encoder: bool) -> None:
-    if encoder and stride == context:
-        raise UsageError(
-            f"stride {stride} leaves nothing of the context of {context} tokens for the encoder to read.",
-            "Give a smaller one; half is the default.",
-        )
-    if stride is not None and not 1 <= stride <= context:
-        raise UsageError(f"stride {stride} must lie between 1 and the context of {context} tokens.")
 
 
 def _measured(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain.errors import UsageError
+from uptrain.missing import check_installed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +22,7 @@ def check() -> None:
     Raises:
         UsageError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("Drawing needs matplotlib.", "pip install 'uptrain[plots]'")
+    check_installed("matplotlib", "Drawing")
 
 
 def training(folder: Path) -> Path:

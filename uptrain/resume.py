@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from uptrain.calibrated import NOTES, CalibratedLayers
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.clone import can_clone
 from uptrain.checkpoint.joining import joined
 from uptrain.checkpoint.joint import Alone, Joint, JointState
 from uptrain.checkpoint.manifest import read_manifest
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.checkpoint.state import State
-from uptrain.checkpoint.writer import STATE, empty, partial_of, staged, taken
+from uptrain.checkpoint.state import Earlier, State
+from uptrain.checkpoint.writer import STATE, empty, leave, partial_of, remove, staged, taken
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.plan import Plan
 from uptrain.plan_tensors import unchanged_spans
@@ -38,7 +40,7 @@ def begun(
     out: Path,
     checkpoint: Checkpoint,
     plan: Plan,
-    command: str,
+    command: tuple[str, str],
     *,
     overwrite: bool,
     join: bool,
@@ -49,32 +51,72 @@ def begun(
     """Enter OUT.partial for as long as the block runs; with `join`, yield None where others have finished OUT.
 
     Alone, OUT is made of it at the end; together, by the party's `finishing`. The folders `beside` it are removed then.
-    `command` is that of `State`, `others` the bytes of the files that go along with the weights.
+    `command` is that of `State`, and its words; `others` are the bytes of the files that go along with the weights. A
+    run that ends with an error before it finished anything leaves nothing, and binds nobody.
 
     Raises:
         UptrainError: OUT exists, is being written, or holds another plan's unfinished conversion; the disk is full.
     """
-    state, resumed = State(partial_of(out), plan.digest, command), tuple[str, ...]()
+    state, resumed = State(partial_of(out), plan.digest, *command), tuple[str, ...]()
+
+    def unused() -> bool:
+        if _worked(state.load(), beside):
+            return False
+        for folder in beside:
+            if folder.is_dir() and not (folder / NOTES).exists():
+                remove(folder)
+        return True
+
+    def leave_alone() -> None:
+        if unused():
+            empty(state.path.parent, ())
+            leave(state.path.parent)
+
+    left = partial(_left, state, plan, overwrite, beside, on_note)
     if not join:
-        with staged(out, overwrite, lambda _: _left(state, plan, overwrite, on_note), beside):
+        with staged(out, overwrite, lambda _: left(), beside), _without_a_trace(leave_alone):
             yield Begun(state, _begin(state, checkpoint, plan, others), Alone())
         return
 
     def prepare(first: bool) -> None:
         nonlocal resumed
+        earlier = None if first else state.load()
         if first:
-            empty(partial_of(out), _left(state, plan, overwrite, on_note))
-            resumed = _begin(state, checkpoint, plan, others)
-        elif (state.load() or ("",))[0] != plan.digest:
+            empty(partial_of(out), left())
+            with _without_a_trace(leave_alone):
+                resumed = _begin(state, checkpoint, plan, others)
+        elif earlier is None or earlier.plan != plan.digest:
             raise taken(out)
 
     with joined(out, overwrite, beside, on_note, lambda: _stands(out, plan), prepare) as joint:
-        yield Begun(JointState(joint, plan.digest, command), resumed, joint) if joint else None
+        if joint is None:
+            yield None
+        else:
+            with _without_a_trace(lambda: joint.leave(unused)):
+                yield Begun(JointState(joint, plan.digest, *command), resumed, joint)
 
     if not _stands(out, plan):
         raise UptrainError(
             f"{partial_of(out)} was taken away while it was being written.", "Run the same command again."
         )
+
+
+@contextmanager
+def _without_a_trace(leave_unused: Callable[[], None]) -> Iterator[None]:
+    """Call what removes OUT.partial, if nothing was finished in it, after an error."""
+    try:
+        yield
+    except Exception:
+        with suppress(OSError, UptrainError):  # what went wrong before is what to say
+            leave_unused()
+        raise
+
+
+def _worked(earlier: Earlier | None, beside: tuple[Path, ...]) -> bool:
+    """Say whether an earlier run finished a shard or, in a folder beside OUT, the calibration of a layer."""
+    if earlier is None:
+        return False
+    return earlier.worked or any(CalibratedLayers.left(folder, earlier.plan) is not None for folder in beside)
 
 
 def _stands(out: Path, plan: Plan) -> bool:
@@ -85,20 +127,24 @@ def _stands(out: Path, plan: Plan) -> bool:
     return any(stage.get("plan") == plan.digest for stage in stages[-1:])
 
 
-def _left(state: State, plan: Plan, overwrite: bool, on_note: Callable[[str], None]) -> tuple[str, ...]:
+def _left(
+    state: State, plan: Plan, overwrite: bool, beside: tuple[Path, ...], on_note: Callable[[str], None]
+) -> tuple[str, ...]:
     """Return the files of OUT.partial that an earlier run of this plan finished."""
     earlier = state.load()
     if earlier is None:
         return ()
-    digest, command = earlier
-    if digest == plan.digest:
+    if earlier.plan == plan.digest:
         _drop_damaged(state, plan)
         return STATE, *state.shards
-    if command == state.command:
+    if not _worked(earlier, beside):
+        return ()
+    if earlier.command == state.command:
         on_note("The source or uptrain changed since the run that was cut off: starting over.")
     elif not overwrite:
+        asked = f": {earlier.asked}" if earlier.asked else ""
         raise UsageError(
-            f"{state.path.parent} holds an unfinished conversion of another plan.",
+            f"{state.path.parent} holds an unfinished conversion of another plan{asked}.",
             f"Repeat that command to finish it, or add --overwrite (or delete {state.path.parent}) to start this one.",
         )
     return ()

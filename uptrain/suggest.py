@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.checkpoint.source import resolve
 from uptrain.errors import UsageError
 from uptrain.methods import estimate
+from uptrain.missing import check_installed
 from uptrain.model_config import architecture_of, attention_layers, why_pool_only
 from uptrain.packing import read_layer
 from uptrain.plan import Plan, make_plan
@@ -54,8 +54,7 @@ def suggest(model: str, budget: float, *, revision: str | None = None, allow_pic
     """
     if not 0 < budget < 1:
         raise UsageError(f"--suggest {budget:.3g} is no share of the cache.", "Give one like 25%.")
-    if importlib.util.find_spec("torch") is None:
-        raise UsageError("--suggest needs torch.", "Install it with: pip install 'uptrain[train]'")
+    check_installed("torch", "--suggest")
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
     plans = _plans(checkpoint, budget, model)

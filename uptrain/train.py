@@ -61,10 +61,8 @@ def train(
     if plot:
         plots.check()
     run = _Run(recipe, on_step, plot)
-    try:
+    with run.folder:
         return run.run(restart)
-    finally:
-        run.folder.close()
 
 
 def lm_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:

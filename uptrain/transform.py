@@ -13,11 +13,12 @@ import numpy as np
 from uptrain import rehost
 from uptrain.checkpoint.arrays import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.errors import CheckpointError, UsageError
+from uptrain.errors import CheckpointError
 from uptrain.latent_packing import LatentHeads, join_latent
 from uptrain.layout import Position
 from uptrain.methods import alike, estimate
 from uptrain.methods.gqa import pool_layer
+from uptrain.missing import needing
 from uptrain.model_config import initializer_std, why_pool_only
 from uptrain.packing import LayerHeads, join, read_layer
 from uptrain.plan import Plan
@@ -226,14 +227,10 @@ class _TorchMethods(NamedTuple):
 
 def _torch_methods() -> _TorchMethods:
     """Import the methods that stand on torch, which pooling does without."""
-    try:
+    with needing("--method svd, --grouping similar or --to mla"):
         from uptrain.methods.bridge import factor_layer, one_thread, position_of
         from uptrain.methods.latent_bridge import latent_layer, slots_by_weights
         from uptrain.methods.similar import similar_layer
-    except ImportError:
-        raise UsageError(
-            "--method svd, --grouping similar and --to mla need torch.", "Install it with: pip install 'uptrain[train]'"
-        ) from None
     return _TorchMethods(one_thread, factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
 
 

@@ -20,7 +20,7 @@ from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.clone import Span
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.state import FINISHED, State
-from uptrain.checkpoint.writer import CLAIMS, LOCK, commit, is_open_at, partial_of, write_shard
+from uptrain.checkpoint.writer import CLAIMS, LOCK, commit, empty, is_open_at, leave, partial_of, write_shard
 from uptrain.errors import UptrainError
 
 TURN = "turn"
@@ -143,6 +143,13 @@ class Joint:
             left.unlink(missing_ok=True)
         write_shard(path, tensors, chunks, checksum, on_bytes, spans, f".{os.uname().nodename}-{os.getpid()}.tmp")
 
+    def leave(self, unused: Callable[[], bool]) -> None:
+        """Remove the folder if no other process is in it and it is `unused`."""
+        with self.turn() as there:
+            if there and self.lock is not None and locked(self.lock, fcntl.LOCK_EX) and unused():
+                empty(self.partial, ())
+                leave(self.partial)
+
     @contextmanager
     def finishing(self) -> Iterator[bool]:
         """Wait for the turn to finish; yield whether it is still to be done, and then make OUT of the folder."""
@@ -156,8 +163,8 @@ class Joint:
 class JointState(State):
     """The state of a folder that several processes build: each adds what it has finished."""
 
-    def __init__(self, joint: Joint, plan: str, command: str) -> None:
-        super().__init__(joint.partial, plan, command)
+    def __init__(self, joint: Joint, plan: str, command: str, asked: str) -> None:
+        super().__init__(joint.partial, plan, command, asked)
         self.joint = joint
 
     def refresh(self) -> None:

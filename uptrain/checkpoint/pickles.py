@@ -11,6 +11,7 @@ import numpy as np
 from uptrain.checkpoint.arrays import Array, numpy_dtype
 from uptrain.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from uptrain.errors import CheckpointError
+from uptrain.missing import needing
 
 _INTEGERS = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 
@@ -47,12 +48,8 @@ class PickleShards:
 
     def _shard(self, name: str) -> dict[str, Any]:
         if name not in self._shards:
-            try:
+            with needing(f"Reading {name}"):
                 import torch
-            except ImportError:
-                raise CheckpointError(
-                    f"Reading {name} needs torch.", "Install it with: pip install 'uptrain[train]'"
-                ) from None
             try:
                 # torch before 1.6 wrote one stream, which can't be mapped: all of it is then in memory.
                 mapped = zipfile.is_zipfile(self.path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ FINISHED = ("shards", "sources", "layers", "similarity", "orders")
 """What is kept of finished work; several processes that build one folder add theirs to it."""
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run's state is of: its plan, its command's digest and words, and whether a shard is finished."""
+
+    plan: str
+    command: str
+    asked: str
+    worked: bool
+
+
 class State:
     """What has been finished in OUT.partial: the plan's digest, the checksum of each whole shard and of each of the
     source's files that was read, and notes by layer.
@@ -21,20 +32,21 @@ class State:
     Of each layer `layers` has the energy that is kept, `similarity` how alike its heads were, `orders` in which
     order its key/value heads stand now.
 
-    `command` digests what was asked for and of which folder, so that a changed source can be told from another wish.
+    `command` digests what was asked for and of which folder, so that a changed source can be told from another wish;
+    `asked` is the command line that asks for it.
     """
 
-    def __init__(self, folder: Path, plan: str, command: str = "") -> None:
+    def __init__(self, folder: Path, plan: str, command: str = "", asked: str = "") -> None:
         self.path = folder / STATE
-        self.plan, self.command = plan, command
+        self.plan, self.command, self.asked = plan, command, asked
         self.shards: dict[str, str] = {}
         self.sources: dict[str, str] = {}
         self.layers: dict[str, Any] = {}
         self.similarity: dict[str, Any] = {}
         self.orders: dict[str, Any] = {}
 
-    def load(self) -> tuple[str, str] | None:
-        """Read an earlier run's state; return its plan and command, or None where there is none that can be used.
+    def load(self) -> Earlier | None:
+        """Read an earlier run's state; return what it was of, or None where there is none that can be used.
 
         Its shards, sources and layers are taken over if the plan is this one.
 
@@ -56,11 +68,12 @@ class State:
                 notes = value.get(name)
                 if isinstance(notes, dict):
                     setattr(self, name, {layer: found for layer, found in notes.items() if layer.isdecimal()})
-        return str(value.get("plan")), str(value.get("command"))
+        return Earlier(str(value.get("plan")), str(value.get("command")), str(value.get("asked") or ""), bool(shards))
 
     def refresh(self) -> None:
         """Read what other processes have finished: nothing, where one works alone."""
 
     def save(self) -> None:
         """Write the state atomically."""
-        write_atomic(self.path, dump_json({name: getattr(self, name) for name in ("plan", "command", *FINISHED)}))
+        names = ("plan", "command", "asked", *FINISHED)
+        write_atomic(self.path, dump_json({name: getattr(self, name) for name in names}))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uptrain.data.chat import Render, messages_of
 from uptrain.data.text_files import Piece, file_rows, has_rows, no_field, plain, text_of
 from uptrain.errors import UptrainError, UsageError
+from uptrain.missing import needing
 from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
 
 if TYPE_CHECKING:
@@ -85,10 +86,8 @@ def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset
     Raises:
         UsageError: the library is missing, or knows no such dataset, configuration or split.
     """
-    try:
+    with needing("Reading a dataset"):
         import datasets
-    except ImportError:
-        raise UsageError("Reading a dataset needs `datasets`.", "pip install 'uptrain[train]'") from None
     try:
         return datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=source.stream)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

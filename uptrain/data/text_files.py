@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from uptrain.errors import UsageError, did_you_mean
+from uptrain.missing import needing
 
 PIECE = 2**20
 """Characters. A longer document is handed on in pieces of about this size, cut at line ends."""
@@ -97,11 +98,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    try:
+    with needing("Reading Parquet"):
         import pyarrow as pa
         from pyarrow import parquet
-    except ImportError:
-        raise UsageError("Reading Parquet needs `pyarrow`.", "pip install 'uptrain[train]'") from None
     try:
         # Without a buffer pyarrow reads a row group's whole column at once, and a file is often one row group.
         with parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:

@@ -77,7 +77,7 @@ def register_with_transformers() -> None:
     """Register now if transformers is imported already, else as soon as it is; costs nothing until then."""
     if importlib.util.find_spec("torch") is None or _AfterTransformers.installed:
         return
-    if "transformers" in sys.modules:
+    if sys.modules.get("transformers") is not None:
         register()
     else:
         _AfterTransformers.installed = True

@@ -9,6 +9,7 @@ from typing import Any
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, SIGNATURE, read_manifest
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.signature import is_signed, signed_by
+from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.hub.card import build_card
 from uptrain.hub.checks import check_folder
@@ -73,6 +74,9 @@ def prepare(
     base = base_model or (parents[0].name if parents else None)
     # One that is listed was there when the folder was written, so it is of the weights before.
     figures = read_figures(directory) if EVALUATION not in early["files"] else None
+    if figures is not None and figures.weights not in ("", weights_digest(directory, early["files"])):
+        notes.append(f"{EVALUATION} measured other weights than these, so it stays here and the card has none of it.")
+        figures = None
     subject = Subject(repo, stages, read_config(directory), base, None if create_pr else revision)
     try:
         card = str(build_card(subject, licence, figures, own))

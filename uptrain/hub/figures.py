@@ -66,7 +66,8 @@ class Score:
 class Figures:
     """All figures of an evaluation, on which text, and the conditions in words.
 
-    `tables` are those of what was measured in several places, by title; `scores` those of tasks.
+    `tables` are those of what was measured in several places, by title; `scores` those of tasks. `weights` digests what
+    was measured, empty where that was not recorded.
     """
 
     rows: tuple[Figure, ...]
@@ -74,6 +75,7 @@ class Figures:
     conditions: str
     tables: tuple[tuple[str, Table], ...] = ()
     scores: tuple[Score, ...] = ()
+    weights: str = ""
 
     def results(self, task: str) -> list[EvalResult]:
         """Return the quality figures and the scores of a model for `task` as the Hub's metadata knows them."""
@@ -121,7 +123,8 @@ def read_figures(directory: Path) -> Figures | None:
     ]
     if not rows:
         return None
-    return Figures(tuple(rows), _text(found), _conditions(found), tuple(_tables(found)), tuple(_scores(found)))
+    tables, scores = tuple(_tables(found)), tuple(_scores(found))
+    return Figures(tuple(rows), _text(found), _conditions(found), tables, scores, eval_tables.weights_of(found))
 
 
 def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:

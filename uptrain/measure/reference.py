@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uptrain.checkpoint.source import Source
+from uptrain.checkpoint.weights import weights_digest
 from uptrain.measure.reading import predicted
 
 
@@ -21,6 +22,7 @@ class Reference:
     memory: int = 0
     _model: Any = None
     _dtype: torch.dtype | None = None
+    _weights: str = ""
     _seen: dict[tuple[bytes, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @property
@@ -28,6 +30,11 @@ class Reference:
         """Return the bytes that the model and its kept logits take."""
         weights = [] if self._model is None else list(self._model.parameters())
         return sum(tensor.nbytes for tensor in (*weights, *self._seen.values()))
+
+    def weights(self) -> str:
+        """Return the digest of its weights, which are read for it the first time."""
+        self._weights = self._weights or weights_digest(self.source.path)
+        return self._weights
 
     def load(self, load_model: Callable[[Source], Any]) -> Any:
         """Return its model in the checkpoint's own dtype, which `load_model` loads the first time."""

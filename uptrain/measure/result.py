@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.jsonfile import dump_json
+from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest, versions
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
+from uptrain.measure.merge import PARTS, merged
 from uptrain.measure.needle import NeedleCell
 from uptrain.measure.quality import Row
 from uptrain.measure.samples import Sample
@@ -37,6 +42,25 @@ class Measured:
     decode_tokens_per_second: float | None
     decode_range: tuple[float, float] | None = None
     cross_bytes_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a measurement was of and how it was taken, so that later ones can be put beside it.
+
+    `weights` digests the model's weights and config as they were then, `baseline` has the baseline's name and digest.
+    `settings` are what was asked for.
+    """
+
+    weights: str
+    baseline: dict[str, str] | None
+    dtype: str
+    device: str
+    speed_dtype: str
+    speed_repeats: int
+    peak_memory_bytes: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -78,10 +102,18 @@ class Evaluation:
     needle: tuple[NeedleCell, ...] = ()
     samples: tuple[Sample, ...] = ()
     speeds: tuple[SpeedCell, ...] = ()
+    run: Run | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; docs/evaluation.md says what each means."""
-        return {"format": FORMAT, **asdict(self)}
+        values = asdict(self)
+        run = values.pop("run")
+        if run is not None:
+            for part in PARTS:
+                values[part] = tuple({**entry, "run": 0} for entry in values[part])
+            measured = {"quality": 0, "speed": 0 if self.speeds else None}
+            values |= {"parts": measured, "runs": (run,), "stale": {}}
+        return {"format": FORMAT, **values}
 
 
 def save_place(model: str, out: Path | None) -> Path | None:
@@ -104,8 +136,10 @@ def save_place(model: str, out: Path | None) -> Path | None:
     return None if manifest is None or EVALUATION in manifest["files"] else folder / EVALUATION
 
 
-def write_evaluation(found: Evaluation, path: Path) -> None:
-    """Write an evaluation, with the versions it was made by, as docs/evaluation.md describes.
+def write_evaluation(found: Evaluation, path: Path) -> list[str]:
+    """Write an evaluation beside what the file at `path` has, as docs/evaluation.md describes.
+
+    Returns sentences on what the file still has of earlier runs.
 
     Raises:
         CheckpointError: a perplexity is no number, so the weights are broken.
@@ -115,4 +149,29 @@ def write_evaluation(found: Evaluation, path: Path) -> None:
             raise CheckpointError(
                 f"{measured.name} has no finite perplexity, so {path} is not written.", "Convert or train it again."
             )
-    write_atomic(path, dump_json({**found.to_dict(), "versions": versions()}))
+    with _alone_in(path.absolute().parent):
+        values, notes = _beside_earlier(json.loads(dump_json(found.to_dict())), path)
+        write_atomic(path, dump_json({**values, "versions": versions()}))
+    return notes
+
+
+def _beside_earlier(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
+    if not path.is_file() or "runs" not in values:
+        return values, []
+    try:
+        earlier = read_json(path)
+    except CheckpointError as error:
+        return values, [f"{error.message} Nothing in it could be read, so it was replaced."]
+    return merged(earlier, values)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let no other process read a folder's measurements and write them back before this one has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

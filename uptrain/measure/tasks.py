@@ -17,6 +17,7 @@ from typing import Any
 from uptrain.errors import UsageError, did_you_mean, told_as
 from uptrain.measure.intervals import interval
 from uptrain.measure.progress import Progress, counted
+from uptrain.missing import needing
 
 _RESAMPLES = 1000
 """Of the bootstrap, where a metric's standard error has no closed form."""
@@ -63,12 +64,8 @@ def load_tasks(wanted: Tasks) -> Any:
         UsageError: lm-eval is not installed or knows no such task, or its documents can't be read.
     """
     with _quietly():
-        try:
+        with needing("--task"):
             from lm_eval import tasks as harness
-        except ImportError:
-            raise UsageError(
-                "Tasks are run by lm-eval, which is not installed.", "pip install 'uptrain[eval]'"
-            ) from None
         if wanted.include_path is not None and not Path(wanted.include_path).is_dir():
             raise UsageError(f"There is no folder {wanted.include_path}.", "Name one that holds task YAML files.")
         for name in wanted.names:

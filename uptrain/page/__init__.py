@@ -8,6 +8,7 @@ from pathlib import Path
 from uptrain import plots
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import UsageError
+from uptrain.missing import needing
 from uptrain.page.section import Section
 from uptrain.page.sections import sections, summary
 from uptrain.page.style import drawing, png, svg
@@ -75,10 +76,8 @@ def _missing(found: list[Section]) -> list[str]:
 
 
 def _render(**values: object) -> str:
-    try:
+    with needing("The page"):
         from jinja2 import Environment, PackageLoader
-    except ImportError:
-        raise UsageError("The page needs jinja2.", "pip install 'uptrain[plots]'") from None
     environment = Environment(
         loader=PackageLoader("uptrain", "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -25,6 +25,7 @@ def quality(subjects: list[Subject]) -> Section:
         f"{subject.name} has not been measured against its original: uptrain eval {subject.folder} --baseline MODEL"
         for subject in subjects if subject not in compared
     ]  # fmt: skip
+    missing += [sentence for subject in subjects for sentence in subject.left_out]
     alike = [subject for subject in compared if subject.conditions == compared[0].conditions]
     missing += [
         f"{subject.name} was measured on other text or otherwise than {alike[0].name}, so it is not drawn beside it."

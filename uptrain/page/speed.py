@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from uptrain.eval_tables import figure, pair, speeds
+from uptrain.eval_tables import figure, pair, run_of, speeds
 from uptrain.page import charts
 from uptrain.page.section import ORIGINAL, Chart, Section, slug
 from uptrain.page.style import MUTED, SERIES, new_figure
@@ -29,9 +29,10 @@ def speed(subjects: list[Subject]) -> Section:
     if not timed:
         return Section("Decode speed", "", missing=missing)
     found = timed[0].evaluation or {}
+    device = run_of(found, "speed").get("device") or found.get("device", "")
     text = (
         f"One sequence after {number(timed[0].figure('speed_context'), '{:,.0f}')} tokens, "
-        f"{found.get('speed_dtype', '')} on {found.get('device', '')}; medians of runs in turns, whiskers from slowest "
+        f"{found.get('speed_dtype', '')} on {device}; medians of runs in turns, whiskers from slowest "
         "to fastest. A smaller cache speeds decoding up where reading it takes long: long contexts and large batches."
     )
     drawn = [Chart("speed", charts.speed(timed), "Decoded tokens per second of each result and of its original.")]

@@ -11,10 +11,11 @@ from typing import Any
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS
 from uptrain.checkpoint.jsonfile import read_json
-from uptrain.checkpoint.manifest import EVALUATION, read_manifest
+from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
 from uptrain.checkpoint.reader import read_config
+from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.eval_tables import Table, figure, pair, rows_of
+from uptrain.eval_tables import Table, figure, pair, rows_of, stale_parts, weights_of
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers
 
 LOG = "train_log.jsonl"
@@ -22,7 +23,10 @@ LOG = "train_log.jsonl"
 
 @dataclass(frozen=True)
 class Subject:
-    """One checkpoint: its name, history, attention, measurements (None without eval.json) and training log."""
+    """One checkpoint: its name, history, attention, measurements (None without eval.json) and training log.
+
+    `left_out` are sentences on what eval.json has that isn't of these weights.
+    """
 
     name: str
     folder: Path
@@ -31,6 +35,7 @@ class Subject:
     layers: tuple[AttentionSpec, ...]
     evaluation: Mapping[str, Any] | None
     log: list[dict[str, Any]]
+    left_out: tuple[str, ...] = ()
 
     @property
     def conversions(self) -> list[dict[str, Any]]:
@@ -114,7 +119,24 @@ def _subject(folder: Path) -> Subject | None:
     config = read_config(folder)
     layers = attention_layers(architecture_of(config, str(folder)), config, str(folder))
     evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
-    return Subject(folder.resolve().name, folder, manifest["stages"], config, layers, evaluation, _log(folder / LOG))
+    name = folder.resolve().name
+    evaluation, left_out = _of_these_weights(name, folder, manifest, evaluation)
+    return Subject(name, folder, manifest["stages"], config, layers, evaluation, _log(folder / LOG), left_out)
+
+
+def _of_these_weights(
+    name: str, folder: Path, manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """Return what of an evaluation is of the weights that the manifest lists, and sentences on the rest."""
+    measured = weights_of(evaluation or {})
+    if measured and measured != weights_digest(folder, manifest["files"]):
+        return None, (f"{name}: {EVALUATION} measured other weights than {MANIFEST} lists, so it is not shown.",)
+    if stale := stale_parts(evaluation):
+        return evaluation, (
+            f"{name}: what {EVALUATION} has of other weights, or against another baseline, is not shown: "
+            f"{', '.join(stale)}.",
+        )
+    return evaluation, ()
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from uptrain.page.style import drawing, png
 from uptrain.page.sweep import pareto_chart
 from uptrain.plan import make_plan
 from uptrain.purpose import check_language_model
-from uptrain.request import BUILTIN, CALIBRATION_TOKENS, Request
+from uptrain.request import BUILTIN, CALIBRATION_FIELDS, CALIBRATION_TOKENS, Request
 from uptrain.sweep.runner import Measuring, Runner, Task
 from uptrain.sweep.targets import parse_methods, parse_target
 from uptrain.sweep_file import Refused, Sweep, read_sweep, write_sweep
@@ -98,6 +98,7 @@ def sweep(
     found = _to_go_on_with(folder, source, fresh, tasks, overwrite)
     runner = Runner(source, checkpoint, folder, how, keep, memory, overwrite, on_note, on_layers)
     done = {arm.name for arm in found.arms}
+    runner.check_measuring()
     runner.read_calibration([task for task in tasks if task.name not in done])
     _begin(folder, found)
     for number, task in enumerate(tasks, 1):
@@ -132,23 +133,45 @@ def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[T
     earlier = read_sweep(folder)
     if earlier is None and folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists already and holds no sweep.", "Choose another --out.")
-    if overwrite:
+    if overwrite or (earlier is not None and not earlier.arms):
         earlier = None
     if earlier is not None:
         plans = {task.name: task.plan.digest for task in tasks}
-        changed = [name for name, value in fresh.settings.items() if earlier.settings.get(name) != value]
+        settings = _settings(earlier, fresh, tasks)
+        changed = [name for name, value in settings.items() if earlier.settings.get(name) != value]
+        if not _calibrated(earlier):
+            changed = [name for name in changed if name not in CALIBRATION_FIELDS]
         if earlier.source != fresh.source:
             changed = ["source"]
         elif not changed and any(plans.get(arm.name, arm.plan) != arm.plan for arm in earlier.arms):
             changed = ["source's files"]
         if changed:
+            differences = ", ".join(_difference(key, earlier.settings, settings) for key in changed)
             raise UsageError(
-                f"{folder} holds another sweep (different {changed[0].replace('_', ' ')}).",
+                f"{folder} holds another sweep of {earlier.source.get('name')} (different {differences}).",
                 "Choose another --out, or add --overwrite to start anew.",
             )
+        earlier = replace(earlier, settings=settings)
     old = earlier.refused if earlier is not None else ()
     refused = tuple({(each.target, each.method): each for each in (*old, *fresh.refused)}.values())
     return replace(earlier or fresh, refused=refused)
+
+
+def _calibrated(found: Sweep) -> bool:
+    return any(arm.method == "calibrated" for arm in found.arms)
+
+
+def _settings(earlier: Sweep, fresh: Sweep, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return the settings of this run; where it calibrates nothing, what an earlier one said of calibration stays."""
+    if any(task.plan.request.method == "calibrated" for task in tasks):
+        return dict(fresh.settings)
+    said = {name: earlier.settings[name] for name in CALIBRATION_FIELDS if name in earlier.settings}
+    return {**fresh.settings, **said}
+
+
+def _difference(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    words = key.replace("_", " ")
+    return f"{words}: {earlier.get(key)}, not {now[key]}" if key in now else words
 
 
 def _begin(folder: Path, found: Sweep) -> None:

@@ -9,12 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uptrain import models
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.source import Source
 from uptrain.convert import run_plan
+from uptrain.data import read_tokens
 from uptrain.evaluate import HELD_OUT, Evaluation, evaluate, text_name, write_evaluation
+from uptrain.measure.contexts import CONTEXT, check_stride, chosen_contexts
 from uptrain.measure.reference import Reference
+from uptrain.missing import needing
+from uptrain.model_config import architecture_of
 from uptrain.plan import Plan
 from uptrain.recipe_schema import DataSource
 from uptrain.sweep_file import Arm, Sweep, write_sweep
@@ -38,14 +43,15 @@ class Measuring:
     """How every arm is measured, as `evaluate` takes it."""
 
     text: Sequence[DataSource] = (HELD_OUT,)
-    context: int = 1024
+    context: int | None = None
     stride: int | None = None
     tokens: int = 32_768
     dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**vars(self), "text": [text_name(each) for each in self.text]}
+        context = CONTEXT if self.context is None else self.context
+        return {**vars(self), "context": context, "text": [text_name(each) for each in self.text]}
 
 
 class Runner:
@@ -61,6 +67,22 @@ class Runner:
         self._reference = Reference(source, memory)
         self._shared: SharedCalibration | None = None
 
+    def check_measuring(self) -> None:
+        """Read what arms will be measured on and how, so that what won't do is said before any arm is made.
+
+        Raises:
+            UsageError: it won't do.
+        """
+        config, how = self._checkpoint.config, self._how
+        entry = architecture_of(config, self._source.name)
+        key = entry.keys.max_position_embeddings
+        longest = config.get(key, entry.defaults.get(key))
+        longest = longest if isinstance(longest, int) else 2**31
+        (context,) = chosen_contexts("--context", how.context, CONTEXT, longest, self._source.name, on_note=self._note)
+        tokenizer = models.load_tokenizer(self._source.path)
+        most = max(len(read_tokens([each], tokenizer, how.tokens).ids) for each in how.text)
+        check_stride(how.stride, min(context, most))
+
     def read_calibration(self, tasks: Sequence[Task]) -> None:
         """Read the text that arms are calibrated on, so that one that won't do is said before any arm is made.
 
@@ -68,9 +90,8 @@ class Runner:
             UsageError: it won't do.
         """
         calibrated = [task for task in tasks if task.plan.request.method == "calibrated"]
-        shared = self._sharing() if calibrated else None
-        if shared is not None:
-            shared.text(self._checkpoint, calibrated[0].plan)
+        if calibrated:
+            self._sharing().text(self._checkpoint, calibrated[0].plan)
 
     def run(self, task: Task, found: Sweep, where: str) -> Sweep:
         """Run one arm and return the sweep with it, as it stands in sweep.json too."""
@@ -108,12 +129,10 @@ class Runner:
         )  # fmt: skip
         return round(time.monotonic() - began, 1)
 
-    def _sharing(self) -> SharedCalibration | None:
+    def _sharing(self) -> SharedCalibration:
         if self._shared is None:
-            try:
+            with needing("The method calibrated"):
                 from uptrain.calibration import SharedCalibration
-            except ImportError:
-                return None  # the conversion says what to install
             self._shared = SharedCalibration()
         return self._shared
 

@@ -53,13 +53,31 @@ class RunFolder:
         if file.is_file():
             earlier = read_json(file)
             changed = sorted(key for key in {*earlier, *values} if earlier.get(key) != values.get(key))
-            if changed:
+            if changed and self._worked():
+                differences = (f"{key} ({_short(earlier.get(key))}, not {_short(values.get(key))})" for key in changed)
                 raise UsageError(
-                    f"{self.path} holds an unfinished run with another {', '.join(changed)}.",
+                    f"{self.path} holds an unfinished run with another {', '.join(differences)}.",
                     "Run it with its own values, or start anew with --restart.",
                 )
-        else:
-            write_atomic(file, dump_json(values))
+            if not changed:
+                return
+            self._empty()
+        write_atomic(file, dump_json(values))
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        """Let another process take the folder; delete it after an error before there was anything to go on with."""
+        mine = self._lock is not None and not self._lock.closed
+        if mine and error is not None and not self.log.is_file() and not self._worked():
+            self.remove()
+        self.close()
+
+    def _worked(self) -> bool:
+        """Say whether a run left what the same run goes on with: a checkpoint, a tokenizer or tokens of its own."""
+        made = [*self.checkpoints(), self.path / "best", self.tokenizer, *self.tokens.glob("*/")]
+        return any(path.is_dir() for path in made)
 
     def close(self) -> None:
         """Let another process take the folder."""
@@ -161,6 +179,11 @@ def _sync_all(folder: Path) -> None:
         if path.is_file():
             sync(path)
     sync(folder)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _step(line: str) -> int | None:

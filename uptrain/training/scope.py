@@ -11,6 +11,7 @@ from torch import nn
 
 from uptrain.architectures import ARCHITECTURES
 from uptrain.errors import UsageError
+from uptrain.missing import needing
 from uptrain.recipe_schema import Recipe
 
 
@@ -43,10 +44,8 @@ def choose(model: Any, recipe: Recipe) -> Any:
             parameter.requires_grad_(is_attention(kind, name))
     if recipe.lora is None:
         return model
-    try:
+    with needing("lora"):
         import peft
-    except ImportError:
-        raise UsageError("lora needs peft.", "pip install 'uptrain[lora]'") from None
     lora = recipe.lora
     targets = lora.target_modules or [
         name for name, module in model.named_modules() if hasattr(module, "weight") and module.weight.ndim == 2
@@ -75,10 +74,8 @@ def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
         groups = _by_decay((p for name, p in trained if name in inside), raised, recipe.weight_decay)
         groups += _by_decay((p for name, p in trained if name not in inside), recipe.learning_rate, recipe.weight_decay)
     if recipe.optimizer == "adamw-8bit":
-        try:
+        with needing("optimizer: adamw-8bit"):
             import bitsandbytes
-        except ImportError:
-            raise UsageError("optimizer: adamw-8bit needs bitsandbytes.", "pip install bitsandbytes") from None
         found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=recipe.betas)
         return found
     return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)

@@ -1,0 +1,97 @@
+"""Without a --baseline, an evaluation compares with what the checkpoint was converted from, if that is here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training import checkpoint, corpus
+from uptrain.cli import run
+from uptrain.measure.baseline import find_baseline
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "source", "llama", attention_bias=False)
+    assert run(["convert", "source", "mqa", "--to", "mqa"]) == 0
+    corpus(tmp_path / "one.txt", 30)
+    return tmp_path
+
+
+def measure(folder: str, *more: str) -> dict[str, Any]:
+    words = ["--text", "one.txt", "--context", "16", "--tokens", "60", "--no-speed"]
+    assert run(["eval", folder, *words, *more, "--out", "found.json"]) == 0
+    found: dict[str, Any] = json.loads(Path("found.json").read_text())
+    Path("found.json").unlink()
+    return found
+
+
+def test_the_source_is_the_baseline_and_a_line_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = measure("mqa", "--baseline", "source")
+    capsys.readouterr()
+    found = measure("mqa")
+    told = capsys.readouterr().err
+    assert "Comparing with" in told and "source" in told and "--no-baseline" in told
+    assert found["kl"] == named["kl"] > 0 and found["baseline"]["name"] == "source"
+    assert measure("mqa", "--no-baseline")["baseline"] is None
+    # Of what has no history nothing is said.
+    capsys.readouterr()
+    assert measure("source")["baseline"] is None
+    assert "aseline" not in capsys.readouterr().err
+
+
+def test_a_source_of_a_trained_or_twice_converted_result_is_the_first_one(here: Path) -> None:
+    assert run(["convert", "source", "half", "--to", "gqa", "--groups", "2"]) == 0
+    assert run(["convert", "half", "twice", "--to", "mqa"]) == 0
+    assert measure("twice")["baseline"]["name"] == "source"
+
+
+@pytest.mark.parametrize("how", ["gone", "other weights", "other config", "elsewhere"])
+def test_without_it_the_result_is_measured_alone_and_a_line_says_why(
+    how: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "gone":
+        shutil.rmtree(here / "source")
+    if how == "other weights":
+        shutil.rmtree(here / "source")
+        checkpoint(here / "source", "llama", attention_bias=False, initializer_range=0.3)
+    if how == "other config":
+        config = json.loads((here / "source/config.json").read_text())
+        (here / "source/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    if how == "elsewhere":
+        (here / "other").mkdir()
+        shutil.copy("one.txt", here / "other")
+        monkeypatch.chdir(here / "other")
+    capsys.readouterr()
+    assert measure(str(here / "mqa"))["baseline"] is None
+    told = capsys.readouterr().err
+    assert "without a baseline" in told and "--baseline MODEL" in told and "source" in told
+
+
+def test_nothing_is_downloaded_for_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((here / "mqa/uptrain.json").read_text())
+    revision = "c0ffee" * 6 + "beef"
+    manifest["stages"][0]["source"] |= {"name": "org/model", "origin": "hub", "revision": revision}
+    (here / "mqa/uptrain.json").write_text(json.dumps(manifest))
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
+    source, said = find_baseline("mqa")
+    assert source is None and "org/model" in said and "cache" in said
+    # In the cache, it is taken, at the commit that was converted.
+    cached = here / "cache/models--org--model/snapshots" / revision
+    shutil.copytree(here / "source", cached)
+    source, said = find_baseline("mqa")
+    assert source is not None and source.path == cached and source.revision == revision
+
+
+def test_both_ways_to_say_it_at_once_are_refused(here: Path) -> None:
+    assert run(["eval", "mqa", "--baseline", "source", "--no-baseline"]) == 2

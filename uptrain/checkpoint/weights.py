@@ -1,0 +1,39 @@
+"""One digest of a folder's weights and config, so that a measurement can be told from one of other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.checksum import DEFAULT, Checksum, algorithm_of, checksum_file
+from uptrain.checkpoint.jsonfile import dump_json
+from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.errors import CheckpointError
+
+_CONFIG = "config.json"
+_PICKLES = (".bin", ".pt", ".pth")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the config and of the files that the folder's weights are in."""
+    try:
+        files = open_checkpoint(folder).files
+    except CheckpointError:  # pickles, say; transformers may read what this doesn't
+        files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_PICKLES)]
+    return sorted({*files, *([_CONFIG] if (folder / _CONFIG).is_file() else [])})
+
+
+def weights_digest(folder: Path, known: Mapping[str, Any] | None = None) -> str:
+    """Digest the weights and the config of `folder`.
+
+    `known` is the `files` of a manifest, where its checksums are to be believed; what it lacks is read.
+    """
+    sums = {}
+    for name in weight_files(folder):
+        entry = (known or {}).get(name)
+        found = str(entry.get("checksum")) if isinstance(entry, Mapping) else ""
+        sums[name] = found if algorithm_of(found) == DEFAULT else checksum_file(folder / name)
+    digest = Checksum()
+    digest.update(dump_json(sums).encode())
+    return digest.text()

@@ -1,0 +1,72 @@
+"""The baseline that an evaluation takes where none is named: what the checkpoint was converted from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.checksum import algorithm_of, checksum_file
+from uptrain.checkpoint.manifest import converted_from
+from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.checkpoint.source import Source, resolve
+from uptrain.checkpoint.weights import weight_files
+from uptrain.errors import CheckpointError, UptrainError
+
+_NAME_IT = "Name it with --baseline MODEL, or leave it out with --no-baseline."
+
+
+def find_baseline(model: str) -> tuple[Source | None, str]:
+    """Return the source that the folder `model` was converted from, if it is on this machine, and a line about it.
+
+    Nothing is downloaded. The line is empty where `model` has no history that names a source.
+
+    Raises:
+        CheckpointError: `model` has an uptrain.json that is none.
+    """
+    folder = Path(model).expanduser()
+    recorded = converted_from(folder) if folder.is_dir() else None
+    if recorded is None:
+        return None, ""
+    name = str(recorded.get("name"))
+    try:
+        source = _here(name, recorded)
+        open_checkpoint(source.path)
+    except (UptrainError, OSError) as error:
+        reason = error.message if isinstance(error, UptrainError) else str(error)
+        return None, f"Measured without a baseline: {model} was converted from {name}. {reason} {_NAME_IT}"
+    if changed := _changed(source.path, recorded):
+        return None, (
+            f"Measured without a baseline: {source.path / changed} is not what {model} was converted from. {_NAME_IT}"
+        )
+    return source, f"Comparing with {source.describe()}, which {model} was converted from; --no-baseline leaves it out."
+
+
+def _here(name: str, recorded: Mapping[str, Any]) -> Source:
+    """Return the recorded source where it is on this machine.
+
+    Raises:
+        UptrainError: it isn't.
+    """
+    if recorded.get("origin") == "folder" and not Path(name).expanduser().is_dir():
+        raise CheckpointError(f"There is no folder {name} here.")
+    if recorded.get("origin") != "hub":
+        return resolve(name)
+    from huggingface_hub import snapshot_download
+
+    revision = recorded.get("revision")
+    try:
+        folder = snapshot_download(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        raise CheckpointError(f"{name} is not in the Hub cache.") from None
+    return Source(Path(folder), name, "hub", revision)
+
+
+def _changed(folder: Path, recorded: Mapping[str, Any]) -> str:
+    """Return the first of the folder's files that isn't what the manifest's source had; empty where all are."""
+    files = recorded.get("files")
+    for name in weight_files(folder):
+        known = str(files.get(name)) if isinstance(files, Mapping) else ""
+        if algorithm_of(known) and checksum_file(folder / name, algorithm_of(known)) != known:
+            return name
+    return ""
