@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from uptrain import __version__, cli_eval, cli_hub, cli_report, cli_sweep, cli_training, cli_verify, console
-from uptrain.cli_types import Share, Size
+from uptrain.cli_types import Share, Size, check_device, device_option
 from uptrain.errors import Interrupted, UptrainError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -168,6 +168,7 @@ def _latent_options(command: Command) -> Command:
     show_default=True,
     help="For calibrating; activations that this leaves no room for go to files beside OUT.",
 )
+@device_option
 @click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
 @click.option(
     "--allow-nonfinite",
@@ -208,6 +209,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
         "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight", "allow_nonfinite",
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
+    check_device(method == "calibrated")
     calibrate = options["calibrate"] or "builtin"
     request = Request(method=method, calibrate=calibrate, **{name: options[name] for name in names})
     source, checkpoint, plan = plan_conversion(
@@ -243,7 +245,8 @@ for _module in (cli_training, cli_eval, cli_sweep, cli_verify, cli_report, cli_h
 def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code; errors become one sentence on stderr."""
     try:
-        cli.main(args=list(arguments), prog_name="uptrain", standalone_mode=False)
+        # What click returns is the exit code of a command that asked for one; ours return nothing else.
+        code = cli.main(args=list(arguments), prog_name="uptrain", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -260,4 +263,4 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         console.fail(UptrainError(f"{error.filename or 'A file'}: {error.strerror or error}."))
         return 1
-    return 0
+    return code if isinstance(code, int) else 0

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from uptrain import console
-from uptrain.cli_types import Sizes, texts_of
+from uptrain.cli_types import Sizes, device_option, texts_of
 
 
 @click.command()
@@ -42,6 +42,7 @@ from uptrain.cli_types import Sizes, texts_of
     "sequences at once, at each --speed-context; 1 is always among them.",
 )  # fmt: skip
 @click.option("--no-speed", is_flag=True, help="Leave speed out.")
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
 @click.option(
     "--task",

@@ -26,6 +26,8 @@ _FULL = re.compile(
     r"out of memory|can.?t allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED|invalid buffer size",
     re.IGNORECASE,
 )
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _choice: list[str | None] = [None]
 """What `using` was told, innermost last."""
 
@@ -39,15 +41,36 @@ def using(name: str | None) -> Iterator[None]:
     """Compute on the device of that name for as long as the block runs; None changes nothing, `auto` asks anew.
 
     Raises:
-        UsageError: torch has no such device here.
+        UsageError: torch has no such device here, or is not installed.
     """
     _choice.append(_choice[-1] if name is None else name)
     try:
         if name not in (None, AUTO):
-            device()
+            try:
+                device()
+            except ImportError:
+                raise UsageError(f"--device {name} needs torch.", "pip install 'uptrain[train]'") from None
         yield
     finally:
         _choice.pop()
+
+
+def chosen() -> str | None:
+    """Return the name of the device that `using` was told, None where the choice is free."""
+    return None if _choice[-1] == AUTO else _choice[-1]
+
+
+def launched() -> tuple[int, str]:
+    """Return how many processes a launcher says that it started, and the variable that says so."""
+    for name in _SIZES:
+        if (os.environ.get(name) or "").isdigit():
+            return int(os.environ[name]), name
+    return 1, ""
+
+
+def rank() -> int | None:
+    """Return which of the launched processes this is, counted from 0; None where no launcher says it."""
+    return next((int(os.environ[name]) for name in _RANKS if (os.environ.get(name) or "").isdigit()), None)
 
 
 def device() -> torch.device:
@@ -62,7 +85,7 @@ def device() -> torch.device:
     import torch
 
     for name, asked in (
-        ("--device", None if _choice[-1] == AUTO else _choice[-1]),
+        ("--device", chosen()),
         ("ACCELERATE_USE_CPU", "cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE else None),
         ("ACCELERATE_TORCH_DEVICE", os.environ.get("ACCELERATE_TORCH_DEVICE")),
     ):

@@ -31,6 +31,8 @@ ALL = "all"
 """What the row of several texts together is called."""
 
 
+@devices.full_fp32()
+@devices.enough_memory("Evaluating", "Compute in a smaller --dtype, or on --device cpu.")
 def evaluate(
     model: str,
     baseline: str | Reference | None = None,

@@ -44,12 +44,11 @@ _SKIPS = 10
 
 
 def train(
-    recipe: Recipe, on_step: Callable[[Step], None] | None = None, restart: bool = False, plot: bool = False,
-    device: str | None = None,
-) -> Training | None:  # fmt: skip
+    recipe: Recipe, on_step: Callable[[Step], None] | None = None, restart: bool = False, plot: bool = False
+) -> Training | None:
     """Run a recipe and write the result to its `output`; a run that was cut off is taken up where it stopped.
 
-    `plot` draws the log beside it, as training.png; `device` is where to train, by torch's name.
+    `plot` draws the log beside it, as training.png. `devices.using` says where to train.
 
     Under torchrun or accelerate launch every process calls this; `on_step` is called in the first one, which also
     returns the result, while the others return None.
@@ -62,7 +61,7 @@ def train(
     models.quiet()
     if plot:
         plots.check()
-    with devices.using(device), together(), devices.enough_memory("Training", LOWER):
+    with together(), devices.enough_memory("Training", LOWER):
         run = _Run(recipe, on_step, plot)
         try:
             return run.run(restart)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ from torch import distributed
 from uptrain import devices
 from uptrain.errors import UptrainError, UsageError
 
-_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SAID = "uptrain/said"
 # In what a collective raises when a process that takes part in it is gone.
 _LOST = ("closed by peer", "connection reset", "broken pipe", "gloo")
@@ -31,14 +28,6 @@ class PeerLost(UptrainError):
     """Another process of the run ended, so this one can't go on."""
 
 
-def launched() -> tuple[int, str]:
-    """Return how many processes a launcher says that it started, and the variable that says so."""
-    for name in _SIZES:
-        if (os.environ.get(name) or "").isdigit():
-            return int(os.environ[name]), name
-    return 1, ""
-
-
 def join() -> PartialState:
     """Make this process's state: its device, its number and its way to the others, and return it.
 
@@ -47,8 +36,8 @@ def join() -> PartialState:
     Raises:
         UsageError: torch has no device of the name asked for, or the launcher's processes don't find each other.
     """
-    place, (processes, variable) = devices.device(), launched()
-    if processes > 1 and not any(os.environ.get(name) for name in _RANKS):
+    place, (processes, variable) = devices.device(), devices.launched()
+    if processes > 1 and devices.rank() is None:
         raise UsageError(
             f"{variable} says that {processes} processes were launched, but not which of them this is.",
             f"Start them with torchrun or accelerate launch; for one process, unset {variable}.",
@@ -100,9 +89,8 @@ def _speaks_of_loss(error: RuntimeError) -> bool:
 
 def announce(error: UptrainError) -> bool:
     """Tell whether this process is to say its error: the first always, another only what the first doesn't say."""
-    rank = next((int(os.environ[name]) for name in _RANKS if (os.environ.get(name) or "").isdigit()), 0)
     store = _store()
-    if rank == 0:
+    if not devices.rank():
         if store is not None:
             with contextlib.suppress(RuntimeError):
                 store.set(_SAID, error.message)
