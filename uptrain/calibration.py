@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from uptrain import models, words
+from uptrain import devices, models, words
 from uptrain.calibrated import CalibratedLayers
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.finite import ALLOW, finite
@@ -57,6 +57,10 @@ class SharedCalibration:
         return self._text
 
 
+@devices.full_fp32()
+@devices.enough_memory(
+    "Calibrating", "Lower --memory or --calibration-tokens, or calibrate on --device cpu; finished layers stay."
+)
 def calibrate_plan(
     checkpoint: Checkpoint,
     plan: Plan,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from uptrain import __version__, cli_eval, cli_hub, cli_report, cli_sweep, cli_training, cli_verify, console
-from uptrain.cli_types import Share, Size
+from uptrain.cli_types import Share, Size, check_device, device_option
 from uptrain.errors import Interrupted, UptrainError
 from uptrain.missing import refusal
 
@@ -172,6 +172,7 @@ def _latent_options(command: Command) -> Command:
     type=Size(),
     help="Of --method calibrated; activations that this leaves no room for go to files beside OUT. Default: 4GiB.",
 )
+@device_option
 @click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
 @click.option(
     "--allow-nonfinite",
@@ -220,6 +221,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
     check_memory(options["memory"], request)
+    check_device(request.method == "calibrated")
     source, checkpoint, plan = plan_conversion(
         model,
         request,
@@ -255,7 +257,8 @@ for _module in (cli_training, cli_eval, cli_sweep, cli_verify, cli_report, cli_h
 def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code; errors become one sentence on stderr."""
     try:
-        cli.main(args=list(arguments), prog_name="uptrain", standalone_mode=False)
+        # What click returns is the exit code of a command that asked for one; ours return nothing else.
+        code = cli.main(args=list(arguments), prog_name="uptrain", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -278,4 +281,4 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         console.fail(UptrainError(f"{error.filename or 'A file'}: {error.strerror or error}."))
         return 1
-    return 0
+    return code if isinstance(code, int) else 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain import console
-from uptrain.cli_types import Sizes, check_belongs, texts_of
+from uptrain.cli_types import Sizes, check_belongs, device_option, texts_of
 from uptrain.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     "sequences at once, at each --speed-context; 1 is always among them.",
 )  # fmt: skip
 @click.option("--no-speed", is_flag=True, help="Leave speed out.")
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
 @click.option(
     "--task",

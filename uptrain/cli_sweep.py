@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from uptrain import console
-from uptrain.cli_types import Size, Words, texts_of
+from uptrain.cli_types import Size, Words, device_option, texts_of
 
 
 @click.command()
@@ -30,6 +30,7 @@ from uptrain.cli_types import Size, Words, texts_of
 )
 @click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
 @click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
 @click.option(
     "--keep", default="all", show_default=True, help="Checkpoints that stay: all, best (the Pareto front) or none."

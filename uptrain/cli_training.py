@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
-from uptrain import console
+from uptrain import console, devices
+from uptrain.cli_types import device_option
 from uptrain.errors import UptrainError, UsageError
 
 
@@ -16,6 +17,7 @@ from uptrain.errors import UptrainError, UsageError
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--restart", is_flag=True, help="Forget an unfinished run of the same output instead of resuming it.")
 @click.option("--plot", is_flag=True, help="Draw loss, divergence, learning rate and speed to OUTPUT/training.png.")
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as_json: bool) -> None:
     """Train a checkpoint, or a new model, as RECIPE says: a YAML file or the name of a shipped one.
@@ -31,24 +33,36 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
     """
     from uptrain import recipes
 
-    first = os.environ.get("RANK", "0") == "0"
-    loaded = recipes.load(recipe, overrides)
-    if first:
-        console.note(f"Training {loaded.model or 'a new model'} for {loaded.total_steps:,} steps → {loaded.output}")
+    first = not devices.rank()
     try:
+        loaded = recipes.load(recipe, overrides)
+        if first:
+            console.note(f"Training {loaded.model or 'a new model'} for {loaded.total_steps:,} steps → {loaded.output}")
         from uptrain.train import train as run
 
         with console.training_progress(loaded.total_steps, hidden=not first) as show:
             done = run(loaded, show, restart, plot)
     except UptrainError as error:
-        # One process speaks for all.
-        if not first:
-            raise click.exceptions.Exit(error.exit_code) from None
-        raise
+        _say_once(error)
     if done is not None:
         from uptrain import report_training
 
         report_training.training(done, loaded, as_json)
+
+
+def _say_once(error: UptrainError) -> NoReturn:
+    """End a process of a run with its error's exit code; the first speaks for all, another of what only it knows."""
+    processes, _ = devices.launched()
+    if processes > 1:
+        from uptrain.training.launch import announce
+
+        said = announce(error)
+        if devices.rank():
+            if said:
+                where = f"Process {devices.rank()} of {processes}: "
+                console.fail(UptrainError(where + error.message, error.hint))
+            raise click.exceptions.Exit(error.exit_code) from None
+    raise error
 
 
 @click.group()
@@ -93,6 +107,7 @@ def copy_recipe(name: str, to: Path | None) -> None:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("uptrain-demo"), show_default=True,
               help="Folder for the two checkpoints.")  # fmt: skip
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def demo(out: Path, as_json: bool) -> None:
     """Show the whole way on the embedded demo model, in about two minutes on two cores.

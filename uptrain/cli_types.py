@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from uptrain import devices
 from uptrain.errors import UsageError
 
 if TYPE_CHECKING:
     from uptrain.recipe_schema import DataSource
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _use(context: click.Context, _parameter: click.Parameter, name: str | None) -> None:
+    context.with_resource(devices.using(name))
+
+
+def device_option(command: Command) -> Command:
+    """Add --device to a command that computes: it counts for as long as the command runs."""
+    return click.option(
+        "--device", metavar="NAME", expose_value=False, callback=_use, help="Compute there: auto, cpu, cuda, cuda:1, "
+        "mps, or another device of torch. Default: auto, the accelerator that there is; of ACCELERATE_USE_CPU and "
+        "ACCELERATE_TORCH_DEVICE, what is set.",
+    )(command)  # fmt: skip
+
+
+def check_device(computes: bool) -> None:
+    """Refuse --device where nothing is computed on a device.
+
+    Raises:
+        UsageError: it was given all the same.
+    """
+    if devices.chosen() is not None and not computes:
+        raise UsageError(
+            f"--device {devices.chosen()} is where text is run through MODEL, which this conversion doesn't do.",
+            "Leave it out, or add --calibrate or --method calibrated.",
+        )
 
 
 class Size(click.ParamType[int]):

@@ -54,6 +54,14 @@ class Objective(nn.Module):
             if head is not None:
                 (head.model if head.body is None else head.body).compile()
 
+    def forget(self) -> None:
+        """Let go of both models, so that what still refers to this (a hook, a compiler) holds no memory of theirs."""
+        self._modules.clear()
+        self._hidden = ()
+        for head in (self._head, self._teacher_head):
+            if head is not None:
+                vars(head).clear()
+
     def forward(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return the sums over a batch's tokens, (4,) in fp32: total, cross-entropy, divergence, hidden distance.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from uptrain import models
+from uptrain import devices, models
 from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.source import resolve
 from uptrain.checkpoint.weights import weights_digest
@@ -34,6 +34,8 @@ ALL = "all"
 """What the row of several texts together is called."""
 
 
+@devices.full_fp32()
+@devices.enough_memory("Evaluating", "Compute in a smaller --dtype, or on --device cpu.")
 def evaluate(
     model: str,
     baseline: str | Reference | None = None,
@@ -90,8 +92,8 @@ def evaluate(
         texts[text_name(each)] = read[0]
     # What can't be run is said before a model is loaded.
     loaded_tasks = load_tasks(tasks) if tasks else None
-    device = _device()
-    wanted = models.dtype_named(dtype) or (torch.float32 if device.type == "cpu" else None)
+    device = devices.device()
+    wanted = devices.scoring_dtype(models.dtype_named(dtype), device)
     digest = weights_digest(sources[0].path)
     loaded = [models.load_model(sources[0]), *([reference.load(models.load_model)] if reference else [])]
     own = [each.dtype for each in loaded]
@@ -129,7 +131,7 @@ def evaluate(
     quality_dtype = _name(loaded[0])
     loaded = [models.placed(each, None, itself) for each, itself in zip(loaded, own, strict=True)]
     cache = [cache_bytes_per_token(each) for each in loaded]
-    if not models.has_fast_bf16(device):
+    if not devices.has_fast_bf16(device):
         loaded = [models.placed(each, None, torch.float32) if each.dtype is torch.bfloat16 else each for each in loaded]
     batches = sorted({1, *_listed(speed_batch)})
     places = [(batch, depth) for batch in batches for depth in depths] if repeats else []
@@ -210,11 +212,6 @@ def text_name(source: DataSource) -> str:
 
 def _listed(value: int | Sequence[int]) -> Sequence[int]:
     return [value] if isinstance(value, int) else value
-
-
-def _device() -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None else torch.device("cpu")
 
 
 def _name(model: Any) -> str:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from uptrain.recipe_schema import Distill
 
 IGNORED = -100
 """The target of a token that no loss is taken of."""
+
+
+def lm_loss(model: Any, ids: Tensor) -> Tensor:
+    """Return the mean next-token cross-entropy in nats of `ids` (sequences, tokens), computed in fp32."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def hidden_distance(states: tuple[Tensor, ...], taught: tuple[Tensor, ...], counted: Tensor) -> Tensor:
@@ -60,7 +69,7 @@ def token_losses(
 def _from_target(logs: Tensor, place: Tensor, counted: Tensor) -> Tensor:
     """Return softmax minus the target's one-hot (tokens, vocab_size), in the memory of `logs`; 0 where uncounted."""
     out = logs.exp_()
-    out.scatter_add_(-1, place, out.new_full((1, 1), -1.0).expand_as(place))
+    out.scatter_(-1, place, out.gather(-1, place) - 1)
     out[~counted] = 0
     return out
 

@@ -163,13 +163,6 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Tell whether `device` multiplies bfloat16 matrices in hardware; where it doesn't, fp32 is many times faster."""
-    if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: Source | None) -> None:
     """Write model and tokenizer into `folder` in `dtype`.
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from uptrain import models, plots
+from uptrain import devices, models, plots
 from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out, staged
@@ -23,12 +22,14 @@ from uptrain.data.block_reader import Tokens
 from uptrain.data.teacher_text import generate_tokens
 from uptrain.distill import Objective
 from uptrain.errors import Interrupted, UptrainError, UsageError
+from uptrain.losses import lm_loss
 from uptrain.measure.memory import memory_bytes
 from uptrain.recipe_schema import Recipe, Teacher
 from uptrain.training import result, state
 from uptrain.training.batches import Batch, Boundary, batch_of
-from uptrain.training.engine import make_accelerator, on_stop_signal, precision_of, shards
+from uptrain.training.engine import LOWER, make_accelerator, on_stop_signal, precision_of, seed_own, shards
 from uptrain.training.journal import Figures, Journal, Step, Training
+from uptrain.training.launch import together
 from uptrain.training.parallel import Spread
 from uptrain.training.runfolder import RunFolder
 from uptrain.training.schedules import make_schedule
@@ -47,7 +48,7 @@ def train(
 ) -> Training | None:
     """Run a recipe and write the result to its `output`; a run that was cut off is taken up where it stopped.
 
-    `plot` draws the log beside it, as training.png.
+    `plot` draws the log beside it, as training.png. `devices.using` says where to train.
 
     Under torchrun or accelerate launch every process calls this; `on_step` is called in the first one, which also
     returns the result, while the others return None.
@@ -55,20 +56,18 @@ def train(
     Raises:
         UsageError: the recipe can't be carried out.
         Interrupted: Ctrl-C or SIGTERM; the run is saved.
-        UptrainError: the loss is not a number any more, or a checkpoint can't be written.
+        UptrainError: a loss that is no number, a checkpoint that can't be written, full memory, or a lost process.
     """
     models.quiet()
     if plot:
         plots.check()
-    run = _Run(recipe, on_step, plot)
-    with run.folder:
-        return run.run(restart)
-
-
-def lm_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token cross-entropy in nats of `ids` (sequences, tokens), computed in fp32."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    with together(), devices.enough_memory("Training", LOWER):
+        run = _Run(recipe, on_step, plot)
+        try:
+            with run.folder:
+                return run.run(restart)
+        finally:
+            run.close()
 
 
 class _Run:
@@ -114,15 +113,22 @@ class _Run:
         self.optimizer = make_optimizer(self.spread.objective, recipe)
         self.schedule = make_schedule(self.optimizer, recipe)
         self.reader = self._reader()
+        seed_own(recipe.seed, self.accelerator)
         self._resume()
         self.accelerator.init_trackers("uptrain", recipe.to_dict() if recipe.trackers else None)
-        with on_stop_signal(self._stop):
+        with on_stop_signal(lambda: setattr(self, "stop", True)):
             self._loop()
         held_out = self._evaluate() if self.held_out is not None else None
         return self._finish(held_out, time.monotonic() - started)
 
-    def _stop(self) -> None:
-        self.stop = True
+    def close(self) -> None:
+        """Give up the folder, and the memory of models and optimizer: nothing refers to them any more."""
+        self.folder.close()
+        if hasattr(self, "spread"):
+            self.spread.close()
+        accelerator = self.accelerator
+        vars(self).clear()
+        accelerator.free_memory()
 
     @contextmanager
     def _first(self) -> Iterator[None]:
@@ -357,7 +363,7 @@ class _Run:
         teacher = self.taught_by.name if self.taught_by else None
         out = Training(
             recipe.output, self.step, self.step * recipe.tokens_per_step, self.last.loss if self.last else math.nan,
-            loss, bits, best[1] if best else None, self.journal.skipped, teacher, precision_of(recipe),
+            loss, bits, best[1] if best else None, self.journal.skipped, teacher, precision_of(self.accelerator),
             self.resumed_from, accelerator.num_processes, self.spread.sharded, self.boundary is not None,
             round(seconds, 1),
         )  # fmt: skip
@@ -367,7 +373,6 @@ class _Run:
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:
             tracker.finish()
-        accelerator.free_memory()
         return out if accelerator.is_main_process else None
 
     def _write(self, done: Training, best: bool) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from uptrain import devices
 from uptrain.data.block_reader import Tokens
 from uptrain.data.documents import pieces
 from uptrain.data.token_text import encode, renderer_for, separator_of
@@ -104,11 +105,9 @@ def stops_of(model: Any, tokenizer: Any) -> set[int]:
 
 @contextmanager
 def _sampling(model: Any, entropy: list[int]) -> Iterator[None]:
-    devices = [model.device] if model.device.type == "cuda" else []
     training, defaults = model.training, model.generation_config
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(state[0]))
+    with devices.seeded(int(state[0]), model.device):
         model.eval()
         # What a call leaves unset, transformers takes from here.
         model.generation_config = GenerationConfig()

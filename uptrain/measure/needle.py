@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uptrain import devices
 from uptrain.data.token_text import encode, start_ids
 from uptrain.errors import UsageError
 from uptrain.measure.intervals import interval, wilson
@@ -138,6 +139,7 @@ def _cell(
     return NeedleCell(length, depth, len(asked), *figures)
 
 
+@devices.enough_memory("A needle", "Lower --needle-lengths, or compute in a smaller --dtype or on --device cpu.")
 @torch.no_grad()
 def ask(model: Any, prompt: Prompt) -> tuple[bool, float]:
     """Tell whether greedy decoding would write the key, and the sum of its tokens' log-probabilities.

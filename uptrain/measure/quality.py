@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uptrain import devices
 from uptrain.errors import UsageError
 from uptrain.measure.intervals import interval
 from uptrain.measure.reading import has_encoder, predicted
@@ -129,6 +130,7 @@ def _windows(model: Any, length: int, context: int, stride: int) -> Iterator[tup
 
 
 @torch.no_grad()
+@devices.enough_memory("Scoring", "Lower --context, or compute in a smaller --dtype or on --device cpu.")
 def score(
     model: Any,
     reference: Reference | None,

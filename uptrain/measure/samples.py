@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from uptrain import devices
 from uptrain.data.block_reader import Tokens
 from uptrain.data.token_text import separator_of, start_ids
 from uptrain.errors import UsageError
@@ -53,6 +54,7 @@ def check_samples(new_tokens: int, longest: int) -> None:
         )
 
 
+@devices.enough_memory("Writing samples", "Lower --sample-tokens, or compute in a smaller --dtype or on --device cpu.")
 def write_samples(
     loaded: Sequence[Any], tokenizer: Any, texts: dict[str, Tokens], count: int, new_tokens: int,
     on_progress: Progress | None = None,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uptrain import devices
 from uptrain.measure.progress import Progress, counted
 from uptrain.measure.reading import cache_of, caches, prefill, step
 
@@ -83,7 +84,9 @@ def time_cell(
             if position not in full:
                 try:
                     measured = _time(each, shown.to(each.device), decode_tokens)
-                except torch.OutOfMemoryError:
+                except (RuntimeError, MemoryError) as error:
+                    if not devices.is_full(error):
+                        raise
                     full.add(position)
                     runs[position].clear()
                 else:

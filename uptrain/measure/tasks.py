@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from uptrain import devices
 from uptrain.errors import UsageError, did_you_mean, told_as
 from uptrain.measure.intervals import interval
 from uptrain.measure.progress import Progress, counted
@@ -108,6 +109,7 @@ class _Answers:
         self._advance(1)
 
 
+@devices.enough_memory("Running tasks", "Compute in a smaller --dtype, or on --device cpu.")
 def run_tasks(
     loaded: Sequence[Any], tokenizers: Sequence[Any], tasks: Any, limit: int | None, on_progress: Progress | None = None
 ) -> list[TaskFigure]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
+from uptrain import devices
 from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.arrays import as_float32
 from uptrain.checkpoint.reader import Checkpoint
@@ -93,7 +93,7 @@ def calibrate(
         return
     if len(blocks) < 2:
         raise UsageError("Calibration needs at least two blocks of text, one of them to check on.", "Give more text.")
-    device = PartialState().device
+    device = devices.device()
     model = LayeredModel(checkpoint, target.architecture, target.prefix, device)
     shape = (*blocks.shape, model.config.hidden_size)
     with open_streams(shape, settings.memory, settings.folder) as streams:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
+from uptrain import devices
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.methods.bridge import maps_of, position_of
 from uptrain.methods.calibrate import Target, read_heads
@@ -20,7 +20,7 @@ def slots_by_text(checkpoint: Checkpoint, target: Target, blocks: Tensor, slots:
 
     Source: the cost of an unrotated component, summed over layers; see `rotary_savings`.
     """
-    model = LayeredModel(checkpoint, target.architecture, target.prefix, PartialState().device)
+    model = LayeredModel(checkpoint, target.architecture, target.prefix, devices.device())
     states = list(model.embed(blocks))
     frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
     savings = []

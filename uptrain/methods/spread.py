@@ -54,8 +54,8 @@ def latent_weights(layer: Layer, maps: HeadMaps, hidden: Iterable[Tensor], frequ
 def by_distance(weights: Tensor, start: int = 0) -> Tensor:
     """Sum causal weights (H, R, T) of R queries from the one at `start`: entry Δ of (H, T) is Σ_t w[t, t − Δ]."""
     heads, queries, tokens = weights.shape
-    # Row t, turned round and shifted by t, has distance Δ in column Δ.
-    rows = torch.arange(start, start + queries)
-    index = (rows[:, None] - torch.arange(tokens)[None]).clamp(min=0).to(weights.device)
-    causal = weights.tril(start)
-    return causal.new_zeros(heads, tokens).scatter_add_(1, index.flatten()[None].expand(heads, -1), causal.flatten(1))
+    rows = torch.arange(start, start + queries, device=weights.device)
+    # Distance Δ of row t is column t − Δ. Gathered, not scattered: accelerators add what is scattered in any order.
+    column = rows[:, None] - torch.arange(tokens, device=weights.device)[None]
+    turned = weights.gather(2, column.clamp(min=0)[None].expand(heads, -1, -1))
+    return turned.masked_fill_(column < 0, 0).sum(1)

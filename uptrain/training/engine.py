@@ -8,36 +8,32 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 
-from uptrain import models
+from uptrain import devices
 from uptrain.errors import UsageError
 from uptrain.recipe_schema import Recipe
+from uptrain.training.launch import join
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 _LAUNCHED_FSDP = "UPTRAIN_LAUNCHED_FSDP"
-
-
-def precision_of(recipe: Recipe) -> str:
-    """Return the precision that products are computed in: bf16 or fp32; `auto` is bf16 where hardware has it."""
-    if recipe.precision != "auto":
-        return recipe.precision
-    return "bf16" if models.has_fast_bf16(PartialState().device) else "fp32"
+LOWER = (
+    "Raise gradient_accumulation, set gradient_checkpointing: true, or fsdp: true on several devices; else lower "
+    "block_size or batch_size. What was written stays."
+)
+"""What a recipe can do where memory is full."""
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that were launched, on whatever devices there are, and set precision and threads.
 
     Raises:
-        UsageError: launched under DeepSpeed, or a tracker is not installed.
+        UsageError: launched under DeepSpeed, a tracker is not installed, or as `join`.
     """
-    # A process that trains twice (a notebook, a test) may want another precision the second time.
-    AcceleratorState._reset_state()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true":
         raise UsageError(
             "DeepSpeed is not supported.",
@@ -49,12 +45,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true":
         # Weights are shared out by uptrain.training.parallel, the same on every device; accelerate only launches.
         os.environ[_LAUNCHED_FSDP] = "true"
+    place = join().device
     accelerator = Accelerator(
-        mixed_precision="bf16" if precision_of(recipe) == "bf16" else "no",
+        mixed_precision="bf16" if devices.precision(recipe.precision, place) == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=f"{recipe.output}.logs" if recipe.trackers else None,
-        # Rank 0 tokenises while the others wait, which may take hours.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if accelerator.device.type == "cpu" and local > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -63,9 +58,21 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def precision_of(accelerator: Accelerator) -> str:
+    """Return the precision that products are computed in: bf16 or fp32."""
+    return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+
+
 def shards(recipe: Recipe) -> bool:
     """Tell whether weights are to be shared out (FSDP), by the recipe or by `accelerate launch --use_fsdp`."""
     return recipe.fsdp or os.environ.get(_LAUNCHED_FSDP, "") == "true"
+
+
+def seed_own(seed: int, accelerator: Accelerator) -> None:
+    """Let each process but the first draw numbers of its own, so that no two drop out the same of different text."""
+    if accelerator.process_index:
+        own = np.random.SeedSequence([seed, accelerator.process_index]).generate_state(1, np.uint64)
+        torch.manual_seed(int(own[0]))
 
 
 @contextmanager

@@ -79,6 +79,17 @@ class Spread:
                     return False
         return abs(losses[0] - losses[1]) < 1e-3 * max(1.0, abs(losses[0]))
 
+    def close(self) -> None:
+        """Break what ties models to themselves, so that their memory is free as soon as nobody else refers to them."""
+        # accelerate puts a method of the module, bound to it, into the module itself.
+        for name in ("forward", "_original_forward"):
+            vars(self.objective).pop(name, None)
+        for model in (self.objective, self.objective.teacher):
+            for module in () if model is None else model.modules():
+                # What `compile` made, which is bound to the module too.
+                module._compiled_call_impl = None
+        self.objective.forget()
+
     def clip(self, limit: float) -> float:
         """Scale gradients so that their norm is no more than `limit`; return what it was."""
         norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], limit)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from uptrain import devices
 from uptrain.errors import CheckpointError
 
 # What doesn't train is the source's, and is there already.
@@ -26,7 +27,7 @@ def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, acce
         # It remarks that one process needs no coordination.
         warnings.simplefilter("ignore")
         dcp.state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    torch.save(_random_state(accelerator.device), folder / f"random-{accelerator.process_index}.pt")
+    torch.save(devices.random_state(accelerator.device), folder / f"random-{accelerator.process_index}.pt")
 
 
 def load(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
@@ -50,15 +51,4 @@ def load(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, acce
     random = folder / f"random-{accelerator.process_index}.pt"
     # A process that the saved run didn't have starts with the state that its seed gave it.
     if random.is_file():
-        _set_random_state(torch.load(random, weights_only=True), accelerator.device)
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return {"cpu": torch.get_rng_state(), "device": own}
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu" and state["device"] is not None:
-        torch.get_device_module(device).set_rng_state(state["device"], device)
+        devices.set_random_state(torch.load(random, weights_only=True), accelerator.device)
