@@ -13,7 +13,6 @@ from uptrain.checkpoint.arrays import is_float
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.frequencies import partly_rotated
 from uptrain.hosts.host import Host
 from uptrain.hosts.table import host_config, host_of, own_host
 from uptrain.latent_packing import latent_shapes
@@ -23,7 +22,7 @@ from uptrain.packing import module_of, module_shape, modules_of
 from uptrain.plan_checks import check_groups, check_method
 from uptrain.plan_latent import HEAD, LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
-from uptrain.plan_rehost import Rehost
+from uptrain.plan_rehost import Rehost, rotate_as_before
 from uptrain.plan_tensors import OutputTensor
 from uptrain.request import Request, resolve_groups
 
@@ -116,9 +115,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     if not same or host.architecture is not architecture:
         set_attention(host.architecture, config, groups)
     if host.rotary:
-        spec = before[0]
-        rotated = spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims
-        config["rope_parameters"] = partly_rotated(checkpoint.config, host.theta, rotated, spec.head_dim)
+        rotate_as_before(config, host, architecture, checkpoint.config, before[0], name)
     if request.dtype:
         _set_dtype(config, request.dtype)
     planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same)
