@@ -103,6 +103,9 @@ def _by_layer_type(architecture: Architecture, config: Mapping[str, Any], where:
         base = config.get(key, theta) if key else theta
         if base is not None:
             found[kind].setdefault("rope_theta", base)
+        scaled = found[kind].get("rope_type", found[kind].get("type", "default")) != "default"
+        if scaled and config.get(_SHARE) is not None:
+            found[kind].setdefault(_SHARE, config[_SHARE])
     return found
 
 
