@@ -12,8 +12,10 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from uptrain.architectures import LLAMA
 from uptrain.errors import UsageError
-from uptrain.frequencies import highest, own_table, rope_parameters, source_frequencies
+from uptrain.frequencies import Frequencies, highest, own_table, source_frequencies
+from uptrain.rotation import EVERY, rotary_parameters
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -33,13 +35,17 @@ def config(variant: str, theta: float = 10000.0, dims: int = 32) -> LlamaConfig:
                        rope_parameters=parameters)  # fmt: skip
 
 
+def read(config: dict[str, Any], dims: int) -> Frequencies:
+    return source_frequencies(rotary_parameters(LLAMA, config, "tiny")[EVERY], config, dims, "tiny")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(st.floats(100, 1e6), st.sampled_from([8, 32, 64, 128]))
 @settings(max_examples=20, deadline=None)
 def test_they_are_transformers_own(variant, theta, dims):
     made = config(variant, theta, dims)
     embedding = LlamaRotaryEmbedding(made)
-    found = source_frequencies(made.to_dict(), dims, "tiny")
+    found = read(made.to_dict(), dims)
     torch.testing.assert_close(torch.tensor(found.speeds), embedding.inv_freq, rtol=1e-5, atol=1e-9)
     assert abs(found.factor - embedding.attention_scaling) < 1e-6
 
@@ -48,9 +54,9 @@ def test_they_are_transformers_own(variant, theta, dims):
 @pytest.mark.parametrize("dims", [8, 16, 32])
 def test_the_highest_of_them_are_those_of_a_smaller_theta(variant, dims):
     made = config(variant)
-    smaller = highest(rope_parameters(made.to_dict()), dims, 32)
-    speeds = source_frequencies({**made.to_dict(), "rope_parameters": smaller}, dims, "tiny").speeds
-    assert speeds == pytest.approx(source_frequencies(made.to_dict(), 32, "tiny").speeds[: dims // 2], rel=1e-6)
+    smaller = highest(rotary_parameters(LLAMA, made.to_dict(), "tiny")[EVERY], dims, 32)
+    speeds = read({**made.to_dict(), "rope_parameters": smaller}, dims).speeds
+    assert speeds == pytest.approx(read(made.to_dict(), 32).speeds[: dims // 2], rel=1e-6)
 
 
 @given(st.lists(st.floats(1e-5, 1.0), min_size=1, max_size=16), st.floats(0.5, 2.0))
@@ -67,9 +73,9 @@ def test_any_table_can_be_written(speeds, factor):
 def test_the_older_two_keys_say_the_same():
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     new = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}
-    assert source_frequencies(old, 16, "old") == source_frequencies(new, 16, "new")
+    assert read(old, 16) == read(new, 16)
 
 
 def test_frequencies_that_change_with_length_are_refused():
     with pytest.raises(UsageError, match="rope_type dynamic"):
-        source_frequencies({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 16, "tiny")
+        read({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 16)

@@ -11,7 +11,17 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.encoder_decoders import ENCODER_DECODERS
-from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections, Sliding, Vocabulary
+from uptrain.layout import (
+    Architecture,
+    ConfigKeys,
+    KeyNorm,
+    Packing,
+    Position,
+    Projections,
+    RotaryWords,
+    Sliding,
+    Vocabulary,
+)
 from uptrain.uncounted import CLIPPED, UNCOUNTED
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -54,6 +64,8 @@ GPT_BIGCODE = GPT2.for_model(
 UPTRAIN_GPT2_MLA = GPT2.for_model(
     "uptrain_gpt2_mla", "UptrainGPT2MLALMHeadModel", keys=replace(GPT2.keys, latent=True), hosts={}
 )
+
+_PARTLY = RotaryWords(partly=True)
 
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings",
@@ -107,7 +119,7 @@ DEEPSEEK_V3 = LLAMA.for_model(
 )
 
 PHI = _like_llama(
-    "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5,
+    "phi", "PhiForCausalLM", 2048, 24, 32, 51200, 2048, partial_rotary_factor=0.5, rotary=_PARTLY,
     projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
 )  # fmt: skip
 
@@ -152,7 +164,7 @@ _ENTRIES = (
     ),
     _like_llama(
         "mixtral", "MixtralForCausalLM", 4096, 32, 32, 32000, 131072, 8,
-        sliding=Sliding.ALL, uncalibrated=_FUSED_EXPERTS,
+        sliding=Sliding.ALL, uncalibrated=_FUSED_EXPERTS, rotary=RotaryWords(1_000_000.0),
     ),
     _like_llama(
         "qwen2_moe", "Qwen2MoeForCausalLM", 2048, 24, 16, 151936, 32768, 16,
@@ -182,13 +194,14 @@ _ENTRIES = (
     _like_llama(
         "smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4, vocabulary=_TIED,
         sliding=Sliding.UNROTATED, sliding_flag=True, also={"no_rope_layer_interval": 4},
+        rotary=RotaryWords(2_000_000.0),
     ),
     _like_llama(
         "starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, vocabulary=_TIED, sliding=Sliding.ALL
     ),
     _like_llama(
         "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192, vocabulary=_TIED,
-        position=Position.ROTARY_INTERLEAVED,
+        position=Position.ROTARY_INTERLEAVED, rotary=RotaryWords(500_000.0),
         key_norm=KeyNorm(flag="use_qk_norm", by_head=True), also={"use_qk_norm": False},
     ),
     _like_llama(
@@ -203,15 +216,20 @@ _ENTRIES = (
         "gemma3_text", "Gemma3ForCausalLM", 2304, 26, 8, 262208, 131072, 4, 256, vocabulary=_TIED,
         sliding=Sliding.PATTERN, sliding_window_pattern=6, key_norm=KeyNorm(), also={"sliding_window": 4096},
         unsupported=_BOTH_WAYS,
+        rotary=RotaryWords(by_layer_type={
+            "full_attention": ("rope_theta", 1_000_000.0), "sliding_attention": ("rope_local_base_freq", 10_000.0),
+        }),
     ),
     _like_llama("olmo2", "Olmo2ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True)),
     _like_llama(
-        "stablelm", "StableLmForCausalLM", 2560, 32, 32, 50304, 4096, 32, partial_rotary_factor=0.25,
+        "stablelm", "StableLmForCausalLM", 2560, 32, 32, 50304, 4096, 32, partial_rotary_factor=0.25, rotary=_PARTLY,
         key_norm=KeyNorm("k_layernorm.norms.{head}", "qk_layernorm", by_head=True),
     ),
     PHI,
     _like_llama(
         "phi3", "Phi3ForCausalLM", 3072, 32, 32, 32064, 4096, sliding=Sliding.ALL,
+        rotary=RotaryWords(partly=True, renamed={"su": "longrope", "yarn": "longrope"}),
+        also={"original_max_position_embeddings": 4096},
         projections=Projections(fused="qkv_proj", packing=Packing.CONCAT),
     ),
     _like_llama(
@@ -224,21 +242,24 @@ _ENTRIES = (
         also={"intermediate_size": 27648, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     ),
     _like_llama(
-        "helium", "HeliumForCausalLM", 2560, 24, 20, 48000, 4096, 20, 128, position=Position.ROTARY_INTERLEAVED
+        "helium", "HeliumForCausalLM", 2560, 24, 20, 48000, 4096, 20, 128, position=Position.ROTARY_INTERLEAVED,
+        rotary=RotaryWords(100_000.0),
     ),
     _like_llama(
         "ernie4_5", "Ernie4_5ForCausalLM", 1024, 18, 16, 103424, 131072, 2, 128, vocabulary=_TIED,
-        position=Position.ROTARY_INTERLEAVED,
+        position=Position.ROTARY_INTERLEAVED, rotary=RotaryWords(500_000.0),
     ),
     _like_llama(
         "glm", "GlmForCausalLM", 4096, 40, 32, 151552, 131072, 2, 128,
-        position=Position.ROTARY_INTERLEAVED, partial_rotary_factor=0.5,
+        position=Position.ROTARY_INTERLEAVED, partial_rotary_factor=0.5, rotary=_PARTLY,
     ),
     _like_llama(
         "glm4", "Glm4ForCausalLM", 4096, 40, 32, 151552, 131072, 2, 128,
-        position=Position.ROTARY_INTERLEAVED, partial_rotary_factor=0.5,
+        position=Position.ROTARY_INTERLEAVED, partial_rotary_factor=0.5, rotary=_PARTLY,
     ),
-    _like_llama("nemotron", "NemotronForCausalLM", 6144, 32, 48, 256000, 4096, partial_rotary_factor=0.5),
+    _like_llama(
+        "nemotron", "NemotronForCausalLM", 6144, 32, 48, 256000, 4096, partial_rotary_factor=0.5, rotary=_PARTLY
+    ),
     _like_llama(
         "cohere2", "Cohere2ForCausalLM", 8192, 40, 64, 256000, 8192, vocabulary=_TIED,
         position=Position.ROTARY_INTERLEAVED, rotates_sliding_only=True,
@@ -247,6 +268,10 @@ _ENTRIES = (
     _like_llama(
         "olmo3", "Olmo3ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True),
         sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
+        # What a config says of the base is for the layers that look back all the way; the others have their own.
+        rotary=RotaryWords(by_layer_type={
+            "full_attention": ("rope_theta", 500_000.0), "sliding_attention": ("", 500_000.0),
+        }),
     ),
     _like_llama(
         "olmoe", "OlmoeForCausalLM", 2048, 16, 16, 50304, 4096,
@@ -259,11 +284,24 @@ _ENTRIES = (
         "exaone4", "Exaone4ForCausalLM", 4096, 32, 32, 102400, 2048, 32, key_norm=KeyNorm(),
         sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
     ),
-    _like_llama("apertus", "ApertusForCausalLM", 4096, 32, 32, 131072, 65536, key_norm=KeyNorm()),
+    _like_llama(
+        "apertus", "ApertusForCausalLM", 4096, 32, 32, 131072, 65536, key_norm=KeyNorm(),
+        rotary=RotaryWords(12_000_000.0, whole={
+            "rope_type": "llama3", "rope_theta": 12_000_000.0, "factor": 8.0,
+            "original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        }),
+    ),
     _like_llama(
         "laguna", "LagunaForCausalLM", 2048, 40, 48, 100352, 131072, 8, 128,
         keys=ConfigKeys(attention_heads_by_layer="num_attention_heads_per_layer"), key_norm=KeyNorm(),
         also={"sliding_window": 512}, uncalibrated=_FUSED_EXPERTS,
+        rotary=RotaryWords(
+            partly=True, by_layer_type=dict.fromkeys(("full_attention", "sliding_attention"), ("rope_theta", None)),
+            whole={
+                "full_attention": {"rope_type": "default", "rope_theta": 500_000.0, "partial_rotary_factor": 0.5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+            },
+        ),
         fixed_order="each query head has a gate of its own, which would have to move too",
     ),
     _like_llama(

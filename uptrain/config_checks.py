@@ -63,7 +63,7 @@ ROPE_KINDS: Mapping[str, _Kind] = MappingProxyType({
 })  # fmt: skip
 """What the section of rotary parameters holds, where it isn't null."""
 
-NEVER_NULL = frozenset({"max_window_layers", "rms_norm_eps", "rope_theta"})
+NEVER_NULL = frozenset({"max_window_layers", "rms_norm_eps"})
 
 
 def check_kinds(config: Mapping[str, Any], where: str) -> None:

@@ -31,6 +31,8 @@ from uptrain.pipeline import Pipeline, Progress
 from uptrain.plan import Plan, make_plan, plan_digest
 from uptrain.request import Request, option_words
 from uptrain.resume import Begun, begun
+from uptrain.rotary_check import check_rotation
+from uptrain.rotation import with_rotation
 from uptrain.transform import choose_by_weights
 
 if TYPE_CHECKING:
@@ -190,6 +192,7 @@ def run_plan(
             tidy(folder, (_calibration_of(folder),))
             return found
         check_out(folder, overwrite or join, source.path)
+        check_rotation(checkpoint, plan, source.name)
         for note in plan.notes:
             on_note(note)
         beside = sidecars(source, checkpoint)
@@ -231,6 +234,8 @@ def _build(
     if not there:
         return plan, None
     filled = _with_slots(checkpoint, plan, calibrated)
+    if filled is not plan:
+        check_rotation(checkpoint, filled, source.name)
     runner = Pipeline(checkpoint, filled, folder, state, on_progress, calibrated, work.party, diagnose)
     runner.run()
     while left := runner.left():
@@ -323,7 +328,7 @@ def _with_slots(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers
         return plan
     slots = calibrated.slots if calibrated else choose_by_weights(checkpoint, plan)
     latent = plan.latent.with_slots(slots)
-    return replace(plan, latent=latent, config={**plan.config, "rope_parameters": latent.config["rope_parameters"]})
+    return replace(plan, latent=latent, config=with_rotation(plan.config, latent.config))
 
 
 @contextmanager

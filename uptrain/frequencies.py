@@ -9,7 +9,6 @@ from typing import Any
 
 from uptrain.errors import CheckpointError, UsageError
 
-THETA = 10_000.0
 _MAGNITUDES = ("mscale", "mscale_all_dim")
 
 
@@ -21,44 +20,30 @@ class Frequencies:
     factor: float = 1.0
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's rotary parameters in transformers 5's form, from either form."""
-    new = config.get("rope_parameters")
-    if isinstance(new, dict):
-        return {"rope_type": "default", "rope_theta": config.get("rope_theta", THETA), **new}
-    old = config.get("rope_scaling") or {}
-    kind = old.get("rope_type", old.get("type", "default"))
-    rest = {key: value for key, value in old.items() if key != "type"}
-    return {**rest, "rope_type": kind, "rope_theta": config.get("rope_theta", THETA)}
-
-
-def partly_rotated(config: Mapping[str, Any], theta: str, rotary_ndims: int, head_dim: int) -> dict[str, Any]:
-    """Return a config's rotary parameters with its base, kept under `theta`, and the share of dims written out.
+def partly_rotated(parameters: Mapping[str, Any], rotary_ndims: int, spread: int, head_dim: int) -> dict[str, Any]:
+    """Return rotary parameters with the share of rotated dims written out; their frequencies spread over `spread` dims.
 
     Raises:
         UsageError: an odd number of dims is rotated, which classes round differently.
     """
-    if rotary_ndims % 2:
-        raise UsageError(f"Its keys rotate {rotary_ndims} of {head_dim} dims, an odd number no other class agrees on.")
-    parameters = rope_parameters({**config, "rope_theta": config.get(theta, THETA)})
+    if spread % 2:
+        raise UsageError(f"Its keys rotate {spread} of {head_dim} dims, an odd number no other class agrees on.")
     share = rotary_ndims / head_dim
     # Classes multiply and cut off the fraction, which must not fall short of the number.
     share = share if int(head_dim * share) == rotary_ndims else math.nextafter(share, 2)
     return {**parameters, "partial_rotary_factor": share}
 
 
-def source_frequencies(config: Mapping[str, Any], head_dim: int, where: str) -> Frequencies:
-    """Return the frequencies of a config's rotary embedding over `head_dim` dims.
+def source_frequencies(parameters: Mapping[str, Any], config: Mapping[str, Any], dims: int, where: str) -> Frequencies:
+    """Return the frequencies over `dims` dims that a config class's rotary parameters stand for.
+
+    `config` says what stands beside them.
 
     Raises:
-        UsageError: a rotary variant that changes with the length of the text, or rotates a part of each key.
+        UsageError: a rope type whose frequencies change with the length of the text.
         CheckpointError: parameters that are missing or no numbers.
     """
-    parameters = rope_parameters(config)
     kind = parameters["rope_type"]
-    part = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part not in (None, 1.0):
-        raise UsageError(f"{where} rotates only {part} of each key (partial_rotary_factor), which fits no latent yet.")
     if kind not in _VARIANTS:
         raise UsageError(
             f"{where} has rope_type {kind}, whose frequencies change with the text's length: they fit no latent yet.",
@@ -68,8 +53,8 @@ def source_frequencies(config: Mapping[str, Any], head_dim: int, where: str) -> 
         theta = float(parameters["rope_theta"])
         if theta <= 0:
             raise ValueError(f"rope_theta is {theta}")
-        base = [theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
-        found = _VARIANTS[kind](base, parameters, config, head_dim)
+        base = [theta ** (-2 * pair / dims) for pair in range((dims + 1) // 2)]
+        found = _VARIANTS[kind](base, parameters, config, dims)
         if not all(0 < value < math.inf for value in (*found.speeds, found.factor)):
             raise ValueError("a frequency is not a positive number")
         return found
@@ -88,8 +73,7 @@ def _linear(base: list[float], parameters: Mapping[str, Any], _config: Mapping[s
 
 def _llama3(base: list[float], parameters: Mapping[str, Any], config: Mapping[str, Any], _dim: int) -> Frequencies:
     """Source: Llama Team 2024, The Llama 3 Herd of Models, section 3.4.2; transformers' modeling_rope_utils."""
-    longest = parameters.get("original_max_position_embeddings", config.get("max_position_embeddings", 2048))
-    factor, old = float(parameters["factor"]), float(longest)
+    factor, old = float(parameters["factor"]), float(parameters["original_max_position_embeddings"])
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
     out = []
     for speed in base:
@@ -101,9 +85,9 @@ def _llama3(base: list[float], parameters: Mapping[str, Any], config: Mapping[st
 
 def _yarn(base: list[float], parameters: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> Frequencies:
     """Source: Peng et al. 2023, YaRN, section 3; transformers' modeling_rope_utils."""
-    longest = config.get("max_position_embeddings")
-    old = float(parameters.get("original_max_position_embeddings") or longest or 2048)
-    factor = float(parameters.get("factor") or (float(longest or old) / old))
+    old = float(parameters["original_max_position_embeddings"])
+    given = parameters["factor"]
+    factor = float(config["max_position_embeddings"]) / old if given is None else float(given)
     theta = float(parameters["rope_theta"])
 
     def pair_of(turns: float) -> float:

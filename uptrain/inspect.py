@@ -30,6 +30,7 @@ from uptrain.plan_latent import plan_latent
 from uptrain.plan_quantised import check_attention, check_host
 from uptrain.quantisation import compute_dtype, quantisation_of
 from uptrain.request import Request
+from uptrain.rotation import EVERY, rotary_parameters
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
@@ -125,7 +126,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         kv_lora_rank=layers[0].kv_lora_rank,
         qk_rope_head_dim=layers[0].qk_rope_head_dim,
         position=position_of_config(architecture, checkpoint.config).value,
-        rope=_rope(checkpoint.config),
+        rope=_rope(architecture, checkpoint.config, model),
         sliding_window=windows[0] if windows else None,
         sliding_layers=len(windows),
         biases=_biases(architecture, checkpoint, model),
@@ -171,14 +172,12 @@ def _unreadable(
     return ""
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what the config says of rotary frequencies, from transformers 5's key or the older two."""
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict):
-        return dict(rope)
-    scaling = config.get("rope_scaling")
-    base = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    return {**base, **(scaling if isinstance(scaling, dict) else {})}
+def _rope(architecture: Architecture, config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what the family's class reads of rotary parameters, by type of layer where they differ."""
+    if not position_of_config(architecture, config).rotates:
+        return {}
+    found = rotary_parameters(architecture, config, name)
+    return found.get(EVERY, found)
 
 
 def _biases(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:

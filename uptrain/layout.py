@@ -140,6 +140,24 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
+class RotaryWords:
+    """How a family's config class reads what config.json says of rotation, where families differ.
+
+    `theta` is the base of a silent config, and `theta_key` its word beside the rotary parameters. With `partly` a
+    module rotates the share of each head's dims that it is given; others rotate all. `by_layer_type` families have
+    parameters for each type of layer, and here each one's word for its base and the base of a silent config. `whole`
+    are the parameters of a config that has no `rope_parameters`, `renamed` what a class takes a rope_type for.
+    """
+
+    theta: float = 10_000.0
+    theta_key: str = "rope_theta"
+    partly: bool = False
+    by_layer_type: Mapping[str, tuple[str, float | None]] = field(default_factory=lambda: _NOTHING)
+    whole: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    renamed: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One model family: names, packing, config keys and the hosts of its results.
 
@@ -160,6 +178,7 @@ class Architecture:
     position: Position = Position.ROTARY
     partial_rotary_factor: float = 1.0
     """The share of a head's dims that are rotated, where the config is silent."""
+    rotary: RotaryWords = RotaryWords()
     rotates_sliding_only: bool = False
     """Whether the layers that look back all the way see no rotation."""
     key_norm: KeyNorm | None = None

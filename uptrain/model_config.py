@@ -12,6 +12,7 @@ from uptrain.attention import AttentionSpec
 from uptrain.config_checks import MOST, MOST_HEAD_DIM, MOST_HEADS, MOST_LAYERS, check_kinds, check_most
 from uptrain.errors import CheckpointError, UsageError, did_you_mean
 from uptrain.layout import BLOCKS, Architecture, KeyNorm, Packing, Position, Sliding
+from uptrain.rotation import EVERY, layer_types, rotary_parameters, rotated_dims
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -245,28 +246,16 @@ def _rotated_dims(
         if count > head_dim or count % 2:
             raise CheckpointError(f"{where} has {counted} {count}, no even number of a head's {head_dim} dims.")
         return [count] * layers
-    dims = [_share_of(architecture, config, window, head_dim, where) for window in windows]
+    if not architecture.position.rotates:
+        return [None] * layers
+    said = rotary_parameters(architecture, config, where)
+    known = {kind: rotated_dims(architecture, parameters, head_dim, where)[0] for kind, parameters in said.items()}
+    dims = [known.get(kind, known.get(EVERY)) for kind in layer_types(config, windows)]
     if architecture.rotates_sliding_only:
         rotates = [window is not None for window in windows]
     else:
         rotates = _rotated_layers(architecture, config, layers, where)
     return [count if rotated else 0 for count, rotated in zip(dims, rotates, strict=True)]
-
-
-def _share_of(
-    architecture: Architecture, config: Mapping[str, Any], window: int | None, head_dim: int, where: str
-) -> int | None:
-    """Return how many dims of a head a layer that rotates at all rotates, None for all of them."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling")
-    said = parameters if isinstance(parameters, dict) else {}
-    # Layers that slide and layers that don't may have parameters of their own.
-    own = said.get("sliding_attention" if window else "full_attention")
-    said = own if isinstance(own, dict) else said
-    factor = said.get("partial_rotary_factor", config.get(architecture.keys.rotary_share))
-    factor = architecture.partial_rotary_factor if factor is None else factor
-    if type(factor) not in (int, float) or not 0 < factor <= 1:
-        raise CheckpointError(f"{where} has partial_rotary_factor {factor!r}, not a share of each head's dims.")
-    return None if factor == 1 else int(head_dim * factor)
 
 
 def _rotated_layers(architecture: Architecture, config: Mapping[str, Any], layers: int, where: str) -> list[bool]:

@@ -14,7 +14,6 @@ from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.embeddings import Embeddings, declare, embeddings_of
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.frequencies import partly_rotated
 from uptrain.head_order import check_order
 from uptrain.hosts.host import Host
 from uptrain.hosts.table import OF_THE_FOLDER, host_config, host_of, own_host, result_class
@@ -27,7 +26,7 @@ from uptrain.plan_embeddings import shared_outputs
 from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
 from uptrain.plan_quantised import check_host, check_quantised
-from uptrain.plan_rehost import Rehost
+from uptrain.plan_rehost import Rehost, rotate_as_before
 from uptrain.plan_shards import into_shards
 from uptrain.plan_tensors import OutputTensor
 from uptrain.purpose import is_language_model
@@ -133,9 +132,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         set_attention(host.architecture, config, groups)
         config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
     if host.rotary:
-        spec = before[0]
-        rotated = spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims
-        config["rope_parameters"] = partly_rotated(checkpoint.config, host.theta, rotated, spec.head_dim)
+        rotate_as_before(config, host, architecture, checkpoint.config, before[0], name)
     if request.dtype:
         _set_dtype(config, request.dtype)
     embeddings = embeddings_of(architecture, checkpoint, prefix)

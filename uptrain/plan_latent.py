@@ -11,12 +11,13 @@ from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import UsageError
-from uptrain.frequencies import Frequencies, highest, own_table, rope_parameters, source_frequencies
+from uptrain.frequencies import Frequencies, highest, own_table, source_frequencies
 from uptrain.hosts.latent_hosts import LATENT_HOSTS, LatentHost, latent_config
 from uptrain.latent_packing import LatentTarget, Rope, Stored
 from uptrain.layout import Architecture
 from uptrain.model_config import config_value
 from uptrain.request import Request
+from uptrain.rotation import EVERY, rotary_parameters, write_rotation
 
 ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
 
@@ -46,7 +47,8 @@ class LatentPlan:
     def with_slots(self, slots: tuple[int, ...]) -> LatentPlan:
         """Return the plan with its rotary pairs chosen and their table in the config."""
         target = replace(self.target, slots=slots)
-        config = {**self.config, **_rotation(target, self.config, self.config["rope_parameters"])}
+        config = dict(self.config)
+        _set_rotation(target, config, self.config["rope_parameters"])
         return replace(self, target=target, config=config, own_slots=False)
 
 
@@ -72,9 +74,7 @@ def plan_latent(
     entry = _host(architecture, request, config, rope, biased or output_bias, name)
     if any(layer.sliding_window for layer in before):
         raise UsageError(f"{name} has sliding windows, which no latent host holds yet.", "Use --to gqa or --to mqa.")
-    frequencies = Frequencies(())
-    if rope in ("grid", "longrope"):
-        frequencies = source_frequencies(config, spec.head_dim, name)
+    parameters, frequencies = _source_rotation(architecture, config, spec, rope, name)
     hidden = config_value(architecture, config, architecture.keys.hidden_size, name)
     rank, rotary = _sizes(request, spec, hidden, rope, name)
     target = _target(request, spec, rope, rank, rotary, frequencies)
@@ -91,8 +91,8 @@ def plan_latent(
     after = tuple(layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in before)
     written, biases = latent_config(entry, config, architecture), (biased, output_bias)
     written.update(_attention_config(entry, architecture, spec, target, heads, biases, q_lora_rank, config))
-    written.update(_rotation(target, written, rope_parameters(config), spec.head_dim))
-    _check_grid(target, written, name)
+    _set_rotation(target, written, parameters, spec.head_dim)
+    _check_grid(entry, target, written, name)
     return LatentPlan(
         entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
         alpha, scales, rope == "longrope" and not target.slots,
@@ -109,6 +109,23 @@ def _rope(request: Request, architecture: Architecture, name: str) -> Rope:
     if rope == "re-rotate" and request.qk_rope_head_dim:
         raise UsageError("--rope re-rotate has no shared rotary key.", "Leave --qk-rope-head-dim out.")
     return rope
+
+
+def _source_rotation(
+    architecture: Architecture, config: Mapping[str, Any], spec: AttentionSpec, rope: str, name: str
+) -> tuple[dict[str, Any], Frequencies]:
+    """Return the source's rotary parameters and, where the latent's class gets a table of them, the frequencies."""
+    if rope == "free":
+        return {}, Frequencies(())
+    parameters = rotary_parameters(architecture, config, name)[EVERY]
+    if spec.rotary_ndims is not None:
+        raise UsageError(
+            f"{name} rotates only {spec.rotary_ndims} of each key's {spec.head_dim} dims, which fits no latent yet."
+        )
+    parameters.pop("partial_rotary_factor", None)
+    if rope == "re-rotate":
+        return parameters, Frequencies(())
+    return parameters, source_frequencies(parameters, config, spec.head_dim, name)
 
 
 def _host(
@@ -244,11 +261,12 @@ def _attention_config(
     return found
 
 
-def _check_grid(target: LatentTarget, written: Mapping[str, Any], name: str) -> None:
+def _check_grid(entry: LatentHost, target: LatentTarget, written: Mapping[str, Any], name: str) -> None:
     """Refuse a shared rotary key whose table the host would make another of; yarn's ramp ends with the dims."""
     if target.form != "grid":
         return
-    found = source_frequencies(written, target.qk_rope_head_dim, name).speeds
+    parameters = rotary_parameters(entry.architecture, written, name)[EVERY]
+    found = source_frequencies(parameters, written, target.qk_rope_head_dim, name).speeds
     if any(abs(one - other) > 1e-6 * other for one, other in zip(found, target.frequencies, strict=False)):
         raise UsageError(
             f"{name}'s {written['rope_parameters']['rope_type']} scaling of its highest frequencies can't be written "
@@ -257,16 +275,15 @@ def _check_grid(target: LatentTarget, written: Mapping[str, Any], name: str) -> 
         )
 
 
-def _rotation(
-    target: LatentTarget, config: Mapping[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
-) -> dict[str, Any]:
-    """Return the config's rotary parameters; for slots that are still to be chosen, the source's for now."""
-    if target.form == "free":
-        return {}
+def _set_rotation(
+    target: LatentTarget, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
+) -> None:
+    """Write the rotation into a latent's config; for slots that are still to be chosen, the source's for now."""
     if target.form == "grid":
-        return {"rope_parameters": highest(parameters, target.qk_rope_head_dim, head_dim, target.rotary_factor)}
-    if target.form == "re-rotate" or not target.slots:
-        return {"rope_parameters": dict(parameters)}
-    speeds = tuple(target.frequencies[slot] for slot in target.slots)
-    longest = int(config.get("max_position_embeddings") or 2048)
-    return {"rope_parameters": own_table(parameters, speeds, target.rotary_factor, longest)}
+        parameters = highest(parameters, target.qk_rope_head_dim, head_dim, target.rotary_factor)
+    elif target.form == "longrope" and target.slots:
+        speeds = tuple(target.frequencies[slot] for slot in target.slots)
+        longest = int(config.get("max_position_embeddings") or 2048)
+        parameters = own_table(parameters, speeds, target.rotary_factor, longest)
+    if target.form != "free":
+        write_rotation(config, parameters)

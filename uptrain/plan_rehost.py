@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from uptrain.attention import AttentionSpec
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.frequencies import partly_rotated
 from uptrain.hosts.host import Host
 from uptrain.layout import Architecture
 from uptrain.plan_tensors import OutputTensor
 from uptrain.purpose import is_language_model
+from uptrain.rotation import EVERY, TYPES, rotary_parameters, rotated_dims, write_rotation
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,32 @@ class Rehost:
         if info is None:
             raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
         return info
+
+
+def rotate_as_before(
+    config: dict[str, Any],
+    host: Host,
+    architecture: Architecture,
+    source: Mapping[str, Any],
+    spec: AttentionSpec,
+    name: str,
+) -> None:
+    """Write the rotation of a source's config into the config of a host of another family.
+
+    Raises:
+        UsageError: an odd number of dims is rotated, which classes round differently, or an unknown rope type.
+    """
+    parameters = rotary_parameters(architecture, source, name)[EVERY]
+    if parameters["rope_type"] not in TYPES:
+        raise UsageError(
+            f"{name} has rope_type {parameters['rope_type']}, which {host.architecture.class_name} doesn't know.",
+            f"It knows {', '.join(TYPES)}.",
+        )
+    rotated, spread = rotated_dims(architecture, parameters, spec.head_dim, name)
+    if architecture.keys.rotary_ndims:
+        rotated = spread = spec.rotary_ndims or spec.head_dim
+    parameters = partly_rotated(parameters, rotated or spec.head_dim, spread, spec.head_dim)
+    write_rotation(config, parameters, host.older_ropes)
 
 
 def _constant(info: TensorInfo, source: str, value: int) -> OutputTensor:

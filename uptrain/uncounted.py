@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from uptrain.layout import Architecture, ConfigKeys, KeyNorm, Packing, Position, Projections, Vocabulary
+from uptrain.layout import (
+    Architecture,
+    ConfigKeys,
+    KeyNorm,
+    Packing,
+    Position,
+    Projections,
+    RotaryWords,
+    Vocabulary,
+)
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 CLIPPED = "it clips queries, keys and values, which no longer cancels when heads are re-scaled"
@@ -16,6 +25,7 @@ GPT_NEOX = Architecture(
     keys=ConfigKeys(num_key_value_heads=None, head_dim=None, rotary_share="rotary_pct"),
     partial_rotary_factor=0.25,
     vocabulary=Vocabulary("embed_in.weight", ("lm_head.weight", "embed_out.weight")),
+    rotary=RotaryWords(theta_key="rotary_emb_base", partly=True),
     buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
     defaults=dict(zip(_SIZES, (6144, 44, 64, 50432, 2048), strict=True)),
     hosts=dict.fromkeys(("gqa", "mqa"), ("phi_of_gpt_neox", "nemotron_of_gpt_neox")),
@@ -124,6 +134,7 @@ PERSIMMON = Architecture(
     projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
     keys=ConfigKeys(num_key_value_heads=None, head_dim=None),
     partial_rotary_factor=0.5,
+    rotary=RotaryWords(partly=True),
     key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
     defaults={**dict(zip(_SIZES, (4096, 36, 64, 262144, 16384), strict=True)), "qk_layernorm": True},
     hosts={"gqa": ("uptrain_persimmon",), "mqa": ("uptrain_persimmon",)},

@@ -33,10 +33,8 @@ def _open_remote(source: Source) -> Checkpoint:
     from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 
     config, api = read_config(source.path), HfApi()
-    names = source.listed
-    if names is None:
-        with hub_errors(source.name, source.revision):
-            names = api.list_repo_files(source.name, revision=source.revision)
+    with hub_errors(source.name, source.revision):
+        names = source.listed or api.list_repo_files(source.name, revision=source.revision)
     weights = find_weights(names, config, source.name, allow_pickle=True)
     if weights.pickled:
         raise CheckpointError(

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.layout import Architecture
+from uptrain.rotation import OLDER_TYPES
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -19,7 +20,7 @@ class Host:
     Of the config: `requires` lists source values the class is exact under; `config_names` gives the source's words
     their new names; `multiples` fills a value, where the source has none, with a multiple of another; `fill` gives
     values where the source is silent (the two families' defaults differ); `fix` always; `drop` removes. `rotary` has
-    the rotation written out, with its base under `theta` in the source.
+    the rotation written out; `older_ropes` are the rope types that its class in transformers 4 reads.
 
     Of tensors outside attention, by module inside a layer or the model: `transposes` names the linears that change
     between (in, out) and (out, in); `renames` gives the host's names; `folds` maps a linear to the norm before it whose
@@ -40,7 +41,7 @@ class Host:
     fix: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     drop: tuple[str, ...] = ()
     rotary: bool = False
-    theta: str = ""
+    older_ropes: tuple[str, ...] = OLDER_TYPES
     transposes: tuple[str, ...] = ()
     renames: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     attention_norm: str = ""

@@ -12,6 +12,7 @@ from uptrain.hosts.host import Host
 from uptrain.hosts.table import HOSTS, host_config
 from uptrain.latent_packing import LatentLayout
 from uptrain.layout import Architecture
+from uptrain.rotation import WORDS
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -105,7 +106,7 @@ def latent_config(entry: LatentHost, source: Mapping[str, Any], family: Architec
     said = {**family.defaults, **source}
     kept = said if entry.keep is None else {key: said[key] for key in entry.keep if key in said}
     config = host_config(entry.host, kept)
-    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+    for key in WORDS:
         config.pop(key, None)
     if entry.rms_norm_eps is not None:
         config["rms_norm_eps"] = entry.rms_norm_eps

@@ -9,6 +9,11 @@ shape and bytes.
 from typing import Any
 
 import torch
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+
 from torch import nn
 from transformers import AttentionInterface, BartConfig, BartForConditionalGeneration, BartModel
 from transformers.models.bart.modeling_bart import BartAttention, eager_attention_forward

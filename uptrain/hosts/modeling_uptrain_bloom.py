@@ -8,6 +8,11 @@ without uptrain. Apart from `query_key_value`, which is narrower, every tensor h
 from typing import Any
 
 import torch
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 from transformers.cache_utils import Cache

@@ -8,6 +8,11 @@ without uptrain. Apart from `k_proj` and `v_proj`, which are narrower, every ten
 from typing import Any
 
 import torch
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+
 from torch import nn
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
 from transformers.cache_utils import Cache

@@ -10,6 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+
 from torch import nn
 from transformers import MptConfig, MptForCausalLM, MptModel
 from transformers.cache_utils import Cache

@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 from transformers.cache_utils import Cache

@@ -8,6 +8,11 @@ without uptrain. Apart from the decoder's `k` and `v`, which are narrower, every
 from typing import Any
 
 import torch
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+
 from torch import nn
 from transformers import AttentionInterface, T5Config, T5ForConditionalGeneration, T5Model
 from transformers.models.t5.modeling_t5 import T5Attention, eager_attention_forward

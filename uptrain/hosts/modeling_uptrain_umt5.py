@@ -9,6 +9,11 @@ bytes.
 from typing import Any
 
 import torch
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+
 from torch import nn
 from transformers import AttentionInterface, UMT5Config, UMT5ForConditionalGeneration, UMT5Model
 from transformers.models.t5.modeling_t5 import T5Attention, eager_attention_forward

@@ -9,6 +9,11 @@ shape and bytes.
 from typing import Any, ClassVar
 
 import torch
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+
 from torch import nn
 from transformers import AttentionInterface, WhisperConfig, WhisperForConditionalGeneration, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperAttention, eager_attention_forward

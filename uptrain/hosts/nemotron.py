@@ -21,11 +21,10 @@ NEMOTRON_HOSTS: Mapping[str, Host] = MappingProxyType(
             },
             fix={"mlp_bias": True},
             drop=(
-                "rotary_pct", "rotary_emb_base", "rope_scaling", "rope_theta", "partial_rotary_factor", "head_dim",
-                "use_parallel_residual", "is_decoder", "classifier_dropout", "hidden_dropout",
+                "head_dim", "use_parallel_residual", "is_decoder", "classifier_dropout", "hidden_dropout",
             ),
             rotary=True,
-            theta="rotary_emb_base",
+            older_ropes=("default",),
             renames={
                 "embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head",
                 "mlp.dense_h_to_4h": "mlp.up_proj", "mlp.dense_4h_to_h": "mlp.down_proj",

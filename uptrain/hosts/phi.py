@@ -21,7 +21,7 @@ _GPTJ = Host(
     },
     multiples={"intermediate_size": ("hidden_size", 4)},
     fix={"qk_layernorm": False},
-    drop=("rotary", "rotary_dim", "n_ctx", "scale_attn_weights", "head_dim", "partial_rotary_factor", "rope_theta"),
+    drop=("rotary", "rotary_dim", "n_ctx", "scale_attn_weights", "head_dim"),
     rotary=True,
     renames={
         "wte": "embed_tokens", "h": "layers", "ln_1": "input_layernorm", "ln_f": "final_layernorm",
@@ -42,11 +42,9 @@ _GPT_NEOX = Host(
     },
     fix={"qk_layernorm": False},
     drop=(
-        "rotary_pct", "rotary_emb_base", "rope_scaling", "rope_theta", "partial_rotary_factor", "head_dim",
-        "use_parallel_residual", "attention_bias", "is_decoder", "classifier_dropout",
+        "head_dim", "use_parallel_residual", "attention_bias", "is_decoder", "classifier_dropout",
     ),
     rotary=True,
-    theta="rotary_emb_base",
     renames={
         "embed_in": "embed_tokens", "final_layer_norm": "final_layernorm", "embed_out": "lm_head",
         "mlp.dense_h_to_4h": "mlp.fc1", "mlp.dense_4h_to_h": "mlp.fc2",
