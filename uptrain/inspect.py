@@ -24,8 +24,8 @@ from uptrain.model_config import (
     position_of_config,
 )
 from uptrain.packing import module_of
-from uptrain.plan import find_prefix
 from uptrain.plan_latent import plan_latent
+from uptrain.prefixes import find_prefix
 from uptrain.request import Request
 
 CONTEXTS = (4096, 32768, 131072)

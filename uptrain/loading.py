@@ -7,6 +7,7 @@ from typing import Any
 
 from uptrain.checkpoint.source import resolve
 from uptrain.errors import CheckpointError, told_as
+from uptrain.hosts.loadable import check_loadable
 from uptrain.hosts.register import auto_class_of, register
 
 
@@ -24,6 +25,8 @@ def load(model: str | Path, *, absorbed: bool = True, revision: str | None = Non
     from uptrain.hosts import latent_norm
 
     source = resolve(str(model), revision)
+    if "key_mapping" not in options:
+        check_loadable(source)
     settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
     with told_as(lambda reason: CheckpointError(f"transformers can't load {source.name}: {reason}")):
         found = auto_class_of(source.path).from_pretrained(source.path, **settings)

@@ -20,6 +20,7 @@ from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
 from uptrain.embeddings import declare_loaded
 from uptrain.errors import CheckpointError, UsageError, told_as
+from uptrain.hosts.loadable import check_loadable
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.recipe_schema import TokenizerSpec
 
@@ -37,6 +38,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
         CheckpointError: the folder holds no language model that transformers can load.
     """
     register()
+    check_loadable(source)
     with told_as(lambda reason: CheckpointError(f"transformers can't load {source.name}: {reason}")):
         return auto_class_of(source.path).from_pretrained(
             source.path,

@@ -27,6 +27,7 @@ from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
 from uptrain.plan_rehost import Rehost
 from uptrain.plan_tensors import OutputTensor
+from uptrain.prefixes import find_prefix
 from uptrain.request import Request, resolve_groups
 
 PLAN_FORMAT = 1
@@ -157,23 +158,6 @@ def _latent_plan(
     copied = untied and embeddings.tied
     plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent, copied)
     return replace(plan, digest=plan_digest(plan, checkpoint))
-
-
-def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
-    """Return which of the family's key prefixes this checkpoint uses.
-
-    Raises:
-        CheckpointError: no tensor has the family's names.
-    """
-    module = module_of(architecture.projections, "o")
-    for prefix in architecture.prefixes:
-        if architecture.attention(prefix, 0) + module + ".weight" in checkpoint.tensors:
-            return prefix
-    wanted = architecture.attention(architecture.prefixes[0], 0) + module + ".weight"
-    raise CheckpointError(
-        f"{name} says it is {architecture.model_type} but has no tensor {wanted}.",
-        "Is it an adapter, or quantised? Convert the full-precision original.",
-    )
 
 
 @dataclass(frozen=True)
