@@ -35,7 +35,7 @@ from uptrain.methods.bridge import maps_of, position_of
 from uptrain.methods.heads import HeadMaps
 from uptrain.model_config import architecture_of, attention_layers
 from uptrain.packing import read_layer
-from uptrain.plan import find_prefix
+from uptrain.prefixes import find_prefix
 from uptrain.recipe_schema import parse_source
 from uptrain.request import CHANGED_PARTS, Request
 

@@ -27,7 +27,8 @@ from uptrain.layout import Architecture, Sliding
 from uptrain.measure.reading import cache_of, with_cache
 from uptrain.model_config import attention_layers
 from uptrain.packing import Heads, join, modules_of, split
-from uptrain.plan import find_prefix, result_attention
+from uptrain.plan import result_attention
+from uptrain.prefixes import find_prefix
 from uptrain.request import Request
 
 

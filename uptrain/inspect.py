@@ -25,9 +25,9 @@ from uptrain.model_config import (
     position_of_config,
 )
 from uptrain.packing import module_of
-from uptrain.plan import find_prefix
 from uptrain.plan_latent import plan_latent
 from uptrain.plan_quantised import check_attention, check_host
+from uptrain.prefixes import find_prefix
 from uptrain.quantisation import compute_dtype, quantisation_of
 from uptrain.request import Request
 from uptrain.rotation import EVERY, rotary_parameters

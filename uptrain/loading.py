@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.source import resolve
+from uptrain.hosts.loadable import check_loadable
 from uptrain.hosts.loaded import load_language_model
 
 
@@ -23,6 +24,8 @@ def load(model: str | Path, *, absorbed: bool = True, revision: str | None = Non
     from uptrain.hosts import latent_norm
 
     source = resolve(str(model), revision)
+    if "key_mapping" not in options:
+        check_loadable(source)
     settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
     found = load_language_model(source.path, source.name, **settings)
     latent_norm.check_loaded(found)

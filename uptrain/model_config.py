@@ -10,9 +10,10 @@ from typing import Any
 from uptrain.architectures import ARCHITECTURES, NO_CACHE
 from uptrain.attention import AttentionSpec
 from uptrain.config_checks import MOST, MOST_HEAD_DIM, MOST_HEADS, MOST_LAYERS, check_kinds, check_most
-from uptrain.errors import CheckpointError, UsageError, did_you_mean
+from uptrain.errors import CheckpointError, UsageError
 from uptrain.layout import BLOCKS, Architecture, KeyNorm, Packing, Position, Sliding
 from uptrain.rotation import EVERY, layer_types, rotary_parameters, rotated_dims
+from uptrain.unknown_models import refuse_unknown
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -28,11 +29,7 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     if isinstance(model_type, str) and model_type in NO_CACHE:
         raise UsageError(f"{where} is a {model_type}, an encoder-only model: it keeps no key/value cache to shrink.")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UsageError(
-            f"{where} has model_type {model_type!r}, which uptrain doesn't know. It knows {known}.",
-            f"{did_you_mean(str(model_type), ARCHITECTURES)} CONTRIBUTING.md says how to add one.".strip(),
-        )
+        raise refuse_unknown(config, where)
     check_kinds(config, where)
     architecture = ARCHITECTURES[model_type]
     for key, (value, why) in architecture.unsupported.items():

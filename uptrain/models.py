@@ -21,6 +21,7 @@ from uptrain.checkpoint.sidecars import carry, sidecars_of
 from uptrain.checkpoint.source import Source
 from uptrain.embeddings import declare_loaded
 from uptrain.errors import CheckpointError, UsageError, told_as
+from uptrain.hosts.loadable import check_loadable
 from uptrain.hosts.loaded import load_language_model
 from uptrain.hosts.register import register
 from uptrain.purpose import check_language_model
@@ -39,6 +40,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
         UsageError: the model has no language-model head.
         CheckpointError: transformers can't load it, or weights are missing, of other sizes or left out.
     """
+    check_loadable(source)
     return load_language_model(
         source.path,
         source.name,

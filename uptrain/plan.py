@@ -29,6 +29,7 @@ from uptrain.plan_quantised import check_host, check_quantised
 from uptrain.plan_rehost import Rehost, rotate_as_before
 from uptrain.plan_shards import into_shards
 from uptrain.plan_tensors import OutputTensor
+from uptrain.prefixes import find_prefix
 from uptrain.purpose import is_language_model
 from uptrain.request import Request, resolve_groups
 
@@ -171,25 +172,6 @@ def _latent_plan(
     copied = untied and embeddings.tied
     plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent, copied)
     return replace(plan, digest=plan_digest(plan, checkpoint))
-
-
-def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
-    """Return which of the family's key prefixes this checkpoint uses.
-
-    Raises:
-        CheckpointError: no tensor has the family's names.
-    """
-    module = module_of(architecture.projections, "o")
-    for prefix in architecture.prefixes:
-        # A quantised module may have no weight, but codes and scales.
-        start = architecture.attention(prefix, 0) + module + "."
-        if any(name.startswith(start) for name in checkpoint.tensors):
-            return prefix
-    wanted = architecture.attention(architecture.prefixes[0], 0) + module + ".weight"
-    raise CheckpointError(
-        f"{name} says it is {architecture.model_type} but has no tensor {wanted}.",
-        "Is it an adapter? Merge it into its base first.",
-    )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from uptrain.methods.repair import Check, Regression, best_dampings, gradient_st
 from uptrain.methods.settings import CalibrationSettings
 from uptrain.model_config import architecture_of, attention_layers
 from uptrain.packing import LayerHeads
-from uptrain.plan import find_prefix
+from uptrain.prefixes import find_prefix
 
 QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
 FAMILIES = [name for name in SOURCES if name not in NORMED and not family(name).uncalibrated]

@@ -19,8 +19,8 @@ from uptrain.methods.estimate import Floats
 from uptrain.model_config import architecture_of, attention_layers
 from uptrain.packing import read_layer
 from uptrain.page.style import SERIES, WIDTH, drawing, png
-from uptrain.plan import find_prefix
 from uptrain.plan_quantised import check_attention
+from uptrain.prefixes import find_prefix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,43 @@
+"""Refuse checkpoints that transformers' Auto class would load wrongly or not at all, before it tries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uptrain.architectures import ARCHITECTURES
+from uptrain.checkpoint.reader import open_checkpoint, read_config
+from uptrain.checkpoint.source import Source
+from uptrain.errors import CheckpointError
+from uptrain.hosts.register import auto_class_of
+from uptrain.prefixes import refuse_foreign
+from uptrain.unknown_models import refuse_wrapper, sections_of
+
+
+def check_loadable(source: Source) -> None:
+    """Refuse a wrapper that has no language model's class, and a family's names under a prefix of a wrapper.
+
+    Such a prefix makes transformers leave every tensor out, and the model it returns random.
+
+    Raises:
+        UsageError: the config is such a wrapper's.
+        CheckpointError: the names have such a prefix, or config.json can't be read.
+    """
+    config = read_config(source.path)
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    if architecture is None:
+        if sections_of(config) and not _has_class(source, str(config.get("model_type"))):
+            raise refuse_wrapper(config, source.name, "load")
+        return
+    try:
+        checkpoint = open_checkpoint(source.path)
+    except CheckpointError:
+        return  # transformers says what it can't read, or reads it
+    refuse_foreign(architecture, checkpoint, source.name)
+
+
+def _has_class(source: Source, model_type: str) -> bool:
+    """Tell whether the Auto class that loads the checkpoint has a class for this type."""
+    from transformers import CONFIG_MAPPING
+
+    mapping: Any = auto_class_of(source.path)._model_mapping
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in mapping
