@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import uptrain
-from tests.conftest import auto_class, tiny_config
+from tests.conftest import auto_class, tiny_config, tiny_model
 from tests.training import checkpoint, corpus
-from uptrain import class_check
+from uptrain import class_check, plan
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import resolve
 from uptrain.convert import convert, plan_conversion
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, UptrainError
 from uptrain.evaluate import evaluate
 from uptrain.hosts import class_keys
 from uptrain.hosts.fit import Fit
@@ -32,6 +32,7 @@ from uptrain.models import load_model
 from uptrain.recipes import load as load_recipe
 from uptrain.request import Request
 from uptrain.train import train
+from uptrain.training.result import assemble, gather
 
 Save = Callable[..., Path]
 SINGLE = "model.safetensors"
@@ -77,8 +78,8 @@ def test_convert_refuses_just_what_transformers_would_fill(model_type: str, save
 
 
 def test_a_result_keeps_what_a_whole_source_has_without_a_note(save_tiny: Save) -> None:
-    _, _, plan = plan_conversion(str(save_tiny("llama")), Request("gqa", 2))
-    assert plan.notes == ()
+    _, _, planned = plan_conversion(str(save_tiny("llama")), Request("gqa", 2))
+    assert planned.notes == ()
 
 
 @pytest.mark.parametrize("model_type", OLD_BUFFERS)
@@ -86,8 +87,8 @@ def test_tables_that_older_classes_stored_are_no_weights(model_type: str, save_t
     source = save_tiny(model_type)
     name, shape = OLD_BUFFERS[model_type]
     rewrite(source, {**load_file(source / SINGLE), name: torch.ones(shape)})
-    _, _, plan = plan_conversion(str(source), Request("mqa"))
-    assert plan.notes == ()
+    _, _, planned = plan_conversion(str(source), Request("mqa"))
+    assert planned.notes == ()
 
 
 @pytest.mark.parametrize("request_", [Request("gqa", 2), Request("mla", rope="re-rotate", kv_lora_rank=20)])
@@ -161,6 +162,24 @@ def test_experts_that_do_not_go_together_are_named(save_tiny: Save) -> None:
         with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts") as error:
             ask()
         assert "above" not in str(error.value)
+
+
+def test_a_result_whose_class_would_leave_a_weight_out_is_refused(
+    save_tiny: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "result_class", lambda *_: "LlamaModel")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        plan_conversion(str(save_tiny("llama", tie_word_embeddings=False)), Request("mqa"))
+
+
+def test_a_trained_model_is_not_written_without_all_its_weights() -> None:
+    model = tiny_model(tiny_config("llama"))
+    weights = gather(model, torch.float32)
+    assert sorted(assemble(model, weights, torch.float32).state_dict()) == sorted(model.state_dict())
+    for changed in ({key: value for key, value in weights.items() if "1.mlp.up" not in key},
+                    {**weights, "model.layers.1.mlp.up_proj.scale": torch.ones(1)}):  # fmt: skip
+        with pytest.raises(UptrainError, match=r"mlp\.up_proj"):
+            assemble(model, changed, torch.float32)
 
 
 def question(folder: Path) -> class_check.Question:

@@ -58,7 +58,7 @@ def _class(made: Any, config: Mapping[str, Any]) -> tuple[Any, bool]:
     named = class_named(config) or ""
     found = own_class(named) or getattr(transformers, named, None)
     known = isinstance(found, type) and isinstance(made, getattr(found, "config_class", None) or ())
-    return (found, True) if known else (AutoModel._model_mapping[type(made)], False)  # type: ignore[attr-defined]
+    return (found, True) if known else (AutoModel._model_mapping[type(made)], False)
 
 
 @contextmanager

@@ -55,10 +55,11 @@ class Fit:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        names = {key: _names(found[key]) for key in ("missing", "unjoined", "unexpected")}
         mismatched = [(str(name), _sizes(stored), _sizes(needed)) for name, stored, needed in found["mismatched"]]
-        words = {key: str(found[key]) for key in ("class_name", "problem")}
-        return cls(known=bool(found["known"]), mismatched=tuple(mismatched), **names, **words)
+        return cls(
+            str(found["class_name"]), bool(found["known"]), _names(found["missing"]), tuple(mismatched),
+            _names(found["unjoined"]), _names(found["unexpected"]), str(found["problem"]),
+        )  # fmt: skip
 
 
 def _names(found: Any) -> tuple[str, ...]:
