@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
+from uptrain.checkpoint.loadable import uses_safetensors
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
+from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.errors import CheckpointError, UsageError, told_as
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.recipe_schema import TokenizerSpec
@@ -33,17 +35,31 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
     """Load a language model, in the checkpoint's own dtype unless another is given.
 
     Raises:
-        CheckpointError: the folder holds no language model that transformers can load.
+        CheckpointError: the folder holds no language model that transformers can load, or pickles without permission.
     """
     register()
+    safetensors = uses_safetensors(source.path, source.allow_pickle)
     with told_as(lambda reason: CheckpointError(f"transformers can't load {source.name}: {reason}")):
         return auto_class_of(source.path).from_pretrained(
             source.path,
             dtype=dtype or "auto",
             trust_remote_code=False,
-            use_safetensors=True,
+            use_safetensors=safetensors,
             attn_implementation=attn_implementation,
         )
+
+
+def check_weights(*sources: Source | None) -> None:
+    """Refuse sources whose weights can't be read, or not without permission, before anything is loaded or written.
+
+    None is no source.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    for source in sources:
+        if source is not None:
+            uses_safetensors(source.path, source.allow_pickle)
 
 
 def load_tokenizer(path: Path | str) -> Any:
@@ -165,9 +181,11 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text())
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(key) != str(dtype).removeprefix("torch."):
-        config[key] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(dump_json(config))
+    # The source's own name for its weight file is none of the result's.
+    written = {name: value for name, value in config.items() if name != EXPLICIT}
+    written[key] = str(dtype).removeprefix("torch.")
+    if written != config:
+        (folder / "config.json").write_text(dump_json(written))
 
 
 def quiet() -> None:

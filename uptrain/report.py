@@ -215,7 +215,8 @@ def conversion(done: Conversion, as_json: bool) -> None:
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
-    console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
+    trusted = " --allow-pickle" if done.source.allow_pickle else ""
+    console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}{trusted}")
 
 
 def _wants_text(plan: Plan) -> bool:

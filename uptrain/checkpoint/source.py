@@ -18,12 +18,13 @@ _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken
 
 @dataclass(frozen=True)
 class Source:
-    """A model a user named, and the local folder that holds it."""
+    """A model a user named, and the local folder that holds it; `allow_pickle` says that its pickles may be read."""
 
     path: Path
     name: str
     origin: Literal["folder", "hub", "demo"]
     revision: str | None = None
+    allow_pickle: bool = False
 
     @property
     def short_name(self) -> str:
@@ -54,7 +55,7 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
     except (OSError, RuntimeError, ValueError):  # too long, nobody's home, or a NUL
         raise UsageError(f"{model!r} can't be the name of a folder.", "Name one, ORG/NAME, or 'demo'.") from None
     if path.is_dir():
-        return Source(path.resolve(), model, "folder")
+        return Source(path.resolve(), model, "folder", allow_pickle=allow_pickle)
     if model == "demo":
         return Source(DEMO, model, "demo")
     if found:
@@ -70,7 +71,7 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    return Source(folder, model, "hub", revision=folder.name)
+    return Source(folder, model, "hub", revision=folder.name, allow_pickle=allow_pickle)
 
 
 @contextmanager
