@@ -300,11 +300,11 @@ def test_branches_and_pull_requests_leave_main_alone(hub: tuple[str, Hub], run: 
 
 
 def test_weights_of_an_older_push_do_not_stay_beside_the_new(hub: tuple[str, Hub], run: Run, demo: Path) -> None:
-    """transformers prefers model.safetensors to an index, so a left-over one would be loaded."""
-    hub[1].add("me/demo", {"uptrain.json.sig": b"of other weights"})
+    """transformers prefers model.safetensors to an index, so a left-over one would be loaded; an adapter on top."""
+    hub[1].add("me/demo", {"uptrain.json.sig": b"of other weights", "adapter_config.json": b"{}"})
     done = run("push", "demo-gqa4", "me/demo", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["removed"] == ["uptrain.json.sig"]
+    assert json.loads(done.stdout)["removed"] == ["adapter_config.json", "uptrain.json.sig"]
     convert("demo", demo.parent / "shards", Request("gqa", 2, max_shard_size=2_000_000))
     done = run("push", "shards", "me/demo", "--json")
     assert done.returncode == 0, done.stderr

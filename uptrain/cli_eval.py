@@ -81,6 +81,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--sample-tokens", type=click.IntRange(1), default=48, show_default=True, help="Of --samples: how much.")
 @click.option(
+    "--allow-pickle", is_flag=True, help="Also read .bin weights, of either (restricted unpickling). Only if you trust "
+    "them.",
+)  # fmt: skip
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",

@@ -53,6 +53,7 @@ def evaluate(
     needle: Needles | None = None,
     samples: int = 0,
     sample_tokens: int = 48,
+    allow_pickle: bool = False,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
@@ -70,7 +71,8 @@ def evaluate(
     each `speed_batch` (1 is always among them) after each `speed_context` tokens, the median of `repeats` runs in
     turns; 0 leaves it out. `tasks` are run by
     lm-eval, which is imported only then; `needle` asks for pass keys hidden in the first text; `samples` openings
-    of each text are continued by `sample_tokens` tokens, greedily; all three are for decoders alone. `on_progress`
+    of each text are continued by `sample_tokens` tokens, greedily; all three are for decoders alone. `allow_pickle`
+    permits to read `.bin` weights, with torch's restricted unpickler. `on_progress`
     is told how far each part is.
 
     Raises:
@@ -79,8 +81,9 @@ def evaluate(
         CheckpointError: a model that can't be loaded.
     """
     models.quiet()
-    reference = Reference(resolve(baseline)) if isinstance(baseline, str) else baseline
-    sources = [resolve(model), *([reference.source] if reference else [])]
+    reference = Reference(resolve(baseline, None, allow_pickle)) if isinstance(baseline, str) else baseline
+    sources = [resolve(model, None, allow_pickle), *([reference.source] if reference else [])]
+    models.check_weights(*sources)
     names = [source.name for source in sources]
     models.check_heads(*sources)
     tokenizers = [models.load_tokenizer(source.path) for source in sources]

@@ -5,17 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.loadable import uses_safetensors
 from uptrain.checkpoint.source import resolve
 from uptrain.hosts.loadable import check_loadable
 from uptrain.hosts.loaded import load_language_model
 
+_ELSEWHERE = frozenset(("variant", "subfolder", "gguf_file", "state_dict", "use_safetensors"))
+"""Options of `from_pretrained` that say which files to read; whoever gives one chooses them."""
 
-def load(model: str | Path, *, absorbed: bool = True, revision: str | None = None, **options: Any) -> Any:
+
+def load(
+    model: str | Path,
+    *,
+    absorbed: bool = True,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> Any:
     """Load a language model from a folder, a Hub id or `demo`, ready to generate.
 
     Our own classes need no remote code here. Stock MLA classes cache a latent but expand all of it at every step;
-    with `absorbed` their layers attend over the latent itself instead, with the same logits up to rounding. `options`
-    go to transformers' `from_pretrained` (dtype, device_map, attn_implementation, …).
+    with `absorbed` their layers attend over the latent itself instead, with the same logits up to rounding.
+    `allow_pickle` permits to read `.bin` weights, with torch's restricted unpickler. `options` go to transformers'
+    `from_pretrained` (dtype, device_map, attn_implementation, …).
 
     Raises:
         UptrainError: there is no such checkpoint, transformers can't load it, its dtype can't hold it, it has no
@@ -23,10 +35,12 @@ def load(model: str | Path, *, absorbed: bool = True, revision: str | None = Non
     """
     from uptrain.hosts import latent_norm
 
-    source = resolve(str(model), revision)
-    if "key_mapping" not in options:
+    source = resolve(str(model), revision, allow_pickle)
+    chosen = _ELSEWHERE & options.keys()
+    safetensors = True if chosen else uses_safetensors(source.path, allow_pickle)
+    if not chosen and "key_mapping" not in options:
         check_loadable(source)
-    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
+    settings = {"dtype": "auto", "use_safetensors": safetensors, "trust_remote_code": False, **options}
     found = load_language_model(source.path, source.name, **settings)
     latent_norm.check_loaded(found)
     if absorbed:

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
+from uptrain.checkpoint.loadable import uses_safetensors
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.sidecars import carry, sidecars_of
 from uptrain.checkpoint.source import Source
+from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.embeddings import declare_loaded
 from uptrain.errors import CheckpointError, UsageError, told_as
 from uptrain.hosts.loadable import check_loadable
@@ -38,15 +40,17 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
 
     Raises:
         UsageError: the model has no language-model head.
-        CheckpointError: transformers can't load it, or weights are missing, of other sizes or left out.
+        CheckpointError: transformers can't load it, weights are missing, of other sizes or left out, or they are pickles
+            without permission.
     """
+    safetensors = uses_safetensors(source.path, source.allow_pickle)
     check_loadable(source)
     return load_language_model(
         source.path,
         source.name,
         dtype=dtype or "auto",
         trust_remote_code=False,
-        use_safetensors=True,
+        use_safetensors=safetensors,
         attn_implementation=attn_implementation,
     )
 
@@ -74,6 +78,19 @@ def holds_codes(model: Any) -> bool:
     floats = _DTYPES.values()
     narrow = any(parameter.dtype not in (*floats, torch.float64) for parameter in model.parameters())
     return narrow or getattr(model, "hf_quantizer", None) is not None
+
+
+def check_weights(*sources: Source | None) -> None:
+    """Refuse sources whose weights can't be read, or not without permission, before anything is loaded or written.
+
+    None is no source.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    for source in sources:
+        if source is not None:
+            uses_safetensors(source.path, source.allow_pickle)
 
 
 def load_tokenizer(path: Path | str) -> Any:
@@ -181,6 +198,7 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
     shutil.copyfile(source.path / "config.json", folder / "config.json")
     config = json.loads((folder / "config.json").read_text())
     before = dict(config)
+    config.pop(EXPLICIT, None)  # the source's own name for its weight file is none of the result's
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     declare_loaded(config, set(model.all_tied_weights_keys))
     if config != before:

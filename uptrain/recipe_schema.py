@@ -167,6 +167,8 @@ class Recipe(Strict):
 
     model: str | None = None
     revision: str | None = None
+    allow_pickle: bool = False
+    """Whether `.bin` weights, of the model and of its teacher, may be read (restricted unpickling)."""
     config: dict[str, Any] | None = None
     tokenizer: TokenizerSpec | str | None = None
     output: Path

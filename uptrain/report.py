@@ -234,7 +234,8 @@ def conversion(done: Conversion, as_json: bool) -> None:
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
     if is_language_model(done.plan.config):
-        console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}")
+        trusted = " --allow-pickle" if done.source.allow_pickle else ""
+        console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}{trusted}")
 
 
 def _wants_text(plan: Plan) -> bool:

@@ -37,7 +37,8 @@ def training(done: Training, recipe: Recipe, as_json: bool) -> None:
     console.facts(f"Wrote {done.out}", pairs)
     source = converted_from(done.out)
     original = str(source["name"]) if source else recipe.model
-    console.note(f"Next: uptrain eval {done.out}" + (f" --baseline {original}" if original else ""))
+    trusted = " --allow-pickle" if recipe.allow_pickle else ""
+    console.note(f"Next: uptrain eval {done.out}" + (f" --baseline {original}{trusted}" if original else ""))
 
 
 def recipe_list(paths: dict[str, Path], summaries: dict[str, str]) -> None:

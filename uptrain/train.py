@@ -92,8 +92,10 @@ class _Run:
 
     def run(self, restart: bool) -> Training | None:
         recipe = self.recipe
-        self.source = source = resolve(recipe.model, recipe.revision) if recipe.model else None
-        self.taught_by = find_teacher(recipe.distill.teacher, source) if recipe.distill else None
+        trusted = recipe.allow_pickle
+        self.source = source = resolve(recipe.model, recipe.revision, trusted) if recipe.model else None
+        self.taught_by = find_teacher(recipe.distill.teacher, source, trusted) if recipe.distill else None
+        models.check_weights(source, self.taught_by)
         models.check_heads(source, self.taught_by)
         with self._first():
             check_out(recipe.output, recipe.overwrite, source.path if source else None)
@@ -158,7 +160,7 @@ class _Run:
         # A teacher whose weights are shared out can't write on one process alone.
         model = None if self.spread.sharded else self.spread.objective.teacher
         if model is None:
-            place = self.taught_by or find_teacher(None, self.source)
+            place = self.taught_by or find_teacher(None, self.source, recipe.allow_pickle)
             model = self._load_teacher(place).to(self.accelerator.device)
         generate_tokens(model, self.tokenizer, source, recipe.block_size, recipe.seed, folder)
 

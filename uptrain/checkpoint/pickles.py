@@ -42,7 +42,7 @@ class PickleShards:
         """Return one tensor as an array of its own dtype and shape."""
         import torch
 
-        tensor = self._shard(info.file)[info.name].detach().contiguous()
+        tensor = self._shard(info.file)[info.name].contiguous()
         flat = tensor.reshape(-1).view(torch.uint8).numpy()
         return np.asarray(flat.view(numpy_dtype(info.dtype)).reshape(info.shape))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from uptrain.checkpoint.adapters import refuse_adapter
 from uptrain.checkpoint.arrays import Array, numpy_dtype, raw_bytes
 from uptrain.checkpoint.checksum import Checksum, borrowed_buffer
 from uptrain.checkpoint.clone import Span
@@ -195,8 +196,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read `config.json` of folder `path`.
 
     Raises:
-        CheckpointError: the folder has none, or it isn't one JSON object.
+        CheckpointError: the folder has none, it isn't one JSON object, or an adapter stands there.
     """
+    refuse_adapter(path)
     if not (path / "config.json").is_file():
         refuse_gguf(path)
         raise CheckpointError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from uptrain.checkpoint.adapters import refuse_adapter
 from uptrain.checkpoint.download import has_weights, is_offline, missing_weights, refuse_missing
 from uptrain.checkpoint.header import ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
@@ -32,9 +33,11 @@ def _open_remote(source: Source) -> Checkpoint:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 
-    config, api = read_config(source.path), HfApi()
+    api = HfApi()
     with hub_errors(source.name, source.revision):
         names = source.listed or api.list_repo_files(source.name, revision=source.revision)
+    refuse_adapter(source.path, names)
+    config = read_config(source.path)
     weights = find_weights(names, config, source.name, allow_pickle=True)
     if weights.pickled:
         raise CheckpointError(

@@ -22,7 +22,8 @@ class Source:
     """A model a user named, and the local folder that holds it.
 
     `listed` names all files of a Hub repository, of which `path` has those that are read; None where nothing lists
-    them: for folders, and without a network for repositories that another program downloaded.
+    them: for folders, and without a network for repositories that another program downloaded. `allow_pickle` says that
+    its pickles may be read.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Source:
     origin: Literal["folder", "hub", "demo"]
     revision: str | None = None
     listed: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
+    allow_pickle: bool = False
 
     @property
     def short_name(self) -> str:
@@ -64,7 +66,7 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
     if revision is not None and (path.is_dir() or model == "demo"):
         raise UsageError(f"--revision {revision} is for a Hub id, and {model} is here.", "Leave --revision out.")
     if path.is_dir():
-        return Source(path.resolve(), model, "folder")
+        return Source(path.resolve(), model, "folder", allow_pickle=allow_pickle)
     if model == "demo":
         return Source(DEMO, model, "demo")
     if there:
@@ -74,7 +76,7 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
         raise UsageError(f"There is no folder {model}.", "Name a checkpoint folder, a Hub id, or 'demo'.")
     with hub_errors(model, revision):
         found = download(model, revision, allow_pickle, weights)
-    return Source(found.folder, model, "hub", revision=found.folder.name, listed=found.listed)
+    return Source(found.folder, model, "hub", found.folder.name, found.listed, allow_pickle)
 
 
 @contextmanager

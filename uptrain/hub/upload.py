@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uptrain.checkpoint.adapters import ADAPTER_CONFIG
 from uptrain.checkpoint.manifest import SIGNATURE
 from uptrain.errors import UsageError
 from uptrain.hub.errors import push_errors
@@ -88,7 +89,8 @@ def _stale(api: HfApi, prepared: Prepared) -> tuple[str, ...]:
 
 
 def _of_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".index.json", ".py")) or name == SIGNATURE
+    # An adapter's config would be loaded on top of the new weights.
+    return name.endswith((".safetensors", ".bin", ".index.json", ".py")) or name in (SIGNATURE, ADAPTER_CONFIG)
 
 
 @contextmanager

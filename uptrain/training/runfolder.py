@@ -15,7 +15,16 @@ from uptrain.checkpoint.writer import LOCK, sync, write_atomic
 from uptrain.errors import UptrainError, UsageError
 from uptrain.recipe_schema import Recipe
 
-_MAY_CHANGE = {"overwrite", "log_every", "save_every", "eval_every", "eval_every_tokens", "output", "trackers"}
+_MAY_CHANGE = {
+    "allow_pickle",
+    "overwrite",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "eval_every_tokens",
+    "output",
+    "trackers",
+}
 
 
 class RunFolder:

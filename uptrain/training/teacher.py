@@ -13,14 +13,17 @@ from uptrain.errors import UptrainError, UsageError
 from uptrain.hosts import latent_norm
 
 
-def find_teacher(named: str | None, student: Source | None) -> Source:
+def find_teacher(named: str | None, student: Source | None, allow_pickle: bool = False) -> Source:
     """Return where the teacher is: as named, or the source of the student's conversion.
+
+    `allow_pickle` is the recipe's: that uptrain.json says of what was converted is no permission, for anybody may have
+    written it.
 
     Raises:
         UsageError: neither is known, or the conversion's source is not there any more.
     """
     if named is not None:
-        return resolve(named)
+        return resolve(named, None, allow_pickle)
     converted = converted_from(student.path) if student else None
     if converted is None:
         raise UsageError(
@@ -28,7 +31,7 @@ def find_teacher(named: str | None, student: Source | None) -> Source:
             "Name the original with distill.teacher=MODEL, or learn from the text alone with distill=null.",
         )
     try:
-        return resolve(str(converted["name"]), converted.get("revision"))
+        return resolve(str(converted["name"]), converted.get("revision"), allow_pickle)
     except UptrainError as error:
         raise UsageError(
             f"The teacher {converted['name']}, from which {student.name if student else 'it'} was converted, "
