@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token, cross_bytes_per_token
-from uptrain.checkpoint.header import ITEM_BITS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
 from uptrain.errors import UsageError
@@ -26,6 +25,7 @@ from uptrain.packing import module_of
 from uptrain.plan import find_prefix
 from uptrain.plan_latent import plan_latent
 from uptrain.request import Request
+from uptrain.running_dtype import cached_itemsize
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
@@ -100,7 +100,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
     for info in checkpoint.tensors.values():
         counts[info.dtype] += math.prod(info.shape)
     dtype = counts.most_common(1)[0][0] if counts else "F32"
-    itemsize = ITEM_BITS[dtype] // 8
+    itemsize = cached_itemsize(checkpoint.config, (info.dtype for info in checkpoint.tensors.values()))
     windows = [spec.sliding_window for spec in layers if spec.sliding_window]
     return Inspection(
         name=model,

@@ -26,6 +26,7 @@ from uptrain.plan_norms import pooled_norms
 from uptrain.plan_rehost import Rehost
 from uptrain.plan_tensors import OutputTensor
 from uptrain.request import Request, resolve_groups
+from uptrain.running_dtype import cached_itemsize
 
 PLAN_FORMAT = 2
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
@@ -59,8 +60,7 @@ class Plan:
     @property
     def itemsize(self) -> int:
         """Return the bytes a cached value takes when the model runs in its own dtype."""
-        dtypes = [t.info.dtype for shard in self.shards.values() for t in shard if t.operation == "attention"]
-        return ITEM_BITS[dtypes[0]] // 8 if dtypes else 2
+        return cached_itemsize(self.config, (t.info.dtype for shard in self.shards.values() for t in shard))
 
     @property
     def cache_before(self) -> int:
