@@ -156,6 +156,12 @@ def test_the_cache_is_that_of_the_whole_way_from_the_public_model(tmp_path: Path
         ("llama", Request("mla", kv_lora_rank=16, qk_rope_head_dim=4), False, True),
         ("llama", Request("mla", kv_lora_rank=16, qk_rope_head_dim=4, rope="longrope"), False, False),
         ("gpt2", Request("mla", kv_lora_rank=16), True, False),
+        ("bloom", Request("gqa", 2), True, False),
+        ("mpt", Request("mqa"), True, False),
+        ("gpt_neo", Request("gqa", 2), True, False),
+        ("gpt_neo", Request("gqa", 4), False, False),
+        ("t5", Request("gqa", 2), True, False),
+        ("opt", Request("gqa", 2), True, True),
     ],
 )
 def test_how_to_load_it_follows_from_its_class(
@@ -166,7 +172,8 @@ def test_how_to_load_it_follows_from_its_class(
     text = text_of(folder, "org/base", revision="v1")
     assert ("trust_remote_code=True" in text) is remote is any(folder.glob("*.py"))
     assert ("No remote code" in text) is not remote
-    assert ("vllm serve me/small --revision v1" in text) is served
+    assert ("vllm serve me/small --revision v1" in text) is served is ("transformers only" not in text)
+    assert text.count("trust_remote_code=False") == (2 if remote else 0)
     assert ("a latent of 16 values" in text) is (request_.target == "mla")
     assert str(tmp_path) not in text, "a path of this machine went public"
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from uptrain.attention import AttentionSpec, cache_bytes, cache_bytes_per_token, cross_bytes_per_token
-from uptrain.checkpoint.header import ITEM_BITS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
 from uptrain.embeddings import declares_tied, embeddings_of
@@ -28,9 +27,10 @@ from uptrain.packing import module_of
 from uptrain.plan_latent import plan_latent
 from uptrain.plan_quantised import check_attention, check_host
 from uptrain.prefixes import find_prefix
-from uptrain.quantisation import compute_dtype, quantisation_of
+from uptrain.quantisation import quantisation_of
 from uptrain.request import Request
 from uptrain.rotation import EVERY, rotary_parameters
+from uptrain.running_dtype import cached_itemsize
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
@@ -109,7 +109,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
     counts = Counter[str]()
     for info in checkpoint.tensors.values():
         counts[info.dtype] += math.prod(info.shape)
-    itemsize = ITEM_BITS[compute_dtype(checkpoint.config, checkpoint.tensors)] // 8
+    itemsize = cached_itemsize(checkpoint.config, (info.dtype for info in checkpoint.tensors.values()))
     quantised = quantisation_of(checkpoint)
     unreadable = _unreadable(checkpoint, architecture, layers, model)
     windows = [spec.sliding_window for spec in layers if spec.sliding_window]

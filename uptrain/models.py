@@ -40,8 +40,8 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
 
     Raises:
         UsageError: the model has no language-model head.
-        CheckpointError: transformers can't load it, weights are missing, of other sizes or left out, or they are pickles
-            without permission.
+        CheckpointError: transformers can't load it, weights are missing, of other sizes or left out, or they are
+            pickles without permission.
     """
     safetensors = uses_safetensors(source.path, source.allow_pickle)
     check_loadable(source)

@@ -10,7 +10,7 @@ from typing import Any
 
 from uptrain.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.checkpoint.arrays import is_float
-from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
+from uptrain.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.embeddings import Embeddings, declare, embeddings_of
 from uptrain.errors import CheckpointError, UsageError
@@ -32,6 +32,7 @@ from uptrain.plan_tensors import OutputTensor
 from uptrain.prefixes import find_prefix
 from uptrain.purpose import is_language_model
 from uptrain.request import Request, resolve_groups
+from uptrain.running_dtype import cached_itemsize
 
 PLAN_FORMAT = 2
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
@@ -69,8 +70,7 @@ class Plan:
     @property
     def itemsize(self) -> int:
         """Return the bytes a cached value takes when the model runs in its own dtype."""
-        dtypes = [t.info.dtype for shard in self.shards.values() for t in shard if t.operation == "attention"]
-        return ITEM_BITS[dtypes[0]] // 8 if dtypes else 2
+        return cached_itemsize(self.config, (t.info.dtype for shard in self.shards.values() for t in shard))
 
     @property
     def cache_before(self) -> int:

@@ -14,7 +14,6 @@ from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.model_config import DTYPE_KEYS
 
 ORIGINAL = "Convert the full-precision original and quantise the result."
 
@@ -193,25 +192,6 @@ def declared_scheme(config: Mapping[str, Any]) -> str:
     method = str(said.get("quant_method") or "")
     bits = _bits(method, said)
     return "" if not said else NAMES.get(method, method or "MLX") + (f", {bits} bits" if bits else "")
-
-
-def compute_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the safetensors dtype that a model computes and caches in, whatever its weights are stored as.
-
-    That is the dtype of most of its weights, if those are floating numbers of 16 bits or more. Else it is what
-    config.json says, then what most of the other weights have, and bfloat16 where there are none.
-    """
-    counts: dict[str, int] = {}
-    for info in tensors.values():
-        counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
-    most = sorted(counts, key=lambda dtype: -counts[dtype])
-    whole = [dtype for dtype in most if dtype in FLOAT_DTYPES.values()]
-    if most and most[0] in whole:
-        return most[0]
-    sections = [config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))]
-    named = [str(section[key]).removeprefix("torch.") for section in sections for key in DTYPE_KEYS if section.get(key)]
-    known = [FLOAT_DTYPES[name] for name in named if name in FLOAT_DTYPES]
-    return (known or whole or ["BF16"])[0]
 
 
 def _found(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> Quantisation | None:

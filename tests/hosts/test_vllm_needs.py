@@ -11,6 +11,8 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from uptrain.hosts.engines import VLLM_LOADS_NOT
+
 Pair = Callable[..., tuple[PreTrainedModel, PreTrainedModel]]
 TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5]])
 
@@ -31,6 +33,34 @@ def joined(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
 
 
 AttentionInterface.register("joined", joined)
+
+
+def takes_joined_heads(model_type: str, pair: Pair) -> bool:
+    model, _ = pair(model_type)
+    with torch.no_grad():
+        wanted = model(TOKENS).logits
+        try:
+            model.set_attn_implementation("joined")
+            return bool(torch.allclose(model(TOKENS).logits, wanted, atol=1e-5))
+        except (ValueError, RuntimeError, AttributeError):  # it never asks for one, or can not do without its own
+            return False
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "persimmon", "bloom", "mpt", "gpt_neo"])
+def test_the_table_says_which_of_our_decoders_vllm_loads(model_type: str, pair: Pair) -> None:
+    """vLLM puts its own attention into the class, which works where the class asks transformers' interface for one."""
+    calls = []
+
+    def counted(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        calls.append(1)
+        return joined(*arguments, **options)
+
+    AttentionInterface.register("joined", counted)
+    try:
+        served = takes_joined_heads(model_type, pair) and bool(calls)
+    finally:
+        AttentionInterface.register("joined", joined)
+    assert served is (f"uptrain_{model_type}" not in VLLM_LOADS_NOT)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "persimmon"])

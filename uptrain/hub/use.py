@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uptrain.hosts.engines import why_not_vllm
 from uptrain.hub.history import Stage
-from uptrain.layout import Architecture
 from uptrain.model_config import auto_class_name
 from uptrain.purpose import auto_class_without_head, is_language_model
 
@@ -37,26 +37,23 @@ def use(repo: str, config: Mapping[str, Any], converted: Sequence[Stage], revisi
     remote = bool(config.get("auto_map"))
     last = converted[-1] if converted else {}
     auto = auto_class_of(config)
-    served = "It runs in transformers only." if _alone(auto, remote, last) else _serving(repo, remote, last, revision)
+    why = why_not_vllm(config, (last.get("latent") or {}).get("rope"))
+    served = f"It runs in transformers only: {why}." if why else _serving(repo, remote, last, revision)
     writes = is_language_model(config)
     return "\n\n".join((_loading(repo, auto, remote, revision, writes), _code(config, remote), served))
-
-
-def _alone(auto: str, remote: bool, last: Mapping[str, Any]) -> bool:
-    # vLLM and llama.cpp have no class for such decoders and latents, and no such rotary table.
-    latent = last.get("latent")
-    return auto != Architecture.auto_class or bool(latent and (remote or latent.get("rope") == "longrope"))
 
 
 def _loading(repo: str, auto: str, remote: bool, revision: str | None, writes: bool) -> str:
     at = f', revision="{revision}"' if revision else ""
     trust = ", trust_remote_code=True" if remote else ""
+    # Left to itself, transformers asks about the config's code before it reads a tokenizer, which has none.
+    no_code = ", trust_remote_code=False" if remote else ""
     name, reader, given = _READS_SOUND if TASKS[auto] == "automatic-speech-recognition" else _READS_TEXT
     shown = f"{name}.decode(model.generate(**inputs, max_new_tokens=20)[0])" if writes else "model(**inputs)[0]"
     return f'''```python
 from transformers import {", ".join(sorted((auto, reader)))}
 
-{name} = {reader}.from_pretrained("{repo}"{at})
+{name} = {reader}.from_pretrained("{repo}"{at}{no_code})
 model = {auto}.from_pretrained("{repo}"{at}, dtype="auto"{trust})
 inputs = {given}
 print({shown})
@@ -71,7 +68,8 @@ def _code(config: Mapping[str, Any], remote: bool) -> str:
     file = str(next(iter(config["auto_map"].values()))).rpartition(".")[0] + ".py"
     return (
         f"Its class, `{name}`, is not one of transformers: `trust_remote_code=True` runs `{file}` of this repository. "
-        "After `import uptrain` it loads without."
+        "After `import uptrain` it loads without. The tokenizer needs no code; without `trust_remote_code=False`, "
+        "transformers asks for it all the same, and waits."
     )
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.attention import AttentionSpec
-from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
-from uptrain.checkpoint.reader import read_config
+from uptrain.checkpoint.reader import open_checkpoint, read_config
 from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.eval_tables import Table, figure, pair, rows_of, stale_parts, weights_of
-from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers
+from uptrain.model_config import architecture_of, attention_layers
+from uptrain.running_dtype import cached_itemsize
 
 LOG = "train_log.jsonl"
 
@@ -44,9 +44,12 @@ class Subject:
 
     @property
     def itemsize(self) -> int:
-        """Return the bytes of a cached value: of the config's dtype, else of 16 bits."""
-        dtype = next((str(self.config[key]) for key in DTYPE_KEYS if self.config.get(key)), "")
-        return ITEM_BITS[FLOAT_DTYPES[dtype]] // 8 if dtype in FLOAT_DTYPES else 2
+        """Return the bytes of a cached value when the model runs in its own dtype."""
+        try:
+            stored = [info.dtype for info in open_checkpoint(self.folder).tensors.values()]
+        except CheckpointError:  # what is measured can be shown without its weights
+            stored = []
+        return cached_itemsize(self.config, stored)
 
     @property
     def original_heads(self) -> int:
