@@ -147,6 +147,22 @@ def test_a_latent_that_no_class_holds(config: Config, asked: Config, noun: str, 
     refuse(source, {**MLA, **asked}, UsageError, noun)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear"},
+        {"rope_type": "linear", "factor": -2.0},
+        {"rope_type": "linear", "factor": 0},
+        {"rope_type": "llama3", "factor": 2.0},
+        {"rope_type": "default", "rope_theta": 0},
+        {"rope_type": "default", "rope_theta": -1.0},
+    ],
+)
+def test_rotary_parameters_that_say_no_frequencies(rope: Config, tmp_path: Path) -> None:
+    source = save_small(tmp_path / "src", rope_parameters={"rope_theta": 10_000.0, **rope})
+    refuse(source, MLA, CheckpointError, "rope|rotary|theta|factor")
+
+
 def test_absolute_positions_have_no_rotary_options(tmp_path: Path) -> None:
     source = save_small(tmp_path / "src", tensors=gpt2(), **ABSOLUTE)
     plan_conversion(str(source), Request("mla"))
