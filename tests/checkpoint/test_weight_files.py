@@ -17,9 +17,11 @@ from tests.conftest import tiny_config, tiny_model
 from tests.hub_server import serve
 from tests.oracle import pool_model
 from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.checkpoint.source import Source
 from uptrain.checkpoint.weight_files import find_weights
 from uptrain.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError
+from uptrain.models import check_weights
 from uptrain.request import Request
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -185,6 +187,9 @@ def test_what_is_not_read_is_named(put: Callable[[Path], Any], says: str, save_t
     with pytest.raises(CheckpointError, match=says) as caught:
         open_checkpoint(source)
     assert caught.value.hint
+    # eval, train and load() ask the same before transformers does.
+    with pytest.raises(CheckpointError, match=says):
+        check_weights(Source(source, "src", "folder"))
 
 
 def test_shards_of_a_distributed_checkpoint_are_not_passed_over(save_tiny: Save) -> None:

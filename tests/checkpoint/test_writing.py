@@ -132,6 +132,7 @@ def edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
         (lambda out: (out / "model.safetensors").unlink(), "is missing"),
         (lambda out: (out / "extra.safetensors").write_text(""), "added later"),
         (lambda out: (out / "evil.py").write_text(""), "added later"),
+        (lambda out: (out / "adapter_config.json").write_text("{}"), "added later"),
         (lambda out: edit(out / MANIFEST, lambda files: files.update({"../x": {"size": 1}})), "outside its folder"),
         (lambda out: edit(out / MANIFEST, lambda files: files["config.json"].pop("checksum")), "no usable checksum"),
     ],

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.adapters import ADAPTER_CONFIG
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.writer import CLAIMS, LOCK, STATE, write_atomic
@@ -96,7 +97,8 @@ def verify(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no folder or no manifest.
-        VerificationError: a file is missing, of another size, of other bytes, or an unlisted weight file is there.
+        VerificationError: a file is missing, of another size, of other bytes, or an unlisted file that would be
+            loaded is there.
     """
     if not directory.is_dir():
         raise CheckpointError(f"There is no folder {directory}.")
@@ -109,7 +111,8 @@ def verify(directory: Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         _verify_file(directory, str(name), entry)
     for name in unlisted(directory, manifest):
-        if name.endswith((".safetensors", ".bin", ".py")):
+        # An adapter's config would be loaded on top of the weights.
+        if name.endswith((".safetensors", ".bin", ".py")) or name == ADAPTER_CONFIG:
             raise VerificationError(f"{directory / name} is not listed in {MANIFEST}: it was added later.")
     return manifest
 
