@@ -68,7 +68,7 @@ def stale_parts(found: Mapping[str, Any] | None) -> list[str]:
 
 def by_text(found: Mapping[str, Any]) -> Table:
     """Return a row for each text and context, of the model beside its baseline."""
-    columns = ("text", "context", "perplexity", "original's", "KL, nats", "top-1", "top-5", "flips")
+    columns: tuple[str, ...] = ("text", "context", "perplexity", "original's", "KL, nats", "top-1", "top-5", "flips")
     rows: list[tuple[str, ...]] = [
         (
             PurePath(str(row.get("text", ""))).name, _whole(row, "context"), _plain(row, "perplexity", "{:.2f}"),

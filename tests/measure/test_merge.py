@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.training import checkpoint, corpus
 from uptrain.cli import run
+from uptrain.hub import prepare
 from uptrain.hub.figures import read_figures
 from uptrain.page.subjects import find_subjects
 
@@ -174,3 +175,14 @@ def test_the_report_says_that_other_weights_were_measured(here: Path) -> None:
     assert "other weights" in page
     (subject,) = find_subjects(here / "mqa2")
     assert subject.evaluation is None
+
+
+def test_a_card_has_nothing_of_other_weights(here: Path) -> None:
+    measure(here, "--no-speed")
+    prepared = prepare(here / "mqa", "me/small", license="mit", dry=True)
+    assert "## Evaluation" in prepared.card and "eval.json" in prepared.files
+    assert run(["convert", str(here / "source"), str(here / "other"), "--to", "mqa", "--method", "first"]) == 0
+    shutil.copyfile(here / "mqa/eval.json", here / "other/eval.json")
+    prepared = prepare(here / "other", "me/small", license="mit", dry=True)
+    assert "## Evaluation" not in prepared.card and "eval.json" not in prepared.files
+    assert any("other weights" in note for note in prepared.notes)

@@ -121,7 +121,7 @@ def _subject(folder: Path) -> Subject | None:
         return None
     config = read_config(folder)
     layers = attention_layers(architecture_of(config, str(folder)), config, str(folder))
-    evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    evaluation: Mapping[str, Any] | None = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     name = folder.resolve().name
     evaluation, left_out = _of_these_weights(name, folder, manifest, evaluation)
     return Subject(name, folder, manifest["stages"], config, layers, evaluation, _log(folder / LOG), left_out)
