@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from tests.hub_push_server import front_matter, validated
+from tests.test_rotation import rewrite
 from tests.training import checkpoint
 from uptrain.checkpoint.reader import read_config
 from uptrain.convert import convert
@@ -176,6 +178,32 @@ def test_how_to_load_it_follows_from_its_class(
     assert text.count("trust_remote_code=False") == (2 if remote else 0)
     assert ("a latent of 16 values" in text) is (request_.target == "mla")
     assert str(tmp_path) not in text, "a path of this machine went public"
+
+
+SCALED = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rotary_emb_base": 100, "rotary_pct": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "wants", "both"),
+    [
+        ("llama", None, True, False),  # as transformers 5 saves it
+        ("llama", {"rope_theta": 100.0}, False, False),  # as transformers 4 does
+        ("gpt2", None, False, False),
+        ("gpt_neox", None, False, True),
+        ("gpt_neox+no_use_parallel_residual", None, False, True),
+        ("gpt_neox+no_use_parallel_residual", SCALED, True, False),
+        ("opt", None, True, False),
+    ],
+)
+def test_a_card_says_which_transformers_rotates_as_it_should(
+    save_tiny: Callable[..., Path], tmp_path: Path, family: str, said: dict[str, Any] | None, wants: bool, both: bool
+) -> None:
+    source = save_tiny(family)
+    if said:
+        rewrite(source, **said)
+    text = text_of(convert(str(source), tmp_path / "out", Request("mqa")).out, "org/base")
+    assert ("wants transformers 5" in text) is wants
+    assert ("the words of transformers 4 too" in text) is both
 
 
 def test_training_is_told_with_its_recipe(tmp_path: Path) -> None:

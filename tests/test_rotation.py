@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,15 @@ def test_a_plan_that_rotates_otherwise_than_the_classes_is_refused(
     with pytest.raises(CheckpointError, match="frequencies"):
         convert(str(source), tmp_path / "out", request(2))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_rotated_dims_that_the_class_counts_otherwise_are_refused(save_tiny: Save) -> None:
+    """Factored heads would be mixed by dims that the rotation then pulls apart."""
+    source, checkpoint, plan = plan_conversion(str(save_tiny("glm")), Request("gqa", 2, "svd"))
+    rotary_check.check_rotation(checkpoint, plan, source.name)
+    other = replace(plan, before=tuple(replace(spec, rotary_ndims=4) for spec in plan.before))
+    with pytest.raises(CheckpointError, match="frequencies"):
+        rotary_check.check_rotation(checkpoint, other, source.name)
 
 
 def test_a_latent_s_own_table_is_asked_about_once_it_is_chosen(

@@ -58,7 +58,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     def answers(*folders: Path) -> list[Any]:
         program, given = [sys.executable, "-c", PROGRAM], json.dumps([str(folder) for folder in folders])
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
+            program,
             input=given,
             env=env,
             cwd=modules,

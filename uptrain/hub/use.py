@@ -64,12 +64,26 @@ def _code(config: Mapping[str, Any], remote: bool) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else config.get("model_type")
     if not remote:
-        return f"No remote code: `{name}` is a class of transformers."
+        return f"No remote code: `{name}` is a class of transformers.{_versions(config)}"
     file = str(next(iter(config["auto_map"].values()))).rpartition(".")[0] + ".py"
     return (
-        f"Its class, `{name}`, is not one of transformers: `trust_remote_code=True` runs `{file}` of this repository. "
-        "After `import uptrain` it loads without. The tokenizer needs no code; without `trust_remote_code=False`, "
-        "transformers asks for it all the same, and waits."
+        f"Its class, `{name}`, is not one of transformers: `trust_remote_code=True` runs `{file}` of this repository, "
+        "which wants transformers 5. After `import uptrain` it loads without. The tokenizer needs no code; without "
+        "`trust_remote_code=False`, transformers asks for it all the same, and waits."
+    )
+
+
+def _versions(config: Mapping[str, Any]) -> str:
+    """Say which versions of transformers read the rotation as it is: 4 has other words for it, and fewer."""
+    if not config.get("rope_parameters"):
+        return ""
+    if "rope_theta" in config and config["rope_theta"] is None:
+        return " It wants transformers 5: that class of transformers 4 knows no scaled rotation, and stops."
+    if "rope_theta" in config or "rotary_emb_base" in config:
+        return " config.json says its rotation in the words of transformers 4 too."
+    return (
+        " It wants transformers 5: config.json says its rotation as that writes it, and transformers 4 would take its "
+        "own without a word."
     )
 
 
