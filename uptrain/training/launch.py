@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from torch import distributed
 
 from uptrain import devices
@@ -48,7 +49,14 @@ def join() -> PartialState:
     AcceleratorState._reset_state()
     # The first process tokenises while the others wait, which may take hours.
     timeout = InitProcessGroupKwargs(timeout=timedelta(hours=12)).to_kwargs()
-    state = PartialState(cpu=place.type == "cpu", **timeout)
+    try:
+        with patch_environment(accelerate_torch_device=str(place)):
+            state = PartialState(cpu=place.type == "cpu", **timeout)
+    except (ValueError, distributed.DistError) as error:
+        raise UsageError(
+            f"The {processes} processes that were launched can't be joined: {' '.join(str(error).split())[:300]}",
+            "Start them with torchrun or accelerate launch.",
+        ) from None
     if state.num_processes < processes:
         raise UsageError(
             f"{processes} processes were launched ({variable}), but this one sees only {state.num_processes} on "
@@ -56,10 +64,9 @@ def join() -> PartialState:
             "Start them with torchrun or accelerate launch, on devices that torch.distributed can connect; for one "
             f"process, unset {variable}.",
         )
-    if state.device != place and not (distributed.is_initialized() and place.type == "cpu"):
-        state.device = place
-        if place.index is not None:
-            torch.accelerator.set_device_index(place.index)
+    state.device = place
+    if place.index is not None:
+        torch.accelerator.set_device_index(place.index)
     return state
 
 

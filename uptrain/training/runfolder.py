@@ -15,16 +15,11 @@ from uptrain.checkpoint.writer import LOCK, sync, write_atomic
 from uptrain.errors import UptrainError, UsageError
 from uptrain.recipe_schema import Recipe
 
+# The last ones change where and in how many parts a step is computed, which a run short of memory may have to.
 _MAY_CHANGE = {
-    "allow_pickle",
-    "overwrite",
-    "log_every",
-    "save_every",
-    "eval_every",
-    "eval_every_tokens",
-    "output",
-    "trackers",
-}
+    "allow_pickle", "overwrite", "log_every", "save_every", "eval_every", "eval_every_tokens", "output", "trackers",
+    "gradient_accumulation", "gradient_checkpointing", "fsdp",
+}  # fmt: skip
 
 
 class RunFolder:
