@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,13 @@ def test_a_trained_model_is_not_written_without_all_its_weights() -> None:
                     {**weights, "model.layers.1.mlp.up_proj.scale": torch.ones(1)}):  # fmt: skip
         with pytest.raises(UptrainError, match=r"mlp\.up_proj"):
             assemble(model, changed, torch.float32)
+
+
+def test_a_source_that_is_quantised_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
+    _, found, planned = plan_conversion(str(save_tiny("llama")), Request("mqa"))
+    quantised = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
+    (note,) = class_check.check_classes(quantised, planned, "it")
+    assert "quantised" in note
 
 
 def question(folder: Path) -> class_check.Question:

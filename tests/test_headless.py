@@ -146,7 +146,7 @@ def test_no_head_is_measured_or_trained_or_loaded_that_is_not_there(reward: Path
     ):
         with pytest.raises(UsageError, match="LlamaForSequenceClassification"):
             ask()
-    assert {path.name for path in tmp_path.iterdir()} <= {"reward", "words", "text.txt", "up.run"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"reward", "words", "text.txt"}
 
 
 def test_a_card_loads_the_head_that_is_there(reward: Path, tmp_path: Path) -> None:

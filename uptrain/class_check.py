@@ -69,7 +69,8 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
     result = Question(plan.config, {key: tensor.info.shape for key, tensor in outputs.items()})
     family, layers = plan.architecture, checkpoint.config.get(plan.architecture.keys.num_hidden_layers)
     if checkpoint.config.get("quantization_config"):
-        return ()  # a quantiser would have to answer
+        # Its quantiser would have to answer, and may need a GPU.
+        return (f"{name} is quantised in part, so its class was not asked whether all of its weights are there.",)
     before, after = answers((source, result))
     problem = before.problem or after.problem
     if problem:
