@@ -19,6 +19,9 @@ def serve(folder: Path, repository: str) -> Iterator[tuple[str, list[tuple[str, 
     """Serve `folder` as `repository`; yield the endpoint and a growing list of (method, path, bytes sent)."""
     log: list[tuple[str, str, int]] = []
 
+    def names() -> list[str]:
+        return sorted(item.relative_to(folder).as_posix() for item in folder.rglob("*") if item.is_file())
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -44,15 +47,15 @@ def serve(folder: Path, repository: str) -> Iterator[tuple[str, list[tuple[str, 
                 self.file(path.split("/", 5)[5])
             elif path.startswith(f"/api/models/{repository}/tree/"):
                 files = [
-                    {"type": "file", "path": item.name, "oid": item.name, "size": item.stat().st_size}
-                    for item in sorted(folder.iterdir())
+                    {"type": "file", "path": name, "oid": name, "size": (folder / name).stat().st_size}
+                    for name in names()
                 ]
                 self.answer(200, json.dumps(files).encode(), {"Content-Type": "application/json"})
             elif path == f"/api/models/{repository}" or path.startswith(f"/api/models/{repository}/revision/"):
                 if path.endswith("/nowhere"):
                     self.missing("RevisionNotFound")
                     return
-                siblings = [{"rfilename": item.name} for item in folder.iterdir()]
+                siblings = [{"rfilename": name} for name in names()]
                 info = {"id": repository, "sha": SHA, "siblings": siblings, "private": False, "tags": []}
                 self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
             else:
