@@ -61,6 +61,46 @@ def test_a_folder_whose_manifest_never_had_a_tokenizer_is_refused(folder: Path) 
         check_folder(folder)
 
 
+def test_a_tokenizer_that_does_not_load_or_knows_no_word_is_refused(folder: Path) -> None:
+    whole = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(whole[:2000])
+    remade(folder)
+    with pytest.raises(CheckpointError, match="no tokenizer that transformers can load"):
+        check_folder(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    remade(folder)
+    with pytest.raises(CheckpointError, match="no vocabulary"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_code_that_a_tokenizer_or_processor_names_must_be_there_and_is_not_run(kind: str, folder: Path) -> None:
+    auto = "AutoTokenizer" if kind == "tokenizer_config.json" else "AutoProcessor"
+    (folder / kind).write_text(json.dumps({"auto_map": {auto: "reading_mine.Mine"}}))
+    remade(folder)
+    with pytest.raises(CheckpointError, match=r"lacks code .*reading_mine\.py"):
+        check_folder(folder)
+    (folder / "reading_mine.py").write_text("from .cutting import cut\nraise SystemExit('not to be run')\n")
+    remade(folder)
+    with pytest.raises(CheckpointError, match=r"lacks code .*cutting\.py"):
+        check_folder(folder)
+    (folder / "cutting.py").write_text("cut = 1\n")
+    remade(folder)
+    notes: list[str] = []
+    check_folder(folder, on_note=notes.append)
+    assert any("not checked" in note for note in notes) == (auto == "AutoTokenizer")
+
+
+def test_without_transformers_a_tokenizer_is_not_tried_and_that_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    notes: list[str] = []
+    check_folder(folder, on_note=notes.append)
+    assert "transformers" in " ".join(notes)
+
+
 def test_files_that_unpickle_are_refused_even_if_listed(folder: Path) -> None:
     (folder / "training_args.bin").write_bytes(b"")
     remade(folder)

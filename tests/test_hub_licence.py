@@ -45,13 +45,14 @@ def test_a_local_source_hands_its_card_s_licence_on_through_every_stage(tmp_path
     assert find_licence(done, manifest(done), [], None, read_card(done)[0]).id == "gpl-3.0"
 
 
-def test_a_licence_text_alone_is_carried_over_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["LICENSE", "Licence.rst", "COPYING", "MODEL_LICENSE.pdf"])
+def test_a_licence_text_alone_is_carried_over_as_it_is(name: str, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "llama")
-    (source / "LICENSE").write_text("Be kind.")
+    (source / name).write_text("Be kind.")
     done = convert(str(source), tmp_path / "done", Request("mqa")).out
     shutil.rmtree(source)
     found = find_licence(done, manifest(done), [], None, {})
-    assert (found.id, found.link) == ("other", "LICENSE") and (done / "LICENSE").read_text() == "Be kind."
+    assert (found.id, found.link) == ("other", name) and (done / name).read_text() == "Be kind."
 
 
 def test_a_hub_source_s_own_terms_are_linked_where_they_stand(tmp_path: Path) -> None:

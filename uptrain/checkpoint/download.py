@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from uptrain.checkpoint.jsonfile import read_json
+from uptrain.checkpoint.manifest import MANIFEST
 from uptrain.checkpoint.sidecars import CONFIG, MODULES, short, sidecars_of
 from uptrain.checkpoint.weight_files import (
     PICKLE_INDEX,
@@ -21,7 +22,8 @@ from uptrain.checkpoint.weight_files import (
 )
 from uptrain.errors import CheckpointError
 
-_LOOKED_AT = (MODULES, "adapter_config.json")
+_LOOKED_AT = (MANIFEST, MODULES, "adapter_config.json")
+"""What says where a model comes from and of which kind it is, beside its configs."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,22 @@ def download(model: str, revision: str | None, allow_pickle: bool, weights: bool
 
 def _listed(model: str, commit: str) -> tuple[str, ...] | None:
     """Return the names of a repository's files at a commit, None where that can't be known here."""
-    from huggingface_hub import HfApi
-
-    # HTTPError is that of the HTTP library in use, which has changed between versions.
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    with suppress(ImportError):  # older clients don't write the list, which never changes, into their cache
+    try:
+        # Newer clients write the list, which never changes, into the cache, so where there is none the Hub was not
+        # reached: asking again would wait for it once more.
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        from huggingface_hub import HfApi
 
-        with suppress(CachedRepoTreeNotFoundError, OSError):
-            return tuple(file.path for file in get_cached_repo_tree(model, revision=commit))
-    with suppress(HTTPError, OSError):
-        return tuple(HfApi().list_repo_files(model, revision=commit))
+        # HTTPError is that of the HTTP library in use, which has changed between versions.
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+        with suppress(HTTPError, OSError):
+            return tuple(HfApi().list_repo_files(model, revision=commit))
+        return None
+    with suppress(CachedRepoTreeNotFoundError, OSError):
+        return tuple(file.path for file in get_cached_repo_tree(model, revision=commit))
     return None
 
 

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -89,13 +90,15 @@ class Sidecars:
         return {"goes_along": list(self.along), "left_out": {why: list(names) for why, names in self.left.items()}}
 
 
-def short(names: Iterable[str], most: int = 4) -> str:
-    """Return names in a line: those of one folder as that folder with their number, no more than `most` in all."""
-    tops: dict[str, int] = {}
+def short(names: Collection[str], most: int = 5) -> str:
+    """Return names in a line: a folder's files as that folder, many of one kind as `*.bin`, no more than `most`."""
+    kinds = Counter(PurePosixPath(name).suffix for name in names if "/" not in name)
+    groups: Counter[str] = Counter()
     for name in names:
         top, inside, _ = name.partition("/")
-        tops[top + inside] = tops.get(top + inside, 0) + 1
-    words = [f"{top} ({count} files)" if count > 1 else top for top, count in tops.items()]
+        suffix = PurePosixPath(name).suffix
+        groups[f"{top}/" if inside else f"*{suffix}" if suffix and kinds[suffix] >= most else name] += 1
+    words = [f"{name} ({count} files)" if count > 1 else name for name, count in groups.most_common()]
     rest = len(words) - most
     return ", ".join(words if rest <= 1 else [*words[:most], f"{rest} more"])
 
@@ -120,7 +123,7 @@ def sidecars_of(
         CheckpointError: a folder or a file that goes along can't be read.
     """
     names, left = (set(listed), {}) if listed is not None else _files(folder)
-    code = code_named(folder, names, READERS, keeps_class)
+    code = code_named(folder, keeps_class=keeps_class)
     modules = _module_folders(folder)
     inner = {
         name.rpartition("/")[0]
@@ -177,16 +180,15 @@ def names_licence(name: str) -> bool:
     return _LICENCE.fullmatch(name) is not None
 
 
-def code_named(folder: Path, names: Collection[str], readers: Collection[str], keeps_class: bool) -> set[str]:
-    """Return the modules among `names` that the tokenizer, the processors and sentence-transformers name as theirs.
+def code_named(folder: Path, keeps_class: bool = False) -> set[str]:
+    """Return the modules that the tokenizer, the processors and sentence-transformers name as theirs, there or not.
 
     With what those import from beside them, as far as they are in `folder`; with `keeps_class`, the model's own too.
     """
     wanted: list[str] = []
-    for name in sorted(name for name in names if "/" not in name and name.endswith("config.json")):
-        own = name == CONFIG
-        for auto, reference in _auto_map(folder / name).items():
-            if keeps_class or not own or auto in readers:
+    for path in sorted(folder.glob("*config.json")):
+        for auto, reference in _auto_map(path).items():
+            if keeps_class or auto in READERS:
                 wanted += _modules(reference)
     for module in _list(folder / MODULES):
         kind = module.get("type") if isinstance(module, dict) else None
@@ -195,7 +197,7 @@ def code_named(folder: Path, names: Collection[str], readers: Collection[str], k
     found: set[str] = set()
     while wanted:
         name = wanted.pop()
-        if name in found or name not in names:
+        if name in found:
             continue
         found.add(name)
         if not (folder / name).is_file():
@@ -211,6 +213,14 @@ def reading_code(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config's `auto_map` says of the classes that read a model's input; they stay as they are."""
     own = config.get("auto_map")
     return {auto: own[auto] for auto in READERS if auto in own} if isinstance(own, dict) else {}
+
+
+def reading_code_of(folder: Path) -> dict[str, Any]:
+    """Return what all configs of a folder say of the classes that read a model's input, as `reading_code`."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*config.json")):
+        found |= reading_code({"auto_map": _auto_map(path)})
+    return found
 
 
 def _auto_map(path: Path) -> dict[str, Any]:

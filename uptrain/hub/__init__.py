@@ -8,6 +8,7 @@ from typing import Any
 
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, SIGNATURE, read_manifest
 from uptrain.checkpoint.reader import read_config
+from uptrain.checkpoint.sidecars import reading_code_of
 from uptrain.checkpoint.signature import is_signed, signed_by
 from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UptrainError, UsageError
@@ -77,7 +78,7 @@ def prepare(
     if figures is not None and figures.weights not in ("", weights_digest(directory, early["files"])):
         notes.append(f"{EVALUATION} measured other weights than these, so it stays here and the card has none of it.")
         figures = None
-    subject = Subject(repo, stages, read_config(directory), base, None if create_pr else revision)
+    subject = Subject(repo, stages, _config(directory), base, None if create_pr else revision)
     try:
         card = str(build_card(subject, licence, figures, own))
     except ValueError as error:
@@ -86,11 +87,18 @@ def prepare(
         raise CheckpointError(f"{directory / MANIFEST} has a history with parts missing.", "Convert again.") from None
     if paths := dict.fromkeys(_private_paths(stages)):
         notes.append(f"{MANIFEST} names paths of this machine, which become readable: {', '.join(paths)}.")
-    _, manifest = check_folder(directory, on_bytes)
+    _, manifest = check_folder(directory, on_bytes, notes.append)
     files = _files(directory, manifest, figures is not None, notes)
     return Prepared(
         directory, repo, private, revision, create_pr, card, {CARD: len(card.encode()), **files}, tuple(notes)
     )
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    """Return config.json with the code that any config names for reading input, which a card must mention."""
+    config = read_config(directory)
+    reading = reading_code_of(directory)
+    return {**config, "auto_map": {**config.get("auto_map", {}), **reading}} if reading else config
 
 
 def _check_names(repo: str, base_model: str | None, revision: str | None, create_pr: bool) -> None:

@@ -11,21 +11,24 @@ from uptrain.checkpoint.manifest import MANIFEST, verify
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.checkpoint.weight_files import INDEX
 from uptrain.errors import CheckpointError, VerificationError
+from uptrain.hub.tokenizer import check_tokenizer
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
 _UNSAFE = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"))
 
 
 def check_folder(
-    directory: Path, on_bytes: Callable[[int], None] = lambda count: None
+    directory: Path,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """Check that `directory` is whole, safe to load and free of NaN; return its checkpoint and its manifest.
 
-    `on_bytes` gets the bytes of weights looked at, as they are.
+    `on_bytes` gets the bytes of weights looked at, as they are; `on_note` hears what can't be checked here.
 
     Raises:
         VerificationError: a file is missing, changed, or not in the manifest.
-        CheckpointError: no folder or manifest, weights that are not safetensors, NaN or infinity, no tokenizer.
+        CheckpointError: no folder or manifest, weights that are not safetensors, NaN or infinity, no tokenizer
+            that loads.
     """
     _refuse_unsafe(directory)
     manifest = verify(directory)
@@ -34,11 +37,7 @@ def check_folder(
     for name in needed:
         if name not in manifest["files"]:
             raise VerificationError(f"{directory / name} is not listed in {MANIFEST}: it was added later.")
-    if not any((directory / name).is_file() and name in manifest["files"] for name in _TOKENIZERS):
-        raise CheckpointError(
-            f"{directory} has no tokenizer, so nobody could use it.",
-            "Put the source's tokenizer files into the source's folder and convert again.",
-        )
+    check_tokenizer(directory, manifest["files"], on_note)
     for name in checkpoint.tensors:
         for chunk in finite(checkpoint, name, "Convert or train again: a model with such a value generates nonsense."):
             on_bytes(len(chunk))

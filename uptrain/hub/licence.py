@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from uptrain.checkpoint.sidecars import names_licence
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.hub.errors import push_errors
 from uptrain.hub.history import Parent, Stage, parent_of
 
 _DEMO_LICENCE = "apache-2.0"
-_TEXTS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,14 @@ def find_licence(
     Raises:
         UsageError: nothing declares one.
     """
-    text = next((name for name in _TEXTS if (directory / name).is_file()), None)
+    texts = sorted(path.name for path in directory.iterdir() if path.is_file() and names_licence(path.name))
+    text = min(texts, key=len, default=None)
     if given:
         # An `other` licence must say where it stands.
         return Licence(given.lower(), "--license", **({"link": text} if given.lower() == "other" else {}))
     known = {each.name: each for each in ancestors}
     found = _declared(card, f"{directory.name}/README.md") or next(
-        filter(None, (_of_parent(parent_of(stage), known) for stage in reversed(stages))), None
+        filter(None, (_of_parent(parent_of(stage), known, directory) for stage in reversed(stages))), None
     )
     if found is None and text:
         return Licence("other", text, "see-licence-file", text)
@@ -103,20 +104,22 @@ def find_licence(
     return found
 
 
-def _of_parent(parent: Parent, known: dict[str, Ancestor]) -> Licence | None:
+def _of_parent(parent: Parent, known: dict[str, Ancestor], directory: Path) -> Licence | None:
     if parent.origin == "demo":
         return Licence(_DEMO_LICENCE, "the demo checkpoint")
     if parent.origin == "hub" and parent.name in known:
-        return _declared(known[parent.name].card or {}, parent.name, _link(parent))
+        return _declared(known[parent.name].card or {}, parent.name, _link(parent, directory))
     if parent.origin == "folder":
         return _declared(read_card(Path(parent.name))[0], f"{Path(parent.name).name}/README.md")
     return None
 
 
-def _link(parent: Parent) -> Callable[[str], str]:
+def _link(parent: Parent, directory: Path) -> Callable[[str], str]:
     from huggingface_hub import constants
 
-    return lambda link: f"{constants.ENDPOINT}/{parent.name}/blob/{parent.revision or 'main'}/{link}"
+    there = f"{constants.ENDPOINT}/{parent.name}/blob/{parent.revision or 'main'}"
+    # A licence's text goes along with the weights.
+    return lambda link: link if (directory / link).is_file() else f"{there}/{link}"
 
 
 def _declared(card: dict[str, Any], where: str, link_from: Callable[[str], str] = str) -> Licence | None:
@@ -126,7 +129,7 @@ def _declared(card: dict[str, Any], where: str, link_from: Callable[[str], str] 
     if not isinstance(name, str) or not name or name == "unknown":
         return None
     link = card.get("license_link")
-    if isinstance(link, str) and not urlparse(link).scheme and link not in _TEXTS:
+    if isinstance(link, str) and not urlparse(link).scheme:
         link = link_from(link)
     title = card.get("license_name")
     return Licence(name, where, str(title) if title else None, str(link) if link else None)

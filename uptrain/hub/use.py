@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uptrain.checkpoint.sidecars import READERS
 from uptrain.hosts.engines import why_not_vllm
 from uptrain.hub.history import Stage
 from uptrain.model_config import auto_class_name
@@ -34,38 +35,47 @@ def auto_class_of(config: Mapping[str, Any]) -> str:
 
 def use(repo: str, config: Mapping[str, Any], converted: Sequence[Stage], revision: str | None) -> str:
     """Return the card's section on loading and serving `repo`."""
-    remote = bool(config.get("auto_map"))
+    code = _model_code(config)
+    remote = bool(code)
     last = converted[-1] if converted else {}
     auto = auto_class_of(config)
     why = why_not_vllm(config, (last.get("latent") or {}).get("rope"))
     served = f"It runs in transformers only: {why}." if why else _serving(repo, remote, last, revision)
-    writes = is_language_model(config)
-    return "\n\n".join((_loading(repo, auto, remote, revision, writes), _code(config, remote), served))
+    return "\n\n".join((_loading(repo, auto, config, revision), _code(config, code), served))
 
 
-def _loading(repo: str, auto: str, remote: bool, revision: str | None, writes: bool) -> str:
-    at = f', revision="{revision}"' if revision else ""
+def _model_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {auto: name for auto, name in (config.get("auto_map") or {}).items() if auto not in READERS}
+
+
+def _loading(repo: str, auto: str, config: Mapping[str, Any], revision: str | None) -> str:
+    at, remote = f', revision="{revision}"' if revision else "", bool(_model_code(config))
     trust = ", trust_remote_code=True" if remote else ""
-    # Left to itself, transformers asks about the config's code before it reads a tokenizer, which has none.
-    no_code = ", trust_remote_code=False" if remote else ""
     name, reader, given = _READS_SOUND if TASKS[auto] == "automatic-speech-recognition" else _READS_TEXT
+    # Left to itself, transformers asks about the config's code before it reads a tokenizer, which has none.
+    asked = ", trust_remote_code=False" if remote else ""
+    asked = ", trust_remote_code=True" if reader in (config.get("auto_map") or {}) else asked
+    writes = is_language_model(config)
     shown = f"{name}.decode(model.generate(**inputs, max_new_tokens=20)[0])" if writes else "model(**inputs)[0]"
     return f'''```python
 from transformers import {", ".join(sorted((auto, reader)))}
 
-{name} = {reader}.from_pretrained("{repo}"{at}{no_code})
+{name} = {reader}.from_pretrained("{repo}"{at}{asked})
 model = {auto}.from_pretrained("{repo}"{at}, dtype="auto"{trust})
 inputs = {given}
 print({shown})
 ```'''
 
 
-def _code(config: Mapping[str, Any], remote: bool) -> str:
+def _code(config: Mapping[str, Any], code: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else config.get("model_type")
-    if not remote:
+    if not code and config.get("auto_map"):
+        reads = "The tokenizer or processor runs code of this repository."
+        return f"`{name}` is a class of transformers.{_versions(config)} {reads}"
+    if not code:
         return f"No remote code: `{name}` is a class of transformers.{_versions(config)}"
-    file = str(next(iter(config["auto_map"].values()))).rpartition(".")[0] + ".py"
+    file = str(next(iter(code.values()))).rpartition(".")[0] + ".py"
     return (
         f"Its class, `{name}`, is not one of transformers: `trust_remote_code=True` runs `{file}` of this repository, "
         "which wants transformers 5. After `import uptrain` it loads without. The tokenizer needs no code; without "
