@@ -27,6 +27,7 @@ from uptrain.hub.card import build_card
 from uptrain.hub.licence import Licence
 from uptrain.hub.subject import Subject
 from uptrain.inspect import inspect
+from uptrain.loading import load as load_for_generating
 from uptrain.page.head_maps import plot_heads
 from uptrain.quantisation import check_read, quantisation_in
 from uptrain.recipe_schema import Recipe
@@ -231,12 +232,14 @@ def test_files_of_older_tools_tell_the_width(tmp_path: Path) -> None:
 def test_codes_are_never_loaded_as_weights(scheme: str, tmp_path: Path) -> None:
     """Eval and train load through transformers, which skips what it doesn't know or isn't told of."""
     undeclared = save_quantised(tmp_path / "undeclared", scheme, attention=False, declare=False)
-    with pytest.raises(CheckpointError, match="codes for weights"):
-        models.load_model(resolve(str(undeclared)))
+    for read in (lambda folder: models.load_model(resolve(str(folder))), load_for_generating):
+        with pytest.raises(CheckpointError, match="codes for weights"):
+            read(undeclared)
     says = {"quant_method": "brand-new", "bits": 4}
     unknown = save_quantised(tmp_path / "unknown", scheme, attention=False, quantization_config=says)
-    with pytest.raises(CheckpointError, match="brand-new"):
-        models.load_model(resolve(str(unknown)))
+    for read in (lambda folder: models.load_model(resolve(str(folder))), load_for_generating):
+        with pytest.raises(CheckpointError, match="brand-new"):
+            read(unknown)
 
 
 def test_scales_that_a_class_has_no_place_for_are_not_lost(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.source import resolve
-from uptrain.errors import CheckpointError, told_as
-from uptrain.hosts.register import auto_class_of, register
+from uptrain.hosts.checked_loading import load_checked
 
 
 def load(model: str | Path, *, absorbed: bool = True, revision: str | None = None, **options: Any) -> Any:
@@ -20,13 +19,11 @@ def load(model: str | Path, *, absorbed: bool = True, revision: str | None = Non
     Raises:
         UptrainError: there is no such checkpoint, transformers can't load it, or its dtype can't hold it.
     """
-    register()
     from uptrain.hosts import latent_norm
 
     source = resolve(str(model), revision)
     settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
-    with told_as(lambda reason: CheckpointError(f"transformers can't load {source.name}: {reason}")):
-        found = auto_class_of(source.path).from_pretrained(source.path, **settings)
+    found = load_checked(source.path, source.name, **settings)
     latent_norm.check_loaded(found)
     if absorbed:
         from uptrain.hosts.absorbed import absorb

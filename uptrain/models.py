@@ -13,15 +13,14 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST
 from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, UsageError, told_as
-from uptrain.hosts.register import auto_class_of, register
-from uptrain.quantisation import check_loadable, check_read, quantisation_in
+from uptrain.hosts.checked_loading import load_checked
+from uptrain.hosts.register import register
 from uptrain.recipe_schema import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -37,21 +36,14 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
     Raises:
         CheckpointError: the folder holds no language model that transformers can load.
     """
-    register()
-    quantised = quantisation_in(source.path)
-    check_loadable(quantised, AUTO_QUANTIZATION_CONFIG_MAPPING, source.name)
-    name = f"{source.name}, which is quantised with {quantised.describe()}" if quantised else source.name
-    with told_as(lambda reason: CheckpointError(f"transformers can't load {name}: {reason}")):
-        model, info = auto_class_of(source.path).from_pretrained(
-            source.path,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
-    check_read(quantised, info["unexpected_keys"], source.name)
-    return model
+    return load_checked(
+        source.path,
+        source.name,
+        dtype=dtype or "auto",
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation=attn_implementation,
+    )
 
 
 def placed(model: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
