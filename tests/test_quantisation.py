@@ -206,6 +206,16 @@ def test_a_module_without_a_weight_is_not_called_a_broken_download(tmp_path: Pat
     assert inspect(str(source)).quantised == "brand-new"
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_floats_of_8_bits_without_scales_are_values_but_no_other_dtype_s(name: str, tmp_path: Path) -> None:
+    source = save_plain(tmp_path / "src")
+    save_file({**PLAIN, name: PLAIN[name].to(torch.float8_e4m3fn)}, source / "model.safetensors", {"format": "pt"})
+    convert(str(source), tmp_path / "out", GQA)
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].dtype is torch.float8_e4m3fn
+    with pytest.raises(UsageError, match="--dtype"):
+        plan_conversion(str(source), Request("gqa", 2, dtype="float32"))
+
+
 def test_plain_checkpoints_are_not_taken_for_quantised(tmp_path: Path) -> None:
     source = save_plain(tmp_path / "src", quantization_config=None)
     masks = {"model.layers.0.self_attn.mask": torch.ones(4, 4, dtype=torch.uint8), "ids": torch.arange(3)}
@@ -238,7 +248,7 @@ def test_codes_are_never_loaded_as_weights(scheme: str, tmp_path: Path) -> None:
     says = {"quant_method": "brand-new", "bits": 4}
     unknown = save_quantised(tmp_path / "unknown", scheme, attention=False, quantization_config=says)
     for read in (lambda folder: models.load_model(resolve(str(folder))), load_for_generating):
-        with pytest.raises(CheckpointError, match="brand-new"):
+        with pytest.raises(CheckpointError, match=r"brand-new.*doesn't know"):
             read(unknown)
 
 
