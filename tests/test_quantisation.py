@@ -27,6 +27,7 @@ from uptrain.hub.card import build_card
 from uptrain.hub.licence import Licence
 from uptrain.hub.subject import Subject
 from uptrain.inspect import inspect
+from uptrain.loading import load as load_for_generating
 from uptrain.page.head_maps import plot_heads
 from uptrain.quantisation import check_read, quantisation_in
 from uptrain.recipe_schema import Recipe
@@ -205,6 +206,16 @@ def test_a_module_without_a_weight_is_not_called_a_broken_download(tmp_path: Pat
     assert inspect(str(source)).quantised == "brand-new"
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_floats_of_8_bits_without_scales_are_values_but_no_other_dtype_s(name: str, tmp_path: Path) -> None:
+    source = save_plain(tmp_path / "src")
+    save_file({**PLAIN, name: PLAIN[name].to(torch.float8_e4m3fn)}, source / "model.safetensors", {"format": "pt"})
+    convert(str(source), tmp_path / "out", GQA)
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].dtype is torch.float8_e4m3fn
+    with pytest.raises(UsageError, match="--dtype"):
+        plan_conversion(str(source), Request("gqa", 2, dtype="float32"))
+
+
 def test_plain_checkpoints_are_not_taken_for_quantised(tmp_path: Path) -> None:
     source = save_plain(tmp_path / "src", quantization_config=None)
     masks = {"model.layers.0.self_attn.mask": torch.ones(4, 4, dtype=torch.uint8), "ids": torch.arange(3)}
@@ -231,12 +242,14 @@ def test_files_of_older_tools_tell_the_width(tmp_path: Path) -> None:
 def test_codes_are_never_loaded_as_weights(scheme: str, tmp_path: Path) -> None:
     """Eval and train load through transformers, which skips what it doesn't know or isn't told of."""
     undeclared = save_quantised(tmp_path / "undeclared", scheme, attention=False, declare=False)
-    with pytest.raises(CheckpointError, match="codes for weights"):
-        models.load_model(resolve(str(undeclared)))
+    for read in (lambda folder: models.load_model(resolve(str(folder))), load_for_generating):
+        with pytest.raises(CheckpointError, match="codes for weights"):
+            read(undeclared)
     says = {"quant_method": "brand-new", "bits": 4}
     unknown = save_quantised(tmp_path / "unknown", scheme, attention=False, quantization_config=says)
-    with pytest.raises(CheckpointError, match="brand-new"):
-        models.load_model(resolve(str(unknown)))
+    for read in (lambda folder: models.load_model(resolve(str(folder))), load_for_generating):
+        with pytest.raises(CheckpointError, match=r"brand-new.*doesn't know"):
+            read(unknown)
 
 
 def test_scales_that_a_class_has_no_place_for_are_not_lost(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def _sign(name: str, info: TensorInfo) -> tuple[str, str]:
     experts = _EXPERTS.fullmatch(name)
     if experts and (info.dtype == "U8" or experts[2] == "scale_inv"):
         return experts[1], "fp8" if experts[2] == "scale_inv" else "mxfp4"
-    if ITEM_BITS[info.dtype] == 8 and info.dtype.startswith("F8") and len(info.shape) > 1:
+    if info.dtype.startswith("F8"):
         return name.removesuffix(".weight"), ""
     if name.endswith(".weight") and info.dtype in ("I8", "U8", "I16", "U16", "I32", "U32"):
         return name.removesuffix(".weight"), "mlx" if info.dtype == "U32" else ""
@@ -274,7 +274,7 @@ def _is_code(name: str, info: TensorInfo) -> bool:
     if experts:
         return experts[2] == "blocks"
     return any(name.endswith(f".{one}") for one in (*_CODES, "weight")) or (
-        info.dtype.startswith("F8") and len(info.shape) > 1 and not name.endswith(("scale", "scales", "scale_inv"))
+        info.dtype.startswith("F8") and not name.endswith(("scale", "scales", "scale_inv"))
     )
 
 
