@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -156,7 +156,7 @@ def _cpu_has_bf16() -> bool:
     return _bf16_instructions({} if capped else torch.cpu.get_capabilities(), _bf16_is_faster)
 
 
-def _bf16_instructions(capabilities: dict[str, Any], measure: Callable[[], bool]) -> bool:
+def _bf16_instructions(capabilities: Mapping[str, Any], measure: Callable[[], bool]) -> bool:
     """Tell what a CPU's list of instructions says of bfloat16 products; ask `measure` where it says nothing."""
     # AVX-NE-CONVERT converts only, so it doesn't count. SVE's or ARM's plain ones do.
     known = [name for name in capabilities if "bf16" in name]
@@ -197,7 +197,8 @@ def full_fp32() -> Iterator[None]:
     """Compute fp32 products as fp32 for as long as the block runs, whatever the process has allowed (TF32, bf16)."""
     import torch
 
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv)
+    kinds: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+    backends = [kind.matmul for kind in kinds] + [getattr(torch.backends.cudnn, "conv")]  # noqa: B009, its type lacks it
     earlier = [each.fp32_precision for each in backends]
     try:
         for each in backends:
