@@ -29,6 +29,7 @@ from uptrain.hosts.fit import Fit, check_fit, is_buffer, listed, note_of
 from uptrain.kin_check import check_kin
 from uptrain.plan import Plan
 from uptrain.purpose import class_named
+from uptrain.quantisation import quantisation_of
 
 _NEEDED = ("torch", "transformers", "accelerate")
 _SECONDS = 600
@@ -68,7 +69,7 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
     outputs = {tensor.info.name: tensor for tensors in plan.shards.values() for tensor in tensors}
     result = Question(plan.config, {key: tensor.info.shape for key, tensor in outputs.items()})
     family, layers = plan.architecture, checkpoint.config.get(plan.architecture.keys.num_hidden_layers)
-    if checkpoint.config.get("quantization_config"):
+    if quantisation_of(checkpoint) is not None:
         # Its quantiser would have to answer, and may need a GPU.
         return (f"{name} is quantised in part, so its class was not asked whether all of its weights are there.",)
     before, after = answers((source, result))

@@ -41,7 +41,7 @@ def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
     check_read(quantised, info["unexpected_keys"], name)
     fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)
     # What a quantised checkpoint stores beside its weights, the quantiser alone knows.
-    family = None if config.get("quantization_config") else ARCHITECTURES.get(str(config.get("model_type")))
+    family = None if quantised else ARCHITECTURES.get(str(config.get("model_type")))
     check_fit(fit, name, family, config.get(family.keys.num_hidden_layers) if family else None)
     return model
 
