@@ -27,4 +27,4 @@ def ask(module: str, *arguments: str, text: str | None = None, seconds: float) -
     return subprocess.run(
         [sys.executable, "-P", "-m", module, *arguments], capture_output=True, encoding="utf-8", errors="replace",
         env={**os.environ, **_QUIET, "PYTHONPATH": paths}, timeout=seconds, check=False, **given,
-    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+    )  # fmt: skip
