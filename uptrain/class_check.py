@@ -72,7 +72,8 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
     family, layers = plan.architecture, checkpoint.config.get(plan.architecture.keys.num_hidden_layers)
     if quantisation_of(checkpoint) is not None:
         # Its quantiser would have to answer, and may need a GPU.
-        return (f"{name} is quantised in part, so its class was not asked whether all of its weights are there.",)
+        check_kin(checkpoint, family, name)
+        return (f"{name} is quantised in part, so it was checked by its tensors' names and sizes, not by its class.",)
     before, after = answers((source, result))
     problem = before.problem or after.problem
     if problem:
