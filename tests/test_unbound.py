@@ -183,3 +183,16 @@ def test_a_typo_in_a_sweep_binds_nobody(typo: list[str], here: Path) -> None:
     assert not (here / "out").exists() or names(here / "out") == set()
     again = [*words[:6], "--methods", "mean", *words[8:], "--text", "text.txt"]
     assert run(again) == 0, sys.stderr
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("right", [False, True])
+def test_training_deletes_no_folder_that_somebody_else_made(
+    right: bool, restart: bool, here: Path, recipe: Callable[..., Any]
+) -> None:
+    (here / "trained.run/notes").mkdir(parents=True)
+    (here / "trained.run/notes/mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"trained\.run.*notes"):
+        train(recipe(**({} if right else {"data": ["nowhere.txt"]})), restart=restart)
+    assert (here / "trained.run/notes/mine.txt").read_text() == "mine"
+    assert names(here / "trained.run") == {"notes"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ _MAY_CHANGE = {
     "allow_pickle", "overwrite", "log_every", "save_every", "eval_every", "eval_every_tokens", "output", "trackers",
     "gradient_accumulation", "gradient_checkpointing", "fsdp",
 }  # fmt: skip
+_OURS = re.compile(r"(recipe\.json|train_log\.jsonl)(\.tmp)?|tokens|(tokenizer|best|checkpoint-\d+)(\.partial)?")
+"""What a run makes in its folder, which is deleted with all that is in it once the run is done."""
 
 
 class RunFolder:
@@ -40,8 +43,9 @@ class RunFolder:
         """Take the folder for this process: create it, or check that the run in it is of this recipe.
 
         Raises:
-            UsageError: it holds a run of another recipe, or another process is running it.
+            UsageError: it holds a run of another recipe or what no run makes, or another process is running it.
         """
+        self._check_own()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")
         try:
@@ -77,6 +81,17 @@ class RunFolder:
         if mine and error is not None and not self.log.is_file() and not self._worked():
             self.remove()
         self.close()
+
+    def _check_own(self) -> None:
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        # A file system or a desktop adds hidden files of its own.
+        others = (each.name for each in entries if not (_OURS.fullmatch(each.name) or _is_hidden_file(each)))
+        strange = min(others, default=None)
+        if strange is not None:
+            raise UsageError(
+                f"{self.path} is where this run would be kept, and holds {strange}, which is none of a run's.",
+                "Choose another output, or move that away: the folder is deleted when the run is done.",
+            )
 
     def _worked(self) -> bool:
         """Say whether a run left what the same run goes on with: a checkpoint, a tokenizer or tokens of its own."""
@@ -183,6 +198,10 @@ def _sync_all(folder: Path) -> None:
         if path.is_file():
             sync(path)
     sync(folder)
+
+
+def _is_hidden_file(path: Path) -> bool:
+    return path.name.startswith(".") and path.is_file()
 
 
 def _short(value: Any) -> str:
