@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.training import NO_DROPOUT, checkpoint, corpus
 from uptrain import recipes
 from uptrain.checkpoint.manifest import read_manifest, verify
+from uptrain.checkpoint.source import DEMO
 from uptrain.convert import convert
 from uptrain.data import TokenFile, read_tokens
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.latent_packing import NEUTRAL_WEIGHT
-from uptrain.models import load_tokenizer
+from uptrain.models import load_tokenizer, new_model
 from uptrain.request import Request
 from uptrain.train import Step, Training, lm_loss, train
 
@@ -160,6 +161,13 @@ def test_a_new_model_learns_from_nothing(recipe: Callable[..., recipes.Recipe], 
     assert done.held_out_loss < 4.5
     assert done.bits_per_byte is not None
     assert done.bits_per_byte < 4
+
+
+def test_a_recipe_s_config_is_recorded_as_it_was_written() -> None:
+    said = {"model_type": "llama", "hidden_size": 32, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    config = {**said, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    new_model(config, load_tokenizer(DEMO), seed=0)
+    assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0}
 
 
 def interrupt_at(number: int) -> Callable[[Step], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ def new_model(config: dict[str, Any], tokenizer: Any, seed: int) -> Any:
         UsageError: no model_type, one that transformers does not know, or values that don't fit together.
     """
     register()
-    values = dict(config)
+    values = deepcopy(dict(config))  # config classes write into the sections they are given
     model_type = values.pop("model_type", None)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:

@@ -125,7 +125,7 @@ def quantisation_in(path: Path) -> Quantisation | None:
         return _found(read_config(path), {}, path)
 
 
-def check_loadable(found: Quantisation | None, methods: Iterable[str], name: str) -> None:
+def check_scheme(found: Quantisation | None, methods: Iterable[str], name: str) -> None:
     """Refuse codes that a loader would take for weights: config.json doesn't say what they are, or it knows no such.
 
     `methods` are the schemes that the loader knows. Floats of 8 bits without scales are their own values.

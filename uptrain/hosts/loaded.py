@@ -15,7 +15,7 @@ from uptrain.errors import CheckpointError, told_as
 from uptrain.hosts.fit import Fit, check_fit
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.purpose import check_language_model
-from uptrain.quantisation import check_loadable, check_read, quantisation_in
+from uptrain.quantisation import check_read, check_scheme, quantisation_in
 
 
 def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
@@ -34,7 +34,7 @@ def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
     config = read_config(folder)
     check_language_model(config, name)
     auto_class, quantised = auto_class_of(folder), quantisation_in(folder)
-    check_loadable(quantised, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
+    check_scheme(quantised, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
     called = f"{name}, which is quantised with {quantised.describe()}" if quantised else name
     with told_as(lambda reason: CheckpointError(f"transformers can't load {called}: {reason}")):
         model, info = loading_info(auto_class, folder, **settings)
