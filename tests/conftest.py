@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from uptrain import class_check
 from uptrain.architectures import ARCHITECTURES
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -206,3 +207,12 @@ def uptrain_against(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ask classes anew in every run of the tests: what an earlier run has stored would hide what asking does."""
+    place, stored = tmp_path_factory.mktemp("classes"), class_check._place
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(class_check, "_place", lambda: stored() if "UPTRAIN_CACHE" in os.environ else place)
+        yield
