@@ -203,6 +203,22 @@ def test_a_child_process_answers_as_this_one_does(save_tiny: Save) -> None:
     assert class_check._asked_in_child(asked) == [class_keys.ask(each.config, each.shapes) for each in asked]
 
 
+@pytest.mark.parametrize("said", [{"rope_parameters": {}}, {"rope_scaling": {"type": "linear", "factor": 2.0}}])
+def test_a_config_stays_as_it_is_when_its_class_is_asked(
+    said: dict[str, Any], save_tiny: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPTRAIN_CACHE", str(tmp_path / "own"))  # where no earlier run left the answer
+    source = save_tiny("gpt_neox", hidden_size=64)
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    (source / "config.json").write_text(json.dumps({**config, **said}))
+    before = question(source)
+    text = before.text
+    class_check.answers([before])
+    assert before.text == text
+    assert convert(str(source), tmp_path / "out", Request("mqa")).out.is_dir()
+
+
 def test_an_answer_is_stored_and_a_damaged_store_is_asked_again(
     save_tiny: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

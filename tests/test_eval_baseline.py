@@ -51,7 +51,7 @@ def test_a_source_of_a_trained_or_twice_converted_result_is_the_first_one(here: 
     assert measure("twice")["baseline"]["name"] == "source"
 
 
-@pytest.mark.parametrize("how", ["gone", "other weights", "other config", "elsewhere"])
+@pytest.mark.parametrize("how", ["gone", "other weights", "other config", "other files", "elsewhere"])
 def test_without_it_the_result_is_measured_alone_and_a_line_says_why(
     how: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +63,13 @@ def test_without_it_the_result_is_measured_alone_and_a_line_says_why(
     if how == "other config":
         config = json.loads((here / "source/config.json").read_text())
         (here / "source/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    if how == "other files":
+        # Other weights, and under a name that the conversion didn't see.
+        shutil.rmtree(here / "source")
+        checkpoint(here / "source", "llama", attention_bias=False, initializer_range=0.3)
+        config = json.loads((here / "source/config.json").read_text())
+        (here / "source/config.json").write_text(json.dumps({**config, "transformers_weights": "own.safetensors"}))
+        (here / "source/model.safetensors").rename(here / "source/own.safetensors")
     if how == "elsewhere":
         (here / "other").mkdir()
         shutil.copy("one.txt", here / "other")
@@ -86,6 +93,12 @@ def test_nothing_is_downloaded_for_it(here: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
     source, said = find_baseline("mqa")
     assert source is None and "org/model" in said and "cache" in said
+    # Nor where something else is said to have been its kind of place.
+    manifest["stages"][0]["source"] |= {"origin": "elsewhere"}
+    (here / "mqa/uptrain.json").write_text(json.dumps(manifest))
+    assert find_baseline("mqa")[0] is None
+    manifest["stages"][0]["source"] |= {"origin": "hub"}
+    (here / "mqa/uptrain.json").write_text(json.dumps(manifest))
     # In the cache, it is taken, at the commit that was converted.
     cached = here / "cache/models--org--model/snapshots" / revision
     shutil.copytree(here / "source", cached)

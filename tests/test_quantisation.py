@@ -107,6 +107,30 @@ def test_quantised_parts_pass_through_bit_by_bit_where_attention_floats(scheme: 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
+    "lost", ["model.norm.weight", "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"]
+)
+def test_what_is_missing_beside_codes_is_named(scheme: str, lost: str, tmp_path: Path) -> None:
+    source = save_quantised(tmp_path / "src", scheme, attention=False)
+    found = load_file(source / "model.safetensors")
+    del found[lost]
+    save_file(found, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks|is missing"):
+        convert(str(source), tmp_path / "out", GQA)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_that_is_not_quantised_like_the_others_lacks_nothing(scheme: str, tmp_path: Path) -> None:
+    source, plain = save_quantised(tmp_path / "src", scheme, attention=False), save_plain(tmp_path / "plain")
+    found, floats = (load_file(folder / "model.safetensors") for folder in (source, plain))
+    kept = {name: value for name, value in found.items() if not name.startswith("model.layers.0.mlp.")}
+    kept |= {name: value for name, value in floats.items() if name.startswith("model.layers.0.mlp.")}
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
+    assert convert(str(source), tmp_path / "out", GQA).out.is_dir()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
     "request_",
     [
         MLA,

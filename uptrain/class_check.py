@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from uptrain import children
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.data.token_cache import cache_root
 from uptrain.errors import CheckpointError
@@ -71,7 +72,8 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
     family, layers = plan.architecture, checkpoint.config.get(plan.architecture.keys.num_hidden_layers)
     if quantisation_of(checkpoint) is not None:
         # Its quantiser would have to answer, and may need a GPU.
-        return (f"{name} is quantised in part, so its class was not asked whether all of its weights are there.",)
+        check_kin(checkpoint, family, name)
+        return (f"{name} is quantised in part, so it was checked by its tensors' names and sizes, not by its class.",)
     before, after = answers((source, result))
     problem = before.problem or after.problem
     if problem:
@@ -123,19 +125,13 @@ def answers(questions: Sequence[Question]) -> list[Fit]:
 
 
 def _asked_in_child(questions: Sequence[Question]) -> list[Fit]:
-    paths = (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **hidden, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     asked = "[" + ",".join(question.text for question in questions) + "]"
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "uptrain.hosts.class_keys"], input=asked, capture_output=True, text=True,
-            env=environment, timeout=_SECONDS, check=True,
-        )  # fmt: skip
-        return [Fit.from_dict(each) for each in json.loads(done.stdout)]
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines()
-        why = lines[-1] if lines else f"the process that asks ended with {error.returncode}"
+        done = children.ask("uptrain.hosts.class_keys", text=asked, seconds=_SECONDS)
+        if done.returncode == 0:
+            return [Fit.from_dict(each) for each in json.loads(done.stdout)]
+        lines = done.stderr.strip().splitlines()
+        why = lines[-1] if lines else f"the process that asks ended with {done.returncode}"
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
         why = f"the process that asks failed ({type(error).__name__})"
     return [Fit(problem=why) for _ in questions]

@@ -133,7 +133,7 @@ def evaluate(
         options["repeats"] = 0
     text = texts_of(texts)
     context = [size for listed in contexts for size in listed] or None
-    baseline = _baseline(directory, options.pop("baseline"), no_baseline)
+    baseline = _baseline(directory, options.pop("baseline"), no_baseline, options["allow_pickle"])
     names = tuple(name.strip() for listed in tasks for name in listed.split(",") if name.strip())
     if names:
         options["tasks"] = Tasks(names, include_path, task_limit)
@@ -150,7 +150,7 @@ def evaluate(
         console.note(" ".join([f"Wrote {place}.", *notes]))
 
 
-def _baseline(directory: str, named: str | None, none: bool) -> str | Reference | None:
+def _baseline(directory: str, named: str | None, none: bool, allow_pickle: bool) -> str | Reference | None:
     """Return what to compare with: as named, else what `directory` was converted from, where that is here."""
     if named is not None and none:
         raise UsageError(f"--no-baseline leaves out --baseline {named}.", "Give one of them.")
@@ -159,7 +159,7 @@ def _baseline(directory: str, named: str | None, none: bool) -> str | Reference 
     from uptrain.measure.baseline import find_baseline
     from uptrain.measure.reference import Reference
 
-    source, said = find_baseline(directory)
+    source, said = find_baseline(directory, allow_pickle)
     if said:
         console.note(said)
     return None if source is None else Reference(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
@@ -13,6 +13,7 @@ from uptrain.hosts.fit import in_layers, listed
 from uptrain.layout import Architecture
 from uptrain.model_config import config_value
 from uptrain.purpose import is_language_model
+from uptrain.quantisation import quantisation_of
 
 _LAYER = re.compile(r"^(?P<stack>(?:[a-z_]+\.)*?(?:layers|layer|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)$")
 
@@ -23,6 +24,8 @@ _FIRST_ONLY = "relative_attention_bias"
 def check_kin(checkpoint: Checkpoint, family: Architecture, name: str) -> None:
     """Refuse a checkpoint of which a layer lacks what its like have, or that lacks embedding, head or final norm.
 
+    What is quantised is let be: another layer may have the same weight as codes, under other names.
+
     Args:
         checkpoint: the open checkpoint.
         family: its entry in the table.
@@ -32,19 +35,27 @@ def check_kin(checkpoint: Checkpoint, family: Architecture, name: str) -> None:
         CheckpointError: as said.
     """
     tensors, stacks = checkpoint.tensors, _stacks(checkpoint.tensors)
+    quantised = quantisation_of(checkpoint)
+    coded = quantised.tensors if quantised is not None else frozenset[str]()
     missing = [each for stack, layers in stacks.items() for each in _missing(stack, layers)]
+    missing = [each for each in missing if not _has_any(coded, each.rpartition(".")[0])]
     hidden = config_value(family, checkpoint.config, family.keys.hidden_size, name)
     outside = {key: info for key, info in tensors.items() if not in_layers([key], family) and not _LAYER.match(key)}
     norms = [key for key, info in outside.items() if info.shape == (hidden,)]
     normed = any(info.shape == (hidden,) and key.endswith("norm.weight") for key, info in tensors.items())
     if not missing and normed and not norms and not _without_final_norm(checkpoint):
         missing = ["a norm after the last layer"]
-    missing += _tables(checkpoint, family, outside, name)
+    if not coded & outside.keys():
+        missing += _tables(checkpoint, family, outside, name)
     if missing:
         raise CheckpointError(
             f"{name} lacks {listed(missing)}, which its class would fill with random values.",
             "Download or save it again.",
         )
+
+
+def _has_any(tensors: Collection[str], module: str) -> bool:
+    return any(tensor.startswith((f"{module}.", f"{module}_")) for tensor in tensors)  # experts' codes have no module
 
 
 def _stacks(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[int, set[str]]]:

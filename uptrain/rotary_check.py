@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from uptrain import children
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
 from uptrain.hosts.rotary_tables import Table, answers
@@ -17,6 +18,7 @@ from uptrain.plan import Plan
 from uptrain.request import CHANGED_PARTS
 from uptrain.rotation import EVERY
 
+_SECONDS = 600
 _NEAR = 1e-5
 """How far two frequencies may be apart, relatively: the classes compute in float32."""
 
@@ -100,11 +102,9 @@ def _ask(configs: list[dict[str, Any]], *, here: bool) -> list[dict[str, Table] 
     """Return each config's tables or why there are none; in a child process, unless this one needs torch anyway."""
     if here or "transformers" in sys.modules:
         return answers(configs)
-    command = [sys.executable, "-m", "uptrain.hosts.rotary_tables"]
-    child = subprocess.run(command, input=json.dumps(configs), capture_output=True, text=True, check=False)
-    if child.returncode:
-        return [{} for _ in configs]  # torch or transformers is broken here, and pooling needs neither
-    return [
-        found if isinstance(found, str) else {kind: Table(**table) for kind, table in found.items()}
-        for found in json.loads(child.stdout)
-    ]
+    try:
+        done = children.ask("uptrain.hosts.rotary_tables", text=json.dumps(configs), seconds=_SECONDS)
+        found = json.loads(done.stdout) if done.returncode == 0 else [{} for _ in configs]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        found = [{} for _ in configs]  # torch or transformers is broken here, and pooling needs neither
+    return [each if isinstance(each, str) else {kind: Table(**table) for kind, table in each.items()} for each in found]

@@ -127,6 +127,12 @@ def test_a_pickled_source_is_baseline_teacher_and_student_with_permission(
     assert run([*command, *settings, "--allow-pickle"]) == 0
     with_pickle = json.loads(capsys.readouterr().out)
     assert with_pickle["kl"] > 0
+    # It is the baseline without being named too, but not without permission.
+    found = ["eval", str(converted), *command[4:], *settings]
+    assert run([*found, "--allow-pickle"]) == 0
+    assert json.loads(capsys.readouterr().out)["kl"] == with_pickle["kl"]
+    assert run(found) == 0
+    assert json.loads(capsys.readouterr().out)["kl"] is None
     # The same figures as of the same weights in safetensors.
     safe = checkpoint(tmp_path / "safe", **NO_DROPOUT)
     assert run(["eval", str(converted), "--baseline", str(safe), *command[4:], *settings]) == 0

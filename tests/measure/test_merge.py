@@ -186,3 +186,12 @@ def test_a_card_has_nothing_of_other_weights(here: Path) -> None:
     prepared = prepare(here / "other", "me/small", license="mit", dry=True)
     assert "## Evaluation" not in prepared.card and "eval.json" not in prepared.files
     assert any("other weights" in note for note in prepared.notes)
+
+
+@pytest.mark.parametrize("settings", [None, "none", {"speed_contexts": 3}])
+def test_what_another_hand_has_broken_costs_no_measurement(settings: Any, here: Path) -> None:
+    found = measure(here, "--speed-context", "8")
+    found["runs"][0]["settings"] = settings
+    (here / "mqa/eval.json").write_text(json.dumps(found))
+    after = measure(here, "--no-speed", against="", text="two")
+    assert keys(after) == {("one", 16), ("two", 16)} and after["kl"] == found["kl"]

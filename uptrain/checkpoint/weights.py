@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.checksum import DEFAULT, Checksum, algorithm_of, checksum_file
-from uptrain.checkpoint.jsonfile import dump_json
-from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.checkpoint.jsonfile import dump_json, read_json
+from uptrain.checkpoint.weight_files import files_of, find_weights, names_in, read_weight_map
 from uptrain.errors import CheckpointError
 
 _CONFIG = "config.json"
@@ -16,10 +16,12 @@ _PICKLES = (".bin", ".pt", ".pth")
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the config and of the files that the folder's weights are in."""
+    """Return the names of the config and of the files that the folder's weights are read from, pickles too."""
     try:
-        files = open_checkpoint(folder).files
-    except CheckpointError:  # pickles, say; transformers may read what this doesn't
+        config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+        weights = find_weights(names_in(folder, config), config, folder, allow_pickle=True)
+        files = files_of(weights, read_weight_map(folder, weights))
+    except CheckpointError:  # transformers may read what this doesn't
         files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_PICKLES)]
     return sorted({*files, *([_CONFIG] if (folder / _CONFIG).is_file() else [])})
 

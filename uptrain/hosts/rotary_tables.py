@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,5 +90,12 @@ def answers(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Table] | str
     return found
 
 
+def main() -> None:
+    """Answer the configs on stdin; what libraries print is no answer."""
+    with redirect_stdout(sys.stderr):
+        found = answers(json.load(sys.stdin))
+    json.dump(found, sys.stdout, default=asdict)
+
+
 if __name__ == "__main__":
-    json.dump(answers(json.load(sys.stdin)), sys.stdout, default=asdict)
+    main()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from uptrain import children
 from uptrain.checkpoint.sidecars import code_named, reading_code_of, short
 from uptrain.errors import CheckpointError
 
@@ -63,13 +62,8 @@ def check_tokenizer(directory: Path, names: Collection[str], on_note: Callable[[
 
 def _tried(directory: Path, way: str) -> str | None:
     """Return why transformers can't load the tokenizer, empty if it can, None if that can't be found out."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "uptrain.tokenizer_probe", str(directory.resolve()), way],
-            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=_PATIENCE, check=False,
-        )  # fmt: skip
+        done = children.ask("uptrain.tokenizer_probe", str(directory.resolve()), way, seconds=_PATIENCE)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode == REFUSED:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.checksum import algorithm_of, checksum_file
+from uptrain.checkpoint.loadable import uses_safetensors
 from uptrain.checkpoint.manifest import converted_from
-from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.weights import weight_files
 from uptrain.errors import CheckpointError, UptrainError
@@ -16,10 +17,11 @@ from uptrain.errors import CheckpointError, UptrainError
 _NAME_IT = "Name it with --baseline MODEL, or leave it out with --no-baseline."
 
 
-def find_baseline(model: str) -> tuple[Source | None, str]:
+def find_baseline(model: str, allow_pickle: bool = False) -> tuple[Source | None, str]:
     """Return the source that the folder `model` was converted from, if it is on this machine, and a line about it.
 
-    Nothing is downloaded. The line is empty where `model` has no history that names a source.
+    Nothing is downloaded, and a source of pickles is taken only with `allow_pickle`. The line is empty where `model`
+    has no history that names a source.
 
     Raises:
         CheckpointError: `model` has an uptrain.json that is none.
@@ -30,9 +32,9 @@ def find_baseline(model: str) -> tuple[Source | None, str]:
         return None, ""
     name = str(recorded.get("name"))
     try:
-        source = _here(name, recorded)
-        open_checkpoint(source.path)
-    except (UptrainError, OSError) as error:
+        source = replace(_here(name, recorded), allow_pickle=allow_pickle)
+        uses_safetensors(source.path, allow_pickle)
+    except (UptrainError, OSError, RuntimeError, ValueError) as error:
         reason = error.message if isinstance(error, UptrainError) else str(error)
         return None, f"Measured without a baseline: {model} was converted from {name}. {reason} {_NAME_IT}"
     if changed := _changed(source.path, recorded):
@@ -48,9 +50,11 @@ def _here(name: str, recorded: Mapping[str, Any]) -> Source:
     Raises:
         UptrainError: it isn't.
     """
-    if recorded.get("origin") == "folder" and not Path(name).expanduser().is_dir():
-        raise CheckpointError(f"There is no folder {name} here.")
+    if recorded.get("origin") == "demo":
+        return resolve("demo")
     if recorded.get("origin") != "hub":
+        if not Path(name).expanduser().is_dir():
+            raise CheckpointError(f"There is no folder {name} here.")
         return resolve(name)
     from huggingface_hub import snapshot_download
 
@@ -66,7 +70,9 @@ def _changed(folder: Path, recorded: Mapping[str, Any]) -> str:
     """Return the first of the folder's files that isn't what the manifest's source had; empty where all are."""
     files = recorded.get("files")
     for name in weight_files(folder):
-        known = str(files.get(name)) if isinstance(files, Mapping) else ""
-        if algorithm_of(known) and checksum_file(folder / name, algorithm_of(known)) != known:
+        if not isinstance(files, Mapping):
+            continue
+        known = str(files.get(name))
+        if not algorithm_of(known) or checksum_file(folder / name, algorithm_of(known)) != known:
             return name
     return ""

@@ -80,7 +80,7 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, An
 
 def _entries(found: Mapping[str, Any]) -> Iterator[_Entry]:
     listed = found.get("runs")
-    runs = [run for run in listed if isinstance(run, Mapping)] if isinstance(listed, list) else []
+    runs = [_whole(run) for run in listed if isinstance(run, Mapping)] if isinstance(listed, list) else []
     stale = found.get("stale")
     for lists, is_stale in ((stale if isinstance(stale, Mapping) else {}, True), (found, False)):
         for part in PARTS:
@@ -92,6 +92,13 @@ def _entries(found: Mapping[str, Any]) -> Iterator[_Entry]:
                     values = {name: value for name, value in row.items() if name != "run"}
                     run = runs[at] if known else _unknown(found)  # type: ignore[index]
                     yield _Entry(part, values, run, at if known else -1, is_stale)  # type: ignore[arg-type]
+
+
+def _whole(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the run itself or, where another hand has broken its settings, the run without them."""
+    settings = run.get("settings")
+    whole = isinstance(settings, Mapping) and isinstance(settings.get("speed_contexts") or [], list)
+    return run if whole else {**run, "settings": {}}
 
 
 def _unknown(found: Mapping[str, Any]) -> dict[str, Any]:

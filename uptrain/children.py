@@ -1,0 +1,30 @@
+"""Ask another process of the same Python what needs torch, so that this one stays small."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+_QUIET = {
+    "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8",
+}  # fmt: skip
+"""Questions are about names, numbers and text: no device, no network, and one thread."""
+
+
+def ask(module: str, *arguments: str, text: str | None = None, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments` on the input `text` and return what it wrote; its exit code is the caller's.
+
+    It imports from where this process does. The folder that a user stands in is no such place: a checkpoint's may hold
+    a torch.py.
+
+    Raises:
+        OSError: it can't be started.
+        subprocess.TimeoutExpired: it took longer than `seconds`.
+    """
+    paths = os.pathsep.join(filter(None, sys.path))
+    given = {"stdin": subprocess.DEVNULL} if text is None else {"input": text}
+    return subprocess.run(
+        [sys.executable, "-P", "-m", module, *arguments], capture_output=True, encoding="utf-8", errors="replace",
+        env={**os.environ, **_QUIET, "PYTHONPATH": paths}, timeout=seconds, check=False, **given,
+    )  # fmt: skip
