@@ -16,10 +16,10 @@ from uptrain.hosts.host import Host
 from uptrain.hosts.table import host_of
 from uptrain.layout import Architecture
 from uptrain.model_config import (
-    architecture_of,
     attention_layers,
     config_value,
     expands_cache,
+    family_of,
     holds_groups,
     position_of_config,
 )
@@ -104,7 +104,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         UptrainError: it can't be found or read, or is of no known family.
     """
     source, checkpoint = open_headers(model, revision, allow_pickle)
-    architecture = architecture_of(checkpoint.config, model)
+    architecture = family_of(checkpoint, model)
     layers = attention_layers(architecture, checkpoint.config, model)
     counts = Counter[str]()
     for info in checkpoint.tensors.values():
