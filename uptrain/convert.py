@@ -366,7 +366,7 @@ def _stage(
             "name": source.name,
             "origin": source.origin,
             "revision": source.revision,
-            "model_type": plan.architecture.model_type,
+            "model_type": str(checkpoint.whole_config["model_type"]),
             "files": dict(sorted(files.items())),
         },
         "request": plan.request.recorded(plan.before != plan.after),
@@ -377,7 +377,7 @@ def _stage(
         },
         **_latent_stage(plan),
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
-        "host": {"model_type": plan.host.name, "remote_code": bool(plan.host.remote_code)},
+        "host": {"model_type": plan.holder, "remote_code": bool(plan.host.remote_code)},
         "plan": plan.digest,
     }
 

@@ -60,7 +60,8 @@ class Inspection:
     own class caches more: a copy for every query head.
 
     `dtype` is what most weights are stored in. Of a quantised checkpoint, `quantised` says how, `parameters` counts
-    packed codes one by one, and `unreadable` says why it can't be converted, where it can't.
+    packed codes one by one, and `unreadable` says why it can't be converted, where it can't. With `wrapped_in`, the
+    model type of a wrapper, all but the weights' figures is said of the language model in it.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Inspection:
     options: tuple[Option, ...]
     quantised: str = ""
     unreadable: str = ""
+    wrapped_in: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the inspection as plain JSON values."""
@@ -147,6 +149,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         ),
         quantised=quantised.describe() if quantised else "",
         unreadable=unreadable,
+        wrapped_in=checkpoint.tower.wrapper.model_type if checkpoint.tower else "",
     )
 
 
@@ -198,7 +201,8 @@ def _options(
             continue
         after = [spec.grouped(groups) for spec in layers]
         size = cache_bytes_per_token(after, itemsize)
-        out.append(Option(target, groups, size, host.name, bool(host.remote_code)))
+        holder = checkpoint.tower.wrapper.model_type if checkpoint.tower else host.name
+        out.append(Option(target, groups, size, holder, bool(host.remote_code)))
     return out
 
 

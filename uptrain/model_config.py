@@ -16,6 +16,7 @@ from uptrain.layout import BLOCKS, Architecture, KeyNorm, Packing, Position, Sli
 from uptrain.rotation import EVERY, layer_types, rotary_parameters, rotated_dims
 from uptrain.unknown_models import refuse_unknown
 from uptrain.wrappers import WRAPPERS
+
 if TYPE_CHECKING:
     from uptrain.checkpoint.reader import Checkpoint
 

@@ -21,7 +21,7 @@ from uptrain.latent_packing import latent_shapes
 from uptrain.layout import Architecture
 from uptrain.model_config import DTYPE_KEYS, attention_layers, config_value, family_of, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
-from uptrain.plan_checks import check_effects, check_groups, check_listed, check_method
+from uptrain.plan_checks import check_effects, check_groups, check_inside, check_listed, check_method
 from uptrain.plan_embeddings import shared_outputs
 from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
@@ -66,6 +66,11 @@ class Plan:
         if self.tower is None:
             return self.config
         return {key: value for key, value in self.tower.around(self.config).items() if key not in OF_THE_FOLDER}
+
+    @property
+    def holder(self) -> str:
+        """Return the model type that the result's config.json names."""
+        return self.host.name if self.tower is None else self.tower.wrapper.model_type
 
     @property
     def total_bytes(self) -> int:
@@ -118,6 +123,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         CheckpointError: the config and the tensors don't fit each other.
     """
     architecture = family_of(checkpoint, name)
+    check_inside(checkpoint, request, name)
     check_method(architecture, checkpoint.config, request, name)
     check_listed(architecture, checkpoint)
     before = attention_layers(architecture, checkpoint.config, name)

@@ -118,7 +118,7 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
     kept = plan.cache_after / plan.cache_before
     numbers = tuple(dict.fromkeys(layer // len(plan.architecture.attentions) for layer in layers))
     return Suggestion(
-        request.target, options, request.method, plan.cache_after, kept, keys, values, numbers, plan.host.name
+        request.target, options, request.method, plan.cache_after, kept, keys, values, numbers, plan.holder
     )
 
 

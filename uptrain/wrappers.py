@@ -25,8 +25,10 @@ BODIES = (
 """What starts the names of a wrapped body: as transformers writes it, as its classes call it, and in a body alone."""
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
-_OF_THE_WHOLE = frozenset(("model_type", "architectures", "quantization_config", TIED, *DTYPE_KEYS))
-"""What the language model's config has from the wrapper's, or needs in another form than its section says."""
+_ABOUT_ALL = ("architectures", "quantization_config", "compression_config", "quantization")
+"""What a wrapper's config says of the language model too."""
+_NOT_THE_SECTION_S = frozenset(("model_type", TIED, *_ABOUT_ALL, *DTYPE_KEYS))
+"""What no result changes in the section, or changes everywhere."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,28 @@ WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
     {
         entry.model_type: entry
         for entry in (
+            Wrapper("aya_vision", "cohere2", tied=True),
+            Wrapper("cohere2_vision", "cohere2", tied=True),
+            Wrapper("deepseek_vl", "llama", tied=True),
+            Wrapper("exaone4_5", "exaone4"),
             Wrapper("gemma3", "gemma3_text", tied=True),
+            Wrapper("got_ocr2", "qwen2", tied=True),
+            Wrapper("hyperclovax_vision_v2", "hyperclovax", tied=True),
+            Wrapper("idefics2", "mistral"),
+            Wrapper("idefics3", "llama"),
+            Wrapper("internvl", "qwen2", tied=True),
+            Wrapper("lighton_ocr", "qwen3", tied=True),
             Wrapper("llava", "llama", tied_by_section=True),
+            Wrapper("llava_next", "llama"),
+            Wrapper("llava_next_video", "llama", tied_by_section=True),
+            Wrapper("llava_onevision", "qwen2", tied_by_section=True),
             Wrapper("mistral3", "mistral", tied=True),
+            Wrapper("ovis2", "qwen2", tied=True),
+            Wrapper("paligemma", "gemma", tied=True, both_ways=True),
+            Wrapper("smolvlm", "llama"),
+            Wrapper("video_llava", "llama"),
+            Wrapper("video_llama_3", "qwen2", tied_by_section=True),
+            Wrapper("vipllava", "llama"),
         )
     }
 )
@@ -73,10 +94,10 @@ class Tower:
     def config(self) -> dict[str, Any]:
         """Return the language model's own config, with what the wrapper's says of it."""
         section = self.whole[self.wrapper.section]
-        config = {key: value for key, value in section.items() if key not in _OF_THE_WHOLE}
+        config = {key: value for key, value in section.items() if key not in ("architectures", *DTYPE_KEYS)}
         if self.wrapper.both_ways:
             config.pop("use_bidirectional_attention", None)
-        config |= {key: self.whole[key] for key in ("architectures", "quantization_config") if key in self.whole}
+        config |= {key: self.whole[key] for key in _ABOUT_ALL if key in self.whole}
         named = self.whole if any(self.whole.get(key) for key in DTYPE_KEYS) else section
         config |= {key: named[key] for key in DTYPE_KEYS if key in named}
         return {**config, "model_type": _text_type(self.wrapper, section), TIED: self._tied(section)}
@@ -87,10 +108,15 @@ class Tower:
             return said
         return section.get(TIED, ARCHITECTURES[_text_type(self.wrapper, section)].vocabulary.tied)
 
-    def architecture(self, family: Architecture, where: str) -> Architecture:
-        """Return the language model's family with the names that it has in the wrapper; `where` names the config.
+    def named(self, family: Architecture) -> Architecture:
+        """Return the language model's family with the names that it has in the wrapper."""
+        return replace(family, prefixes=self.wrapper.bodies)
 
-        No other class can hold its results, and the wrapper decides what is tied.
+    def architecture(self, family: Architecture, where: str) -> Architecture:
+        """Return what a conversion needs to know of the language model; `where` names the config.
+
+        That is its family, with the names that it has in the wrapper. No other class can hold its results, and the
+        wrapper decides what is tied.
 
         Raises:
             UsageError: its class can't have fewer key/value heads.
@@ -102,9 +128,8 @@ class Tower:
                 "Name a checkpoint that holds the language model alone.",
             )
         return replace(
-            family,
+            self.named(family),
             class_name=class_named(self.whole) or family.class_name,
-            prefixes=self.wrapper.bodies,
             auto_class=self.wrapper.auto_class,
             vocabulary=replace(family.vocabulary, heads=self.wrapper.heads, always=False, more=True),
             hosts={},
@@ -115,7 +140,7 @@ class Tower:
         """Return the wrapper's config around a result's config of its language model."""
         before = self.config
         changed = {key: value for key, value in config.items() if key not in before or before[key] != value}
-        section = {key: value for key, value in changed.items() if key not in _OF_THE_WHOLE}
+        section = {key: value for key, value in changed.items() if key not in _NOT_THE_SECTION_S}
         out = {**self.whole, self.wrapper.section: {**self.whole[self.wrapper.section], **section}}
         for dtype in (changed[key] for key in DTYPE_KEYS if key in changed):
             out = _with_dtype({key: _with_dtype(value, dtype) for key, value in out.items()}, dtype)
@@ -137,6 +162,23 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the language model in a config.json, which is that itself where nothing wraps it."""
     tower = tower_in(config)
     return config if tower is None else tower.config
+
+
+def check_unwrapped(config: Mapping[str, Any], name: str, verb: str) -> None:
+    """Refuse a wrapper where only language models will do; `verb` is what can't be done with it.
+
+    Raises:
+        UsageError: it is one.
+    """
+    wrapper = WRAPPERS.get(str(config.get("model_type")))
+    if wrapper is not None:
+        tower = tower_in(config)
+        text = tower.config["model_type"] if tower else "language model"
+        raise UsageError(
+            f"{name} is a {wrapper.model_type}, which wraps a {text} together with other models, and uptrain can't "
+            f"{verb} wrappers yet.",
+            f"inspect, convert and load take it as it is, and transformers.{wrapper.auto_class} runs it.",
+        )
 
 
 def _text_type(wrapper: Wrapper, section: Mapping[str, Any]) -> str:

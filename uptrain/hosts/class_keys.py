@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def ask(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Fit:
 
 
 def _config(config: Mapping[str, Any]) -> Any:
-    values = dict(config)
+    values = deepcopy(dict(config))  # some classes write into its sections
     return type(AutoConfig.for_model(values["model_type"])).from_dict(values)
 
 

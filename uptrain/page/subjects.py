@@ -16,8 +16,8 @@ from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.eval_tables import Table, figure, pair, rows_of, stale_parts, weights_of
 from uptrain.model_config import architecture_of, attention_layers
-from uptrain.wrappers import language_config
 from uptrain.running_dtype import cached_itemsize
+from uptrain.wrappers import language_config
 
 LOG = "train_log.jsonl"
 
