@@ -72,6 +72,13 @@ def assert_pooled(source: Path, result: Path, groups: int) -> None:
     assert float((logits(found, **shown) - logits(found, **other)).abs().max()) > 0.1
 
 
+def test_the_docs_name_every_type() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "hosts.md").read_text()
+    listed = text.partition("<!-- wrappers -->")[2].partition("<!-- /wrappers -->")[0]
+    assert sorted(listed.replace(",", " ").split()) == sorted(WRAPPERS)
+    assert f"[{len(WRAPPERS)} types]" in (Path(__file__).parent.parent / "README.md").read_text()
+
+
 @pytest.mark.parametrize("model_type", sorted(WRAPPERS))
 def test_the_table_says_what_the_class_assumes(model_type: str) -> None:
     wrapper, made = WRAPPERS[model_type], AutoConfig.for_model(model_type)
@@ -325,6 +332,8 @@ def test_the_processor_goes_along_and_the_card_names_it(tmp_path: Path) -> None:
     card = str(build_card(subject, Licence("mit", "a test"), None, ({}, "")))
     assert "AutoModelForImageTextToText.from_pretrained" in card and "AutoProcessor.from_pretrained" in card
     assert "image-text-to-text" in card and "vllm serve" not in card
+    # The section says its rotation in transformers 5's words alone.
+    assert "It wants transformers 5" in card
 
 
 def test_similar_heads_move_in_the_language_model_alone(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from uptrain.hosts.engines import why_not_vllm
 from uptrain.hub.history import Stage
 from uptrain.model_config import auto_class_name
 from uptrain.purpose import auto_class_without_head, is_language_model
+from uptrain.wrappers import language_config
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -90,6 +91,7 @@ def _code(config: Mapping[str, Any], code: Mapping[str, Any]) -> str:
 
 def _versions(config: Mapping[str, Any]) -> str:
     """Say which versions of transformers read the rotation as it is: 4 has other words for it, and fewer."""
+    config = language_config(dict(config))
     if not config.get("rope_parameters"):
         return ""
     if "rope_theta" in config and config["rope_theta"] is None:
