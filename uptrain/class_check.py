@@ -66,9 +66,9 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
     Raises:
         CheckpointError: tensors are missing, have other sizes than config.json promises, or would be left out.
     """
-    source = Question(checkpoint.config, {key: info.shape for key, info in checkpoint.tensors.items()})
+    source = Question(checkpoint.whole_config, {key: info.shape for key, info in checkpoint.tensors.items()})
     outputs = {tensor.info.name: tensor for tensors in plan.shards.values() for tensor in tensors}
-    result = Question(plan.config, {key: tensor.info.shape for key, tensor in outputs.items()})
+    result = Question(plan.whole_config, {key: tensor.info.shape for key, tensor in outputs.items()})
     family, layers = plan.architecture, checkpoint.config.get(plan.architecture.keys.num_hidden_layers)
     if quantisation_of(checkpoint) is not None:
         # Its quantiser would have to answer, and may need a GPU.

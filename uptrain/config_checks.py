@@ -9,6 +9,9 @@ from typing import Any
 
 from uptrain.errors import CheckpointError
 
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""What config.json calls the dtype of weights: transformers 5, and before."""
+
 MOST = 2**31 - 1
 """The largest whole number that a config may say of anything."""
 MOST_LAYERS = 10_000

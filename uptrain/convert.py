@@ -299,7 +299,7 @@ def _check_unchanged(checkpoint: Checkpoint, plan: Plan) -> None:
         same = plan_digest(plan, checkpoint) == plan.digest
     except FileNotFoundError:
         same = False
-    if not same or read_config(checkpoint.path) != checkpoint.config:
+    if not same or read_config(checkpoint.path) != checkpoint.whole_config:
         raise CheckpointError(
             f"{checkpoint.path} changed while it was converted, so the result would be of neither.",
             "Run the same command again once nothing writes there.",
@@ -343,8 +343,9 @@ def _write_companions(checkpoint: Checkpoint, plan: Plan, beside: Sidecars, part
     carry(checkpoint.path, beside, partial)
     if plan.host.remote_code:
         shutil.copyfile(Path(__file__).parent / "hosts" / plan.host.remote_code, partial / plan.host.remote_code)
-    code = {**reading_code(checkpoint.config), **plan.config.get("auto_map", {})}
-    config = {**plan.config, "auto_map": code} if code else plan.config
+    whole = plan.whole_config
+    code = {**reading_code(checkpoint.whole_config), **whole.get("auto_map", {})}
+    config = {**whole, "auto_map": code} if code else whole
     write_atomic(partial / "config.json", dump_json(config, allow_nan=True))
     if len(plan.shards) > 1:
         index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": plan.weight_map()}
@@ -365,7 +366,7 @@ def _stage(
             "name": source.name,
             "origin": source.origin,
             "revision": source.revision,
-            "model_type": plan.architecture.model_type,
+            "model_type": str(checkpoint.whole_config["model_type"]),
             "files": dict(sorted(files.items())),
         },
         "request": plan.request.recorded(plan.before != plan.after),
@@ -376,7 +377,7 @@ def _stage(
         },
         **_latent_stage(plan),
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
-        "host": {"model_type": plan.host.name, "remote_code": bool(plan.host.remote_code)},
+        "host": {"model_type": plan.holder, "remote_code": bool(plan.host.remote_code)},
         "plan": plan.digest,
     }
 

@@ -16,10 +16,10 @@ from uptrain.hosts.host import Host
 from uptrain.hosts.table import host_of
 from uptrain.layout import Architecture
 from uptrain.model_config import (
-    architecture_of,
     attention_layers,
     config_value,
     expands_cache,
+    family_of,
     holds_groups,
     position_of_config,
 )
@@ -60,7 +60,8 @@ class Inspection:
     own class caches more: a copy for every query head.
 
     `dtype` is what most weights are stored in. Of a quantised checkpoint, `quantised` says how, `parameters` counts
-    packed codes one by one, and `unreadable` says why it can't be converted, where it can't.
+    packed codes one by one, and `unreadable` says why it can't be converted, where it can't. With `wrapped_in`, the
+    model type of a wrapper, all but the weights' figures is said of the language model in it.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Inspection:
     options: tuple[Option, ...]
     quantised: str = ""
     unreadable: str = ""
+    wrapped_in: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the inspection as plain JSON values."""
@@ -104,7 +106,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         UptrainError: it can't be found or read, or is of no known family.
     """
     source, checkpoint = open_headers(model, revision, allow_pickle)
-    architecture = architecture_of(checkpoint.config, model)
+    architecture = family_of(checkpoint, model)
     layers = attention_layers(architecture, checkpoint.config, model)
     counts = Counter[str]()
     for info in checkpoint.tensors.values():
@@ -147,6 +149,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         ),
         quantised=quantised.describe() if quantised else "",
         unreadable=unreadable,
+        wrapped_in=checkpoint.tower.wrapper.model_type if checkpoint.tower else "",
     )
 
 
@@ -198,7 +201,8 @@ def _options(
             continue
         after = [spec.grouped(groups) for spec in layers]
         size = cache_bytes_per_token(after, itemsize)
-        out.append(Option(target, groups, size, host.name, bool(host.remote_code)))
+        holder = checkpoint.tower.wrapper.model_type if checkpoint.tower else host.name
+        out.append(Option(target, groups, size, holder, bool(host.remote_code)))
     return out
 
 

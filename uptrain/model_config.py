@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uptrain.architectures import ARCHITECTURES, NO_CACHE
 from uptrain.attention import AttentionSpec
+from uptrain.config_checks import DTYPE_KEYS as DTYPE_KEYS
 from uptrain.config_checks import MOST, MOST_HEAD_DIM, MOST_HEADS, MOST_LAYERS, check_kinds, check_most
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.layout import BLOCKS, Architecture, KeyNorm, Packing, Position, Sliding
 from uptrain.rotation import EVERY, layer_types, rotary_parameters, rotated_dims
 from uptrain.unknown_models import refuse_unknown
+from uptrain.wrappers import WRAPPERS
 
-DTYPE_KEYS = ("dtype", "torch_dtype")
+if TYPE_CHECKING:
+    from uptrain.checkpoint.reader import Checkpoint
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
@@ -38,9 +41,20 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     return architecture
 
 
+def family_of(checkpoint: Checkpoint, where: str) -> Architecture:
+    """Return the table's entry for a checkpoint's language model, with the names that it has inside a wrapper.
+
+    Raises:
+        UptrainError: as `architecture_of`, or a wrapper around a family that only another class could hold.
+    """
+    family = architecture_of(checkpoint.config, where)
+    return family if checkpoint.tower is None else checkpoint.tower.architecture(family, where)
+
+
 def auto_class_name(config: Mapping[str, Any]) -> str:
     """Name the Auto class of transformers that loads a config's language model; families need not be known."""
-    entry = ARCHITECTURES.get(str(config.get("model_type")))
+    model_type = str(config.get("model_type"))
+    entry = ARCHITECTURES.get(model_type) or WRAPPERS.get(model_type)
     return Architecture.auto_class if entry is None else entry.auto_class
 
 

@@ -29,6 +29,7 @@ from uptrain.hosts.loaded import load_language_model
 from uptrain.hosts.register import register
 from uptrain.purpose import check_language_model
 from uptrain.recipe_schema import TokenizerSpec
+from uptrain.wrappers import check_unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,14 +58,16 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
 
 
 def check_heads(*sources: Source | None) -> None:
-    """Refuse models without a language-model head before anything is loaded or written; None is no model.
+    """Refuse models that can't be run as language models before anything is loaded or written; None is no model.
 
     Raises:
-        UsageError: one has none.
+        UsageError: one has no language-model head, or is a wrapper around one that has.
     """
     for source in sources:
         if source is not None:
-            check_language_model(read_config(source.path), source.name)
+            config = read_config(source.path)
+            check_unwrapped(config, source.name, "evaluate or train")
+            check_language_model(config, source.name)
 
 
 def placed(model: Any, device: torch.device | None, dtype: torch.dtype) -> Any:

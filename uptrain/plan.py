@@ -19,9 +19,9 @@ from uptrain.hosts.host import Host
 from uptrain.hosts.table import OF_THE_FOLDER, host_config, host_of, own_host, result_class
 from uptrain.latent_packing import latent_shapes
 from uptrain.layout import Architecture
-from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers, config_value, set_attention
+from uptrain.model_config import DTYPE_KEYS, attention_layers, config_value, family_of, set_attention
 from uptrain.packing import module_of, module_shape, modules_of
-from uptrain.plan_checks import check_effects, check_groups, check_listed, check_method
+from uptrain.plan_checks import check_effects, check_groups, check_inside, check_listed, check_method
 from uptrain.plan_embeddings import shared_outputs
 from uptrain.plan_latent import LatentPlan, plan_latent
 from uptrain.plan_norms import pooled_norms
@@ -33,6 +33,7 @@ from uptrain.prefixes import find_prefix
 from uptrain.purpose import is_language_model
 from uptrain.request import Request, resolve_groups
 from uptrain.running_dtype import cached_itemsize
+from uptrain.wrappers import Tower
 
 PLAN_FORMAT = 2
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
@@ -56,6 +57,20 @@ class Plan:
     """Whether the result's head is a copy of the embedding that the source ties it to."""
     notes: tuple[str, ...] = ()
     """What the user is to know before it runs."""
+    tower: Tower | None = None
+    """Where the language model stands, if a wrapper holds it; `config` is its own."""
+
+    @property
+    def whole_config(self) -> dict[str, Any]:
+        """Return the result's config.json."""
+        if self.tower is None:
+            return self.config
+        return {key: value for key, value in self.tower.around(self.config).items() if key not in OF_THE_FOLDER}
+
+    @property
+    def holder(self) -> str:
+        """Return the model type that the result's config.json names."""
+        return self.host.name if self.tower is None else self.tower.wrapper.model_type
 
     @property
     def total_bytes(self) -> int:
@@ -107,7 +122,8 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         UsageError: the family, groups or dtype make it impossible.
         CheckpointError: the config and the tensors don't fit each other.
     """
-    architecture = architecture_of(checkpoint.config, name)
+    architecture = family_of(checkpoint, name)
+    check_inside(checkpoint, request, name)
     check_method(architecture, checkpoint.config, request, name)
     check_listed(architecture, checkpoint)
     before = attention_layers(architecture, checkpoint.config, name)
@@ -140,7 +156,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     declare(config, embeddings, architecture, host.architecture)
     planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same, embeddings)
     shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
-    plan = Plan(request, architecture, host, prefix, before, after, config, shards, "")
+    plan = Plan(request, architecture, host, prefix, before, after, config, shards, "", tower=checkpoint.tower)
     return replace(plan, digest=plan_digest(plan, checkpoint))
 
 
@@ -329,7 +345,7 @@ def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
         "format": PLAN_FORMAT,
         "request": plan.request.recorded(),
         "host": plan.host.name,
-        "config": plan.config,
+        "config": plan.whole_config,
         "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "shards": {name: [_row(tensor) for tensor in tensors] for name, tensors in plan.shards.items()},
     }
@@ -345,5 +361,5 @@ def _row(tensor: OutputTensor) -> Iterable[Any]:
 
 def result_attention(checkpoint: Checkpoint, name: str) -> tuple[Host, tuple[AttentionSpec, ...]]:
     """Return the host and attention of a checkpoint as it stands."""
-    architecture = architecture_of(checkpoint.config, name)
+    architecture = family_of(checkpoint, name)
     return own_host(architecture), attention_layers(architecture, checkpoint.config, name)

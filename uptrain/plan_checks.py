@@ -55,6 +55,20 @@ def check_method(architecture: Architecture, config: Mapping[str, Any], request:
         raise UsageError(f"--grouping {request.grouping} can't be used on {name}: {why}.", "Leave --grouping out.")
 
 
+def check_inside(checkpoint: Checkpoint, request: Request, name: str) -> None:
+    """Refuse a target that needs a class of its own where a wrapper holds the language model.
+
+    Raises:
+        UsageError: it does.
+    """
+    if checkpoint.tower is not None and request.target == "mla":
+        wrapper = checkpoint.tower.wrapper.model_type
+        raise UsageError(
+            f"--to mla can't be used on {name}: a latent needs a class of its own, which has no place in a {wrapper}.",
+            "Use --to gqa or --to mqa.",
+        )
+
+
 def check_groups(
     architecture: Architecture, host: Architecture, config: Mapping[str, Any], groups: int, name: str
 ) -> None:

@@ -32,12 +32,13 @@ def inspection(found: Inspection, as_json: bool) -> None:
         return
     rope = ", ".join(f"{key} {value}" for key, value in found.rope.items())
     window = f"{found.sliding_window} tokens in {found.sliding_layers} of {found.num_hidden_layers} layers"
+    inside = f" in a {found.wrapped_in}" if found.wrapped_in else ""
     kinds = {"mha": "MHA", "gqa": "GQA", "mqa": "MQA", "mla": "MLA"}
     console.facts(
         found.name,
         [
             ("source", found.origin),
-            ("family", f"{found.model_type}, {kinds[found.attention]}, {found.num_hidden_layers} layers"),
+            ("family", f"{found.model_type}{inside}, {kinds[found.attention]}, {found.num_hidden_layers} layers"),
             (
                 "heads",
                 f"num_attention_heads {found.num_attention_heads}, num_key_value_heads "
@@ -109,7 +110,7 @@ def suggestions(found: Inspection, suggested: list[Suggestion], as_json: bool) -
 def _plan_facts(plan: Plan) -> dict[str, Any]:
     return {
         "model_type": plan.architecture.model_type,
-        "host": plan.host.name,
+        "host": plan.holder,
         "remote_code": bool(plan.host.remote_code),
         "num_attention_heads": plan.before[0].num_attention_heads,
         "num_key_value_heads": {
@@ -193,7 +194,7 @@ def _class_facts(plan: Plan) -> list[tuple[str, str]]:
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
         *_cross_facts(plan),
         *([("in transformers", EXPANDED.format(plan.host.architecture.class_name))] if expanded else []),
-        ("class", f"{plan.host.name} · {plan.host.architecture.class_name}{code}"),
+        ("class", f"{plan.holder} · {plan.host.architecture.class_name}{code}"),
     ]
 
 
@@ -233,7 +234,10 @@ def conversion(done: Conversion, as_json: bool) -> None:
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
-    if is_language_model(done.plan.config):
+    if done.plan.tower is not None:
+        loader = done.plan.tower.wrapper.auto_class
+        console.note(f"Load it with transformers.{loader}: uptrain can't evaluate or train wrappers yet.")
+    elif is_language_model(done.plan.config):
         trusted = " --allow-pickle" if done.source.allow_pickle else ""
         console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}{trusted}")
 

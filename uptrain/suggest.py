@@ -10,7 +10,7 @@ from uptrain.checkpoint.source import resolve
 from uptrain.errors import UsageError
 from uptrain.methods import estimate
 from uptrain.missing import check_installed
-from uptrain.model_config import architecture_of, attention_layers, why_pool_only
+from uptrain.model_config import attention_layers, family_of, why_pool_only
 from uptrain.packing import read_layer
 from uptrain.plan import Plan, make_plan
 from uptrain.request import Request
@@ -72,7 +72,7 @@ def sample(layers: int, most: int = SAMPLE) -> tuple[int, ...]:
 
 def _plans(checkpoint: Checkpoint, budget: float, name: str) -> list[Plan]:
     """Return a plan for every form that fits; what no class holds is left out."""
-    architecture = architecture_of(checkpoint.config, name)
+    architecture = family_of(checkpoint, name)
     pooled = bool(why_pool_only(architecture, checkpoint.config))
     before = attention_layers(architecture, checkpoint.config, name)
     if before[0].kind == "mla":
@@ -118,7 +118,7 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
     kept = plan.cache_after / plan.cache_before
     numbers = tuple(dict.fromkeys(layer // len(plan.architecture.attentions) for layer in layers))
     return Suggestion(
-        request.target, options, request.method, plan.cache_after, kept, keys, values, numbers, plan.host.name
+        request.target, options, request.method, plan.cache_after, kept, keys, values, numbers, plan.holder
     )
 
 

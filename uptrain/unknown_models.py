@@ -11,6 +11,7 @@ from typing import Any
 
 from uptrain.architectures import ARCHITECTURES
 from uptrain.errors import UsageError, did_you_mean
+from uptrain.wrappers import WRAPPERS
 
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config", "decoder")
 """Where the configs of wrappers describe their text tower, the surest first."""
@@ -23,6 +24,13 @@ ALIKE = 0.85
 def refuse_unknown(config: Mapping[str, Any], where: str) -> UsageError:
     """Return the refusal of a config whose model_type is none of the table's; `where` names the config."""
     model_type = config.get("model_type")
+    wrapper = WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+    if wrapper is not None and not isinstance(config.get(wrapper.section), Mapping):
+        return UsageError(
+            f"{where} is a {model_type}, but its config.json has no {wrapper.section}, which would say what language "
+            "model it wraps.",
+            f"Let transformers write it out: AutoConfig.from_pretrained({where!r}).save_pretrained(…).",
+        )
     if sections_of(config):
         return refuse_wrapper(config, where, "convert")
     known = ", ".join(sorted(ARCHITECTURES))
@@ -60,7 +68,7 @@ def refuse_wrapper(config: Mapping[str, Any], where: str, verb: str) -> UsageErr
         hint = "Name a checkpoint that holds a language model alone."
     kind = "multimodal" if any(key in OTHER_SECTIONS for key in wrapped) else "composite"
     return UsageError(
-        f"{where} is a {kind} {model_type}, which wraps {parts}. uptrain can't {verb} wrappers yet.", hint
+        f"{where} is a {kind} {model_type}, which wraps {parts}. uptrain can't {verb} such a wrapper yet.", hint
     )
 
 

@@ -84,7 +84,7 @@ def test_load_absorbs_unless_told_not_to(tmp_path):
 
 
 def test_load_refuses_what_would_give_no_numbers(tmp_path):
-    with pytest.raises(CheckpointError, match="transformers can't load"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         uptrain.load(tmp_path)
     neutral().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="float16 can't hold"):

@@ -107,18 +107,17 @@ def weight_files(names: Collection[str], folder: Path, allow_pickle: bool) -> li
     """Return which of the files `names` hold the weights that are read, their index first; empty where none do.
 
     The shards are those that the index names, if it is in `folder` already.
-
-    Raises:
-        CheckpointError: that index is broken, or names a file outside the folder.
     """
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     try:
         found = find_weights(names, config, folder, allow_pickle)
     except CheckpointError:  # the reader says so, once what is there has been downloaded
         return []
-    if not found.indexed or not (folder / found.file).is_file():
-        return [found.file]
-    return [found.file, *files_of(found, read_weight_map(folder, found))]
+    shards: list[str] = []
+    if found.indexed and (folder / found.file).is_file():
+        with suppress(CheckpointError):  # as above
+            shards = files_of(found, read_weight_map(folder, found))
+    return [found.file, *shards]
 
 
 def missing_weights(folder: Path, listed: Collection[str] | None, allow_pickle: bool) -> list[str]:

@@ -28,6 +28,7 @@ from uptrain.checkpoint.weight_files import (
     read_weight_map,
 )
 from uptrain.errors import CheckpointError
+from uptrain.wrappers import Tower, language_config, tower_in
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Checkpoint:
     """A checkpoint folder: its config, and each tensor's place. Nothing of the weights is in memory.
 
     `remote` says that the weights are on the Hub only: the tensors are known, but can't be read. `index` names the
-    index that was read, if there are shards, and `absent` the tensors that it lists and no shard holds.
+    index that was read, if there are shards, and `absent` the tensors that it lists and no shard holds. Of a `tower`,
+    the language model in a wrapper, `config` is its own, and `whole_config` what config.json holds.
     """
 
     path: Path
@@ -45,6 +47,12 @@ class Checkpoint:
     remote: bool = False
     index: str = ""
     absent: tuple[str, ...] = ()
+    tower: Tower | None = None
+
+    @property
+    def whole_config(self) -> Mapping[str, Any]:
+        """Return what config.json holds."""
+        return self.config if self.tower is None else self.tower.whole
 
     @property
     def files(self) -> list[str]:
@@ -170,7 +178,8 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
     check_files(path, weights, files)
     pickles = PickleShards(path) if weights.pickled else None
     shards = ((name, pickles.header(name) if pickles else _header(path, name)) for name in files)
-    opened = Checkpoint(path, config, {}, pickles, index=weights.file if weights.indexed else "")
+    index = weights.file if weights.indexed else ""
+    opened = Checkpoint(path, language_config(config), {}, pickles, index=index, tower=tower_in(config))
     tensors = merge_shards(shards, weight_map, path, opened.equal)
     return replace(opened, tensors=tensors, absent=tuple(sorted(weight_map.keys() - tensors.keys())))
 

@@ -13,6 +13,7 @@ from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import Source, hub_errors, resolve
 from uptrain.checkpoint.weight_files import files_of, find_weights, merge_shards, read_weight_map
 from uptrain.errors import CheckpointError
+from uptrain.wrappers import language_config, tower_in
 
 
 def open_headers(model: str, revision: str | None = None, allow_pickle: bool = False) -> tuple[Source, Checkpoint]:
@@ -61,7 +62,8 @@ def _open_remote(source: Source) -> Checkpoint:
     tensors = merge_shards(headers, weight_map, source.name, lambda one, other: True)
     index = weights.file if weights.indexed else ""
     absent = tuple(sorted(weight_map.keys() - tensors.keys()))
-    return Checkpoint(source.path, config, tensors, remote=True, index=index, absent=absent)
+    model, tower = language_config(config), tower_in(config)
+    return Checkpoint(source.path, model, tensors, remote=True, index=index, absent=absent, tower=tower)
 
 
 def _in_order(tensors: Mapping[str, Any]) -> list[tuple[str, Any]]:

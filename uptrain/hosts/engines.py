@@ -9,6 +9,7 @@ from typing import Any
 from uptrain.layout import Architecture
 from uptrain.model_config import auto_class_name
 from uptrain.purpose import is_language_model
+from uptrain.wrappers import WRAPPERS
 
 _OWN_ATTENTION = "its attention is code of its own, which vLLM's backend for transformers can't replace"
 _LATENT = "vLLM has no class for this latent"
@@ -30,6 +31,8 @@ def why_not_vllm(config: Mapping[str, Any], rope: str | None = None) -> str:
     """Return why vLLM can't load a model of this config, empty where it can; `rope` is how a latent keeps positions."""
     if why := VLLM_LOADS_NOT.get(str(config.get("model_type"))):
         return why
+    if str(config.get("model_type")) in WRAPPERS:
+        return "vLLM has not been tried with such a wrapper yet"
     if auto_class_name(config) != Architecture.auto_class:
         return "vLLM has no class for this decoder, which reads an encoder"
     if not is_language_model(config):

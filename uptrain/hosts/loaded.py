@@ -16,6 +16,7 @@ from uptrain.hosts.fit import Fit, check_fit
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.purpose import check_language_model
 from uptrain.quantisation import check_read, check_scheme, quantisation_in
+from uptrain.wrappers import language_config, tower_in
 
 
 def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
@@ -41,8 +42,10 @@ def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
     check_read(quantised, info["unexpected_keys"], name)
     fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)
     # What a quantised checkpoint stores beside its weights, the quantiser alone knows.
-    family = None if quantised else ARCHITECTURES.get(str(config.get("model_type")))
-    check_fit(fit, name, family, config.get(family.keys.num_hidden_layers) if family else None)
+    tower, spoken = tower_in(config), language_config(config)
+    family = None if quantised else ARCHITECTURES.get(str(spoken.get("model_type")))
+    family = tower.named(family) if tower and family else family
+    check_fit(fit, name, family, spoken.get(family.keys.num_hidden_layers) if family else None)
     return model
 
 

@@ -12,6 +12,7 @@ from uptrain.attention import cache_bytes_per_token
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS
 from uptrain.hub.history import Stage, parent_of, since_public
 from uptrain.model_config import DTYPE_KEYS, architecture_of, attention_layers
+from uptrain.wrappers import language_config
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Subject:
         after = _after(self.converted[-1])
         if itemsize:
             where = f"{self.repo}'s config.json"
-            layers = attention_layers(architecture_of(self.config, where), self.config, where)
+            config = language_config(dict(self.config))
+            layers = attention_layers(architecture_of(config, where), config, where)
             after = cache_bytes_per_token(layers, itemsize)
         return round(after / kept), after
 

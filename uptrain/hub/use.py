@@ -10,11 +10,13 @@ from uptrain.hosts.engines import why_not_vllm
 from uptrain.hub.history import Stage
 from uptrain.model_config import auto_class_name
 from uptrain.purpose import auto_class_without_head, is_language_model
+from uptrain.wrappers import language_config
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
@@ -26,6 +28,10 @@ _READS_TEXT = ("tokenizer", "AutoTokenizer", 'tokenizer("The", return_tensors="p
 _READS_SOUND = (
     "processor", "AutoProcessor", 'processor(samples, sampling_rate=16_000, return_tensors="pt")  # samples: float32',
 )  # fmt: skip
+_READS_BOTH = (
+    "processor", "AutoProcessor", 'processor(text="The", return_tensors="pt")  # and images, as the base model says',
+)  # fmt: skip
+_READERS = {"automatic-speech-recognition": _READS_SOUND, "image-text-to-text": _READS_BOTH}
 
 
 def auto_class_of(config: Mapping[str, Any]) -> str:
@@ -51,7 +57,7 @@ def _model_code(config: Mapping[str, Any]) -> dict[str, Any]:
 def _loading(repo: str, auto: str, config: Mapping[str, Any], revision: str | None) -> str:
     at, remote = f', revision="{revision}"' if revision else "", bool(_model_code(config))
     trust = ", trust_remote_code=True" if remote else ""
-    name, reader, given = _READS_SOUND if TASKS[auto] == "automatic-speech-recognition" else _READS_TEXT
+    name, reader, given = _READERS.get(TASKS[auto], _READS_TEXT)
     # Left to itself, transformers asks about the config's code before it reads a tokenizer, which has none.
     asked = ", trust_remote_code=False" if remote else ""
     asked = ", trust_remote_code=True" if reader in (config.get("auto_map") or {}) else asked
@@ -85,6 +91,7 @@ def _code(config: Mapping[str, Any], code: Mapping[str, Any]) -> str:
 
 def _versions(config: Mapping[str, Any]) -> str:
     """Say which versions of transformers read the rotation as it is: 4 has other words for it, and fewer."""
+    config = language_config(dict(config))
     if not config.get("rope_parameters"):
         return ""
     if "rope_theta" in config and config["rope_theta"] is None:

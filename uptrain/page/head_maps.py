@@ -16,7 +16,7 @@ from uptrain.errors import CheckpointError, UsageError
 from uptrain.layout import Architecture
 from uptrain.methods import alike, estimate
 from uptrain.methods.estimate import Floats
-from uptrain.model_config import architecture_of, attention_layers
+from uptrain.model_config import attention_layers, family_of
 from uptrain.packing import read_layer
 from uptrain.page.style import SERIES, WIDTH, drawing, png
 from uptrain.plan_quantised import check_attention
@@ -52,7 +52,7 @@ def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pick
     plots.check()
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
-    architecture = architecture_of(checkpoint.config, model)
+    architecture = family_of(checkpoint, model)
     specs = attention_layers(architecture, checkpoint.config, model)
     if specs[0].kind == "mla":
         raise UsageError(f"{model} keeps a latent: it has no heads to compare.", "Draw the model it was made from.")

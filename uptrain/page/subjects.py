@@ -17,6 +17,7 @@ from uptrain.errors import CheckpointError, UsageError
 from uptrain.eval_tables import Table, figure, pair, rows_of, stale_parts, weights_of
 from uptrain.model_config import architecture_of, attention_layers
 from uptrain.running_dtype import cached_itemsize
+from uptrain.wrappers import language_config
 
 LOG = "train_log.jsonl"
 
@@ -119,7 +120,7 @@ def _subject(folder: Path) -> Subject | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    config = read_config(folder)
+    config = language_config(read_config(folder))
     layers = attention_layers(architecture_of(config, str(folder)), config, str(folder))
     evaluation: Mapping[str, Any] | None = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     name = folder.resolve().name

@@ -23,6 +23,7 @@ from uptrain.request import BUILTIN, CALIBRATION_FIELDS, CALIBRATION_TOKENS, Req
 from uptrain.sweep.runner import Measuring, Runner, Task
 from uptrain.sweep.targets import parse_methods, parse_target
 from uptrain.sweep_file import Refused, Sweep, read_sweep, write_sweep
+from uptrain.wrappers import check_unwrapped
 
 __all__ = ["Measuring", "sweep"]
 
@@ -74,6 +75,7 @@ def sweep(
     _check_calibration(calibration, asked[1])
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
+    check_unwrapped(checkpoint.whole_config, source.name, "sweep")
     check_language_model(checkpoint.config, source.name)
     tasks: list[Task] = []
     refused: list[Refused] = []

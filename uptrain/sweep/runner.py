@@ -19,7 +19,7 @@ from uptrain.evaluate import HELD_OUT, Evaluation, evaluate, text_name, write_ev
 from uptrain.measure.contexts import CONTEXT, check_stride, chosen_contexts
 from uptrain.measure.reference import Reference
 from uptrain.missing import needing
-from uptrain.model_config import architecture_of
+from uptrain.model_config import family_of
 from uptrain.plan import Plan
 from uptrain.recipe_schema import DataSource
 from uptrain.sweep_file import Arm, Sweep, write_sweep
@@ -74,7 +74,7 @@ class Runner:
             UsageError: it won't do.
         """
         config, how = self._checkpoint.config, self._how
-        entry = architecture_of(config, self._source.name)
+        entry = family_of(self._checkpoint, self._source.name)
         key = entry.keys.max_position_embeddings
         longest = config.get(key, entry.defaults.get(key))
         longest = longest if isinstance(longest, int) else 2**31
