@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.checksum import algorithm_of, checksum_file
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.weights import weight_files
+from uptrain.checkpoint.weights import changed_file
 from uptrain.errors import CheckpointError, UptrainError
 
 _NAME_IT = "Name it with --baseline MODEL, or leave it out with --no-baseline."
@@ -35,7 +34,7 @@ def find_baseline(model: str) -> tuple[Source | None, str]:
     except (UptrainError, OSError) as error:
         reason = error.message if isinstance(error, UptrainError) else str(error)
         return None, f"Measured without a baseline: {model} was converted from {name}. {reason} {_NAME_IT}"
-    if changed := _changed(source.path, recorded):
+    if changed := changed_file(source.path, recorded):
         return None, (
             f"Measured without a baseline: {source.path / changed} is not what {model} was converted from. {_NAME_IT}"
         )
@@ -60,13 +59,3 @@ def _here(name: str, recorded: Mapping[str, Any]) -> Source:
     except (OSError, ValueError):
         raise CheckpointError(f"{name} is not in the Hub cache.") from None
     return Source(Path(folder), name, "hub", revision)
-
-
-def _changed(folder: Path, recorded: Mapping[str, Any]) -> str:
-    """Return the first of the folder's files that isn't what the manifest's source had; empty where all are."""
-    files = recorded.get("files")
-    for name in weight_files(folder):
-        known = str(files.get(name)) if isinstance(files, Mapping) else ""
-        if algorithm_of(known) and checksum_file(folder / name, algorithm_of(known)) != known:
-            return name
-    return ""
