@@ -123,7 +123,12 @@ def test_the_device_is_what_the_command_says_else_the_environment_else_what_ther
             assert devices.device() == torch.device("cuda:1")
         with devices.using("auto"):
             assert devices.device() == torch.device("cpu")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
+    with pytest.raises(UsageError, match="ACCELERATE_USE_CPU is 'maybe', neither true nor false"):
+        devices.device()
+    for no in ("false", "", "No"):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", no)
+        assert devices.device() == torch.device("xpu")
     # Each process of a launch takes its own; one that is named can't be all of theirs.
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -96,6 +96,15 @@ def test_every_family_is_served_a_few_logits_at_a_time(family: str) -> None:
         torch.testing.assert_close(mine, model(input_ids=IDS).logits.flatten(0, 1))
 
 
+@pytest.mark.parametrize("said", [0.5, "inv_sqrt_d_model"])
+def test_a_scale_of_the_config_that_its_class_does_not_read(said: float | str) -> None:
+    model = tiny_model("mpt", logit_scale=said)
+    head = LogitHead(model)
+    with torch.no_grad():
+        mine = head.logits(head.hidden(IDS)[0].flatten(0, 1))
+        torch.testing.assert_close(mine, model(input_ids=IDS).logits.flatten(0, 1))
+
+
 def test_a_family_with_an_unknown_head_still_gets_its_own_logits() -> None:
     model = tiny_model("llama", seed=1)
     plain = model.forward

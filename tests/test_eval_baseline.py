@@ -108,3 +108,26 @@ def test_nothing_is_downloaded_for_it(here: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_both_ways_to_say_it_at_once_are_refused(here: Path) -> None:
     assert run(["eval", "mqa", "--baseline", "source", "--no-baseline"]) == 2
+
+
+@pytest.mark.parametrize("how", ["other weights", "the result itself"])
+def test_what_is_not_the_source_any_more_is_no_teacher(
+    how: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = here / "mqa", here / "one.txt"
+    if how == "other weights":
+        shutil.rmtree(here / "source")
+        checkpoint(here / "source", "llama", attention_bias=False, initializer_range=0.3)
+    else:  # The name that the source was converted by, in the folder of the result.
+        monkeypatch.chdir(here / "source")
+        assert run(["convert", ".", str(here / "own"), "--to", "mqa"]) == 0
+        model = here / "own"
+        monkeypatch.chdir(model)
+    values = [f"model={model}", f"output={here / 'up'}", f"data=[{text}]", "tokens=64", "block_size=16", "batch_size=2"]
+    capsys.readouterr()
+    assert run(["train", "gqa-uptrain", *values]) == 2
+    told = capsys.readouterr().err
+    assert "The teacher" in told and "is not what" in told and "distill.teacher=MODEL" in told
+    assert not (here / "up").exists() and not (here / "up.run").exists()
+    # Named, it is whatever the user names.
+    assert run(["train", "gqa-uptrain", *values, f"distill.teacher={here / 'source'}"]) == 0

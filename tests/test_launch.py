@@ -21,8 +21,9 @@ from accelerate.state import AcceleratorState
 from torch import distributed
 
 from tests.training import NO_DROPOUT, checkpoint, corpus
-from uptrain import devices
+from uptrain import devices, recipes
 from uptrain.errors import UptrainError, UsageError
+from uptrain.train import train
 from uptrain.training import launch
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -83,6 +84,16 @@ def test_an_incomplete_launch_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="MASTER_ADDR"):
         launch.join()
+
+
+@pytest.mark.parametrize("said", ["", "false"])
+def test_a_variable_that_does_not_say_yes_trains_all_the_same(
+    said: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+    done = train(recipes.load(str(recipe), ["steps=1"]))
+    assert done is not None and done.num_processes == 1
+    assert os.environ["ACCELERATE_USE_CPU"] == said
 
 
 def test_a_process_may_train_on_one_device_and_then_on_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,11 +234,13 @@ def test_other_processes_of_a_run_do_not_read_the_text_again(
         ({"UPTRAIN_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}, "/own"),
         ({"UPTRAIN_CACHE": "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/uptrain"),
         ({"UPTRAIN_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/home/me"}, "/home/me/.cache/uptrain"),
+        ({"UPTRAIN_CACHE": "", "XDG_CACHE_HOME": "not/absolute", "HOME": "/home/me"}, "/home/me/.cache/uptrain"),
+        ({"UPTRAIN_CACHE": "~nobody-of-this-name/own"}, None),
     ],
 )
 def test_the_cache_is_where_the_environment_says(
-    variables: dict[str, str], root: str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], root: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert token_cache.cache_root() == Path(root)
+    assert token_cache.cache_root() == (Path(root) if root else None)

@@ -22,6 +22,7 @@ AUTO = "auto"
 """The word for the device that there is."""
 _WORDS = "Say auto, cpu, cuda, cuda:1, mps, or another device that torch has here."
 _TRUE = ("1", "true", "yes", "on", "y", "t")
+_FALSE = ("0", "false", "no", "off", "n", "f")
 _FULL = re.compile(
     r"out of memory|can.?t allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED|invalid buffer size",
     re.IGNORECASE,
@@ -80,19 +81,31 @@ def device() -> torch.device:
     the accelerator that there is, else the CPU. Of several alike, each process of a launch gets its own.
 
     Raises:
-        UsageError: torch has no device of that name here.
+        UsageError: torch has no device of that name here, or ACCELERATE_USE_CPU is neither true nor false.
     """
     import torch
 
     for name, asked in (
         ("--device", chosen()),
-        ("ACCELERATE_USE_CPU", "cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE else None),
+        ("ACCELERATE_USE_CPU", "cpu" if _flag("ACCELERATE_USE_CPU") else None),
         ("ACCELERATE_TORCH_DEVICE", os.environ.get("ACCELERATE_TORCH_DEVICE")),
     ):
         if asked:
             return _of_this_process(_existing(asked, name))
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else _of_this_process(found)
+
+
+def _flag(name: str) -> bool:
+    """Tell whether a variable of accelerate's says yes, in accelerate's words; unset and empty are no.
+
+    Raises:
+        UsageError: it says neither.
+    """
+    said = os.environ.get(name, "").strip().lower()
+    if said and said not in (*_TRUE, *_FALSE):
+        raise UsageError(f"{name} is {said!r}, neither true nor false.", f"Set {name} to true, or unset it.")
+    return said in _TRUE
 
 
 def _existing(name: str, option: str) -> torch.device:

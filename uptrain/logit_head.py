@@ -22,10 +22,8 @@ class LogitHead:
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.linear = plain.get_output_embeddings()
         config = plain.config
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        self.cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        self.scale = _number(config, "logit_scale", 1.0) / _number(config, "logits_scaling", 1.0)
+        self.cap = _number(config, "final_logit_softcapping", 0.0)
         self.has_encoder = bool(config.is_encoder_decoder)
         self._shift: Any = getattr(plain, "prepare_decoder_input_ids_from_labels", None)
         # Some classes call their decoder themselves, past the body that wraps it (OPT).
@@ -123,6 +121,12 @@ class LogitHead:
         return own.shape == mine.shape and bool(
             torch.allclose(mine, own, rtol=1e-2, atol=1e-2 * float(own.abs().max()))
         )
+
+
+def _number(config: Any, key: str, otherwise: float) -> float:
+    # MPT's configs may have a word there, which its class doesn't read.
+    value = getattr(config, key, None)
+    return float(value) if isinstance(value, int | float) and value else otherwise
 
 
 class _Given:

@@ -29,7 +29,7 @@ from uptrain.training import result, state
 from uptrain.training.batches import Batch, Boundary, batch_of
 from uptrain.training.engine import LOWER, make_accelerator, on_stop_signal, precision_of, seed_own, shards
 from uptrain.training.journal import Figures, Journal, Step, Training
-from uptrain.training.launch import together
+from uptrain.training.launch import decided, together
 from uptrain.training.parallel import Spread
 from uptrain.training.runfolder import RunFolder
 from uptrain.training.schedules import make_schedule
@@ -61,7 +61,7 @@ def train(
     models.quiet()
     if plot:
         plots.check()
-    with together(), devices.enough_memory("Training", LOWER):
+    with decided(), together(), devices.enough_memory("Training", LOWER):
         run = _Run(recipe, on_step, plot)
         try:
             with run.folder:

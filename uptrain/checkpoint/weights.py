@@ -1,4 +1,4 @@
-"""One digest of a folder's weights and config, so that a measurement can be told from one of other weights."""
+"""Digests of a folder's weights and config: a measurement, or a teacher, can be told from one of other weights."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ def weights_digest(folder: Path, known: Mapping[str, Any] | None = None) -> str:
     digest = Checksum()
     digest.update(dump_json(sums).encode())
     return digest.text()
+
+
+def changed_file(folder: Path, recorded: Mapping[str, Any]) -> str:
+    """Return the first file of the folder's weights and config that isn't what a manifest recorded of a source.
+
+    `recorded` is what `converted_from` returns. Empty where all are, or where it has no checksums.
+    """
+    files = recorded.get("files")
+    for name in weight_files(folder):
+        if not isinstance(files, Mapping):
+            continue
+        known = str(files.get(name))
+        if not algorithm_of(known) or checksum_file(folder / name, algorithm_of(known)) != known:
+            return name
+    return ""

@@ -21,13 +21,15 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 def cache_root() -> Path | None:
     """Return the cache's folder: $UPTRAIN_CACHE, else in $XDG_CACHE_HOME or ~/.cache; None where there is no home."""
-    if own := os.environ.get("UPTRAIN_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "uptrain"
+    own, shared = os.environ.get("UPTRAIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
+        if own:
+            return Path(own).expanduser()
+        # Its specification says that a relative path is to be ignored: it would be another cache in each folder.
+        if shared and (place := Path(shared).expanduser()).is_absolute():
+            return place / "uptrain"
         return Path.home() / ".cache" / "uptrain"
-    except RuntimeError:
+    except RuntimeError:  # no home, or not the home of anybody
         return None
 
 

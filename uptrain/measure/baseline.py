@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.checksum import algorithm_of, checksum_file
 from uptrain.checkpoint.loadable import uses_safetensors
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.weights import weight_files
+from uptrain.checkpoint.weights import changed_file
 from uptrain.errors import CheckpointError, UptrainError
 
 _NAME_IT = "Name it with --baseline MODEL, or leave it out with --no-baseline."
@@ -37,7 +36,7 @@ def find_baseline(model: str, allow_pickle: bool = False) -> tuple[Source | None
     except (UptrainError, OSError, RuntimeError, ValueError) as error:
         reason = error.message if isinstance(error, UptrainError) else str(error)
         return None, f"Measured without a baseline: {model} was converted from {name}. {reason} {_NAME_IT}"
-    if changed := _changed(source.path, recorded):
+    if changed := changed_file(source.path, recorded):
         return None, (
             f"Measured without a baseline: {source.path / changed} is not what {model} was converted from. {_NAME_IT}"
         )
@@ -64,15 +63,3 @@ def _here(name: str, recorded: Mapping[str, Any]) -> Source:
     except (OSError, ValueError):
         raise CheckpointError(f"{name} is not in the Hub cache.") from None
     return Source(Path(folder), name, "hub", revision)
-
-
-def _changed(folder: Path, recorded: Mapping[str, Any]) -> str:
-    """Return the first of the folder's files that isn't what the manifest's source had; empty where all are."""
-    files = recorded.get("files")
-    for name in weight_files(folder):
-        if not isinstance(files, Mapping):
-            continue
-        known = str(files.get(name))
-        if not algorithm_of(known) or checksum_file(folder / name, algorithm_of(known)) != known:
-            return name
-    return ""

@@ -71,6 +71,16 @@ def join() -> PartialState:
 
 
 @contextmanager
+def decided() -> Iterator[None]:
+    """Tell accelerate, which reads ACCELERATE_USE_CPU again and again, what `devices.device` makes of it.
+
+    An empty one would stop it, and so would a true one beside another device that a command names.
+    """
+    with patch_environment(accelerate_use_cpu=str(devices.device().type == "cpu").lower()):
+        yield
+
+
+@contextmanager
 def together() -> Iterator[None]:
     """Say in one sentence that another process is gone, where a collective of the block fails of that.
 

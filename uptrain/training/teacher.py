@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from uptrain import models
+from uptrain import devices, models
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
+from uptrain.checkpoint.weights import changed_file
 from uptrain.errors import UptrainError, UsageError
 from uptrain.hosts import latent_norm
 
@@ -20,7 +21,7 @@ def find_teacher(named: str | None, student: Source | None, allow_pickle: bool =
     written it.
 
     Raises:
-        UsageError: neither is known, or the conversion's source is not there any more.
+        UsageError: neither is known, or the conversion's source is not there any more, or holds other weights.
     """
     if named is not None:
         return resolve(named, None, allow_pickle)
@@ -31,13 +32,22 @@ def find_teacher(named: str | None, student: Source | None, allow_pickle: bool =
             "Name the original with distill.teacher=MODEL, or learn from the text alone with distill=null.",
         )
     try:
-        return resolve(str(converted["name"]), converted.get("revision"), allow_pickle)
+        found = resolve(str(converted["name"]), converted.get("revision"), allow_pickle)
     except UptrainError as error:
         raise UsageError(
             f"The teacher {converted['name']}, from which {student.name if student else 'it'} was converted, "
             f"can't be had: {error.message}",
             "Name where it is now with distill.teacher=MODEL.",
         ) from None
+    # A folder may hold something else by now, and a relative name another folder. The first process asks for all.
+    changed = changed_file(found.path, converted) if found.origin == "folder" and not devices.rank() else ""
+    if changed:
+        raise UsageError(
+            f"The teacher {converted['name']} is not what {student.name if student else 'the model'} was converted "
+            f"from: {found.path / changed} differs.",
+            "Name where the original is now with distill.teacher=MODEL.",
+        )
+    return found
 
 
 def load_teacher(source: Source, low: bool, attn_implementation: str | None = None) -> Any:
