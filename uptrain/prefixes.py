@@ -70,13 +70,14 @@ def refuse_foreign(architecture: Architecture, checkpoint: Checkpoint, name: str
     tools = [tool for part, tool in WRAPPERS.items() if part in ".".join(found.added).split(".")]
     of = f"of {' and '.join(tools)}" if tools else "of a model that it was part of"
     wanted = _first(architecture, architecture.prefixes[0])
-    renames = ", ".join(f"r'{pattern}': '{new}'" for pattern, new in found.renames.items())
+    # What a file says may hold quotes, and is to be pasted into Python.
+    renames = ", ".join(f"{pattern!r}: {new!r}" for pattern, new in found.renames.items())
     raise CheckpointError(
         f"{name} has the prefix {' and '.join(found.added)} {of} in {found.count} of its {len(checkpoint.tensors)} "
         f"tensor names: {found.example}, where {architecture.model_type} has {wanted}.",
         # Without that last word transformers would write the names that it has read.
         f"Write it without, and copy the tokenizer's files: transformers.{architecture.auto_class}.from_pretrained("
-        f"'{name}', dtype='auto', key_mapping={{{renames}}}).save_pretrained('NEW', save_original_format=False).",
+        f"{name!r}, dtype='auto', key_mapping={{{renames}}}).save_pretrained('NEW', save_original_format=False).",
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.checkpoint.source import resolve
+from uptrain.class_check import check_classes
 from uptrain.errors import UsageError
 from uptrain.methods import estimate
 from uptrain.missing import check_installed
@@ -58,6 +59,7 @@ def suggest(model: str, budget: float, *, revision: str | None = None, allow_pic
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
     plans = _plans(checkpoint, budget, model)
+    check_classes(checkpoint, plans[0], model)  # a source that convert refuses is no source of suggestions
     layers = sample(len(plans[0].before))
     found = [_suggestion(checkpoint, plan, layers) for plan in plans]
     return sorted(found, key=lambda each: (each.cache_bytes_per_token, each.target))

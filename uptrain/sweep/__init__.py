@@ -14,7 +14,7 @@ from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out
 from uptrain.class_check import check_classes
 from uptrain.convert import MEMORY
-from uptrain.errors import UsageError
+from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.page.style import drawing, png
 from uptrain.page.sweep import pareto_chart
 from uptrain.plan import make_plan
@@ -79,16 +79,20 @@ def sweep(
     check_language_model(checkpoint.config, source.name)
     tasks: list[Task] = []
     refused: list[Refused] = []
+    errors: list[UptrainError] = []
     for target in asked[0]:
         for method in asked[1]:
             try:
                 options = {**target.options, **(calibration if method == "calibrated" else {})}
                 plan = make_plan(checkpoint, Request(method=method, **options), source.name)
                 plan = replace(plan, notes=check_classes(checkpoint, plan, source.name))
-            except UsageError as error:
+            except (UsageError, CheckpointError) as error:
                 refused.append(Refused(target.word, method, error.message))
+                errors.append(error)
             else:
                 tasks.append(Task(f"{target.folder}-{method}", target.word, plan))
+    if not tasks and errors and isinstance(errors[0], CheckpointError):
+        raise errors[0]
     if not tasks:
         raise UsageError("Nothing of this can be made." if not refused else refused[0].why, "Ask for other targets.")
     how = measuring or Measuring()
