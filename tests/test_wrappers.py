@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import uptrain
+from tests.hub_server import serve
 from tests.wrapped import load, logits, picture_of, pool_language_model, save_wrapper, tensors, tiny_wrapper, words
 from uptrain import models
 from uptrain.architectures import ARCHITECTURES
@@ -29,6 +31,7 @@ from uptrain.hub.licence import Licence
 from uptrain.hub.subject import Subject
 from uptrain.inspect import inspect
 from uptrain.model_config import attention_layers, family_of
+from uptrain.page.subjects import subjects_in
 from uptrain.recipe_schema import Recipe
 from uptrain.request import Request
 from uptrain.sweep import sweep
@@ -153,7 +156,7 @@ def test_a_body_without_a_head_stays_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("said", ["beside", "inside", "nowhere"])
-@pytest.mark.parametrize("head", ["absent", "equal", "different"])
+@pytest.mark.parametrize("head", ["absent", "equal", "different", "alone"])
 @pytest.mark.parametrize("model_type", THREE)
 def test_the_head_is_what_transformers_makes_of_the_source(
     model_type: str, head: str, said: str, tmp_path: Path
@@ -163,9 +166,10 @@ def test_the_head_is_what_transformers_makes_of_the_source(
     names = {name.rpartition("embed_tokens")[0]: value for name, value in found.items() if "embed_tokens" in name}
     ((base, table),) = names.items()
     if head != "absent":
-        found[f"{base.removesuffix('model.')}lm_head.weight"] = (
-            table.clone() if head == "equal" else torch.randn_like(table)
-        )
+        name = f"{base.removesuffix('model.')}lm_head.weight"
+        found[name] = torch.randn_like(table) if head == "different" else table.clone()
+        if head == "alone":
+            del found[f"{base}embed_tokens.weight"]
         store(source, found)
     section.pop("tie_word_embeddings", None)
     edit(
@@ -175,11 +179,12 @@ def test_the_head_is_what_transformers_makes_of_the_source(
     )
     model, info = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
     if info["missing_keys"]:
-        with pytest.raises(CheckpointError, match="lm_head"):
+        with pytest.raises(CheckpointError, match="embed_tokens" if head == "alone" else "lm_head"):
             plan_conversion(str(source), Request("gqa", 2))
         return
     convert(str(source), tmp_path / "o", Request("gqa", 2))
     assert_pooled(source, tmp_path / "o", 2)
+    assert tensors(source).keys() == tensors(tmp_path / "o").keys()
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert inspect(str(source)).tied_embeddings == tied
 
@@ -334,6 +339,25 @@ def test_the_processor_goes_along_and_the_card_names_it(tmp_path: Path) -> None:
     assert "image-text-to-text" in card and "vllm serve" not in card
     # The section says its rotation in transformers 5's words alone.
     assert "It wants transformers 5" in card
+
+
+def test_a_wrapper_on_the_hub_is_looked_at_by_its_headers(
+    tmp_path: Path, uptrain_against: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    source = save_wrapper(tmp_path / "s", "llava")
+    with serve(source, "org/tiny") as (endpoint, _):
+        looked = uptrain_against(endpoint, "inspect", "org/tiny", "--json")
+        planned = uptrain_against(endpoint, "convert", "org/tiny", "--groups", "2", "--dry-run", "--json")
+    assert looked.returncode == 0 == planned.returncode, looked.stderr + planned.stderr
+    found = json.loads(looked.stdout)
+    assert (found["model_type"], found["wrapped_in"], found["num_key_value_heads"]) == ("llama", "llava", 8)
+    assert json.loads(planned.stdout)["host"] == "llava"
+
+
+def test_the_report_counts_the_language_model_s_heads(tmp_path: Path) -> None:
+    convert(str(save_wrapper(tmp_path / "s", "llava")), tmp_path / "o", Request("gqa", 2))
+    (subject,) = subjects_in([tmp_path / "o"])
+    assert [layer.num_key_value_heads for layer in subject.layers] == [2, 2]
 
 
 def test_similar_heads_move_in_the_language_model_alone(tmp_path: Path) -> None:
