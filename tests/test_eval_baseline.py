@@ -131,3 +131,15 @@ def test_what_is_not_the_source_any_more_is_no_teacher(
     assert not (here / "up").exists() and not (here / "up.run").exists()
     # Named, it is whatever the user names.
     assert run(["train", "gqa-uptrain", *values, f"distill.teacher={here / 'source'}"]) == 0
+
+
+def test_figures_of_another_text_by_the_same_name_are_stale(here: Path) -> None:
+    words = ["eval", "mqa", "--text", "one.txt", "--context", "16", "--tokens", "60", "--no-speed"]
+    assert run(words) == 0
+    before = json.loads((here / "mqa/eval.json").read_text())
+    corpus(here / "one.txt", 30, seed=7)
+    assert run([*words, "--no-baseline"]) == 0
+    found = json.loads((here / "mqa/eval.json").read_text())
+    assert [row["perplexity"] for row in found["stale"]["rows"]] == [row["perplexity"] for row in before["rows"]]
+    assert [row["kl"] for row in found["rows"]] == [None] and found["kl"] is None
+    assert found["rows"][0]["perplexity"] != before["rows"][0]["perplexity"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 
 from uptrain import devices, models
+from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.source import resolve
 from uptrain.checkpoint.weights import weights_digest
@@ -143,7 +145,8 @@ def evaluate(
     head, first = rows[-1], timed[0] if timed else None
     measured = _measured(names, head, cache, first)
     settings = {
-        "texts": list(texts), "contexts": contexts, "stride": stride, "tokens": tokens,
+        "texts": list(texts), "text_digests": _digests(all_ids), "contexts": contexts, "stride": stride,
+        "tokens": tokens,
         "tasks": asdict(tasks) if tasks else None, "needle": asdict(needle) if needle else None, "samples": samples,
         "sample_tokens": sample_tokens, "speed_contexts": depths if places else [], "speed_batches": batches,
         "decode_tokens": decode_tokens,
@@ -185,6 +188,17 @@ def _measured(
             own[key] = None if first is None else getattr(first, f"{of}{key}")
         found.append(Measured(name, cache_bytes_per_token=held, cross_bytes_per_token=cross, **own))
     return found
+
+
+def _digests(texts: Mapping[str, Any]) -> dict[str, str]:
+    """Digest each text's tokens, and all of them together: a file may hold another text the next time."""
+    found, whole = {}, Checksum()
+    for name, ids in texts.items():
+        one = Checksum()
+        for digest in (one, whole):
+            digest.update(np.asarray(ids, np.int64).tobytes())
+        found[name] = one.text()
+    return {**found, ALL: whole.text()} if len(found) > 1 else found
 
 
 def _rows(

@@ -47,6 +47,14 @@ class _Entry:
     def compared(self) -> bool:
         return self.run.get("baseline") is not None
 
+    @property
+    def text_digest(self) -> str | None:
+        """Return the digest of the text that this was measured on; None where it is not known."""
+        settings = self.run.get("settings")
+        known = settings.get("text_digests") if isinstance(settings, Mapping) else None
+        found = known.get(self.values.get("text")) if isinstance(known, Mapping) else None
+        return found if isinstance(found, str) else None
+
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return `new`, an evaluation of one run, with what `old` has beside it, and sentences for the user.
@@ -59,14 +67,17 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, An
     after = max((entry.order for entry in before), default=-1) + 1
     fresh = [replace(entry, order=after) for entry in _entries(new)]
     against = _baseline(now) or _newest_baseline(before, now["weights"])
+    texts = _newest_texts([*before, *fresh])
     found = {entry.key: entry for entry in fresh}
     stale: dict[tuple[Any, ...], _Entry] = {}
     beside: list[_Entry] = []
     held: set[str] = set()
     for entry in before:
         own = _baseline(entry.run)
-        if entry.run.get("weights") != now["weights"] or (entry.compared and own != against):
-            stale[(*entry.key, entry.run.get("weights"), own)] = entry
+        text = entry.text_digest
+        other = text is not None and text != texts[entry.values["text"]]
+        if entry.run.get("weights") != now["weights"] or (entry.compared and own != against) or other:
+            stale[(*entry.key, entry.run.get("weights"), own, text)] = entry
         elif entry.key not in found:
             beside.append(entry)
         elif entry.compared and not found[entry.key].compared:
@@ -118,6 +129,12 @@ def _baseline(run: Mapping[str, Any]) -> str | None:
 def _newest_baseline(entries: Sequence[_Entry], weights: str) -> str | None:
     compared = [entry for entry in entries if entry.compared and entry.run.get("weights") == weights]
     return _baseline(max(compared, key=lambda entry: entry.order).run) if compared else None
+
+
+def _newest_texts(entries: Sequence[_Entry]) -> dict[str, str]:
+    """Return the digest that each text had when it was last read: a name may be of another text by then."""
+    known = sorted((entry for entry in entries if entry.text_digest), key=lambda entry: entry.order)
+    return {str(entry.values["text"]): str(entry.text_digest) for entry in known}
 
 
 def _lists(entries: Sequence[_Entry], stale: Sequence[_Entry]) -> dict[str, Any]:
@@ -195,6 +212,6 @@ def _notes(beside: Sequence[_Entry], held: set[str], stale: Sequence[_Entry]) ->
     names = [PARTS[part] for part in PARTS if any(entry.part == part and not entry.stale for entry in stale)]
     if names:
         yield (
-            f"What it had of other weights, or against another baseline, is marked stale in it: {', '.join(names)}. "
-            "Measure it again to have it beside the rest."
+            "What it had of other weights, of another text by that name, or against another baseline, is marked stale "
+            f"in it: {', '.join(names)}. Measure it again to have it beside the rest."
         )
