@@ -126,8 +126,8 @@ def test_svd_loses_nothing_where_heads_are_the_same(model_type: str, tmp_path: P
     model = pool_language_model(tiny_wrapper(model_type), 4)
     model.save_pretrained(tmp_path / "s")
     convert(str(tmp_path / "s"), tmp_path / "o", Request("gqa", 4, "svd"))
-    assert away(load(tmp_path / "o"), model, input_ids=words()) <= 1e-4
-    assert away(load(tmp_path / "o"), model, **picture_of(model)) <= 1e-4
+    assert away(load(tmp_path / "o"), model, input_ids=words()) <= 2 * NEAR
+    assert away(load(tmp_path / "o"), model, **picture_of(model)) <= 2 * NEAR
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "llava", "llava_onevision", "idefics3"])
