@@ -126,8 +126,8 @@ def test_svd_loses_nothing_where_heads_are_the_same(model_type: str, tmp_path: P
     model = pool_language_model(tiny_wrapper(model_type), 4)
     model.save_pretrained(tmp_path / "s")
     convert(str(tmp_path / "s"), tmp_path / "o", Request("gqa", 4, "svd"))
-    assert away(load(tmp_path / "o"), model, input_ids=words()) <= 1e-4
-    assert away(load(tmp_path / "o"), model, **picture_of(model)) <= 1e-4
+    assert away(load(tmp_path / "o"), model, input_ids=words()) <= 2 * NEAR
+    assert away(load(tmp_path / "o"), model, **picture_of(model)) <= 2 * NEAR
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "llava", "llava_onevision", "idefics3"])
@@ -337,6 +337,7 @@ def test_the_processor_goes_along_and_the_card_names_it(tmp_path: Path) -> None:
     card = str(build_card(subject, Licence("mit", "a test"), None, ({}, "")))
     assert "AutoModelForImageTextToText.from_pretrained" in card and "AutoProcessor.from_pretrained" in card
     assert "image-text-to-text" in card and "vllm serve" not in card
+    assert "vLLM has not been tried" in card and "reads an encoder" not in card
     # The section says its rotation in transformers 5's words alone.
     assert "It wants transformers 5" in card
 
@@ -358,6 +359,13 @@ def test_the_report_counts_the_language_model_s_heads(tmp_path: Path) -> None:
     convert(str(save_wrapper(tmp_path / "s", "llava")), tmp_path / "o", Request("gqa", 2))
     (subject,) = subjects_in([tmp_path / "o"])
     assert [layer.num_key_value_heads for layer in subject.layers] == [2, 2]
+
+
+def test_no_run_goes_on_where_another_part_s_config_was_changed(tmp_path: Path) -> None:
+    source = save_wrapper(tmp_path / "s", "llava")
+    before = plan_conversion(str(source), Request("gqa", 2))[2].digest
+    edit(source, vision_feature_layer=-1)
+    assert plan_conversion(str(source), Request("gqa", 2))[2].digest != before
 
 
 def test_similar_heads_move_in_the_language_model_alone(tmp_path: Path) -> None:
