@@ -10,6 +10,7 @@ import click
 from uptrain import console, devices
 from uptrain.cli_types import device_option
 from uptrain.errors import UptrainError, UsageError
+from uptrain.words import typed
 
 
 @click.command()
@@ -101,7 +102,7 @@ def copy_recipe(name: str, to: Path | None) -> None:
     if target.exists():
         raise UsageError(f"{target} exists already.", "Name another file.")
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    console.result(f"Wrote {target}. Edit it, then: uptrain train {target}")
+    console.result(f"Wrote {target}. Edit it, then: uptrain train {typed(target)}")
 
 
 @click.command()

@@ -8,6 +8,7 @@ import click
 
 from uptrain import console
 from uptrain.errors import UsageError
+from uptrain.words import typed
 
 
 @click.command()
@@ -67,7 +68,7 @@ def sign(directory: Path, key: Path, as_json: bool) -> None:
     from uptrain.checkpoint import signature
 
     report_verify.signed(directory, signature.sign(directory, key), as_json)
-    console.note(f"Next: uptrain verify {directory} --allowed-signers FILE")
+    console.note(f"Next: uptrain verify {typed(directory)} --allowed-signers FILE")
 
 
 COMMANDS: dict[str, click.Command] = {"verify": verify, "sign": sign}

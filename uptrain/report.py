@@ -11,6 +11,7 @@ from uptrain.checkpoint.sidecars import short
 from uptrain.console import size
 from uptrain.model_config import expands_cache, position_of_config
 from uptrain.purpose import is_language_model
+from uptrain.words import typed
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.sidecars import Sidecars
@@ -104,7 +105,7 @@ def suggestions(found: Inspection, suggested: list[Suggestion], as_json: bool) -
     )
     # The same cache can be had in several forms: what keeps most of its weaker side is the one to try.
     best = max(suggested, key=lambda each: min(each.keys, each.values))
-    console.note(f"Keeps most: uptrain convert {found.name} {best.options}")
+    console.note(f"Keeps most: uptrain convert {typed(found.name)} {best.options}")
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def conversion(done: Conversion, as_json: bool) -> None:
         console.note(f"Load it with transformers.{loader}: uptrain can't evaluate or train wrappers yet.")
     elif is_language_model(done.plan.config):
         trusted = " --allow-pickle" if done.source.allow_pickle else ""
-        console.note(f"Next: uptrain eval {done.out} --baseline {done.source.name}{trusted}")
+        console.note(f"Next: uptrain eval {typed(done.out)} --baseline {typed(done.source.name)}{trusted}")
 
 
 def _wants_text(plan: Plan) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uptrain import console
+from uptrain.words import typed
 
 if TYPE_CHECKING:
     from uptrain.hub.upload import Prepared, Pushed
@@ -43,7 +44,7 @@ def pushed(prepared: Prepared, done: Pushed, as_json: bool) -> None:
     if done.pull_request:
         pairs.append(("pull request", done.pull_request))
     console.facts(f"Pushed {prepared.directory} to {done.url}", pairs)
-    console.note(f"Next: uptrain inspect {done.repo}")
+    console.note(f"Next: uptrain inspect {typed(done.repo)}")
 
 
 def _facts(prepared: Prepared) -> dict[str, object]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uptrain import console
-from uptrain.words import size
+from uptrain.words import size, typed
 
 if TYPE_CHECKING:
     from uptrain.sweep_file import Arm, Sweep
@@ -37,7 +37,7 @@ def sweep(folder: Path, found: Sweep, as_json: bool) -> None:
         f"over {measured['windows']} windows. {measured['tokens']:,} tokens, context "
         f"{measured['context']}, stride {measured['stride']}, {measured['dtype']} on {measured['device']}."
     )
-    console.note(f"Wrote {folder}. Next: uptrain report {folder}")
+    console.note(f"Wrote {folder}. Next: uptrain report {typed(folder)}")
 
 
 def _divergence(arm: Arm) -> str:

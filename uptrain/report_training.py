@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from uptrain import console
 from uptrain.checkpoint.manifest import converted_from
+from uptrain.words import typed
 
 if TYPE_CHECKING:
     from uptrain.recipe_schema import Recipe
@@ -38,7 +39,9 @@ def training(done: Training, recipe: Recipe, as_json: bool) -> None:
     source = converted_from(done.out)
     original = str(source["name"]) if source else recipe.model
     trusted = " --allow-pickle" if recipe.allow_pickle else ""
-    console.note(f"Next: uptrain eval {done.out}" + (f" --baseline {original}{trusted}" if original else ""))
+    console.note(
+        f"Next: uptrain eval {typed(done.out)}" + (f" --baseline {typed(original)}{trusted}" if original else "")
+    )
 
 
 def recipe_list(paths: dict[str, Path], summaries: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ from uptrain.packing import read_layer
 from uptrain.plan import Plan, make_plan
 from uptrain.request import Request
 from uptrain.transform import LayerMaker
+from uptrain.words import typed
 
 SAMPLE = 4
 """Layers whose energy is computed, evenly spaced: each costs a factorisation."""
@@ -95,7 +96,7 @@ def _plans(checkpoint: Checkpoint, budget: float, name: str) -> list[Plan]:
     if not plans:
         raise UsageError(
             f"Nothing that {name} can become keeps at most {100 * budget:.3g}% of its cache.",
-            f"uptrain inspect {name} lists what it can become.",
+            f"uptrain inspect {typed(name)} lists what it can become.",
         )
     return plans
 

@@ -1,6 +1,9 @@
-"""Figures as people read them."""
+"""Figures as people read them, and names as they type them."""
 
 from __future__ import annotations
+
+import shlex
+from pathlib import Path
 
 
 def size(count: float) -> str:
@@ -22,3 +25,8 @@ def number(value: float | None, form: str, ends: tuple[float, float] | None = No
     if value is None:
         return "–"
     return form.format(value) + (f" ({form.format(ends[0])} to {form.format(ends[1])})" if ends else "")
+
+
+def typed(name: str | Path) -> str:
+    """Return a name as it is typed in a shell: in quotes where it has a space or a sign that a shell reads."""
+    return shlex.quote(str(name))

@@ -13,7 +13,9 @@ from uptrain.layout import Architecture
 SHOWN = 4
 """Tensors that a sentence names; of more it gives the number."""
 
-_BUFFERS = re.compile(r"(^|\.)(rotary(_emb)?\..+|inv_freq|masked_bias|causal_mask|position_ids|embed_positions)$")
+_BUFFERS = re.compile(
+    r"(^|\.)(rotary(_emb)?\..+|inv_freq|masked_bias|causal_mask|position_ids|embed_positions|_extra_state)$"
+)
 """What older classes stored and today's compute: no weights."""
 
 

@@ -10,6 +10,7 @@ from uptrain.page import charts
 from uptrain.page.section import Chart, Section
 from uptrain.page.style import INK, SERIES, new_figure
 from uptrain.page.subjects import Subject, table_of
+from uptrain.words import typed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ def quality(subjects: list[Subject]) -> Section:
     """Return the section on quality, to be called inside `style.drawing`."""
     compared = [subject for subject in subjects if subject.figure("perplexity", "baseline") is not None]
     missing = [
-        f"{subject.name} has not been measured against its original: uptrain eval {subject.folder} --baseline MODEL"
+        f"{subject.name} has not been measured against its original: uptrain eval {typed(subject.folder)} --baseline MODEL"
         for subject in subjects if subject not in compared
     ]  # fmt: skip
     missing += [sentence for subject in subjects for sentence in subject.left_out]
