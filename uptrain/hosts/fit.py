@@ -16,7 +16,7 @@ SHOWN = 4
 _BUFFERS = re.compile(
     r"(^|\.)(rotary(_emb)?\..+|inv_freq|masked_bias|causal_mask|position_ids|embed_positions|_extra_state)$"
 )
-"""What older classes stored and today's compute: no weights."""
+"""What older classes stored and today's compute, and Transformer Engine's state: no weights."""
 
 
 @dataclass(frozen=True)
