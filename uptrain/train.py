@@ -86,13 +86,11 @@ class _Run:
         if recipe.batch_size % share:
             raise UsageError(
                 f"batch_size {recipe.batch_size} counts a whole step's sequences, so it must be a multiple of "
-                f"{self.accelerator.num_processes} process(es) × gradient_accumulation "
-                f"{recipe.gradient_accumulation}."
+                f"{self.accelerator.num_processes} process(es) × gradient_accumulation {recipe.gradient_accumulation}."
             )
 
     def run(self, restart: bool) -> Training | None:
-        recipe = self.recipe
-        trusted = recipe.allow_pickle
+        recipe, trusted = self.recipe, self.recipe.allow_pickle
         self.source = source = resolve(recipe.model, recipe.revision, trusted) if recipe.model else None
         self.taught_by = find_teacher(recipe.distill.teacher, source, trusted) if recipe.distill else None
         models.check_weights(source, self.taught_by)
