@@ -190,15 +190,26 @@ def _measured(
     return found
 
 
-def _digests(texts: Mapping[str, Any]) -> dict[str, str]:
-    """Digest each text's tokens, and all of them together: a file may hold another text the next time."""
-    found, whole = {}, Checksum()
-    for name, ids in texts.items():
+def _digests(texts: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Digest each text's tokens, and all of them together: a file may hold another text the next time.
+
+    By the number of tokens: of the whole, and of each shorter beginning of 32, 64, 128, … tokens, so that runs that
+    read more or less of a text can be compared. Of all together there is the whole alone.
+    """
+
+    def digest(ids: Any) -> str:
         one = Checksum()
-        for digest in (one, whole):
-            digest.update(np.asarray(ids, np.int64).tobytes())
-        found[name] = one.text()
-    return {**found, ALL: whole.text()} if len(found) > 1 else found
+        one.update(np.asarray(ids, np.int64).tobytes())
+        return one.text()
+
+    found = {}
+    for name, ids in texts.items():
+        lengths = {len(ids), *(2**power for power in range(5, len(ids).bit_length()))}
+        found[name] = {str(length): digest(ids[:length]) for length in sorted(lengths)}
+    if len(found) > 1:
+        together = np.concatenate([np.asarray(ids, np.int64) for ids in texts.values()])
+        found[ALL] = {str(len(together)): digest(together)}
+    return found
 
 
 def _rows(

@@ -48,12 +48,12 @@ class _Entry:
         return self.run.get("baseline") is not None
 
     @property
-    def text_digest(self) -> str | None:
-        """Return the digest of the text that this was measured on; None where it is not known."""
+    def text_digests(self) -> Mapping[str, str] | None:
+        """Return the digests, by number of tokens, of the text that this was measured on; None where nothing says."""
         settings = self.run.get("settings")
         known = settings.get("text_digests") if isinstance(settings, Mapping) else None
         found = known.get(self.values.get("text")) if isinstance(known, Mapping) else None
-        return found if isinstance(found, str) else None
+        return found if isinstance(found, Mapping) else None
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -74,10 +74,10 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, An
     held: set[str] = set()
     for entry in before:
         own = _baseline(entry.run)
-        text = entry.text_digest
-        other = text is not None and text != texts[entry.values["text"]]
+        text = entry.text_digests
+        other = text is not None and not _same_text(text, texts[entry.values["text"]])
         if entry.run.get("weights") != now["weights"] or (entry.compared and own != against) or other:
-            stale[(*entry.key, entry.run.get("weights"), own, text)] = entry
+            stale[(*entry.key, entry.run.get("weights"), own, json.dumps(text and dict(text)))] = entry
         elif entry.key not in found:
             beside.append(entry)
         elif entry.compared and not found[entry.key].compared:
@@ -131,10 +131,16 @@ def _newest_baseline(entries: Sequence[_Entry], weights: str) -> str | None:
     return _baseline(max(compared, key=lambda entry: entry.order).run) if compared else None
 
 
-def _newest_texts(entries: Sequence[_Entry]) -> dict[str, str]:
-    """Return the digest that each text had when it was last read: a name may be of another text by then."""
-    known = sorted((entry for entry in entries if entry.text_digest), key=lambda entry: entry.order)
-    return {str(entry.values["text"]): str(entry.text_digest) for entry in known}
+def _newest_texts(entries: Sequence[_Entry]) -> dict[str, Mapping[str, str]]:
+    """Return the digests that each text had when it was last read: a name may be of another text by then."""
+    known = sorted((entry for entry in entries if entry.text_digests), key=lambda entry: entry.order)
+    return {str(entry.values["text"]): entry.text_digests or {} for entry in known}
+
+
+def _same_text(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Tell whether two texts are the same as far as both were read: by the longest beginning that both digested."""
+    common = max(one.keys() & other.keys(), key=int, default=None)
+    return common is None or one[common] == other[common]
 
 
 def _lists(entries: Sequence[_Entry], stale: Sequence[_Entry]) -> dict[str, Any]:
