@@ -20,7 +20,7 @@ CONVERTED = {
     "llama-gqa4": Request("gqa", 4), "llama-mqa": Request("mqa"),
     "llama-mla": Request("mla", kv_lora_rank=512), "llama-7b-gqa8": Request("gqa", 8),
 }  # fmt: skip
-TEXTS = ("text", "text.txt", "heldout.txt", "wiki.txt", "corpus/some.txt")
+TEXTS = ("text", "my.txt", "text.txt", "heldout.txt", "wiki.txt", "corpus/some.txt")
 
 
 def documents() -> list[str]:

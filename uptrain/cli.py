@@ -173,7 +173,7 @@ def _latent_options(command: Command) -> Command:
     help="Of --method calibrated; activations that this leaves no room for go to files beside OUT. Default: 4GiB.",
 )
 @device_option
-@click.option("--dtype", help="Store floating weights as bfloat16, float16 or float32. Default: as they are.")
+@click.option("--dtype", help="Store floating weights as bfloat16, float16, float32 or float64. Default: as they are.")
 @click.option(
     "--allow-nonfinite",
     is_flag=True,
@@ -195,7 +195,9 @@ def _latent_options(command: Command) -> Command:
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def convert(model: str, out: str | None, **options: Any) -> None:
-    """Convert MODEL to fewer key/value heads, or a latent, and write it to OUT (default ./NAME-gqa4 or ./NAME-mqa).
+    """Convert MODEL to fewer key/value heads, or a latent, and write it to OUT.
+
+    OUT is ./NAME-gqa4, ./NAME-mqa or ./NAME-mla128, after what was asked for, if it isn't named.
 
     Weights stream through: memory stays at a few layers whatever the model's size. A run that was cut off
     resumes when the same command is repeated. OUT appears only when it is whole.

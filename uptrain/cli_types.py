@@ -26,8 +26,8 @@ def device_option(command: Command) -> Command:
     """Add --device to a command that computes: it counts for as long as the command runs."""
     return click.option(
         "--device", metavar="NAME", expose_value=False, callback=_use, help="Compute there: auto, cpu, cuda, cuda:1, "
-        "mps, or another device of torch. Default: auto, the accelerator that there is; of ACCELERATE_USE_CPU and "
-        "ACCELERATE_TORCH_DEVICE, what is set.",
+        "mps, or another device of torch. Default: what ACCELERATE_USE_CPU or ACCELERATE_TORCH_DEVICE says, else auto: "
+        "the accelerator, if there is one.",
     )(command)  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def check_device(computes: bool) -> None:
     """
     if devices.chosen() is not None and not computes:
         raise UsageError(
-            f"--device {devices.chosen()} is where text is run through MODEL, which this conversion doesn't do.",
+            f"--device {devices.chosen()} has no effect here: only a calibration computes with MODEL.",
             "Leave it out, or add --calibrate or --method calibrated.",
         )
 

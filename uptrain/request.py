@@ -88,7 +88,9 @@ class Request:
         if self.chosen_tokens < 1 or (self.repair_steps or 0) < 0:
             raise UsageError("--calibration-tokens and --repair-steps can't be negative.")
         if self.target == "mqa" and self.groups not in (None, 1):
-            raise UsageError(f"--to mqa keeps one head, so --groups {self.groups} contradicts it.")
+            raise UsageError(
+                f"--to mqa keeps one head, so --groups {self.groups} contradicts it.", "Leave it out, or say --to gqa."
+            )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size} is not a positive number of bytes.")
 

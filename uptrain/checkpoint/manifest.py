@@ -136,8 +136,11 @@ def _verify_file(directory: Path, name: str, entry: Any) -> None:
         raise VerificationError(f"{path} is missing.", "Convert or download it again.")
     size = path.stat().st_size
     if size != entry.get("size"):
-        raise VerificationError(f"{path} is {size:,} bytes where {MANIFEST} says {entry.get('size')}.")
+        raise VerificationError(
+            f"{path} is {size:,} bytes where {MANIFEST} says {entry.get('size')}.", "Convert or download it again."
+        )
     if checksum_file(path, algorithm_of(entry["checksum"])) != entry["checksum"]:
         raise VerificationError(
-            f"{path} does not match its checksum in {MANIFEST}: its bytes changed since it was written."
+            f"{path} does not match its checksum in {MANIFEST}: its bytes changed since it was written.",
+            "Convert or download it again.",
         )

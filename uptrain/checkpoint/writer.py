@@ -42,7 +42,9 @@ def check_out(out: Path, overwrite: bool, source: Path | None = None) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out} exists and is not a folder.", "Choose another OUT.")
     if out.exists() and not overwrite and any(out.iterdir()):
-        raise UsageError(f"{out} exists already.", "Choose another OUT, or add --overwrite to replace it.")
+        raise UsageError(
+            f"{out} exists already.", "Choose another OUT, or add --overwrite (of train: overwrite=true) to replace it."
+        )
 
 
 def replaced_of(out: Path) -> Path:

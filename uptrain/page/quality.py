@@ -23,8 +23,7 @@ def quality(subjects: list[Subject]) -> Section:
     """Return the section on quality, to be called inside `style.drawing`."""
     compared = [subject for subject in subjects if subject.figure("perplexity", "baseline") is not None]
     missing = [
-        f"{subject.name} has not been measured against its original: "
-        f"uptrain eval {typed(subject.folder)} --baseline MODEL"
+        f"{subject.name} has not been measured against its original: uptrain eval {typed(subject.folder)}"
         for subject in subjects if subject not in compared
     ]  # fmt: skip
     missing += [sentence for subject in subjects for sentence in subject.left_out]

@@ -23,7 +23,7 @@ def speed(subjects: list[Subject]) -> Section:
     """Return the section on speed, to be called inside `style.drawing`."""
     timed = [subject for subject in subjects if subject.figure("decode_tokens_per_second", "model") is not None]
     missing = [
-        f"{subject.name} has not been timed: uptrain eval {typed(subject.folder)} --baseline MODEL, without --no-speed."
+        f"{subject.name} has not been timed: uptrain eval {typed(subject.folder)}, without --no-speed."
         for subject in subjects if subject not in timed
     ]  # fmt: skip
     if not timed:

@@ -10,6 +10,8 @@ from typing import Any
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.request import CHANGED_PARTS, TARGETS
 
+_EXAMPLES = "Write gqa:4, mqa, mla:128, mla:128+32 or mla:25%."
+
 _FORMS = {
     "gqa": re.compile(r"(?P<groups>\d+)"),
     "mqa": re.compile(r"(?!)"),
@@ -38,10 +40,10 @@ def parse_target(word: str) -> Target:
     """
     kind, colon, size = word.partition(":")
     if kind not in TARGETS:
-        raise UsageError(f"--to {word} is not known. Use {', '.join(TARGETS)}.", did_you_mean(kind, TARGETS))
+        raise UsageError(f"--to {word} is not known.", _EXAMPLES)
     match = _FORMS[kind].fullmatch(size)
     if colon and match is None:
-        raise UsageError(f"--to {word} is no size of {kind}.", "Write gqa:4, mqa, mla:128, mla:128+32 or mla:25%.")
+        raise UsageError(f"--to {word} is no size of {kind}.", _EXAMPLES)
     options: dict[str, Any] = {"target": kind}
     for name, value in (match.groupdict() if match else {}).items():
         if value is not None:

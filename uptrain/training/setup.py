@@ -68,7 +68,9 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
     for name in ("block_size", "held_out_block_size"):
         size = getattr(recipe, name)
         if longest is not None and size is not None and size > longest:
-            raise UsageError(f"{name} {size} is longer than the model's {longest} positions.")
+            raise UsageError(
+                f"{name} {size} is longer than the model's {longest} positions.", f"Say {name}={longest}, or less."
+            )
     torch.manual_seed(recipe.seed)
     model = choose(model.train(), recipe)
     if recipe.gradient_checkpointing:
