@@ -111,14 +111,14 @@ def copy_recipe(name: str, to: Path | None) -> None:
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def demo(out: Path, as_json: bool) -> None:
-    """Show the whole way on the embedded demo model, in a few minutes on two cores.
+    """Show the whole way on the embedded demo model, in about two minutes on two cores.
 
     Converts it to 4 key/value heads, uptrains that briefly, and compares both with the original. Downloads nothing.
     """
     from uptrain import recipes, report_eval
-    from uptrain.demo.run import RECIPE, run
+    from uptrain.demo.run import RECIPE, UPTRAINED_ON, run
 
-    recipe = recipes.load(RECIPE)
+    recipe = recipes.load(RECIPE, (f"tokens={UPTRAINED_ON}",))
     with console.training_progress(recipe.total_steps) as show:
         found = run(out, console.note, show)
     report_eval.demo(found, as_json)
