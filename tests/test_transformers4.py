@@ -51,7 +51,9 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Return a function from folders to their logits in transformers 4, text in place of those that don't load."""
     packages = tmp_path_factory.mktemp("transformers4")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages), *OLD]
-    subprocess.run(install, check=True)
+    # The constraints of this environment name another transformers.
+    free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    subprocess.run(install, check=True, env=free)
     modules = str(tmp_path_factory.mktemp("modules"))
     env = {**os.environ, "PYTHONPATH": str(packages), "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
 
