@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from uptrain import children
+from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.data.token_cache import cache_root
 from uptrain.errors import CheckpointError
@@ -139,15 +139,9 @@ def _asked_in_child(questions: Sequence[Question]) -> list[Fit]:
 
 @cache
 def _versions() -> str:
-    found = []
-    for package in ("uptrain", *_NEEDED):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} -")
     # A change of our own classes between versions counts too.
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _HOSTS.glob("*.py"))
-    return json.dumps([found, files])
+    return json.dumps([versions(), files])
 
 
 def _place() -> Path | None:

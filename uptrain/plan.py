@@ -132,7 +132,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     prefix = find_prefix(architecture, checkpoint, name)
     check_quantised(checkpoint, request, architecture, prefix, before, name)
     if request.target == "mla":
-        return _latent_plan(checkpoint, request, architecture, before, name)
+        return _latent_plan(checkpoint, request, architecture, prefix, before, name)
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
     check_effects(request, groups, before[0].num_key_value_heads, name)
@@ -168,9 +168,13 @@ def _as_it_is(host: Host, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _latent_plan(
-    checkpoint: Checkpoint, request: Request, architecture: Architecture, before: tuple[AttentionSpec, ...], name: str
+    checkpoint: Checkpoint,
+    request: Request,
+    architecture: Architecture,
+    prefix: str,
+    before: tuple[AttentionSpec, ...],
+    name: str,
 ) -> Plan:
-    prefix = find_prefix(architecture, checkpoint, name)
     base = architecture.attention(prefix, 0)
     latent = plan_latent(checkpoint, request, architecture, before, base, name)
     config, host = dict(latent.config), latent.entry.host

@@ -7,10 +7,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from uptrain import children
+from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
 from uptrain.hosts.rotary_tables import Table, answers
@@ -91,11 +91,8 @@ def _class(config: Mapping[str, Any]) -> str:
 
 
 def _installed() -> bool:
-    try:
-        recent = int(version("transformers").partition(".")[0]) >= 5
-    except (PackageNotFoundError, ValueError):
-        return False
-    return recent and importlib.util.find_spec("torch") is not None
+    major = versions().get("transformers", "").partition(".")[0]
+    return major.isdecimal() and int(major) >= 5 and importlib.util.find_spec("torch") is not None
 
 
 def _ask(configs: list[dict[str, Any]], *, here: bool) -> list[dict[str, Table] | str]:
