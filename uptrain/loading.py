@@ -5,13 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.loadable import uses_safetensors
 from uptrain.checkpoint.source import resolve
-from uptrain.hosts.loadable import check_loadable
 from uptrain.hosts.loaded import load_language_model
-
-_ELSEWHERE = frozenset(("variant", "subfolder", "gguf_file", "state_dict", "use_safetensors"))
-"""Options of `from_pretrained` that say which files to read; whoever gives one chooses them."""
 
 
 def load(
@@ -36,12 +31,7 @@ def load(
     from uptrain.hosts import latent_norm
 
     source = resolve(str(model), revision, allow_pickle)
-    chosen = _ELSEWHERE & options.keys()
-    safetensors = True if chosen else uses_safetensors(source.path, allow_pickle)
-    if not chosen and "key_mapping" not in options:
-        check_loadable(source)
-    settings = {"dtype": "auto", "use_safetensors": safetensors, "trust_remote_code": False, **options}
-    found = load_language_model(source.path, source.name, **settings)
+    found = load_language_model(source, **options)
     latent_norm.check_loaded(found)
     if absorbed:
         from uptrain.hosts.absorbed import absorb

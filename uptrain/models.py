@@ -17,14 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from uptrain.architectures import ARCHITECTURES
 from uptrain.checkpoint.jsonfile import dump_json
-from uptrain.checkpoint.loadable import uses_safetensors
+from uptrain.checkpoint.loadable import open_loadable
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.sidecars import carry, sidecars_of
 from uptrain.checkpoint.source import Source
 from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.embeddings import declare_loaded
 from uptrain.errors import CheckpointError, UsageError, told_as
-from uptrain.hosts.loadable import check_loadable
 from uptrain.hosts.loaded import load_language_model
 from uptrain.hosts.register import register
 from uptrain.purpose import check_language_model
@@ -45,16 +44,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementa
         CheckpointError: transformers can't load it, weights are missing, of other sizes or left out, or they are
             pickles without permission.
     """
-    safetensors = uses_safetensors(source.path, source.allow_pickle)
-    check_loadable(source)
-    return load_language_model(
-        source.path,
-        source.name,
-        dtype=dtype or "auto",
-        trust_remote_code=False,
-        use_safetensors=safetensors,
-        attn_implementation=attn_implementation,
-    )
+    return load_language_model(source, dtype=dtype or "auto", attn_implementation=attn_implementation)
 
 
 def check_heads(*sources: Source | None) -> None:
@@ -94,7 +84,7 @@ def check_weights(*sources: Source | None) -> None:
     """
     for source in sources:
         if source is not None:
-            uses_safetensors(source.path, source.allow_pickle)
+            open_loadable(source.path, source.allow_pickle)
 
 
 def load_tokenizer(path: Path | str) -> Any:

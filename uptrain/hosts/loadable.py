@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from uptrain.architectures import ARCHITECTURES
-from uptrain.checkpoint.reader import open_checkpoint, read_config
+from uptrain.checkpoint.reader import Checkpoint, read_config
 from uptrain.checkpoint.source import Source
-from uptrain.errors import CheckpointError
 from uptrain.hosts.register import auto_class_of
 from uptrain.prefixes import refuse_foreign
 from uptrain.unknown_models import refuse_wrapper, sections_of
 
 
-def check_loadable(source: Source) -> None:
+def check_loadable(source: Source, opened: Checkpoint | None = None) -> None:
     """Refuse a wrapper that has no language model's class, and a family's names under a prefix of a wrapper.
 
-    Such a prefix makes transformers leave every tensor out, and the model it returns random.
+    Such a prefix makes transformers leave every tensor out, and the model it returns random. `opened` is the source's
+    checkpoint; without it, where only transformers reads the weights, no names are looked at.
 
     Raises:
         UsageError: the config is such a wrapper's.
@@ -28,11 +28,8 @@ def check_loadable(source: Source) -> None:
         if sections_of(config) and not _has_class(source, str(config.get("model_type"))):
             raise refuse_wrapper(config, source.name, "load")
         return
-    try:
-        checkpoint = open_checkpoint(source.path)
-    except CheckpointError:
-        return  # transformers says what it can't read, or reads it
-    refuse_foreign(architecture, checkpoint, source.name)
+    if opened is not None:
+        refuse_foreign(architecture, opened, source.name)
 
 
 def _has_class(source: Source, model_type: str) -> bool:

@@ -10,31 +10,42 @@ from typing import Any
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from uptrain.architectures import ARCHITECTURES
+from uptrain.checkpoint.loadable import open_loadable
 from uptrain.checkpoint.reader import read_config
+from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, told_as
 from uptrain.hosts.fit import Fit, check_fit
+from uptrain.hosts.loadable import check_loadable
 from uptrain.hosts.register import auto_class_of, register
 from uptrain.purpose import check_language_model
-from uptrain.quantisation import check_read, check_scheme, quantisation_in
+from uptrain.quantisation import check_read, check_scheme, quantisation_in, quantisation_of
 from uptrain.wrappers import language_config, tower_in
 
+_ELSEWHERE = frozenset(("variant", "subfolder", "gguf_file", "state_dict", "use_safetensors"))
+"""Options of `from_pretrained` that say which files to read; whoever gives one chooses them."""
 
-def load_language_model(folder: Path, name: str, **settings: Any) -> Any:
-    """Load the language model in `folder`, every weight from its files.
 
-    Args:
-        folder: the checkpoint's folder.
-        name: what the user called it.
-        settings: for transformers' `from_pretrained`.
+def load_language_model(source: Source, **options: Any) -> Any:
+    """Load a language model, every weight from its files.
+
+    `options` are for transformers' `from_pretrained`; without them it reads the checkpoint's own dtype and no code.
 
     Raises:
-        UsageError: its class has no language-model head.
-        CheckpointError: transformers can't load it; weights are missing, of other sizes, or left out.
+        UsageError: its class has no language-model head, or wraps a language model.
+        CheckpointError: transformers can't load it; weights are missing, of other sizes, or left out, or they are
+            pickles without permission.
     """
+    folder, name, chosen = source.path, source.name, _ELSEWHERE & options.keys()
+    opened = None if chosen else open_loadable(folder, source.allow_pickle)
+    if not chosen and "key_mapping" not in options:
+        check_loadable(source, opened)
+    safetensors = bool(chosen) or opened is not None
+    settings = {"dtype": "auto", "use_safetensors": safetensors, "trust_remote_code": False, **options}
     register()
     config = read_config(folder)
     check_language_model(config, name)
-    auto_class, quantised = auto_class_of(folder), quantisation_in(folder)
+    auto_class = auto_class_of(folder)
+    quantised = quantisation_in(folder) if opened is None else quantisation_of(opened)
     check_scheme(quantised, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
     called = f"{name}, which is quantised with {quantised.describe()}" if quantised else name
     with told_as(lambda reason: CheckpointError(f"transformers can't load {called}: {reason}")):

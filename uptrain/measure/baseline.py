@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.loadable import uses_safetensors
+from uptrain.checkpoint.loadable import open_loadable
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.weights import changed_file
@@ -32,7 +32,7 @@ def find_baseline(model: str, allow_pickle: bool = False) -> tuple[Source | None
     name = str(recorded.get("name"))
     try:
         source = replace(_here(name, recorded), allow_pickle=allow_pickle)
-        uses_safetensors(source.path, allow_pickle)
+        open_loadable(source.path, allow_pickle)
     except (UptrainError, OSError, RuntimeError, ValueError) as error:
         reason = error.message if isinstance(error, UptrainError) else str(error)
         return None, f"Measured without a baseline: {model} was converted from {name}. {reason} {_NAME_IT}"
