@@ -103,8 +103,8 @@ def check_fit(fit: Fit, name: str, family: Architecture | None, layers: int | No
     if beyond:
         counted = f" ({layers} layers)" if layers else ""
         raise CheckpointError(
-            f"{name} holds {listed(beyond)}, which {fit.class_name}, as config.json sets it{counted}, leaves out "
-            "without a word.",
+            f"{name} holds {listed(beyond)}, which {fit.class_name}, as config.json sets it{counted}, silently leaves "
+            "out.",
             "Correct config.json, or load it with transformers and save it again if those tensors are not wanted.",
         )
 

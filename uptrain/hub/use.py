@@ -99,8 +99,8 @@ def _versions(config: Mapping[str, Any]) -> str:
     if "rope_theta" in config or "rotary_emb_base" in config:
         return " config.json says its rotation in the words of transformers 4 too."
     return (
-        " It wants transformers 5: config.json says its rotation as that writes it, and transformers 4 would take its "
-        "own without a word."
+        " It wants transformers 5: config.json has its rotary parameters as transformers 5 writes them, and "
+        "transformers 4 would silently use its defaults."
     )
 
 
