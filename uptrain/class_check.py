@@ -7,14 +7,13 @@ of such a checkpoint waits for the child.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from uptrain import children
+from uptrain.checkpoint.locks import alone_in
 from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.data.token_cache import cache_root
@@ -173,17 +173,11 @@ def _store(questions: Sequence[Question], found: Sequence[Fit]) -> None:
             partial.replace(place / f"{question.digest}.json")
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
+def _alone() -> AbstractContextManager[None]:
     """Let one process at a time ask, so that those that convert together start one child, not one each."""
-    place, file = _place(), None
+    place = _place()
     with suppress(OSError):
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
-            file = (place / ".lock").open("w")
-            fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()
+            return alone_in(place)
+    return nullcontext()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.jsonfile import dump_json, read_json
+from uptrain.checkpoint.locks import alone_in
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest, versions
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
@@ -149,7 +147,7 @@ def write_evaluation(found: Evaluation, path: Path) -> list[str]:
             raise CheckpointError(
                 f"{measured.name} has no finite perplexity, so {path} is not written.", "Convert or train it again."
             )
-    with _alone_in(path.absolute().parent):
+    with alone_in(path.absolute().parent):
         values, notes = _beside_earlier(json.loads(dump_json(found.to_dict())), path)
         write_atomic(path, dump_json({**values, "versions": versions()}))
     return notes
@@ -163,15 +161,3 @@ def _beside_earlier(values: dict[str, Any], path: Path) -> tuple[dict[str, Any],
     except CheckpointError as error:
         return values, [f"{error.message} Nothing in it could be read, so it was replaced."]
     return merged(earlier, values)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Let no other process read a folder's measurements and write them back before this one has."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
