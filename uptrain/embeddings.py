@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from uptrain.architectures import ARCHITECTURES
-from uptrain.checkpoint.arrays import raw_bytes
-from uptrain.checkpoint.clone import Span
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.errors import CheckpointError
 from uptrain.layout import Architecture
 
 FLAG = "tie_word_embeddings"
-PIECE = 4 * 2**20
-"""Bytes of each of two tensors that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +98,4 @@ def _same_values(checkpoint: Checkpoint, one: str, other: str) -> bool:
     first, second = checkpoint.tensors[one], checkpoint.tensors[other]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    if checkpoint.remote:
-        return True
-    spans = checkpoint.span(one), checkpoint.span(other)
-    if spans[0] is None or spans[1] is None:
-        return raw_bytes(checkpoint.read(one)) == raw_bytes(checkpoint.read(other))
-    try:
-        return all(mine == yours for mine, yours in zip(_pieces(spans[0]), _pieces(spans[1]), strict=True))
-    except OSError as error:
-        raise CheckpointError(f"Tensors {one} and {other} can't be read: {error.strerror}.") from None
-
-
-def _pieces(span: Span) -> Iterator[bytes]:
-    with span.path.open("rb") as file:
-        file.seek(span.start)
-        for done in range(0, span.nbytes, PIECE):
-            yield file.read(min(PIECE, span.nbytes - done))
+    return checkpoint.remote or checkpoint.equal(first, second)
