@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "uptrain/demo/checkpoint"
+DEMO = ROOT / "uptrain/workflows/demo/checkpoint"
 SHARD = 2**30
 """Bytes of a shard before the next one is begun."""
 LLAMA_3B = LlamaConfig(

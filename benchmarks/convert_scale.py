@@ -24,14 +24,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from uptrain.checkpoint.checksum import Checksum  # noqa: E402
-from uptrain.checkpoint.clone import Span  # noqa: E402
 from uptrain.checkpoint.header import TensorInfo  # noqa: E402
-from uptrain.checkpoint.joint import Alone  # noqa: E402
-from uptrain.checkpoint.state import State  # noqa: E402
+from uptrain.checkpoint.progress import State  # noqa: E402
+from uptrain.checkpoint.reflink import Span  # noqa: E402
+from uptrain.checkpoint.shared_work import Alone  # noqa: E402
 from uptrain.checkpoint.writer import shard_header  # noqa: E402
-from uptrain.convert import plan_conversion  # noqa: E402
-from uptrain.pipeline import Pipeline  # noqa: E402
-from uptrain.request import Request  # noqa: E402
+from uptrain.conversion.request import Request  # noqa: E402
+from uptrain.conversion.run.convert import plan_conversion  # noqa: E402
+from uptrain.conversion.run.pipeline import Pipeline  # noqa: E402
 
 SHARD = 5 * 10**9
 """Bytes of a shard, as large checkpoints are published."""

@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import uptrain
-from uptrain.hosts.absorbed import absorb
-from uptrain.hosts.register import register
-from uptrain.measure.reading import with_cache
+from uptrain.evaluation.reading import with_cache
+from uptrain.models.mla_decoding import absorb
+from uptrain.models.register import register
 
 
 def llama(**changes: Any) -> Any:

@@ -14,11 +14,11 @@ import math
 import numpy as np
 
 from uptrain.checkpoint.source import DEMO
-from uptrain.data import read_tokens
-from uptrain.demo.text import documents
-from uptrain.evaluate import HELD_OUT, evaluate
-from uptrain.models import load_tokenizer
-from uptrain.recipe_schema import Builtin
+from uptrain.data.reading import read_tokens
+from uptrain.data.sources import Builtin
+from uptrain.data.stdlib_text import documents
+from uptrain.evaluation.evaluate import HELD_OUT, evaluate
+from uptrain.models.loading import load_tokenizer
 
 TRAIN = Builtin(builtin="python-stdlib")
 

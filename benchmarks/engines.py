@@ -138,7 +138,7 @@ def synthetic(folder: Path, q_lora_rank: int | None) -> Path:
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    from uptrain.latent_packing import NEUTRAL_SCALE, NEUTRAL_WEIGHT
+    from uptrain.architectures.mla_projections import NEUTRAL_SCALE, NEUTRAL_WEIGHT
 
     rank, rope = FAST
     torch.manual_seed(0)
@@ -165,8 +165,8 @@ def converted(model_type: str, sizes: dict[str, Any], target: str, groups: int |
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from uptrain.convert import convert
-    from uptrain.request import Request
+    from uptrain.conversion.request import Request
+    from uptrain.conversion.run.convert import convert
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))

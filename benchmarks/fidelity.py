@@ -25,19 +25,19 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from benchmarks import baselines
+from uptrain.architectures.description import architecture_of, attention_layers
+from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.projections import read_layer
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
-from uptrain.convert import convert
+from uptrain.conversion.request import CHANGED_PARTS, Request
+from uptrain.conversion.run.convert import convert
 from uptrain.data.documents import pieces
-from uptrain.hosts.register import register
-from uptrain.methods import baselines
-from uptrain.methods.bridge import maps_of, position_of
-from uptrain.methods.heads import HeadMaps
-from uptrain.model_config import architecture_of, attention_layers
-from uptrain.packing import read_layer
-from uptrain.prefixes import find_prefix
-from uptrain.recipe_schema import parse_source
-from uptrain.request import CHANGED_PARTS, Request
+from uptrain.data.sources import parse_source
+from uptrain.methods.head_conversion import maps_of, position_of
+from uptrain.methods.head_maps import HeadMaps
+from uptrain.models.register import register
 
 BASELINES = ("renormed", "procrustes", "procrustes-renormed")
 
@@ -110,8 +110,8 @@ def pool_in_place(folder: Path, groups: int, method: str) -> Any:
 
 
 def write_heads(module: Any, projections: Any, maps: HeadMaps, heads: int) -> None:
-    from uptrain.attention import AttentionSpec
-    from uptrain.methods.bridge import ModuleWeights
+    from uptrain.architectures.attention import AttentionSpec
+    from uptrain.methods.head_conversion import ModuleWeights
 
     spec = AttentionSpec(maps.query_heads, heads, maps.k.shape[1])
     for name, value in ModuleWeights(projections, spec).parameters(maps).items():

@@ -24,12 +24,12 @@ with atheris.instrument_imports(include=["uptrain", "yaml"]):
     from tests.fuzz.attempt import attempt
     from tests.fuzz.test_files import SETTINGS, TOKENIZERS, load
     from tests.small import save_small
-    from uptrain import recipes
     from uptrain.checkpoint.header import read_header
     from uptrain.checkpoint.manifest import MANIFEST, converted_from, verify
     from uptrain.checkpoint.reader import open_checkpoint
-    from uptrain.convert import plan_conversion
-    from uptrain.request import Request
+    from uptrain.conversion.request import Request
+    from uptrain.conversion.run.convert import plan_conversion
+    from uptrain.training import recipes
 
 
 def header(data: bytes, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Take each guard out of the code, one at a time, and say which of them no test misses.
 
     python benchmarks/mutations.py                      # all modules below, each with the tests that should notice
-    python benchmarks/mutations.py uptrain/plan_latent.py
-    python benchmarks/mutations.py uptrain/packing.py --tests tests/test_packing.py
+    python benchmarks/mutations.py uptrain/conversion/plan/mla.py
+    python benchmarks/mutations.py uptrain/architectures/projections.py --tests tests/architectures/test_projections.py
 
 A guard is a `raise`, which is replaced by `pass`. It survives when the tests pass without it: then either a test is
 missing, or nothing can reach it and it should go. Tests run in a copy of the repository, so the working tree is left
@@ -27,24 +27,29 @@ COPIED = ("uptrain", "tests", "recipes", "docs", "pyproject.toml", "README.md")
 SECONDS = 900
 """After which a run of the tests counts as one that noticed: a missing guard can make a loop endless."""
 
-PLANS = ("--noconftest", "tests/test_refusals.py")
+PLANS = ("--noconftest", "tests/conversion/test_refusals.py")
 """These need neither torch nor the fixtures, and take two seconds."""
-ORDER = ("tests/test_head_order.py",)
-QUANTISED = ("tests/test_quantisation.py",)
-READING = ("tests/checkpoint", "tests/test_hub.py", "tests/test_hub_checks.py", "tests/test_signature.py")
+ORDER = ("tests/architectures/test_head_order.py",)
+QUANTISED = ("tests/architectures/test_quantization.py",)
+READING = (
+    "tests/checkpoint",
+    "tests/checkpoint/test_hub.py",
+    "tests/publishing/test_hub_checks.py",
+    "tests/checkpoint/test_signature.py",
+)
 NOTICED_BY: dict[str, tuple[str, ...]] = {
-    "uptrain/plan.py": PLANS,
-    "uptrain/plan_checks.py": PLANS,
-    "uptrain/plan_latent.py": PLANS,
-    "uptrain/plan_norms.py": PLANS,
-    "uptrain/plan_rehost.py": PLANS,
-    "uptrain/request.py": PLANS,
-    "uptrain/model_config.py": PLANS,
-    "uptrain/config_checks.py": PLANS,
-    "uptrain/frequencies.py": PLANS,
-    "uptrain/head_order.py": ORDER,
-    "uptrain/plan_quantised.py": QUANTISED,
-    "uptrain/quantisation.py": QUANTISED,
+    "uptrain/conversion/plan/planner.py": PLANS,
+    "uptrain/conversion/plan/checks.py": PLANS,
+    "uptrain/conversion/plan/mla.py": PLANS,
+    "uptrain/conversion/plan/norms.py": PLANS,
+    "uptrain/conversion/plan/target_tensors.py": PLANS,
+    "uptrain/conversion/request.py": PLANS,
+    "uptrain/architectures/description.py": PLANS,
+    "uptrain/architectures/validation.py": PLANS,
+    "uptrain/architectures/rope.py": PLANS,
+    "uptrain/architectures/head_order.py": ORDER,
+    "uptrain/conversion/plan/quantized.py": QUANTISED,
+    "uptrain/architectures/quantization.py": QUANTISED,
     "uptrain/checkpoint/gguf.py": QUANTISED,
     "uptrain/checkpoint/header.py": READING,
     "uptrain/checkpoint/jsonfile.py": READING,

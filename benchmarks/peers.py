@@ -27,10 +27,10 @@ from fidelity import token_blocks
 from peer_models import cached_values, load, score
 
 from uptrain.checkpoint.source import resolve
-from uptrain.convert import convert
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.errors import UptrainError
-from uptrain.hosts.register import register
-from uptrain.request import Request
+from uptrain.models.register import register
 
 TEXT_TOKENS = 512
 """Tokens of a calibration text."""

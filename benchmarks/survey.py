@@ -33,13 +33,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 from tests.conftest import tiny_config, tiny_model  # noqa: E402
+from tests.conversion.test_families import FAMILIES, TOKENS, family, read  # noqa: E402
 from tests.oracle import pool_model  # noqa: E402
-from tests.test_families import FAMILIES, TOKENS, family, read  # noqa: E402
-from uptrain.convert import convert  # noqa: E402
+from uptrain.architectures.description import attention_layers, position_of_config  # noqa: E402
+from uptrain.conversion.request import Request  # noqa: E402
+from uptrain.conversion.run.convert import convert  # noqa: E402
 from uptrain.errors import UptrainError  # noqa: E402
-from uptrain.hosts.register import OWN_CLASSES  # noqa: E402
-from uptrain.model_config import attention_layers, position_of_config  # noqa: E402
-from uptrain.request import Request  # noqa: E402
+from uptrain.models.register import OWN_CLASSES  # noqa: E402
 
 LIMIT = 1e-5
 HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -170,7 +170,7 @@ def saved(name: str, setting: Setting, folder: Path) -> None:
 def loaded(folder: Path) -> PreTrainedModel:
     """Load a checkpoint in the class that its config names."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    classes = [getattr(sys.modules.get(f"uptrain.hosts.{module}"), name, None) for module in OWN_CLASSES]
+    classes = [getattr(sys.modules.get(f"uptrain.models.remote_code.{module}"), name, None) for module in OWN_CLASSES]
     own = next((found for found in classes if found is not None), None)
     model = (own or getattr(transformers, name)).from_pretrained(folder, dtype=torch.float32)
     return model.eval()

@@ -35,8 +35,8 @@ def now() -> Moment:
 
 def run_uptrain(args: argparse.Namespace, folder: Path) -> list[Moment]:
     """Return the moment at which each step ended."""
-    from uptrain import recipes
-    from uptrain.train import train
+    from uptrain.training import recipes
+    from uptrain.training.trainer import train
 
     recipe = recipes.parse({
         "model": args.model, "output": str(folder / "out"), "data": [args.data], "block_size": args.block,
@@ -53,14 +53,14 @@ def run_trainer(args: argparse.Namespace, folder: Path) -> list[Moment]:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from uptrain import models
     from uptrain.checkpoint.source import resolve
-    from uptrain.data import TokenFile
-    from uptrain.recipe_schema import parse_source
+    from uptrain.data.reading import TokenFile
+    from uptrain.data.sources import parse_source
+    from uptrain.models import loading
 
-    models.quiet()
+    loading.quiet()
     source = resolve(args.model)
-    TokenFile.build(folder / "tokens", [parse_source(args.data)], models.load_tokenizer(source.path))
+    TokenFile.build(folder / "tokens", [parse_source(args.data)], loading.load_tokenizer(source.path))
     blocks = torch.from_numpy(TokenFile(folder / "tokens", args.block, 0).take(args.batch * args.steps))
     ends: list[Moment] = []
 
@@ -76,7 +76,7 @@ def run_trainer(args: argparse.Namespace, folder: Path) -> list[Moment]:
         dataloader_pin_memory=False,
     )  # fmt: skip
     rows = [{"input_ids": block, "labels": block} for block in blocks]
-    Trainer(model=models.load_model(source).float(), args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
+    Trainer(model=loading.load_model(source).float(), args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
     return ends
 
 

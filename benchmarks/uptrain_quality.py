@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 
-from uptrain import models, recipes
 from uptrain.checkpoint.source import resolve
-from uptrain.convert import convert
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.data.documents import pieces
+from uptrain.data.sources import Files, parse_source
 from uptrain.data.token_text import read_tokens
-from uptrain.recipe_schema import Files, parse_source
-from uptrain.request import Request
-from uptrain.train import Step, lm_loss, train
+from uptrain.models import loading
+from uptrain.training import recipes
+from uptrain.training.trainer import Step, lm_loss, train
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def with_plain_ends(source: Any, folder: Path, name: str) -> Any:
 
 def held_out_loss(folder: str, text: Any, tokens: int, block: int) -> float:
     source = resolve(folder)
-    model = models.load_model(source, torch.float32).eval()
-    ids = torch.from_numpy(read_tokens([text], models.load_tokenizer(source.path), tokens).ids)
+    model = loading.load_model(source, torch.float32).eval()
+    ids = torch.from_numpy(read_tokens([text], loading.load_tokenizer(source.path), tokens).ids)
     blocks = ids[: len(ids) // block * block].view(-1, block)
     with torch.no_grad():
         return float(sum(lm_loss(model, rows[None]) for rows in blocks) / len(blocks))

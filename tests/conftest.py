@@ -19,8 +19,8 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from uptrain import class_check
-from uptrain.architectures import ARCHITECTURES
+from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.conversion.class_checks import weights
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts in order to interrupt it.
@@ -212,7 +212,7 @@ def uptrain_against(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess
 @pytest.fixture(autouse=True, scope="session")
 def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ask classes anew in every run of the tests: what an earlier run has stored would hide what asking does."""
-    place, stored = tmp_path_factory.mktemp("classes"), class_check._place
+    place, stored = tmp_path_factory.mktemp("classes"), weights._place
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(class_check, "_place", lambda: stored() if "UPTRAIN_CACHE" in os.environ else place)
+        patch.setattr(weights, "_place", lambda: stored() if "UPTRAIN_CACHE" in os.environ else place)
         yield

@@ -8,10 +8,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.training import checkpoint, corpus
-from uptrain import recipes
-from uptrain.convert import convert
-from uptrain.request import Request
+from tests.corpus import checkpoint, corpus
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
+from uptrain.training import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("MODEL", "llama", "my-llama")

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.oracle import head_views, linears_of
-from uptrain.architectures import ARCHITECTURES
-from uptrain.layout import Position
+from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.schema import Position
 
 
 def _phases(head_dim: int, rotated: int, interleaved: bool) -> torch.Tensor:

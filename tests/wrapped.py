@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from tests.oracle import pool_and_repeat
-from uptrain.wrappers import WRAPPERS
+from uptrain.architectures.wrappers import WRAPPERS
 
 TEXT: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 8,

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from uptrain.hosts.register import register_with_transformers
+from uptrain.models.register import register_with_transformers
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.manifest import verify as verify
-    from uptrain.convert import convert as convert
+    from uptrain.conversion.inspection import inspect as inspect
+    from uptrain.conversion.request import Request as Request
+    from uptrain.conversion.run.convert import convert as convert
     from uptrain.errors import UptrainError as UptrainError
-    from uptrain.evaluate import evaluate as evaluate
-    from uptrain.hub import push as push
-    from uptrain.inspect import inspect as inspect
-    from uptrain.loading import load as load
-    from uptrain.request import Request as Request
-    from uptrain.sweep import sweep as sweep
-    from uptrain.train import train as train
+    from uptrain.evaluation.evaluate import evaluate as evaluate
+    from uptrain.models.loading import load as load
+    from uptrain.publishing.hub.push import push as push
+    from uptrain.training.trainer import train as train
+    from uptrain.workflows.sweep.sweep import sweep as sweep
 
 _PUBLIC = {
-    "Request": "uptrain.request",
+    "Request": "uptrain.conversion.request",
     "UptrainError": "uptrain.errors",
-    "convert": "uptrain.convert",
-    "evaluate": "uptrain.evaluate",
-    "inspect": "uptrain.inspect",
-    "load": "uptrain.loading",
-    "push": "uptrain.hub",
-    "sweep": "uptrain.sweep",
-    "train": "uptrain.train",
+    "convert": "uptrain.conversion.run.convert",
+    "evaluate": "uptrain.evaluation.evaluate",
+    "inspect": "uptrain.conversion.inspection",
+    "load": "uptrain.models.loading",
+    "push": "uptrain.publishing.hub.push",
+    "sweep": "uptrain.workflows.sweep.sweep",
+    "train": "uptrain.training.trainer",
     "verify": "uptrain.checkpoint.manifest",
 }
 
@@ -48,13 +46,8 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-class _Package(ModuleType):
-    """This package, in which a public function stays one: importing a submodule of its name would replace it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _PUBLIC or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
 
 
-sys.modules[__name__].__class__ = _Package
 register_with_transformers()

@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     """Run the command line, turning errors into one sentence and an exit code."""
-    from uptrain.cli import run
+    from uptrain.cli.app import run
 
     sys.exit(run(sys.argv[1:]))
 

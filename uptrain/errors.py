@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 
 class UptrainError(Exception):
@@ -72,3 +74,49 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "Did you mean 'x'?" for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean '{near[0]}'?" if near else ""
+
+
+INSTALLS: Mapping[str, str] = MappingProxyType(
+    {
+        "torch": "uptrain[train]", "transformers": "uptrain[train]", "accelerate": "uptrain[train]",
+        "tokenizers": "uptrain[train]", "datasets": "uptrain[train]", "pyarrow": "uptrain[train]",
+        "psutil": "uptrain[train]", "lm_eval": "uptrain[eval]", "matplotlib": "uptrain[plots]",
+        "jinja2": "uptrain[plots]", "peft": "uptrain[lora]", "bitsandbytes": "bitsandbytes",
+    }
+)  # fmt: skip
+"""What pip is asked for, by the package that something could not import."""
+
+
+def refusal(error: ImportError, what: str) -> UsageError | None:
+    """Return what to say where `what` could not import an optional package; None for any other import that failed."""
+    package = str(error.name or "").partition(".")[0]
+    if package not in INSTALLS:
+        return None
+    name = package.replace("_", "-")
+    return UsageError(
+        f"{what} needs {name}, which is not installed.", f"Install it with: pip install '{INSTALLS[package]}'"
+    )
+
+
+@contextmanager
+def needing(what: str) -> Iterator[None]:
+    """Import what `what` needs in the block.
+
+    Raises:
+        UsageError: an optional package is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise refusal(error, what) or error from None
+
+
+def check_installed(package: str, what: str) -> None:
+    """Make sure that an optional package is there, without importing it.
+
+    Raises:
+        UsageError: it isn't.
+    """
+    if importlib.util.find_spec(package) is None:
+        with needing(what):
+            raise ModuleNotFoundError(name=package)

@@ -17,15 +17,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import uptrain
+from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from tests.hub_server import serve
 from tests.oracle import pool_model
 from tests.small import save_small
-from tests.training import NO_DROPOUT, checkpoint, corpus
 from uptrain.checkpoint.adapters import refuse_adapter
-from uptrain.cli import run
-from uptrain.convert import convert
+from uptrain.cli.app import run
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError
-from uptrain.request import Request
 
 Save = Callable[..., Path]
 

@@ -20,9 +20,9 @@ from uptrain.checkpoint.manifest import read_manifest
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
 from uptrain.checkpoint.writer import staged
-from uptrain.convert import convert
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError, UptrainError, UsageError
-from uptrain.request import Request
 
 EMBEDDING = "model.embed_tokens.weight"
 

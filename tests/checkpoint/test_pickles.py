@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import uptrain
+from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from tests.oracle import pool_model
-from tests.training import NO_DROPOUT, checkpoint, corpus
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.cli import run
-from uptrain.convert import convert
+from uptrain.cli.app import run
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError
-from uptrain.request import Request
 
 BIN, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 Save = Callable[..., Path]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from uptrain.checkpoint.arrays import as_float32, cast
+from uptrain.checkpoint.dtypes import as_float32, cast
 from uptrain.checkpoint.header import read_header
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.weight_files import check_shard_name

@@ -19,12 +19,12 @@ from safetensors import safe_open
 
 from tests.small import digests, save_small
 from uptrain.checkpoint.checksum import Checksum, checksum_file
-from uptrain.checkpoint.clone import BLOCK, Span, clone, residue
 from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.reflink import BLOCK, Span, clone, residue
 from uptrain.checkpoint.writer import write_shard
-from uptrain.convert import convert
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.errors import Interrupted, UptrainError
-from uptrain.request import Request
 
 
 class Sharing:
@@ -165,8 +165,8 @@ REAL = """
 import subprocess, sys
 from pathlib import Path
 from tests.small import digests, save_small
-from uptrain.convert import convert
-from uptrain.request import Request
+from uptrain.conversion.run.convert import convert
+from uptrain.conversion.request import Request
 
 def used():
     subprocess.run(["sync", "-f", str(disk)], check=True)

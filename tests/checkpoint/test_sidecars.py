@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from tests.corpus import checkpoint, tokenizer
 from tests.small import digests, save_small
-from tests.training import checkpoint, tokenizer
-from uptrain import models
 from uptrain.checkpoint import sidecars as rule
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.checkpoint.sidecars import carry, sidecars_of
 from uptrain.checkpoint.source import resolve
-from uptrain.cli import run
-from uptrain.convert import Conversion, convert
+from uptrain.cli.app import run
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import Conversion, convert
 from uptrain.errors import CheckpointError, UptrainError
-from uptrain.request import Request
+from uptrain.models import loading
 
 GQA2 = Request("gqa", 2)
 ALONG = (
@@ -192,10 +192,10 @@ def test_named_chat_templates_and_their_folder_come_through_convert_and_train(tm
     (source / "notes" / "USE_POLICY.md").write_text("be kind")
     done = convert(str(source), tmp_path / "gqa", GQA2)
     assert AutoTokenizer.from_pretrained(done.out).chat_template == templates
-    model = models.load_model(resolve(str(done.out)))
+    model = loading.load_model(resolve(str(done.out)))
     trained = tmp_path / "trained"
     trained.mkdir()
-    models.save(model, words, trained, torch.float32, resolve(str(done.out)))
+    loading.save(model, words, trained, torch.float32, resolve(str(done.out)))
     assert AutoTokenizer.from_pretrained(trained).chat_template == templates
     assert (trained / "notes" / "USE_POLICY.md").read_text() == "be kind"
     files = (read_manifest(done.out) or {})["files"]
@@ -210,7 +210,7 @@ def test_training_keeps_our_modelling_file_and_leaves_what_was_measured(tmp_path
     (done.out / "optimizer.pt").write_text("")
     source, trained = resolve(str(done.out)), tmp_path / "trained"
     trained.mkdir()
-    models.save(models.load_model(source), tokenizer(), trained, torch.float32, source)
+    loading.save(loading.load_model(source), tokenizer(), trained, torch.float32, source)
     names = {path.name for path in trained.iterdir()}
     assert "modeling_uptrain_gpt2.py" in names and not {"eval.json", "optimizer.pt", "uptrain.json"} & names
 
@@ -258,7 +258,7 @@ def test_a_run_that_was_cut_off_takes_them_along_when_it_is_repeated(
     source = save_small(tmp_path / "src", 2)
     (source / "a" / "b").mkdir(parents=True)
     (source / "a" / "b" / "terms.txt").write_text("terms")
-    module: Any = import_module("uptrain.convert")
+    module: Any = import_module("uptrain.conversion.run.convert")
     real: Callable[..., None] = module.carry
 
     def cut_off(*arguments: Any) -> None:

@@ -19,10 +19,10 @@ from tests.oracle import pool_model
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import Source
 from uptrain.checkpoint.weight_files import find_weights
-from uptrain.convert import convert, plan_conversion
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError
-from uptrain.models import check_weights
-from uptrain.request import Request
+from uptrain.models.loading import check_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GQA2 = Request("gqa", 2)

@@ -18,9 +18,9 @@ from tests.faults.tally import CHANGED, SECOND, struck
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint.manifest import MANIFEST, verify
 from uptrain.checkpoint.writer import CLAIMS, LOCK, STATE
-from uptrain.convert import convert
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError, UptrainError, UsageError
-from uptrain.request import Request
 
 MQA = Request("mqa")
 ENDINGS = (".uptrain-replaced", ".partial")
@@ -28,7 +28,9 @@ ENDINGS = (".uptrain-replaced", ".partial")
 
 @pytest.fixture(autouse=True)
 def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uptrain.pipeline._workers", lambda: 1)  # so that a boundary has the same number every time
+    monkeypatch.setattr(
+        "uptrain.conversion.run.pipeline._workers", lambda: 1
+    )  # so that a boundary has the same number every time
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # a process dies here, not the machine
     monkeypatch.setattr("uptrain.checkpoint.manifest.versions", dict)  # slow, and the same for every run
 

@@ -14,12 +14,12 @@ from tests.conftest import tiny_config, tiny_model
 from tests.faults.boundaries import At, Call, Killed, failing_at, killed_at, watched
 from tests.faults.tally import KILLED, struck
 from tests.small import digests
-from uptrain.calibrated import NOTES
 from uptrain.checkpoint.source import DEMO
-from uptrain.convert import Conversion, convert
+from uptrain.conversion.calibration.layer_search import LayerTask
+from uptrain.conversion.calibration.store import NOTES
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import Conversion, convert
 from uptrain.errors import UptrainError
-from uptrain.methods.choose import LayerTask
-from uptrain.request import Request
 
 LAYERS = 3
 FORMS = {"heads": {"target": "mqa"}, "latent": {"target": "mla", "cache": 0.5, "rope": "longrope"}}
@@ -27,7 +27,7 @@ FORMS = {"heads": {"target": "mqa"}, "latent": {"target": "mla", "cache": 0.5, "
 
 @pytest.fixture(autouse=True)
 def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uptrain.pipeline._workers", lambda: 1)
+    monkeypatch.setattr("uptrain.conversion.run.pipeline._workers", lambda: 1)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     monkeypatch.setattr("uptrain.checkpoint.manifest.versions", dict)
 
@@ -184,4 +184,4 @@ def test_a_folder_of_a_similar_name_is_left_alone(world: World) -> None:
     (mine / "corpus.txt").write_text("years of work")
     world.run()
     assert (mine / "corpus.txt").read_text() == "years of work"
-    assert import_module("uptrain.convert")._calibration_of(world.out) != mine
+    assert import_module("uptrain.conversion.run.convert")._calibration_of(world.out) != mine

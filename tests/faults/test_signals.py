@@ -15,19 +15,19 @@ from tests.faults.tally import REAL, struck
 from tests.small import digests, save_small
 from uptrain.checkpoint.manifest import verify
 from uptrain.checkpoint.writer import STATE, partial_of
-from uptrain.convert import convert
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.errors import Interrupted
-from uptrain.request import Request
 
 MQA = Request("mqa")
 
 CRASH = """
 import os, signal, sys
 from pathlib import Path
-import uptrain.pipeline as pipeline
+import uptrain.conversion.run.pipeline as pipeline
 from tests.faults.boundaries import watched
-from uptrain.convert import convert
-from uptrain.request import Request
+from uptrain.conversion.run.convert import convert
+from uptrain.conversion.request import Request
 
 pipeline._workers = lambda: 1
 
@@ -46,7 +46,7 @@ def boundaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the calls of an undisturbed run, whose result stands at `undisturbed`."""
     save_small(tmp_path / "src", 3)
     convert(str(tmp_path / "src"), tmp_path / "undisturbed", MQA)
-    monkeypatch.setattr("uptrain.pipeline._workers", lambda: 1)
+    monkeypatch.setattr("uptrain.conversion.run.pipeline._workers", lambda: 1)
     with watched(tmp_path) as seen:
         convert(str(tmp_path / "src"), tmp_path / "watched", MQA)
     return [f"{call.kind} {Path(call.name).name}" for call in seen.calls]
@@ -87,9 +87,9 @@ def test_kill_9_after_the_rename_leaves_only_the_tidying(boundaries: list[str], 
 CTRL_C = """
 import os, signal, sys, time
 from pathlib import Path
-import uptrain.pipeline as pipeline
+import uptrain.conversion.run.pipeline as pipeline
 from tests.faults.boundaries import watched
-from uptrain.cli import run
+from uptrain.cli.app import run
 
 pipeline._workers = lambda: 1
 
@@ -123,9 +123,9 @@ SMALL_DISK = """
 import shutil, subprocess, sys
 from pathlib import Path
 from tests.small import digests, save_small
-from uptrain.convert import convert
+from uptrain.conversion.run.convert import convert
 from uptrain.errors import UptrainError
-from uptrain.request import Request
+from uptrain.conversion.request import Request
 
 def refused(says, message):
     try:

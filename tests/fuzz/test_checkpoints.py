@@ -17,17 +17,17 @@ from safetensors.numpy import save_file
 from tests.fuzz.attempt import attempt, inputs
 from tests.fuzz.hostile import NUMBERS, as_json, damaged, scalars, values
 from tests.small import CONFIG, digests, save_small, small_tensors
-from uptrain.architectures import ARCHITECTURES
+from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.projections import module_of
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.manifest import MANIFEST, converted_from, verify
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.checkpoint.writer import LOCK, STATE
-from uptrain.convert import convert, plan_conversion
-from uptrain.hosts.table import HOSTS
-from uptrain.inspect import inspect
-from uptrain.packing import module_of
-from uptrain.plan import make_plan
-from uptrain.request import Request
+from uptrain.conversion.inspection import inspect
+from uptrain.conversion.plan.planner import make_plan
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert, plan_conversion
+from uptrain.models.targets import HOSTS
 
 REQUESTS = (
     Request("gqa", 2), Request("mqa"), Request("gqa", 4), Request("gqa", 2, "svd"), Request("gqa", 2, "first"),
@@ -59,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uptrain.pipeline._workers", lambda: 1)
+    monkeypatch.setattr("uptrain.conversion.run.pipeline._workers", lambda: 1)
     monkeypatch.setattr("uptrain.checkpoint.manifest.versions", dict)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tests.fuzz.attempt import attempt, inputs
 from tests.fuzz.hostile import as_json, damaged, retouched
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.convert import convert
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
 from uptrain.data.token_text import encode
-from uptrain.models import load_tokenizer
-from uptrain.request import Request
+from uptrain.models.loading import load_tokenizer
 
 
 def pickled(values: Any) -> bytes:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.fuzz.attempt import attempt, inputs
 from tests.fuzz.hostile import damaged, values
-from uptrain import recipes
-from uptrain.recipe_schema import Recipe
+from uptrain.training import recipes
+from uptrain.training.recipe import Recipe
 
 BASE = {
     "model": "m", "output": "o", "steps": 3, "batch_size": 4, "warmup": 0.1, "distill": {"teacher": "t", "top_k": 3},

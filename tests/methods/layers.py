@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from uptrain.methods.heads import HeadMaps
+from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.rotary import Rotary, to_complex
 
 

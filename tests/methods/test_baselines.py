@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from benchmarks.baselines import mean_renormed, procrustes
 from tests.methods.layers import attention, random_layer, random_moment
-from uptrain.methods.baselines import mean_renormed, procrustes
-from uptrain.methods.factor import gram
+from uptrain.methods.low_rank import gram
 from uptrain.methods.rotary import Rotary
 
 POSITIONS = {"free": None, "half": Rotary("half", 8), "partial": Rotary("interleaved", 4)}

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from tests.methods.layers import attention, random_layer, random_moment
 from uptrain.methods.energy import layer_weights
-from uptrain.methods.factored import factor_heads
 from uptrain.methods.grouping import best_partition, similar_order
-from uptrain.methods.heads import reorder
+from uptrain.methods.head_maps import reorder
 from uptrain.methods.rotary import Rotary
+from uptrain.methods.shared_heads import factor_heads
 
 POSITIONS = {"free": None, "half": Rotary("half", 8), "partial": Rotary("interleaved", 4)}
 

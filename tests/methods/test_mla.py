@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.methods.layers import attention, random_layer, random_moment
-from uptrain.methods.heads import HeadMaps
-from uptrain.methods.latent import Angles, LatentMaps, mix_heads
+from uptrain.conversion.calibration.statistics import by_distance
+from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.mla import (
     LatentShape,
     LatentWeights,
@@ -22,8 +22,8 @@ from uptrain.methods.mla import (
     plain_weights,
     rotary_savings,
 )
+from uptrain.methods.mla_layer import Angles, LatentMaps, mix_heads
 from uptrain.methods.rotary import Rotary
-from uptrain.methods.spread import by_distance
 
 THETA = 100.0
 LAYOUTS = {"half": Rotary("half", 8), "interleaved": Rotary("interleaved", 8)}

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conversion.test_families import load
 from tests.small import digests, save_small, small_tensors
-from tests.test_families import load
 from uptrain.checkpoint.source import resolve
-from uptrain.convert import convert, plan_conversion
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.request import Request
 
 KEY, VALUE = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")
 OUTSIDE = (
@@ -135,7 +135,9 @@ def test_a_calibration_does_not_begin_where_something_is_not_finite(
     """Hours of work later it could not be written: the last norm is nothing that calibration meets."""
     source = tensors()
     source["model.norm.weight"][0] = float("nan")
-    monkeypatch.setattr("uptrain.calibration.calibrate", lambda *arguments, **options: pytest.fail("it began"))
+    monkeypatch.setattr(
+        "uptrain.conversion.calibration.run.calibrate", lambda *arguments, **options: pytest.fail("it began")
+    )
     with pytest.raises(CheckpointError, match=r"NaN or infinity in tensor model\.norm\.weight"):
         convert(save(tmp_path / "src", source), tmp_path / "out", Request("gqa", 2, "calibrated"))
 

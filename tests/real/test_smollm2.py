@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from uptrain import evaluate
-from uptrain.attention import AttentionSpec, cache_bytes
-from uptrain.convert import convert
-from uptrain.measure.reading import cache_of
-from uptrain.recipe_schema import Files
-from uptrain.request import Request
+from uptrain.architectures.attention import AttentionSpec, cache_bytes
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
+from uptrain.data.sources import Files
+from uptrain.evaluation.reading import cache_of
 
 pytestmark = pytest.mark.real
 

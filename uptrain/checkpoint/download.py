@@ -12,14 +12,7 @@ from urllib.parse import urlparse
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.manifest import MANIFEST
 from uptrain.checkpoint.sidecars import CONFIG, MODULES, short, sidecars_of
-from uptrain.checkpoint.weight_files import (
-    PICKLE_INDEX,
-    PICKLE_SINGLE,
-    SINGLE,
-    files_of,
-    find_weights,
-    read_weight_map,
-)
+from uptrain.checkpoint.weight_files import PICKLE_INDEX, PICKLE_SINGLE, SINGLE, files_of, find_weights, read_weight_map
 from uptrain.errors import CheckpointError
 
 _LOOKED_AT = (MANIFEST, MODULES, "adapter_config.json")

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from uptrain.checkpoint.arrays import Array, numpy_dtype
+from uptrain.checkpoint.dtypes import Array, numpy_dtype
 from uptrain.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from uptrain.errors import CheckpointError
-from uptrain.missing import needing
+from uptrain.errors import CheckpointError, needing
 
 _INTEGERS = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 

@@ -11,24 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from uptrain.architectures.wrappers import Tower, language_config, tower_in
 from uptrain.checkpoint.adapters import refuse_adapter
-from uptrain.checkpoint.arrays import Array, numpy_dtype, raw_bytes
 from uptrain.checkpoint.checksum import borrowed_buffer
-from uptrain.checkpoint.clone import Span
+from uptrain.checkpoint.dtypes import Array, numpy_dtype, raw_bytes
 from uptrain.checkpoint.gguf import refuse_gguf
 from uptrain.checkpoint.header import TensorInfo, read_header
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.pickles import PickleShards
-from uptrain.checkpoint.weight_files import (
-    WeightFiles,
-    files_of,
-    find_weights,
-    merge_shards,
-    names_in,
-    read_weight_map,
-)
+from uptrain.checkpoint.reflink import Span
+from uptrain.checkpoint.weight_files import WeightFiles, files_of, find_weights, merge_shards, names_in, read_weight_map
 from uptrain.errors import CheckpointError
-from uptrain.wrappers import Tower, language_config, tower_in
 
 
 @dataclass(frozen=True)

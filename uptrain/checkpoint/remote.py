@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from uptrain.architectures.wrappers import language_config, tower_in
 from uptrain.checkpoint.adapters import refuse_adapter
 from uptrain.checkpoint.download import has_weights, is_offline, missing_weights, refuse_missing
 from uptrain.checkpoint.header import ITEM_BITS, TensorInfo
@@ -13,7 +14,6 @@ from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import Source, hub_errors, resolve
 from uptrain.checkpoint.weight_files import files_of, find_weights, merge_shards, read_weight_map
 from uptrain.errors import CheckpointError
-from uptrain.wrappers import language_config, tower_in
 
 
 def open_headers(model: str, revision: str | None = None, allow_pickle: bool = False) -> tuple[Source, Checkpoint]:

@@ -14,7 +14,7 @@ from uptrain.checkpoint.download import download, is_offline, unreachable
 from uptrain.checkpoint.gguf import refuse_gguf
 from uptrain.errors import CheckpointError, UsageError
 
-DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
+DEMO = Path(__file__).parent.parent / "workflows" / "demo" / "checkpoint"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from uptrain.checkpoint.checksum import Checksum
-from uptrain.checkpoint.clone import BLOCK, Span, clone, residue, write_beside
 from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.reflink import BLOCK, Span, clone, residue, write_beside
 from uptrain.errors import UptrainError, UsageError
 
 STATE = ".uptrain-state.json"

@@ -11,10 +11,10 @@ from typing import Any
 from uptrain.checkpoint.checksum import Checksum, checksum_file
 from uptrain.data.chat import template_of
 from uptrain.data.documents import files_of, open_dataset
+from uptrain.data.sources import Builtin, Dataset, DataSource, Files, Teacher, has_chats
 from uptrain.data.text_files import has_rows
 from uptrain.data.token_text import separator_of
 from uptrain.errors import UsageError
-from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files, Teacher, has_chats
 
 _VERSION = 1
 """To be raised when the same content becomes other tokens."""
@@ -48,7 +48,7 @@ def _source(source: DataSource) -> Any:
 
 
 def _builtin(source: Builtin) -> str:
-    from uptrain.demo.text import documents
+    from uptrain.data.stdlib_text import documents
 
     # Distributions change the library without changing Python's version, so only its text tells.
     checksum = Checksum()

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain.data.chat import Render, messages_of
+from uptrain.data.sources import Builtin, Dataset, DataSource, Files
 from uptrain.data.text_files import Piece, file_rows, has_rows, no_field, plain, text_of
-from uptrain.errors import UptrainError, UsageError
-from uptrain.missing import needing
-from uptrain.recipe_schema import Builtin, Dataset, DataSource, Files
+from uptrain.errors import UptrainError, UsageError, needing
 
 if TYPE_CHECKING:
     import datasets
@@ -30,7 +29,7 @@ def pieces(sources: Sequence[DataSource], render: Render | None = None) -> Itera
         elif isinstance(source, Dataset):
             yield from (Piece(text, True) for text in rows(open_dataset(source), source, render))
         elif isinstance(source, Builtin):
-            from uptrain.demo.text import documents
+            from uptrain.data.stdlib_text import documents
 
             yield from (Piece(text, True) for text in documents(source.split))
         else:

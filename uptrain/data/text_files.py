@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from uptrain.errors import UsageError, did_you_mean
-from uptrain.missing import needing
+from uptrain.errors import UsageError, did_you_mean, needing
 
 PIECE = 2**20
 """Characters. A longer document is handed on in pieces of about this size, cut at line ends."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.writer import sync
+from uptrain.data.sources import DataSource
 from uptrain.data.token_file import TokenFile
 from uptrain.errors import UptrainError
-from uptrain.recipe_schema import DataSource
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 

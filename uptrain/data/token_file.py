@@ -14,9 +14,9 @@ import numpy as np
 
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.data.block_reader import Tokens
+from uptrain.data.sources import DataSource
 from uptrain.data.token_text import dtype_of, encoded
 from uptrain.errors import UsageError
-from uptrain.recipe_schema import DataSource
 
 _READ = 2**20
 """Tokens."""

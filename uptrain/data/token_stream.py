@@ -8,9 +8,9 @@ import numpy as np
 
 from uptrain.data.block_reader import Tokens
 from uptrain.data.documents import open_dataset, rows
+from uptrain.data.sources import Dataset
 from uptrain.data.token_text import BATCH_CHARACTERS, encode, renderer_for, separator_of
 from uptrain.errors import UptrainError
-from uptrain.recipe_schema import Dataset
 
 
 class TokenStream:

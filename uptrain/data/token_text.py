@@ -11,9 +11,9 @@ import numpy as np
 from uptrain.data.block_reader import Tokens
 from uptrain.data.chat import Render, renderer
 from uptrain.data.documents import pieces
+from uptrain.data.sources import DataSource, has_chats
 from uptrain.data.text_files import Piece
 from uptrain.errors import CheckpointError, UsageError, told_as
-from uptrain.recipe_schema import DataSource, has_chats
 
 BATCH_CHARACTERS = 2**20
 CHARACTERS_A_TOKEN = 4

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uptrain.methods.factor import gram
-from uptrain.methods.heads import HeadMaps
+from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.low_rank import gram
 from uptrain.methods.rotary import Rotary, pair_means
 
 

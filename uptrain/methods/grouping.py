@@ -10,9 +10,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from uptrain.methods.energy import LayerWeights
-from uptrain.methods.factor import gram, matrix_root
-from uptrain.methods.heads import HeadMaps
+from uptrain.architectures.projections import Heads, LayerHeads
+from uptrain.methods.energy import LayerWeights, layer_weights
+from uptrain.methods.head_conversion import maps_of
+from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.low_rank import gram, matrix_root
 from uptrain.methods.rotary import Rotary, to_complex
 
 EXACT_HEADS = 12
@@ -133,3 +135,23 @@ def _cost(layer: HeadMaps, position: Rotary | None, weights: LayerWeights) -> Co
 
 def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([matrix_root(weight) @ block for weight, block in zip(weights, rows, strict=True)])
+
+
+def similar_layer(layer: LayerHeads, groups: int, position: Rotary | None, seed: int) -> tuple[LayerHeads, list[int]]:
+    """Return the layer with its key/value heads, their queries and output columns moved so that similar ones share.
+
+    With it comes the order: the number of each of the result's key/value heads in the given layer.
+
+    Values only change place: no bit of them and no logit changes by it.
+    """
+    maps = maps_of(layer)
+    order = similar_order(maps, groups, position, layer_weights(maps, position, None), seed)
+    queries = [head * maps.queries_per_kv + i for head in order for i in range(maps.queries_per_kv)]
+    picks = {"q": queries, "k": order, "v": order}
+    moved = {part: _pick(layer.part(part), pick) for part, pick in picks.items()}
+    output = layer.part("o")
+    return LayerHeads(**moved, o=Heads(output.weight[:, queries], output.bias)), order
+
+
+def _pick(heads: Heads, order: list[int]) -> Heads:
+    return Heads(heads.weight[order], None if heads.bias is None else heads.bias[order])

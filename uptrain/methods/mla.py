@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from uptrain.methods.energy import Shares, output_energy, rotated_energy, weighted_energy
-from uptrain.methods.factor import damped, factor, gram, matrix_root
-from uptrain.methods.factored import DAMPING
-from uptrain.methods.heads import HeadMaps
-from uptrain.methods.latent import LatentMaps
+from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.low_rank import damped, factor, gram, matrix_root
+from uptrain.methods.mla_layer import LatentMaps
 from uptrain.methods.rotary import Rotary, apply_factor, to_complex
+from uptrain.methods.shared_heads import DAMPING
 
 KEY_WEIGHT = 2.0
 """How many times more a share of key energy counts than one of value energy, where no text decides."""

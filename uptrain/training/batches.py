@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uptrain.data.token_text import separator_of
-from uptrain.losses import IGNORED
+from uptrain.training.losses import IGNORED
 
 
 @dataclass(frozen=True)

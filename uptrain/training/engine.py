@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from uptrain import devices
 from uptrain.errors import UsageError
-from uptrain.recipe_schema import Recipe
+from uptrain.models import devices
 from uptrain.training.launch import join
+from uptrain.training.recipe import Recipe
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 _LAUNCHED_FSDP = "UPTRAIN_LAUNCHED_FSDP"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from uptrain.recipe_schema import Recipe
+from uptrain.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

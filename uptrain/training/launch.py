@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 from torch import distributed
 
-from uptrain import devices
 from uptrain.errors import UptrainError, UsageError
+from uptrain.models import devices
 
 _SAID = "uptrain/said"
 # In what a collective raises when a process that takes part in it is gone.

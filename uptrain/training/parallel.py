@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from uptrain.distill import Objective
-from uptrain.losses import IGNORED
+from uptrain.training.distillation import Objective
+from uptrain.training.losses import IGNORED
 
 
 class Spread:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from uptrain.errors import UptrainError
-from uptrain.hosts import latent_norm
-from uptrain.hosts.fit import listed
+from uptrain.models import neutral_norm
+from uptrain.models.class_fit import listed
 from uptrain.training.parallel import whole
 
 
@@ -40,9 +40,9 @@ def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> An
     with torch.device("meta"):
         model = type(plain)(plain.config)
     for name, module in plain.named_modules():
-        if isinstance(module, latent_norm.AbsentNorm):
+        if isinstance(module, neutral_norm.AbsentNorm):
             owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, latent_norm.AbsentNorm(module.width, module.eps))
+            setattr(model.get_submodule(owner), last, neutral_norm.AbsentNorm(module.width, module.eps))
     left = model.load_state_dict(weights, strict=False, assign=True)
     # The config may say tied though the student was loaded with a head of its own.
     model.all_tied_weights_keys = dict(plain.all_tied_weights_keys)
@@ -50,7 +50,7 @@ def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> An
     lost = [*left.unexpected_keys, *(name for name, value in model.named_parameters() if value.is_meta)]
     if lost:
         raise UptrainError(f"The trained model can't be written: its class and its weights differ in {listed(lost)}.")
-    latent_norm.fold(model, dtype)
+    neutral_norm.fold(model, dtype)
     return model
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any, NoReturn
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.writer import LOCK, sync, write_atomic
 from uptrain.errors import UptrainError, UsageError
-from uptrain.recipe_schema import Recipe
+from uptrain.training.recipe import Recipe
 
 # The last ones change where and in how many parts a step is computed, which a run short of memory may have to.
 _MAY_CHANGE = {

@@ -11,7 +11,7 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from uptrain.recipe_schema import Recipe
+from uptrain.training.recipe import Recipe
 
 
 def make_schedule(optimizer: Optimizer, recipe: Recipe) -> Any:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from uptrain.architectures import ARCHITECTURES
-from uptrain.errors import UsageError
-from uptrain.missing import needing
-from uptrain.recipe_schema import Recipe
+from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.errors import UsageError, needing
+from uptrain.training.recipe import Recipe
 
 
 def is_attention(model_type: str, name: str) -> bool:

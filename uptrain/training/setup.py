@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from uptrain import models
+from uptrain.architectures.quantization import check_trainable, quantisation_in
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.data import TokenText, read_tokens
 from uptrain.data.documents import pieces
+from uptrain.data.reading import TokenText, read_tokens
+from uptrain.data.sources import Teacher
 from uptrain.errors import UsageError
-from uptrain.hosts import latent_norm
-from uptrain.quantisation import check_trainable, quantisation_in
-from uptrain.recipe_schema import Recipe, Teacher, TokenizerSpec
+from uptrain.models import loading, neutral_norm
+from uptrain.training.new_tokenizer import new_tokenizer
+from uptrain.training.recipe import Recipe, TokenizerSpec
 from uptrain.training.runfolder import RunFolder
 from uptrain.training.scope import choose
 
@@ -32,13 +33,13 @@ def make_tokenizer(
             if not folder.tokenizer.is_dir():
                 texts = (piece.text for piece in pieces(recipe.data))
                 partial = folder.tokenizer.with_suffix(".partial")
-                models.new_tokenizer(spec, texts).save_pretrained(partial)
+                new_tokenizer(spec, texts).save_pretrained(partial)
                 partial.rename(folder.tokenizer)
-        return models.load_tokenizer(folder.tokenizer)
+        return loading.load_tokenizer(folder.tokenizer)
     if spec is not None:
-        return models.load_tokenizer(resolve(spec).path)
+        return loading.load_tokenizer(resolve(spec).path)
     assert source is not None
-    return models.load_tokenizer(source.path)
+    return loading.load_tokenizer(source.path)
 
 
 def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[Any, torch.dtype]:
@@ -50,21 +51,21 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
     """
     if source is None:
         assert recipe.config is not None
-        model = models.new_model(recipe.config, tokenizer, recipe.seed)
-        dtype = models.dtype_named(recipe.dtype) or torch.bfloat16
+        model = loading.new_model(recipe.config, tokenizer, recipe.seed)
+        dtype = loading.dtype_named(recipe.dtype) or torch.bfloat16
     else:
         check_trainable(quantisation_in(source.path), source.name)
-        model = models.load_model(source, attn_implementation=recipe.attn_implementation)
-        dtype = models.dtype_named(recipe.dtype) or model.dtype
-        models.check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")
+        model = loading.load_model(source, attn_implementation=recipe.attn_implementation)
+        dtype = loading.dtype_named(recipe.dtype) or model.dtype
+        loading.check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")
         if model.config.is_encoder_decoder and any(isinstance(each, Teacher) for each in recipe.data):
             raise UsageError(
                 f"{source.name} has an encoder, and a teacher of its kind can't write text from nothing.",
                 "Name text instead of `source: teacher`.",
             )
-        if latent_norm.unfold(model):
-            latent_norm.check_dtype(dtype)
-    longest = models.longest_context(model)
+        if neutral_norm.unfold(model):
+            neutral_norm.check_dtype(dtype)
+    longest = loading.longest_context(model)
     for name in ("block_size", "held_out_block_size"):
         size = getattr(recipe, name)
         if longest is not None and size is not None and size > longest:

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from uptrain import devices
 from uptrain.errors import CheckpointError
+from uptrain.models import devices
 
 # What doesn't train is the source's, and is there already.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from uptrain import devices, models
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.weights import changed_file
 from uptrain.errors import UptrainError, UsageError
-from uptrain.hosts import latent_norm
+from uptrain.models import devices, loading, neutral_norm
 
 
 def find_teacher(named: str | None, student: Source | None, allow_pickle: bool = False) -> Source:
@@ -52,6 +51,6 @@ def find_teacher(named: str | None, student: Source | None, allow_pickle: bool =
 
 def load_teacher(source: Source, low: bool, attn_implementation: str | None = None) -> Any:
     """Load a teacher, frozen, in bfloat16 if the run computes in it (`low`), else in fp32."""
-    model = models.load_model(source, torch.bfloat16 if low else torch.float32, attn_implementation)
-    latent_norm.check_loaded(model)
+    model = loading.load_model(source, torch.bfloat16 if low else torch.float32, attn_implementation)
+    neutral_norm.check_loaded(model)
     return model.requires_grad_(False).eval()

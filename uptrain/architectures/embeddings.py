@@ -1,0 +1,101 @@
+"""Decide once per checkpoint which stored tensors hold its token embedding and its head, and whether they are one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.reader import Checkpoint
+
+FLAG = "tie_word_embeddings"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The tensors of a checkpoint that its model's token embedding and head take their values from.
+
+    `table` and `head` name stored tensors; empty where no tensor holds the values. `tied` says that the loaded model
+    has one matrix for both. `own_table` is the name that the class gives its embedding, stored or not.
+    """
+
+    table: str
+    head: str
+    tied: bool
+    own_table: str
+
+
+def embeddings_of(architecture: Architecture, checkpoint: Checkpoint, prefix: str) -> Embeddings:
+    """Return where the embedding's and the head's values are, as transformers' loader decides it.
+
+    A model whose config says tied has one matrix if only one of the two is stored, whichever that is, or if both are
+    stored with equal values. It has two if both are stored and differ. Any other model has two. Values are read only
+    where both are stored; of a model on the Hub, whose values can't be read yet, the config is believed.
+
+    Source: transformers 5.23, `PreTrainedModel.tie_weights`.
+
+    Raises:
+        CheckpointError: the two tensors can't be read.
+    """
+    names, tensors = architecture.vocabulary, checkpoint.tensors
+    own_table = prefix + names.table
+    table = own_table if own_table in tensors else ""
+    head = next((name for name in names.heads if name in tensors), "")
+    if not declares_tied(architecture, checkpoint.config):
+        return Embeddings(table, head, False, own_table)
+    if table and head:
+        return Embeddings(table, head, _same_values(checkpoint, table, head), own_table)
+    return Embeddings(table or head, head or table, True, own_table)
+
+
+def stored_table(architecture: Architecture, checkpoint: Checkpoint, prefix: str) -> tuple[str, str]:
+    """Return the embedding's own name and that of the tensor that holds its values; no values are read."""
+    own, names = prefix + architecture.vocabulary.table, architecture.vocabulary.heads
+    if own in checkpoint.tensors or not declares_tied(architecture, checkpoint.config):
+        return own, own
+    return own, next((name for name in names if name in checkpoint.tensors), own)
+
+
+def declares_tied(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Tell whether the family's class takes this config to tie the head to the embedding."""
+    names = architecture.vocabulary
+    return names.always or bool(config.get(FLAG, names.tied))
+
+
+def declare(
+    config: dict[str, Any], embeddings: Embeddings, source: Architecture, host: Architecture, untied: bool = False
+) -> None:
+    """Write into a result's config whether its class must tie the head, unless the class reads that from it already.
+
+    Args:
+        config: the result's config, changed in place.
+        embeddings: what the source's model has.
+        source: the source's family.
+        host: the family of the result's class.
+        untied: whether the result has a head of its own in any case.
+    """
+    tied = embeddings.tied and not untied
+    if source.vocabulary.more or host.vocabulary.more:
+        return  # the flag says more there than this
+    if declares_tied(host, config) != tied:
+        config[FLAG] = tied
+
+
+def declare_loaded(config: dict[str, Any], tied_names: Collection[str]) -> None:
+    """Write into a config, in place, whether a model that has been loaded ties its head; `tied_names` are its own."""
+    entry = ARCHITECTURES.get(str(config.get("model_type")))
+    if entry is None or entry.vocabulary.more:
+        return
+    tied = any(name in tied_names for name in entry.vocabulary.heads)
+    if declares_tied(entry, config) != tied:
+        config[FLAG] = tied
+
+
+def _same_values(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Tell whether two tensors have the same shape, dtype and bytes; stop at the first difference."""
+    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return checkpoint.remote or checkpoint.equal(first, second)

@@ -1,0 +1,169 @@
+"""One layer with a latent, head by head, and how each host stores it. Pure array functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from uptrain.architectures.attention import AttentionSpec
+from uptrain.checkpoint.dtypes import Array
+
+Rope = Literal["free", "grid", "longrope", "re-rotate"]
+
+NEUTRAL_EPS = 1e-6
+"""The ε that transformers hard-codes in the latent's norm."""
+NEUTRAL_WEIGHT = 2.0**20
+"""The norm's weight in its neutral form; a power of two, so that no dtype rounds it."""
+NEUTRAL_SCALE = NEUTRAL_EPS**0.5 / NEUTRAL_WEIGHT
+"""What latent rows are multiplied by, so that ε outweighs their energy and the norm multiplies by 1/√ε alone."""
+
+
+@dataclass(frozen=True)
+class LatentTarget:
+    """Say what a layer becomes: `form` of rotation, sizes, and which source frequency each rotary pair has.
+
+    `frequencies` (D/2,) are the source's, radians a token; empty without rotation, as `slots` are then.
+    `rotary_factor` is what the source's rotary tables are multiplied by; `key_weight` None is the default or searched.
+    """
+
+    form: Rope
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    frequencies: tuple[float, ...] = ()
+    slots: tuple[int, ...] = ()
+    rotary_factor: float = 1.0
+    key_weight: float | None = None
+
+
+@dataclass(frozen=True)
+class LatentHeads:
+    """Hold one layer's latent attention by head; H query heads, G heads that the latent expands to.
+
+    Shapes: `q_nope` (H, Dn, d), `q_rope` (H, Dr, d), `down` (r, d), `k_rope` (Dr, d), `k_up` (G, Dn, r), `v_up`
+    (G, Dv, r), `o` (out, H, Dv); rotary rows in neighbouring pairs. Biases are None where the layer has none.
+    """
+
+    q_nope: Array
+    q_rope: Array
+    down: Array
+    k_rope: Array
+    k_up: Array
+    v_up: Array
+    o: Array
+    q_nope_bias: Array | None = None
+    q_rope_bias: Array | None = None
+    down_bias: Array | None = None
+    k_rope_bias: Array | None = None
+    o_bias: Array | None = None
+
+
+@dataclass(frozen=True)
+class LatentLayout:
+    """How a host stores a latent layer. Data only.
+
+    `per_query` hosts expand the latent to one key and value a query head. `fold_scale` hosts multiply logits by
+    (Dn + Dr)^-½, so the ratio to the source's head_dim^-½ goes into the queries. `neutral` hosts have a compulsory
+    norm on the latent, which small rows and a large weight turn into the identity.
+    """
+
+    output: str = "o_proj"
+    output_transposed: bool = False
+    per_query: bool = True
+    fold_scale: bool = False
+    neutral: bool = False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one conversion stores its layers: the layout, what the output projection is multiplied by, a q_a of rank."""
+
+    layout: LatentLayout
+    output_scale: float = 1.0
+    q_lora_rank: int | None = None
+
+
+def join_latent(heads: LatentHeads, stored: Stored, head_dim: int) -> dict[str, Array]:
+    """Join a latent layer into a host's modules ("q_proj.weight", …); `head_dim` is the source's.
+
+    Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1 for the projections.
+    """
+    layout = stored.layout
+    width = heads.q_nope.shape[1] + heads.q_rope.shape[1]
+    scale = (width / head_dim) ** 0.5 if layout.fold_scale else 1.0
+    out: dict[str, Array] = {}
+    query = _flat(np.concatenate([heads.q_nope, heads.q_rope], axis=1)) * scale
+    if stored.q_lora_rank is None:
+        out["q_proj.weight"] = query
+    else:
+        out |= _low_rank_queries(query, stored.q_lora_rank)
+    out |= _bias("q_proj", _joined(heads.q_nope_bias, heads.q_rope_bias, axis=1))
+    latent = heads.down * NEUTRAL_SCALE if layout.neutral else heads.down
+    out["kv_a_proj_with_mqa.weight"] = np.concatenate([latent, heads.k_rope])
+    out |= _bias("kv_a_proj_with_mqa", _joined(heads.down_bias, heads.k_rope_bias, axis=0))
+    if layout.neutral:
+        out["kv_a_layernorm.weight"] = np.full(len(latent), NEUTRAL_WEIGHT)
+    up = np.concatenate([heads.k_up, heads.v_up], axis=1)
+    if layout.per_query:
+        up = np.repeat(up, len(heads.q_nope) // len(up), axis=0)
+    out["kv_b_proj.weight"] = _flat(up)
+    output = heads.o.reshape(len(heads.o), -1) * stored.output_scale
+    out[f"{layout.output}.weight"] = output.T if layout.output_transposed else output
+    return out | _bias(layout.output, None if heads.o_bias is None else heads.o_bias * stored.output_scale)
+
+
+def latent_shapes(
+    stored: Stored, spec: AttentionSpec, hidden_size: int, biased: bool, output_bias: bool
+) -> dict[str, tuple[int, ...]]:
+    """Return every tensor of one layer and its shape, in the order `join_latent` gives them."""
+    layout, rank = stored.layout, spec.kv_lora_rank or 0
+    nope, rope, value = spec.qk_nope_head_dim or 0, spec.qk_rope_head_dim, spec.v_head_dim or spec.head_dim
+    query, latent = spec.num_attention_heads * (nope + rope), rank + rope
+    out: dict[str, tuple[int, ...]] = {}
+    if stored.q_lora_rank is None:
+        out["q_proj.weight"] = (query, hidden_size)
+    else:
+        out["q_a_proj.weight"] = (stored.q_lora_rank, hidden_size)
+        out["q_a_layernorm.weight"] = (stored.q_lora_rank,)
+        out["q_b_proj.weight"] = (query, stored.q_lora_rank)
+    if biased:
+        out["q_proj.bias"] = (query,)
+    out["kv_a_proj_with_mqa.weight"] = (latent, hidden_size)
+    if biased:
+        out["kv_a_proj_with_mqa.bias"] = (latent,)
+    if layout.neutral:
+        out["kv_a_layernorm.weight"] = (rank,)
+    out["kv_b_proj.weight"] = (spec.num_key_value_heads * (nope + value), rank)
+    mixed = spec.num_attention_heads * value
+    out[f"{layout.output}.weight"] = (mixed, hidden_size) if layout.output_transposed else (hidden_size, mixed)
+    if output_bias:
+        out[f"{layout.output}.bias"] = (hidden_size,)
+    return out
+
+
+def _low_rank_queries(query: Array, rank: int) -> dict[str, Array]:
+    """Split the queries' map into two, with the norm between them neutral; as wide as the input it is exact."""
+    if rank == query.shape[1]:
+        down, up = np.eye(rank), query
+    else:
+        left, singular, right = np.linalg.svd(query.astype(np.float64), full_matrices=False)
+        down, up = right[:rank], left[:, :rank] * singular[:rank]
+    return {
+        "q_a_proj.weight": down * NEUTRAL_SCALE,
+        "q_a_layernorm.weight": np.full(rank, NEUTRAL_WEIGHT),
+        "q_b_proj.weight": up,
+    }
+
+
+def _flat(by_head: Array) -> Array:
+    return by_head.reshape(-1, by_head.shape[-1])
+
+
+def _joined(one: Array | None, two: Array | None, axis: int) -> Array | None:
+    return None if one is None or two is None else np.concatenate([one, two], axis=axis).reshape(-1)
+
+
+def _bias(module: str, bias: Array | None) -> dict[str, Array]:
+    return {} if bias is None else {f"{module}.bias": bias}

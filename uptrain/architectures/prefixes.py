@@ -1,0 +1,132 @@
+"""Find under which prefix a checkpoint's tensors stand, and name those that a wrapper has put before every name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from uptrain.architectures.projections import module_of
+from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import CheckpointError
+
+WRAPPERS: Mapping[str, str] = MappingProxyType(
+    {
+        "_orig_mod": "torch.compile",
+        "module": "DistributedDataParallel",
+        "_fsdp_wrapped_module": "FullyShardedDataParallel",
+        "_checkpoint_wrapped_module": "activation checkpointing",
+        "base_model": "peft",
+    }
+)
+"""Parts of names that training tools add, and the tool."""
+_INSIDE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Those that can stand inside a name too, where single layers are wrapped."""
+_OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Names that are a family's but for what a wrapper added.
+
+    `example` is one of the checkpoint's names and `added` are the parts of it that are not the family's; `renames` maps
+    patterns to what stands in their place in the family's names; `count` tensors have such a name.
+    """
+
+    example: str
+    added: tuple[str, ...]
+    renames: Mapping[str, str]
+    count: int
+
+
+def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
+    """Return which of the family's key prefixes this checkpoint uses.
+
+    Raises:
+        CheckpointError: no tensor has the family's names.
+    """
+    for prefix in architecture.prefixes:
+        if _stands(architecture, prefix, checkpoint.tensors):
+            return prefix
+    refuse_foreign(architecture, checkpoint, name)
+    raise CheckpointError(
+        f"{name} says it is {architecture.model_type} but has no tensor "
+        f"{_first(architecture, architecture.prefixes[0])}.",
+        "Is it an adapter? Merge it into its base first.",
+    )
+
+
+def refuse_foreign(architecture: Architecture, checkpoint: Checkpoint, name: str) -> None:
+    """Refuse a checkpoint whose names are the family's but for a prefix that a wrapper added.
+
+    Raises:
+        CheckpointError: they are; transformers would load none of those tensors.
+    """
+    found = foreign_names(architecture, checkpoint.tensors)
+    if found is None:
+        return
+    tools = [tool for part, tool in WRAPPERS.items() if part in ".".join(found.added).split(".")]
+    of = f"of {' and '.join(tools)}" if tools else "of a model that it was part of"
+    wanted = _first(architecture, architecture.prefixes[0])
+    # What a file says may hold quotes, and is to be pasted into Python.
+    renames = ", ".join(f"{pattern!r}: {new!r}" for pattern, new in found.renames.items())
+    raise CheckpointError(
+        f"{name} has the prefix {' and '.join(found.added)} {of} in {found.count} of its {len(checkpoint.tensors)} "
+        f"tensor names: {found.example}, where {architecture.model_type} has {wanted}.",
+        # Without that last word transformers would write the names that it has read.
+        f"Write it without, and copy the tokenizer's files: transformers.{architecture.auto_class}.from_pretrained("
+        f"{name!r}, dtype='auto', key_mapping={{{renames}}}).save_pretrained('NEW', save_original_format=False).",
+    )
+
+
+def foreign_names(architecture: Architecture, names: Collection[str]) -> Foreign | None:
+    """Return what a wrapper added to the family's names; None where they are the family's, or another's."""
+    if any(_stands(architecture, prefix, names) for prefix in architecture.prefixes):
+        return None
+    leads: dict[str, tuple[str, str]] = {}
+    for prefix in architecture.prefixes:
+        for name in names:
+            lead = _lead(name, _first(architecture, prefix))
+            if lead is not None and not any(word in lead for word in _OTHER_TOWERS):
+                leads.setdefault(lead, (name, prefix))
+        if leads:
+            break
+    if not leads:
+        return None
+    plain = [_stripped(name) for name in names]
+    lead = max(leads, key=lambda each: (sum(name.startswith(each) for name in plain), each))
+    example, prefix = leads[lead]
+    whole = example.removesuffix(_first(architecture, prefix))
+    new = "" if prefix == architecture.prefixes[0] else architecture.prefixes[0]
+    if whole != example:
+        renames = {f"^{re.escape(whole)}": new}
+        return Foreign(example, (whole,), renames, sum(name.startswith(whole) for name in names))
+    inside = sorted({part for part in example.split(".") if part in _INSIDE})
+    renames = {rf"{part}\.": "" for part in inside} | ({f"^{re.escape(lead)}": new} if lead else {})
+    count = sum(any(part in name.split(".") for part in inside) for name in names)
+    return Foreign(example, (*([lead] if lead else []), *(f"{part}." for part in inside)), renames, count)
+
+
+def _stands(architecture: Architecture, prefix: str, names: Collection[str]) -> bool:
+    """Tell whether the first layer's output projection has that prefix; a quantised one may have no weight."""
+    start = _first(architecture, prefix).removesuffix("weight")
+    return any(name.startswith(start) for name in names)
+
+
+def _first(architecture: Architecture, prefix: str) -> str:
+    """Name the first layer's output projection, which every checkpoint of the family has."""
+    return architecture.attention(prefix, 0) + module_of(architecture.projections, "o") + ".weight"
+
+
+def _stripped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _INSIDE)
+
+
+def _lead(name: str, wanted: str) -> str | None:
+    """Return what stands before the family's name, wrappers of single layers apart; None where it is another name."""
+    plain = _stripped(name)
+    if plain != wanted and not plain.endswith(f".{wanted}"):
+        return None
+    return plain.removesuffix(wanted)

@@ -1,0 +1,56 @@
+"""Lay the table of families out: for a terminal, as JSON, and as the Markdown of docs/families.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from uptrain.cli import console
+from uptrain.conversion.family_table import Family, Holder, alike
+from uptrain.conversion.request import CHANGED_PARTS
+
+COLUMNS = ("family", "q, k, v", "position", "to GQA", "to MQA", "to MLA", "methods")
+REMOTE_CODE = "one readable modelling file inside the checkpoint: `trust_remote_code=True`, or `import uptrain`"
+POOLING = [name for name, parts in CHANGED_PARTS.items() if "q" not in parts]
+NOTE = f"pooling: `--method` {', '.join(POOLING)}"
+
+
+def table(found: Sequence[Family], as_json: bool) -> None:
+    """Show every family that can be converted."""
+    if as_json:
+        console.result_json([family.to_dict() for family in found])
+        return
+    console.table("", COLUMNS, [(family.model_type, *_cells(family)) for family in found], align="left")
+    console.result(f"* {REMOTE_CODE}; {NOTE}.".replace("`", ""))
+
+
+def markdown(found: Sequence[Family]) -> str:
+    """Return the table of docs/families.md; families that differ in nothing but their name share a row."""
+    rows = [(", ".join(family.model_type for family in group), *_cells(group[0])) for group in alike(found)]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n\\* {REMOTE_CODE}; {NOTE}."
+
+
+def _cells(family: Family) -> tuple[str, ...]:
+    return (
+        family.packing,
+        family.position,
+        *(_held(family, holders) for holders in (family.gqa, family.mqa, family.mla)),
+        _methods(family),
+    )
+
+
+def _held(family: Family, holders: tuple[Holder, ...]) -> str:
+    words = [
+        ("itself" if holder.model_type == family.model_type else holder.model_type)
+        + (" *" if holder.remote_code else "")
+        + (f", with {holder.needs}" if holder.needs else "")
+        for holder in holders
+    ]
+    return ", else ".join(words) or "–"
+
+
+def _methods(family: Family) -> str:
+    missing = [name for name in CHANGED_PARTS if name not in family.methods]
+    words = f"all but {', '.join(missing)}" if missing else "all"
+    words = "pooling" if list(family.methods) == POOLING else words
+    return words + "".join(f"; with {key} pooling" for key in family.pool_only_with)

@@ -1,0 +1,45 @@
+"""The command that shows results as a page: options and help. Bodies import what they need when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from uptrain.cli import console
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where the page goes; pictures go beside it. Default: "
+    "DIRECTORY/report.html.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def report(directory: Path, out: Path | None, as_json: bool) -> None:
+    """Show what a conversion cost and saved: one HTML file with pictures, and the pictures as PNG.
+
+    DIRECTORY is a checkpoint that uptrain wrote, a folder of several, which are then compared, or a sweep's, which is
+    shown as a table and a plot of KL against cache bytes. Of checkpoints the page has quality against cache bytes (from
+    `uptrain eval`), tasks, retrieval and samples if they were measured, the energy each layer kept and how alike its
+    heads were, training curves, decode speed, and the memory a request needs as MHA, GQA, MQA and MLA. It needs no
+    JavaScript and asks no server for anything.
+
+    \b
+    uptrain eval demo-gqa4 --baseline demo
+    uptrain report demo-gqa4
+    """
+    from uptrain.publishing.page.page import write_page
+
+    done = write_page(directory, out)
+    if as_json:
+        names = {"page": str(done.path), "pictures": [str(path) for path in done.pictures]}
+        console.result_json({**names, "missing": list(done.missing)})
+        return
+    for sentence in done.missing:
+        console.note(sentence)
+    console.result(f"Wrote {done.path} and {len(done.pictures)} picture(s) beside it.")
+
+
+COMMANDS: dict[str, click.Command] = {"report": report}
+"""What the command line adds, by the name it is typed under."""

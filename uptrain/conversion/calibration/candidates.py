@@ -1,0 +1,166 @@
+"""What a layer may become while it is calibrated, fewer heads or a latent: each can be made and run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from uptrain.architectures.projections import LayerHeads
+from uptrain.conversion.calibration.attention_probabilities import Reached
+from uptrain.conversion.calibration.layer_runner import Layer
+from uptrain.conversion.calibration.refit import Maps
+from uptrain.conversion.calibration.statistics import gather_moments, latent_weights, share_layer
+from uptrain.methods.energy import Shares
+from uptrain.methods.head_conversion import ModuleWeights, maps_of
+from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.mla import LatentShape, factor_latent
+from uptrain.methods.mla_layer import Angles, LatentMaps, mix_heads
+from uptrain.methods.rotary import Rotary
+
+KEY_WEIGHTS = (1.0, 4.0, 16.0)
+"""What is tried for how much more key energy counts than value energy in a joint latent."""
+
+M = TypeVar("M", HeadMaps, LatentMaps)
+
+
+@dataclass(frozen=True)
+class Made(Generic[M]):
+    """A way to hold a layer: its float32 maps, and the shares of energy that methods keep, in the same weights."""
+
+    maps: M
+    kept: dict[str, Shares]
+
+
+class Form(Protocol[Maps]):
+    """Makes a layer's new maps from activations, and runs the layer with them."""
+
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[Maps]]:
+        """Return candidates from hidden states (T, d) before the layer."""
+
+    def run(self, layer: Layer, hidden: Tensor, maps: Maps) -> Tensor:
+        """Return the layer's output (T, d) with `maps` as its attention."""
+
+    def mix(self, layer: Layer, hidden: Tensor, maps: Maps) -> Tensor:
+        """Return the mixed heads (T, H·Dv), the output projection's input."""
+
+
+@dataclass(frozen=True)
+class SharedHeads:
+    """`groups` key/value heads, run by the source's own attention with heads repeated."""
+
+    source: LayerHeads
+    weights: ModuleWeights
+    position: Rotary | None
+    groups: int
+    device: torch.device
+
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[HeadMaps]]:
+        """Return the calibrated factorisation."""
+        source = maps_of(self.source)
+        narrow = self.weights.parameters(as_float(source, self.device))
+        moments = gather_moments(layer, source, narrow, self.groups, hidden)
+        del narrow
+        maps, kept = share_layer(source, self.groups, self.position, moments)
+        return [Made(as_float(maps, self.device), kept)]
+
+    def run(self, layer: Layer, hidden: Tensor, maps: HeadMaps) -> Tensor:
+        """Run the layer with the heads repeated."""
+        return layer.run(hidden, self.weights.parameters(maps))
+
+    def mix(self, layer: Layer, hidden: Tensor, maps: HeadMaps) -> Tensor:
+        """Return the mixed heads."""
+        return layer.mix(hidden, self.weights.parameters(maps))
+
+
+@dataclass(frozen=True)
+class PlainLatent:
+    """A latent that expands to plain heads, run by the source's own attention with low-rank projections."""
+
+    source: LayerHeads
+    weights: ModuleWeights
+    position: Rotary | None
+    shape: LatentShape
+    frequencies: Tensor | None
+    device: torch.device
+    key_weights: tuple[float, ...] = KEY_WEIGHTS
+
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[LatentMaps]]:
+        """Return the calibrated factorisation at each key weight."""
+        return _latents(self, layer, hidden)
+
+    def run(self, layer: Layer, hidden: Tensor, maps: LatentMaps) -> Tensor:
+        """Run the layer with the latent expanded."""
+        return layer.run(hidden, self.weights.parameters(maps.expanded()))
+
+    def mix(self, layer: Layer, hidden: Tensor, maps: LatentMaps) -> Tensor:
+        """Return the mixed heads."""
+        return layer.mix(hidden, self.weights.parameters(maps.expanded()))
+
+
+@dataclass(frozen=True)
+class DecoupledLatent:
+    """A latent beside a shared rotary key, run by attention of its own inside the source's layer.
+
+    `factor` multiplies the rotary tables, as scaled variants ask for.
+    """
+
+    source: LayerHeads
+    position: Rotary | None
+    shape: LatentShape
+    frequencies: Tensor
+    device: torch.device
+    output_bias: Tensor | None = None
+    factor: float = 1.0
+    key_weights: tuple[float, ...] = KEY_WEIGHTS
+
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[LatentMaps]]:
+        """Return the calibrated factorisation at each key weight."""
+        return _latents(self, layer, hidden)
+
+    def run(self, layer: Layer, hidden: Tensor, maps: LatentMaps) -> Tensor:
+        """Run the layer with the latent's own attention."""
+        flat = maps.o.flatten(1)
+
+        def attend(x: Tensor, mask: Tensor | None) -> Tensor:
+            return torch.nn.functional.linear(self._mixed(layer, x, mask, maps), flat, self.output_bias)
+
+        return layer.run_with(hidden, attend)
+
+    def mix(self, layer: Layer, hidden: Tensor, maps: LatentMaps) -> Tensor:
+        """Return the mixed heads."""
+
+        def attend(x: Tensor, mask: Tensor | None) -> Tensor:
+            raise Reached(self._mixed(layer, x, mask, maps))
+
+        try:
+            layer.run_with(hidden, attend)
+        except Reached as reached:
+            mixed: Tensor = reached.value
+            return mixed
+        raise RuntimeError("the layer never reached its attention")
+
+    def _mixed(self, layer: Layer, x: Tensor, mask: Tensor | None, maps: LatentMaps) -> Tensor:
+        angles = Angles.at(self.frequencies[list(self.shape.slots)], len(x), self.factor)
+        return mix_heads(maps, x, angles, mask, layer.scale)
+
+
+def _latents(form: PlainLatent | DecoupledLatent, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[LatentMaps]]:
+    source = maps_of(form.source)
+    weights = latent_weights(layer, source, hidden, form.frequencies)
+    made = []
+    for key_weight in form.key_weights:
+        maps, kept = factor_latent(source, form.shape, form.position, weights, key_weight)
+        made.append(Made(as_float(maps, form.device), {"calibrated": kept}))
+    return made
+
+
+def as_float(maps: M, device: torch.device) -> M:
+    """Return maps in float32 on a device, row by row: products may round by how factors lie."""
+    values: dict[str, Any] = {
+        name: None if value is None else value.float().to(device).contiguous() for name, value in vars(maps).items()
+    }
+    return type(maps)(**values)

@@ -1,0 +1,269 @@
+"""A causal language model of which one decoder layer at a time is in memory, run by its own class's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import Thread
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from uptrain.architectures.embeddings import stored_table
+from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.dtypes import as_float32
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.calibration.attention_probabilities import CAPTURE, Reached, in_parts
+from uptrain.errors import CheckpointError
+
+Parameters = dict[str, Tensor]
+"""Weights and biases by name inside the attention module ("q_proj.weight"), (out, in) as the family stores them."""
+
+
+Attend = Callable[[Tensor, Tensor | None], Tensor]
+"""Maps an attention's input (T, d) and its mask to its output (T, d)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to a decoder layer beside the hidden states: masks, rotary tables, positions."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One block in a layer, float32: its attention's output `attended` and its own `output`, both (T, d)."""
+
+    attended: Tensor
+    output: Tensor
+
+
+class Layer:
+    """One decoder layer with its weights in float32, run on one block at a time, with other attention if wanted."""
+
+    def __init__(self, module: nn.Module, attention: str, output: str, calls: dict[str, Call], config: Any) -> None:
+        self.module, self.attention, self._calls, self._config = module, attention, calls, config
+        self._inner = module.get_submodule(attention)
+        self._output = self._inner.get_submodule(output)
+
+    def run(self, hidden: Tensor, parameters: Parameters | None = None) -> Tensor:
+        """Return the layer's output (T, d) for hidden states (T, d), with `parameters` in place of its attention's."""
+        return self._run(hidden, parameters, self._config._attn_implementation)
+
+    def _run(self, hidden: Tensor, parameters: Parameters | None, kind: str) -> Tensor:
+        call = self._calls[kind]
+        replaced = {f"{self.attention}.{name}": value for name, value in (parameters or {}).items()}
+        return _hidden(functional_call(self.module, replaced, (hidden[None], *call.args), call.kwargs))
+
+    def run_with(self, hidden: Tensor, attend: Attend) -> Tensor:
+        """Return the layer's output (T, d) for hidden states (T, d), with `attend` in place of its attention."""
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            x = args[0] if args else kwargs["hidden_states"]
+            return attend(x[0], kwargs.get("attention_mask"))[None], None
+
+        self._inner.forward = forward
+        try:
+            return self.run(hidden)
+        finally:
+            del self._inner.forward
+
+    @property
+    def scale(self) -> float:
+        """Return what the attention's logits are multiplied by."""
+        scaling: Any = self._inner.scaling
+        return float(scaling)
+
+    def trace(self, hidden: Tensor) -> Trace:
+        """Run the layer on hidden states (T, d) and return its attention's output as well."""
+        seen: list[Tensor] = []
+        # Not the attention's own output, to which some families have added the residual already.
+        hook = self._output.register_forward_hook(lambda _module, _args, output: seen.append(_hidden(output)))
+        try:
+            output = self.run(hidden)
+        finally:
+            hook.remove()
+        return Trace(seen[0], output)
+
+    def mix(self, hidden: Tensor, parameters: Parameters | None = None) -> Tensor:
+        """Return only the mixed heads (T, H·Dv), the output projection's input, for hidden states (T, d)."""
+
+        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise Reached(args[0][0])
+
+        hook = self._output.register_forward_pre_hook(stop)
+        try:
+            self.run(hidden, parameters)
+        except Reached as reached:
+            mixed: Tensor = reached.value
+            return mixed
+        finally:
+            hook.remove()
+        raise RuntimeError("the layer never reached its output projection")
+
+    def attention_weights(
+        self, hidden: Tensor, parameters: Parameters | None = None
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """Return the attention's input (T, d), and its probabilities (H, R, T) of R queries at a time, in order.
+
+        They are those for hidden states (T, d). R is T where the family's code computes them all at once.
+        """
+        seen: list[Tensor] = []
+
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(args[0][0] if args else kwargs["hidden_states"][0])
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            raise Reached(iter(output[1]))
+
+        hooks = (
+            self._inner.register_forward_pre_hook(before, with_kwargs=True),
+            self._inner.register_forward_hook(after),
+        )
+        # Only the plain implementation returns its probabilities.
+        kind = CAPTURE if in_parts(type(self._inner)) else "eager"
+        try:
+            with implementation(self._config, kind):
+                self._run(hidden, parameters, "eager")
+        except Reached as reached:
+            return seen[0], reached.value
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise RuntimeError("the layer never reached its attention")
+
+
+class LayeredModel:
+    """Builds the checkpoint's own class without weights, and lends its decoder layers one by one."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, prefix: str, device: torch.device) -> None:
+        self.checkpoint, self.architecture, self.prefix, self.device = checkpoint, architecture, prefix, device
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        self._base = whole.base_model.eval()
+        self._base.config.use_cache = False
+        self.config = self._base.config
+        self._path, self._attention = architecture.inside()
+        self.layers: nn.ModuleList = self._base.get_submodule(self._path)
+        self._calls: list[dict[str, Call]] = [{} for _ in self.layers]
+        self._table = stored_table(architecture, checkpoint, prefix)
+
+    @torch.no_grad()
+    def embed(self, blocks: Tensor) -> Iterator[Tensor]:
+        """Yield each block's hidden states (T, d) before the first layer, from blocks (n, T) int64.
+
+        Of the table of tokens only the rows that the blocks name are read, since it can outweigh all else. The first
+        block also records what the model passes to each of its layers, which is the same for all.
+        """
+        beside = list(self._beside())
+        table, wanted = self._base.get_input_embeddings(), blocks.unique()
+        for owner, name, path in beside:
+            self._fill(owner.get_submodule(name), f"{self.prefix}{path}.", {table: wanted})
+        table.padding_idx = None
+        table.register_forward_pre_hook(partial(_renumbered, wanted.to(self.device)))
+        usual = self.config._attn_implementation
+        for kind in dict.fromkeys((usual, "eager")):
+            with implementation(self.config, kind):
+                self._enter(blocks[:1], kind)
+        for block in blocks:
+            yield self._enter(block[None], None)
+        for owner, name, _ in beside:
+            setattr(owner, name, nn.Identity())
+
+    def _beside(self) -> Iterator[tuple[nn.Module, str, str]]:
+        """Yield every module that doesn't hold the layers: its owner, its name there, and its path."""
+        owner, above = self._base, ""
+        for part in self._path.split("."):
+            yield from ((owner, name, above + name) for name, _ in owner.named_children() if name != part)
+            owner, above = owner.get_submodule(part), f"{above}{part}."
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Layer]:
+        """Lend decoder layer `index` with its weights read; they are dropped afterwards. The next one's are read ahead.
+
+        Raises:
+            CheckpointError: a tensor of the layer is missing.
+        """
+        module = self.layers[index]
+        self._fill(module, self._base_of(index))
+        following = [name for name in self.checkpoint.tensors if name.startswith(self._base_of(index + 1))]
+        # In a thread, because the call waits while the disk's queue is full.
+        Thread(target=self.checkpoint.prefetch, args=(following,), daemon=True).start()
+        try:
+            yield Layer(module, self._attention, self.architecture.projections.o, self._calls[index], self.config)
+        finally:
+            self.layers[index] = nn.Identity()
+
+    def _base_of(self, index: int) -> str:
+        return f"{self.prefix}{self._path}.{index}."
+
+    def _enter(self, block: Tensor, record: str | None) -> Tensor:
+        """Run the model's own forward with layers that pass their input on, and return the first one's input."""
+        seen: list[Tensor] = []
+
+        def stand_in(index: int) -> Any:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                seen.append(hidden_states)
+                if record is not None:
+                    self._calls[index][record] = Call(args, kwargs)
+                # The first layer's, because models that take a layer's tuple apart take apart a tensor here.
+                return seen[0]
+
+            return forward
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = stand_in(index)
+        try:
+            self._base(input_ids=block.to(self.device), use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return seen[0][0]
+
+    def _fill(self, module: nn.Module, base: str, rows: Mapping[nn.Module, Tensor] = MappingProxyType({})) -> None:
+        """Read a module's parameters; of a module in `rows` only those rows."""
+        for name, _ in list(module.named_parameters()):
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            value = nn.Parameter(self._read(base + name, rows.get(owner)), requires_grad=False)
+            owner.register_parameter(leaf, value)
+        module.to(self.device)
+
+    def _read(self, name: str, rows: Tensor | None) -> Tensor:
+        own, stored = self._table
+        name = stored if name == own else name
+        if name not in self.checkpoint.tensors:
+            raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
+        array = self.checkpoint.read(name) if rows is None else self.checkpoint.read_rows(name, rows.tolist())
+        return torch.from_numpy(as_float32(array)).to(self.device)
+
+
+@contextmanager
+def implementation(config: Any, name: str) -> Iterator[None]:
+    """Let the model's attention run by implementation `name` ("eager", "sdpa") for a while."""
+    usual = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def _renumbered(wanted: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Say where tokens stand in the ascending `wanted`, which are all that a table holds."""
+    return (torch.searchsorted(wanted, args[0]), *args[1:])
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden[0]

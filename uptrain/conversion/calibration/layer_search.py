@@ -1,0 +1,187 @@
+"""Convert one layer in every way that may be best, and keep the one that errs least on held-out text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from uptrain.conversion.calibration.activations import Streams
+from uptrain.conversion.calibration.candidates import Form, as_float
+from uptrain.conversion.calibration.layer_runner import Layer
+from uptrain.conversion.calibration.refit import Check, Maps, Regression, best_dampings, gradient_steps, ridge
+from uptrain.conversion.calibration_settings import CalibrationSettings
+from uptrain.conversion.malloc import give_back
+from uptrain.methods.energy import Shares
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tell how a layer was converted, and its output's relative squared error on held-out text at each stage.
+
+    `moments` names the stream that was measured: `sequence` (through the converted layers) or `original`. `refit`
+    names the stream of the output's refit, None where none helped; `drift` is the share of the error so far that
+    the refit makes up for, `damping` its λ. `steps` counts the gradient steps kept.
+    """
+
+    moments: str
+    refit: str | None
+    drift: float
+    damping: float
+    steps: int
+    error_shared: float
+    error_refit: float
+    error: float
+
+
+@dataclass(frozen=True)
+class _Candidate(Generic[Maps]):
+    maps: Maps
+    kept: dict[str, Shares]
+    moments: str
+    refit: str | None = None
+    drift: float = 0.0
+    damping: float = 0.0
+
+
+@dataclass
+class LayerTask(Generic[Maps]):
+    """One layer to convert: its module, what it may become, the streams around it, and how.
+
+    `gain` is what the layer multiplies its attention's output by, `output_bias` (d,) the bias of that output.
+    """
+
+    layer: Layer
+    form: Form[Maps]
+    streams: Streams
+    settings: CalibrationSettings
+    device: torch.device
+    index: int
+    gain: float
+    output_bias: Tensor | None
+
+    def __post_init__(self) -> None:
+        count = len(self.streams.original)
+        self._check = held_out(count, self.settings.held_out)
+        self._fit = [block for block in range(count) if block not in self._check]
+
+    def convert(self) -> tuple[Maps, dict[str, Shares], Choice]:
+        """Return the layer's new float32 maps, what each method keeps, and the choices; moves the converted stream."""
+        unfitted: list[tuple[float, _Candidate[Maps]]] = [self._made(kind) for kind in self._moment_kinds()]
+        best = min(unfitted, key=_first)
+        for _, candidate in unfitted:
+            best = min(best, *self._refits(candidate, "sequence"), key=_first)
+        if self.index and self.settings.independent:
+            # On the other stream only for the moments that won: it seldom wins, and costs a run over all blocks.
+            winner = next(c for _, c in unfitted if c.moments == best[1].moments)
+            best = min(best, *self._refits(winner, "independent"), key=_first)
+        refit_error, chosen = best
+        maps, steps, error = self._repaired(chosen.maps, refit_error)
+        self.advance(maps)
+        choice = Choice(
+            chosen.moments, chosen.refit, chosen.drift, chosen.damping, steps,
+            min(error for error, _ in unfitted), refit_error, error,
+        )  # fmt: skip
+        return maps, chosen.kept, choice
+
+    def advance(self, maps: Maps) -> None:
+        """Take the converted stream through the layer with `maps` as its attention."""
+        maps = as_float(maps, self.device)
+        for block, hidden in enumerate(self.streams.converted):
+            self.streams.converted[block] = self.form.run(self.layer, hidden.to(self.device), maps).cpu()
+
+    def _moment_kinds(self) -> tuple[str, ...]:
+        """Leave out the original stream where nothing before this layer was converted: both are the same."""
+        return ("sequence",) if self.index == 0 else self.settings.moments
+
+    def _made(self, kind: str) -> tuple[float, _Candidate[Maps]]:
+        """Make the layer's maps on one stream's activations; of several, the one that errs least."""
+        give_back()
+        stream = self.streams.original if kind == "original" else self.streams.converted
+        stride = max(1, len(self._fit) // self.settings.probes)
+        probes = (stream[block].to(self.device) for block in self._fit[::stride][: self.settings.probes])
+        made = [_Candidate(one.maps, one.kept, kind) for one in self.form.make(self.layer, probes)]
+        return min(((self._error(one.maps), one) for one in made), key=_first)
+
+    def _refits(self, unfitted: _Candidate[Maps], stream: str) -> list[tuple[float, _Candidate[Maps]]]:
+        """Refit the output projection on the converted stream, at several drifts, or on the original one."""
+        give_back()
+        shared = unfitted.maps
+        found = []
+        for drift, damping, output in self._outputs(shared, stream):
+            candidate = replace(unfitted, maps=replace(shared, o=output), refit=stream, drift=drift, damping=damping)
+            found.append((self._error(candidate.maps), candidate))
+        return found
+
+    def _outputs(self, shared: Maps, stream: str) -> list[tuple[float, float, Tensor]]:
+        """Return each drift, its best damping, and the output projection refitted with both."""
+        drifts = self.settings.drifts if stream == "sequence" and self.index else (0.0,)
+        fit, check = self._regressions(shared, stream, any(drifts))
+        start = shared.o.flatten(1).mT.cpu().double()
+        dampings = best_dampings(fit, check, start, drifts, self.settings.dampings)
+        found = []
+        for drift, damping in zip(drifts, dampings, strict=True):
+            solution = ridge(fit.gram, fit.product(drift), start, damping)
+            found.append((drift, damping, solution.mT.reshape(shared.o.shape).float().to(self.device)))
+        return found
+
+    def _regressions(self, shared: Maps, stream: str, drifting: bool) -> tuple[Regression, Check]:
+        """Gather what the mixed heads must become: the source's output, and if `drifting` the error so far."""
+        streams = self.streams
+        inputs = streams.converted if stream == "sequence" else streams.original
+        names = ("attended", "gap") if drifting else ("attended",)
+        fit, check = Regression(shared.o[0].numel(), len(shared.o), names), Check()
+        bias = 0.0 if self.output_bias is None else self.output_bias
+        for block, hidden in enumerate(inputs):
+            mixed = self.form.mix(self.layer, hidden.to(self.device), shared)
+            original = streams.original[block].to(self.device)
+            targets = {"attended": streams.attended[block].to(self.device) - bias}
+            if drifting:
+                targets["gap"] = (original - hidden.to(self.device)) / self.gain
+            into = check if block in self._check else fit
+            into.add(mixed, self._token_weights(original), targets)
+        return fit, check
+
+    def _repaired(self, maps: Maps, error: float) -> tuple[Maps, int, float]:
+        steps, settings = self.settings.repair_steps, self.settings
+        if not steps:
+            return maps, 0, error
+
+        def loss(heads: Maps, batch: int) -> Tensor:
+            wrong, total = self._wrong(self._fit[batch], heads)
+            return wrong / total
+
+        repaired = gradient_steps(maps, loss, len(self._fit), steps, settings.rate, settings.seed + self.index)
+        after = self._error(repaired)
+        return (repaired, steps, after) if after < error else (maps, 0, error)
+
+    def _error(self, maps: Maps) -> float:
+        """Return the relative squared error of the layer's output on the held-out blocks; inf where it isn't finite."""
+        pairs = [self._wrong(block, maps) for block in self._check]
+        error = float(sum(wrong for wrong, _ in pairs)) / float(sum(total for _, total in pairs))
+        return error if error == error else float("inf")
+
+    def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
+        target = self.streams.target[block].to(self.device)
+        weights = self._token_weights(target)[:, None]
+        output = self.form.run(self.layer, self.streams.converted[block].to(self.device), maps)
+        return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
+
+    def _token_weights(self, hidden: Tensor) -> Tensor:
+        """Weigh tokens (T, d) by the inverse of their energy, which the next norm takes out, and the first one more."""
+        weights = 1 / hidden.square().mean(-1).clamp(min=1e-12)
+        weights = weights / weights[1:].mean()
+        weights[0] *= self.settings.first_token
+        return weights
+
+
+def held_out(blocks: int, share: float) -> frozenset[int]:
+    """Return which of `blocks` blocks are for checking: evenly spread, at least one, at most half."""
+    count = min(max(1, round(blocks * share)), blocks // 2)
+    return frozenset(int((i + 0.5) * blocks / count) for i in range(count))
+
+
+def _first(pair: tuple[float, object]) -> float:
+    return pair[0]

@@ -1,0 +1,133 @@
+"""Repair a converted layer on calibration text: refit its output projection in closed form, then gradient steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.mla_layer import LatentMaps
+
+Maps = TypeVar("Maps", HeadMaps, LatentMaps)
+
+WARMUP = 5
+"""Gradient steps over which the learning rate rises."""
+
+
+class Regression:
+    """Weighted normal equations of targets (T, d) on features (T, n), in float64, for several targets at once."""
+
+    def __init__(self, features: int, outputs: int, targets: Sequence[str]) -> None:
+        self.gram = torch.zeros(features, features, dtype=torch.float64)
+        self.products = {name: torch.zeros(features, outputs, dtype=torch.float64) for name in targets}
+
+    def add(self, features: Tensor, weights: Tensor, targets: dict[str, Tensor]) -> None:
+        """Take in a block: features (T, n), weights (T,) ≥ 0, targets (T, d) by name, all float32."""
+        weighted = features * weights[:, None]
+        self.gram += (weighted.mT @ features).cpu()
+        for name, target in targets.items():
+            self.products[name] += (weighted.mT @ target).cpu()
+
+    def product(self, drift: float) -> Tensor:
+        """Return CᵀT (n, d) of the target `attended` + `drift` × `gap`."""
+        attended = self.products["attended"]
+        return attended + drift * self.products["gap"] if drift else attended
+
+
+class Check:
+    """Weighted features and targets that nothing is fitted to, block by block, float32 where they were computed."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def add(self, features: Tensor, weights: Tensor, targets: dict[str, Tensor]) -> None:
+        """Take in a block, as `Regression.add` does."""
+        root = weights.sqrt()[:, None]
+        self._blocks.append((features * root, {name: target * root for name, target in targets.items()}))
+
+    def errors(self, solutions: dict[str, Tensor], drifts: Sequence[float]) -> list[float]:
+        """Return ‖C W − T‖² for each drift, W = W_attended + drift · W_gap from solutions (n, d), and T likewise."""
+        found = [0.0] * len(drifts)
+        for features, targets in self._blocks:
+            missed = {name: features @ solution.to(features) - targets[name] for name, solution in solutions.items()}
+            for index, drift in enumerate(drifts):
+                wrong = missed["attended"] + drift * missed["gap"] if drift else missed["attended"]
+                found[index] += float(wrong.square().sum())
+        return found
+
+
+def ridge(gram: Tensor, product: Tensor, start: Tensor, damping: float) -> Tensor:
+    """Return the W (n, d) that minimises ‖C W − T‖² + λ‖W − W₀‖², from CᵀC (n, n), CᵀT (n, d), W₀ (n, d).
+
+    λ is `damping` × the mean diagonal of CᵀC.
+    Source: Hoerl and Kennard 1970, Ridge Regression, equation 2.1, shrunk towards W₀ instead of zero.
+    """
+    regular, level = _regular(gram, damping)
+    solution: Tensor = torch.linalg.solve(regular, product + level * start)
+    return solution
+
+
+def best_dampings(
+    fit: Regression, check: Check, start: Tensor, drifts: Sequence[float], dampings: Sequence[float]
+) -> list[float]:
+    """Return, for each drift, the damping whose refit on `fit` errs least on `check`.
+
+    A refit is linear in its target, so one factorisation a damping serves all drifts.
+    """
+    errors = []
+    for damping in dampings:
+        regular, level = _regular(fit.gram, damping)
+        factors = torch.linalg.lu_factor(regular)
+        del regular
+        solutions = {"attended": torch.linalg.lu_solve(*factors, fit.product(0.0) + level * start)}
+        if any(drifts):
+            solutions["gap"] = torch.linalg.lu_solve(*factors, fit.products["gap"])
+        errors.append(check.errors(solutions, drifts))
+    return [min(zip(column, dampings, strict=True))[1] for column in zip(*errors, strict=True)]
+
+
+def _regular(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    # Features that are zero throughout say nothing, and keep the start.
+    level = damping * float(gram.diagonal().mean()) or 1.0
+    regular = gram.clone()
+    regular.diagonal().add_(level)
+    return regular, level
+
+
+def gradient_steps(
+    maps: Maps, loss: Callable[[Maps, int], Tensor], batches: int, steps: int, rate: float, seed: int
+) -> Maps:
+    """Return a frozen dataclass of float32 maps after `steps` Adam steps on `loss(maps, batch)`, in a seeded order.
+
+    Each tensor's learning rate is `rate` × its own root mean square, with a short warm-up and a cosine decay.
+    Source: Kingma and Ba 2015, Adam, algorithm 1.
+    """
+    trained = {
+        name: value.detach().float().clone().requires_grad_(True)
+        for name, value in vars(maps).items()
+        if value is not None and value.numel()
+    }
+    scales = [rate * max(float(value.detach().square().mean().sqrt()), 1e-8) for value in trained.values()]
+    optimizer = torch.optim.Adam(
+        [{"params": [value], "lr": scale} for value, scale in zip(trained.values(), scales, strict=True)],
+        betas=(0.9, 0.95),
+    )
+    current = replace(maps, **trained)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for step in range(steps):
+        if not order:
+            order = torch.randperm(batches, generator=generator).tolist()
+        share = min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] = scale * share
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss(current, order.pop()).backward()
+        optimizer.step()
+    return replace(maps, **{name: value.detach() for name, value in trained.items()})

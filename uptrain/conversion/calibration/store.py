@@ -1,0 +1,133 @@
+"""What calibration has made: each layer's heads in a folder beside OUT, until they are joined into it.
+
+A layer counts once its file and its entry in the notes are on the disk, so a run that was cut off goes on after it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from uptrain.architectures.mla_projections import LatentHeads
+from uptrain.architectures.projections import Heads, LayerHeads
+from uptrain.checkpoint.checksum import checksum_file
+from uptrain.checkpoint.dtypes import Array
+from uptrain.checkpoint.jsonfile import dump_json, read_json
+from uptrain.checkpoint.writer import remove, write_atomic
+from uptrain.errors import CheckpointError
+
+NOTES = "calibration.json"
+
+
+@dataclass
+class CalibratedLayers:
+    """The first layers of a plan, calibrated: .npz files of float32, and what is noted about each of them.
+
+    `plan` is the plan's digest, `text` describes the tokens, `slots` are the rotary frequencies chosen by them,
+    `notes` are the layers' and `files` the digests of their files.
+    """
+
+    folder: Path
+    plan: str
+    text: dict[str, Any]
+    slots: tuple[int, ...] = ()
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    @classmethod
+    def left(cls, folder: Path, plan: str) -> CalibratedLayers | None:
+        """Return what an earlier run of the same plan left, up to the first layer that isn't whole; None if nothing."""
+        if not (folder / NOTES).is_file():
+            return None
+        try:
+            stored = _Notes.model_validate(read_json(folder / NOTES))
+        except (CheckpointError, ValidationError):  # damaged: what can't be told of the layers is made again
+            return None
+        if stored.plan != plan:
+            return None
+        whole = 0
+        for layer, digest in enumerate(stored.files[: len(stored.notes)]):
+            path = folder / _file_of(layer)
+            if not path.is_file() or checksum_file(path) != digest:
+                break
+            whole += 1
+        kept = stored.notes[:whole], stored.files[:whole]
+        return cls(folder, plan, stored.text, stored.slots, *kept) if whole else None
+
+    def begin(self) -> None:
+        """Make the folder, and remove what is in it but these layers: half a layer and activations of a killed run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = {NOTES, *(_file_of(layer) for layer in range(len(self)))} if self.files else set()
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                remove(path)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def add(self, heads: LayerHeads | LatentHeads, note: Mapping[str, Any]) -> None:
+        """Keep the next layer's heads, and what is to be noted about it."""
+        path = self.folder / _file_of(len(self))
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, **_arrays(heads))  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        self.notes.append(dict(note))
+        self.files.append(checksum_file(path))
+        stored = {name: value for name, value in vars(self).items() if name != "folder"}
+        write_atomic(self.folder / NOTES, dump_json(stored))
+
+    def read(self, layer: int) -> LayerHeads:
+        """Return one layer's heads."""
+        with np.load(self.folder / _file_of(layer), allow_pickle=False) as stored:
+            parts = {part: Heads(stored[part], stored.get(f"{part}_bias")) for part in "qkvo"}
+        return LayerHeads(**parts)
+
+    def read_latent(self, layer: int) -> LatentHeads:
+        """Return one layer's latent."""
+        with np.load(self.folder / _file_of(layer), allow_pickle=False) as stored:
+            return LatentHeads(**{name: stored[name] for name in stored.files})
+
+    def made(self, layer: int) -> LayerHeads | LatentHeads | None:
+        """Return what was made of one layer, None if nothing was yet."""
+        if layer >= len(self):
+            return None
+        with np.load(self.folder / _file_of(layer), allow_pickle=False) as stored:
+            latent = "down" in stored.files
+        return self.read_latent(layer) if latent else self.read(layer)
+
+    def kept(self, layer: int) -> dict[str, dict[str, float]]:
+        """Return the share of key and value energy that calibrated, svd and mean keep in one layer."""
+        found: dict[str, dict[str, float]] = self.notes[layer]["kept"]
+        return found
+
+
+class _Notes(BaseModel):
+    """What calibration.json holds."""
+
+    plan: str
+    text: dict[str, Any]
+    slots: tuple[int, ...]
+    notes: list[dict[str, Any]]
+    files: list[str]
+
+
+def _file_of(layer: int) -> str:
+    return f"layer-{layer}.npz"
+
+
+def _arrays(heads: LayerHeads | LatentHeads) -> dict[str, Array]:
+    if isinstance(heads, LatentHeads):
+        found = {name: array for name, array in vars(heads).items() if array is not None}
+    else:
+        found = {part: heads.part(part).weight for part in "qkvo"}
+        found |= {f"{part}_bias": bias for part in "qkvo" if (bias := heads.part(part).bias) is not None}
+    return {name: np.asarray(array, np.float32) for name, array in found.items()}

@@ -1,0 +1,94 @@
+"""Find missing weights from tensor names and shapes alone, for installations that have no class to ask."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+from uptrain.architectures.description import config_value
+from uptrain.architectures.model_class import is_language_model
+from uptrain.architectures.quantization import quantisation_of
+from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import CheckpointError
+from uptrain.models.class_fit import in_layers, listed
+
+_LAYER = re.compile(r"^(?P<stack>(?:[a-z_]+\.)*?(?:layers|layer|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)$")
+
+_FIRST_ONLY = "relative_attention_bias"
+"""What the first layer of a stack computes for all of them."""
+
+
+def check_kin(checkpoint: Checkpoint, family: Architecture, name: str) -> None:
+    """Refuse a checkpoint of which a layer lacks what its like have, or that lacks embedding, head or final norm.
+
+    What is quantised is let be: another layer may have the same weight as codes, under other names.
+
+    Args:
+        checkpoint: the open checkpoint.
+        family: its entry in the table.
+        name: what the user called it.
+
+    Raises:
+        CheckpointError: as said.
+    """
+    tensors, stacks = checkpoint.tensors, _stacks(checkpoint.tensors)
+    quantised = quantisation_of(checkpoint)
+    coded = quantised.tensors if quantised is not None else frozenset[str]()
+    missing = [each for stack, layers in stacks.items() for each in _missing(stack, layers)]
+    missing = [each for each in missing if not _has_any(coded, each.rpartition(".")[0])]
+    hidden = config_value(family, checkpoint.config, family.keys.hidden_size, name)
+    outside = {key: info for key, info in tensors.items() if not in_layers([key], family) and not _LAYER.match(key)}
+    norms = [key for key, info in outside.items() if info.shape == (hidden,)]
+    normed = any(info.shape == (hidden,) and key.endswith("norm.weight") for key, info in tensors.items())
+    if not missing and normed and not norms and not _without_final_norm(checkpoint):
+        missing = ["a norm after the last layer"]
+    if not coded & outside.keys():
+        missing += _tables(checkpoint, family, outside, name)
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {listed(missing)}, which its class would fill with random values.",
+            "Download or save it again.",
+        )
+
+
+def _has_any(tensors: Collection[str], module: str) -> bool:
+    return any(tensor.startswith((f"{module}.", f"{module}_")) for tensor in tensors)  # experts' codes have no module
+
+
+def _stacks(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[int, set[str]]]:
+    """Map each stack of layers to the weights and biases of each layer, by their names in it."""
+    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in tensors:
+        match = _LAYER.match(name)
+        if match and name.endswith((".weight", ".bias")):
+            found[match["stack"]][int(match["number"])].add(match["rest"])
+    return found
+
+
+def _missing(stack: str, layers: Mapping[int, set[str]]) -> list[str]:
+    """Name what a layer lacks of another one that has all its own tensors and at most a third more."""
+    out = []
+    for number, own in sorted(layers.items()):
+        kin = [other for other in layers.values() if own < other and 3 * len(other - own) <= len(other)]
+        lacking = set().union(*(other - own for other in kin))
+        out += [f"{stack}.{number}.{rest}" for rest in sorted(lacking) if _FIRST_ONLY not in rest]
+    return out
+
+
+def _tables(checkpoint: Checkpoint, family: Architecture, outside: Mapping[str, TensorInfo], name: str) -> list[str]:
+    """Say whether the table of tokens, or the head that isn't tied to it, is missing."""
+    tokens = config_value(family, checkpoint.config, family.keys.vocab_size, name)
+    tables = [key for key, info in outside.items() if len(info.shape) == 2 and info.shape[0] == tokens]
+    if not tables:
+        return [f"an embedding of {tokens:,} tokens (vocab_size)"]
+    headed = is_language_model(checkpoint.config) and checkpoint.config.get("tie_word_embeddings") is False
+    return ["a language-model head beside its embedding"] if headed and len(tables) < 2 else []
+
+
+def _without_final_norm(checkpoint: Checkpoint) -> bool:
+    # OPT has settings that leave it out.
+    config = checkpoint.config
+    return config.get("do_layer_norm_before") is False or bool(config.get("_remove_final_layer_norm"))

@@ -1,0 +1,107 @@
+"""Before a conversion: is the rotation that the plan counts on the one that transformers' own classes compute?"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uptrain.architectures.rope_parameters import EVERY
+from uptrain.checkpoint.manifest import versions
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.plan.planner import Plan
+from uptrain.conversion.request import CHANGED_PARTS
+from uptrain.errors import CheckpointError
+from uptrain.models import child_process
+from uptrain.models.rotary_tables import Table, answers
+
+_SECONDS = 600
+_NEAR = 1e-5
+"""How far two frequencies may be apart, relatively: the classes compute in float32."""
+
+
+def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
+    """Refuse a plan whose rotation is another than transformers' own classes make of the two configs.
+
+    Only plans that write a rotation, or take the heads' rotated dims apart, are asked about, and only where torch and
+    transformers 5 are installed; a latent's own table is asked about once it is chosen.
+
+    Raises:
+        CheckpointError: it is another, or a class can't read it.
+    """
+    writes, parts = writes_rotation(plan), CHANGED_PARTS[plan.request.method]
+    moves = plan.before != plan.after and "q" in parts and any(spec.rotary_ndims != 0 for spec in plan.before)
+    if not plan.architecture.position.rotates or not (writes or moves) or not _installed():
+        return
+    chosen = plan.latent is None or not plan.latent.own_slots
+    configs = [checkpoint.config, *([plan.config] if writes and chosen else [])]
+    tables = _ask(configs, here=plan.latent is not None or "q" in parts)
+    for config, found in zip(configs, tables, strict=True):
+        if isinstance(found, str):
+            raise CheckpointError(
+                f"{_class(config)} of transformers can't read the rotary parameters of {name}: {found}.",
+                "Correct its config.json.",
+            )
+    source, *results = (found for found in tables if not isinstance(found, str))
+    if not all(found for found in (source, *results)):
+        return  # this transformers doesn't know the class
+    if not _as_planned(plan, source, results):
+        raise CheckpointError(
+            f"{name} has rotary parameters of which {_class(checkpoint.config)} and {_class(plan.config)} make other "
+            "frequencies than uptrain reads.",
+            "Report it with its config.json; nothing was converted.",
+        )
+
+
+def writes_rotation(plan: Plan) -> bool:
+    """Tell whether a plan writes the result's rotary parameters instead of leaving them as they are."""
+    if plan.latent is not None:
+        return plan.latent.target.form != "free"
+    return plan.host.rotary
+
+
+def _as_planned(plan: Plan, source: Mapping[str, Table], results: Sequence[Mapping[str, Table]]) -> bool:
+    if plan.latent is None and not plan.host.rotary:
+        dims = {2 * len(table.short) for table in source.values()}
+        rotated = {spec.rotary_ndims or spec.head_dim for spec in plan.before if spec.rotary_ndims != 0}
+        return rotated <= dims
+    was = wanted = source[EVERY]
+    if plan.latent is not None and plan.latent.target.frequencies:
+        target = plan.latent.target
+        if not _same(was, Table(target.frequencies, target.frequencies, target.rotary_factor)):
+            return False
+        kept = tuple(target.frequencies[slot] for slot in target.slots)
+        wanted = Table(kept, kept, target.rotary_factor)
+    return all(_same(found[EVERY], wanted) for found in results)
+
+
+def _same(found: Table, wanted: Table) -> bool:
+    pairs = ((found.short, wanted.short), (found.long, wanted.long), ((found.factor,), (wanted.factor,)))
+    return all(
+        len(one) == len(other) and all(abs(a - b) <= _NEAR * abs(b) for a, b in zip(one, other, strict=True))
+        for one, other in pairs
+    )
+
+
+def _class(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or [config.get("model_type")])[0])
+
+
+def _installed() -> bool:
+    major = versions().get("transformers", "").partition(".")[0]
+    return major.isdecimal() and int(major) >= 5 and importlib.util.find_spec("torch") is not None
+
+
+def _ask(configs: list[dict[str, Any]], *, here: bool) -> list[dict[str, Table] | str]:
+    """Return each config's tables or why there are none; in a child process, unless this one needs torch anyway."""
+    if here or "transformers" in sys.modules:
+        return answers(configs)
+    try:
+        done = child_process.ask("uptrain.models.rotary_tables", text=json.dumps(configs), seconds=_SECONDS)
+        found = json.loads(done.stdout) if done.returncode == 0 else [{} for _ in configs]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        found = [{} for _ in configs]  # torch or transformers is broken here, and pooling needs neither
+    return [each if isinstance(each, str) else {kind: Table(**table) for kind, table in each.items()} for each in found]

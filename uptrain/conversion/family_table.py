@@ -1,0 +1,103 @@
+"""What every model family can become, read off the table of families and the tables of hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.schema import Architecture, Position
+from uptrain.conversion.request import CHANGED_PARTS
+from uptrain.models.mla_targets import LATENT_HOSTS
+from uptrain.models.target import Host
+from uptrain.models.targets import HOSTS, own_host
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A class that can hold a result: its model_type, and whether its code ships inside the checkpoint.
+
+    `needs` is the config flag that the source must have for it, if there is one.
+    """
+
+    model_type: str
+    remote_code: bool
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: how its heads are stored, what tells it positions, and who holds each target.
+
+    `methods` are those that fit it; with any of the config keys in `pool_only_with` only those that pool do.
+    """
+
+    model_type: str
+    packing: str
+    position: str
+    gqa: tuple[Holder, ...]
+    mqa: tuple[Holder, ...]
+    mla: tuple[Holder, ...]
+    methods: tuple[str, ...]
+    pool_only_with: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the family as plain JSON values."""
+        return asdict(self)
+
+
+def families() -> tuple[Family, ...]:
+    """Return every family that can be converted, by name; classes that only hold results are none."""
+    ours = {host.name for host in HOSTS.values() if host.remote_code}
+    found = (_family(entry) for name, entry in sorted(ARCHITECTURES.items()) if name not in ours)
+    return tuple(family for family in found if family.gqa or family.mqa)
+
+
+def alike(found: Iterable[Family]) -> list[list[Family]]:
+    """Group families that differ in nothing but their name, in the order of their first."""
+    groups: dict[tuple[object, ...], list[Family]] = {}
+    for family in found:
+        rest = family.to_dict() | {"model_type": "", **{to: _other(family, to) for to in ("gqa", "mqa", "mla")}}
+        groups.setdefault(tuple(map(repr, rest.values())), []).append(family)
+    return list(groups.values())
+
+
+def _other(family: Family, target: str) -> list[Holder | str]:
+    """Return the holders of a target, a family's own class by that name."""
+    holders: tuple[Holder, ...] = getattr(family, target)
+    return ["itself" if holder.model_type == family.model_type else holder for holder in holders]
+
+
+def _family(entry: Architecture) -> Family:
+    pooled = entry.key_norm is not None and not entry.key_norm.flag
+    methods = [name for name, parts in CHANGED_PARTS.items() if not (pooled and "q" in parts)]
+    flags = [entry.key_norm.flag] if entry.key_norm is not None and entry.key_norm.flag else []
+    return Family(
+        model_type=entry.model_type,
+        packing=entry.projections.packing.value + (", transposed" if entry.projections.transposed else ""),
+        position=_position(entry),
+        gqa=_holders(entry, "gqa"),
+        mqa=_holders(entry, "mqa"),
+        mla=tuple(_holder(LATENT_HOSTS[name].host) for name in entry.hosts.get("mla", ())),
+        methods=tuple(name for name in methods if name != "calibrated" or not entry.uncalibrated),
+        pool_only_with=(*flags, *entry.pool_only),
+    )
+
+
+def _holders(entry: Architecture, target: str) -> tuple[Holder, ...]:
+    named = tuple(_holder(HOSTS[name]) for name in entry.hosts.get(target, ()))
+    if named or not entry.native or entry.keys.latent or not entry.keys.num_key_value_heads:
+        return named
+    return (_holder(own_host(entry), "" if target == "mqa" else entry.keys.grouped or ""),)
+
+
+def _holder(host: Host, needs: str = "") -> Holder:
+    return Holder(host.name, bool(host.remote_code), needs)
+
+
+def _position(entry: Architecture) -> str:
+    share = entry.partial_rotary_factor
+    words = entry.position.value + (f" ({share:g} of each head)" if share != 1 else "")
+    words += f" ({entry.defaults[entry.keys.rotary_ndims]} dims of each head)" if entry.keys.rotary_ndims else ""
+    return f"{words}, or {Position.ALIBI.value}" if entry.keys.alibi else words

@@ -1,0 +1,230 @@
+"""Say what a checkpoint is, what its cache costs and what it can become; from headers and config only."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from uptrain.architectures.attention import AttentionSpec, cache_bytes, cache_bytes_per_token, cross_bytes_per_token
+from uptrain.architectures.description import (
+    attention_layers,
+    config_value,
+    expands_cache,
+    family_of,
+    holds_groups,
+    position_of_config,
+)
+from uptrain.architectures.embeddings import declares_tied, embeddings_of
+from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.projections import module_of
+from uptrain.architectures.quantization import quantisation_of
+from uptrain.architectures.rope_parameters import EVERY, rotary_parameters
+from uptrain.architectures.running_dtype import cached_itemsize
+from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.remote import open_headers
+from uptrain.conversion.plan.mla import plan_latent
+from uptrain.conversion.plan.quantized import check_attention, check_host
+from uptrain.conversion.request import Request
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.models.target import Host
+from uptrain.models.targets import host_of
+
+CONTEXTS = (4096, 32768, 131072)
+"""Tokens for which the cache is priced."""
+
+SHARES = (0.5, 0.25)
+"""Shares of the cache for which a latent is offered."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing the checkpoint can become, its cache in bytes per token, and the class that holds it."""
+
+    target: str
+    num_key_value_heads: int
+    cache_bytes_per_token: int
+    host: str
+    remote_code: bool
+    cache: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is. Cache figures are bytes for one sequence, in the dtype that the model computes in.
+
+    `cross_bytes_per_token` is what of `cache_bytes_per_token` a token of the source costs, where a decoder reads an
+    encoder; `cache_bytes` then is of a source and a target of as many tokens each. With `cache_expanded` transformers'
+    own class caches more: a copy for every query head.
+
+    `dtype` is what most weights are stored in. Of a quantised checkpoint, `quantised` says how, `parameters` counts
+    packed codes one by one, and `unreadable` says why it can't be converted, where it can't. With `wrapped_in`, the
+    model type of a wrapper, all but the weights' figures is said of the language model in it.
+    """
+
+    name: str
+    origin: str
+    model_type: str
+    attention: str
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    kv_lora_rank: int | None
+    qk_rope_head_dim: int
+    position: str
+    rope: dict[str, Any]
+    sliding_window: int | None
+    sliding_layers: int
+    biases: str
+    tied_embeddings: bool
+    parameters: int
+    dtype: str
+    shards: int
+    weight_bytes: int
+    cache_bytes_per_token: int
+    cross_bytes_per_token: int
+    cache_bytes: dict[int, int]
+    cache_expanded: bool
+    options: tuple[Option, ...]
+    quantised: str = ""
+    unreadable: str = ""
+    wrapped_in: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the inspection as plain JSON values."""
+        return asdict(self)
+
+
+def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
+    """Inspect `model` (a folder, `demo` or a Hub id) without loading it.
+
+    Raises:
+        UptrainError: it can't be found or read, or is of no known family.
+    """
+    source, checkpoint = open_headers(model, revision, allow_pickle)
+    architecture = family_of(checkpoint, model)
+    layers = attention_layers(architecture, checkpoint.config, model)
+    counts = Counter[str]()
+    for info in checkpoint.tensors.values():
+        counts[info.dtype] += math.prod(info.shape)
+    itemsize = cached_itemsize(checkpoint.config, (info.dtype for info in checkpoint.tensors.values()))
+    quantised = quantisation_of(checkpoint)
+    unreadable = _unreadable(checkpoint, architecture, layers, model)
+    windows = [spec.sliding_window for spec in layers if spec.sliding_window]
+    return Inspection(
+        name=model,
+        origin=source.describe(),
+        model_type=architecture.model_type,
+        attention=layers[0].kind,
+        num_hidden_layers=sum(not layer.cross for layer in layers),
+        hidden_size=config_value(architecture, checkpoint.config, architecture.keys.hidden_size, model),
+        num_attention_heads=layers[0].num_attention_heads,
+        num_key_value_heads=layers[0].num_key_value_heads,
+        head_dim=layers[0].head_dim,
+        kv_lora_rank=layers[0].kv_lora_rank,
+        qk_rope_head_dim=layers[0].qk_rope_head_dim,
+        position=position_of_config(architecture, checkpoint.config).value,
+        rope=_rope(architecture, checkpoint.config, model),
+        sliding_window=windows[0] if windows else None,
+        sliding_layers=len(windows),
+        biases=_biases(architecture, checkpoint, model),
+        tied_embeddings=_tied(architecture, checkpoint, model),
+        parameters=quantised.parameters(checkpoint.tensors) if quantised else sum(counts.values()),
+        dtype=counts.most_common(1)[0][0] if counts else "F32",
+        shards=len(checkpoint.files),
+        weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        cache_bytes_per_token=cache_bytes_per_token(layers, itemsize),
+        cross_bytes_per_token=cross_bytes_per_token(layers, itemsize),
+        cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
+        cache_expanded=expands_cache(architecture, checkpoint.config),
+        options=()
+        if layers[0].kind == "mla" or unreadable
+        else (
+            *_options(checkpoint, architecture, layers, itemsize, model),
+            *_latent_options(checkpoint, architecture, layers, itemsize, model),
+        ),
+        quantised=quantised.describe() if quantised else "",
+        unreadable=unreadable,
+        wrapped_in=checkpoint.tower.wrapper.model_type if checkpoint.tower else "",
+    )
+
+
+def _tied(architecture: Architecture, checkpoint: Checkpoint, name: str) -> bool:
+    """Tell whether head and embedding are one; where no tensor has a known name, as config.json says."""
+    try:
+        prefix = find_prefix(architecture, checkpoint, name)
+    except CheckpointError:
+        return declares_tied(architecture, checkpoint.config)
+    return embeddings_of(architecture, checkpoint, prefix).tied
+
+
+def _unreadable(
+    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], name: str
+) -> str:
+    """Return why a quantised checkpoint can't be converted, empty where nothing speaks against it."""
+    if layers[0].kind == "mla":
+        return ""
+    try:
+        check_attention(checkpoint, architecture, find_prefix(architecture, checkpoint, name), layers, name)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def _rope(architecture: Architecture, config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what the family's class reads of rotary parameters, by type of layer where they differ."""
+    if not position_of_config(architecture, config).rotates:
+        return {}
+    found = rotary_parameters(architecture, config, name)
+    return found.get(EVERY, found)
+
+
+def _biases(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
+    base = architecture.attention(find_prefix(architecture, checkpoint, name), 0)
+    parts = [part for part in "qkvo" if f"{base}{module_of(architecture.projections, part)}.bias" in checkpoint.tensors]
+    return ", ".join(parts) or "none"
+
+
+def _options(
+    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], itemsize: int, name: str
+) -> list[Option]:
+    heads, config = layers[0].num_key_value_heads, checkpoint.config
+    out = []
+    for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
+        target = "mqa" if groups == 1 else "gqa"
+        host = host_of(architecture, target, config, same=False)
+        if not holds_groups(host.architecture, config, groups) or not _holds(checkpoint, architecture, host, name):
+            continue
+        after = [spec.grouped(groups) for spec in layers]
+        size = cache_bytes_per_token(after, itemsize)
+        holder = checkpoint.tower.wrapper.model_type if checkpoint.tower else host.name
+        out.append(Option(target, groups, size, holder, bool(host.remote_code)))
+    return out
+
+
+def _holds(checkpoint: Checkpoint, architecture: Architecture, host: Host, name: str) -> bool:
+    try:
+        check_host(checkpoint, architecture, host, False, name)
+    except UsageError:
+        return False
+    return True
+
+
+def _latent_options(
+    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], itemsize: int, name: str
+) -> list[Option]:
+    base = architecture.attention(find_prefix(architecture, checkpoint, name), 0)
+    out = []
+    for cache in SHARES:
+        try:
+            latent = plan_latent(checkpoint, Request("mla", cache=cache), architecture, layers, base, name)
+            check_host(checkpoint, architecture, latent.entry.host, True, name)
+        except UsageError:
+            continue
+        size, host = cache_bytes_per_token(latent.after, itemsize), latent.entry.host
+        out.append(Option("mla", latent.after[0].num_key_value_heads, size, host.name, bool(host.remote_code), cache))
+    return out

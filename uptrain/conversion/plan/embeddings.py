@@ -1,0 +1,42 @@
+"""Plan what a tensor becomes that serves a source as embedding and head both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from uptrain.architectures.embeddings import Embeddings
+from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.plan.operations import OutputTensor
+from uptrain.models.target import Host
+
+
+def shared_outputs(
+    checkpoint: Checkpoint,
+    embeddings: Embeddings,
+    host: Host,
+    untied: bool,
+    passed: Callable[[str, TensorInfo], OutputTensor],
+) -> dict[str, list[OutputTensor]]:
+    """Map the one tensor that a source stores for embedding and head to what it becomes; empty where it stores two.
+
+    The result stores the embedding, because not every reader takes a head for it, and a copy as head in hosts that
+    tie nothing.
+
+    Args:
+        checkpoint: the source.
+        embeddings: where its embedding and head are.
+        host: the result's class.
+        untied: whether that class needs a head of its own.
+        passed: gives what becomes of a tensor outside attention, by its name and header.
+    """
+    stored, names = embeddings.table, host.architecture.vocabulary
+    if not embeddings.tied or not stored or stored != embeddings.head or names.more:
+        return {}
+    info = checkpoint.tensors[stored]
+    table = replace(passed(embeddings.own_table, info), source=stored)
+    if not untied:
+        return {stored: [table]}
+    head = TensorInfo(names.heads[0], table.info.dtype, info.shape, "", -1, -1)
+    return {stored: [OutputTensor(head, "copy", stored), table]}

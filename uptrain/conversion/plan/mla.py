@@ -1,0 +1,289 @@
+"""Plan a latent: its sizes, the class that holds it, its config, and what else in the model must change for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.description import config_value
+from uptrain.architectures.mla_projections import LatentTarget, Rope, Stored
+from uptrain.architectures.rope import Frequencies, highest, own_table, source_frequencies
+from uptrain.architectures.rope_parameters import EVERY, rotary_parameters, write_rotation
+from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.header import FLOAT_DTYPES
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.request import Request
+from uptrain.errors import UsageError
+from uptrain.models.mla_targets import LATENT_HOSTS, LatentHost, latent_config
+
+ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
+
+FAST = 512 + 64
+"""Cached values a token that the fast MLA kernels of today's engines are written for."""
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """All that a conversion to a latent needs beyond what every plan has.
+
+    `scales` maps the ends of tensor names outside attention to what they are multiplied by, `alpha` is the residual
+    stream's factor. With `own_slots` the target's slots are still to be chosen, by what unrotated pairs would cost.
+    """
+
+    entry: LatentHost
+    target: LatentTarget
+    stored: Stored
+    after: tuple[AttentionSpec, ...]
+    config: dict[str, Any]
+    biased: bool
+    output_bias: bool
+    alpha: float = 1.0
+    scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    own_slots: bool = False
+
+    def with_slots(self, slots: tuple[int, ...]) -> LatentPlan:
+        """Return the plan with its rotary pairs chosen and their table in the config."""
+        target = replace(self.target, slots=slots)
+        config = dict(self.config)
+        _set_rotation(target, config, self.config["rope_parameters"])
+        return replace(self, target=target, config=config, own_slots=False)
+
+
+def plan_latent(
+    checkpoint: Checkpoint,
+    request: Request,
+    architecture: Architecture,
+    before: tuple[AttentionSpec, ...],
+    base: str,
+    name: str,
+) -> LatentPlan:
+    """Plan the latent that `request` asks of a checkpoint; `base` is the first layer's attention.
+
+    Raises:
+        UsageError: no class holds it, or its sizes don't go together.
+    """
+    config, spec = checkpoint.config, before[0]
+    modules = {tensor.removeprefix(base) for tensor in checkpoint.tensors if tensor.startswith(base)}
+    output = architecture.projections.o
+    biased = any(module.endswith(".bias") and module != f"{output}.bias" for module in modules)
+    output_bias = f"{output}.bias" in modules
+    rope = _rope(request, architecture, name)
+    entry = _host(architecture, request, config, rope, biased or output_bias, name)
+    if any(layer.sliding_window for layer in before):
+        raise UsageError(f"{name} has sliding windows, which no latent host holds yet.", "Use --to gqa or --to mqa.")
+    parameters, frequencies = _source_rotation(architecture, config, spec, rope, name)
+    hidden = config_value(architecture, config, architecture.keys.hidden_size, name)
+    rank, rotary = _sizes(request, spec, hidden, rope, name)
+    target = _target(request, spec, rope, rank, rotary, frequencies)
+    dtype = _dtype(checkpoint, base, request)
+    if dtype not in entry.dtypes:
+        raise UsageError(
+            f"{entry.host.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
+            "Add --dtype bfloat16 or float32.",
+        )
+    alpha, scales = _rescale(entry, config)
+    q_lora_rank = _q_lora_rank(request, entry, hidden, name)
+    layout = replace(entry.layout, per_query=rope != "re-rotate")
+    heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
+    after = tuple(layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in before)
+    written, biases = latent_config(entry, config, architecture), (biased, output_bias)
+    written.update(_attention_config(entry, architecture, spec, target, heads, biases, q_lora_rank, config))
+    _set_rotation(target, written, parameters, spec.head_dim)
+    _check_grid(entry, target, written, name)
+    return LatentPlan(
+        entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
+        alpha, scales, rope == "longrope" and not target.slots,
+    )  # fmt: skip
+
+
+def _rope(request: Request, architecture: Architecture, name: str) -> Rope:
+    if not architecture.position.rotates:
+        if request.rope or request.qk_rope_head_dim:
+            option = "--rope" if request.rope else "--qk-rope-head-dim"
+            raise UsageError(f"{option} is for rotary keys; {name}'s keys see no rotation.", f"Leave {option} out.")
+        return "free"
+    rope = ROPES[request.rope or "grid"]
+    if rope == "re-rotate" and request.qk_rope_head_dim:
+        raise UsageError("--rope re-rotate has no shared rotary key.", "Leave --qk-rope-head-dim out.")
+    return rope
+
+
+def _source_rotation(
+    architecture: Architecture, config: Mapping[str, Any], spec: AttentionSpec, rope: str, name: str
+) -> tuple[dict[str, Any], Frequencies]:
+    """Return the source's rotary parameters and, where the latent's class gets a table of them, the frequencies."""
+    if rope == "free":
+        return {}, Frequencies(())
+    parameters = rotary_parameters(architecture, config, name)[EVERY]
+    if spec.rotary_ndims is not None:
+        raise UsageError(
+            f"{name} rotates only {spec.rotary_ndims} of each key's {spec.head_dim} dims, which fits no latent yet."
+        )
+    parameters.pop("partial_rotary_factor", None)
+    if rope == "re-rotate":
+        return parameters, Frequencies(())
+    return parameters, source_frequencies(parameters, config, spec.head_dim, name)
+
+
+def _host(
+    architecture: Architecture, request: Request, config: Mapping[str, Any], rope: str, biased: bool, name: str
+) -> LatentHost:
+    why = f"uptrain has no class that holds a latent of {architecture.model_type} yet"
+    for key in architecture.hosts.get("mla", ()):
+        entry = LATENT_HOSTS[key]
+        refused = [word for word, values in entry.refuses.items() if config.get(word) in values]
+        if rope not in entry.ropes:
+            why = f"{key} can't hold --rope {rope}"
+        elif (biased and not entry.biased) or refused:
+            why = f"{key} has no biases there"
+        elif rope not in entry.engines.get(request.engine, ()):
+            why = f"{request.engine} can't load {key}" + (f" with --rope {rope}" if request.rope else "")
+        else:
+            return entry
+    raise UsageError(f"{name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
+
+
+def _sizes(request: Request, spec: AttentionSpec, hidden: int, rope: str, name: str) -> tuple[int, int]:
+    """Return kv_lora_rank and qk_rope_head_dim."""
+    cached = spec.cache_values_per_token
+    if request.cache is not None:
+        budget = max(1, int(request.cache * cached))
+    elif rope in ("free", "re-rotate"):
+        budget = cached // (4 if rope == "free" else 2)
+    else:
+        budget = FAST if cached >= 2 * FAST else cached // 2
+    rotary = _rotary_dims(request, spec, budget, rope, name)
+    rank = request.kv_lora_rank if request.kv_lora_rank is not None else budget - rotary
+    if rank < 1:
+        raise UsageError(
+            f"{budget} values a token leave no latent beside {rotary} rotary ones.",
+            "Raise --cache, or lower --qk-rope-head-dim.",
+        )
+    widest = cached if rope in ("free", "re-rotate") else cached + spec.num_key_value_heads * spec.head_dim
+    if rank > widest:
+        raise UsageError(
+            f"--kv-lora-rank {rank} is more than the {widest} values that {name}'s keys and values have.",
+            f"A latent of {min(widest, hidden + 1)} loses nothing.",
+        )
+    return rank, rotary
+
+
+def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: str, name: str) -> int:
+    if rope in ("free", "re-rotate"):
+        return 0
+    dims = request.qk_rope_head_dim
+    if dims is None:
+        return 64 if budget >= FAST and spec.head_dim >= 64 else max(2, min(64, spec.head_dim // 4 * 2))
+    most = spec.head_dim if rope == "grid" else spec.head_dim * spec.num_key_value_heads
+    if dims < 2 or dims % 2 or dims > most:
+        hint = " --rope longrope takes more." if rope == "grid" and dims > most else ""
+        raise UsageError(f"--qk-rope-head-dim {dims} is no even number from 2 to {name}'s {most}.{hint}")
+    return dims
+
+
+def _target(
+    request: Request, spec: AttentionSpec, rope: Rope, rank: int, rotary: int, frequencies: Frequencies
+) -> LatentTarget:
+    pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
+    every = rope == "longrope" and rotary == spec.head_dim * heads
+    slots: tuple[int, ...] = tuple(range(rotary // 2)) if rope == "grid" else ()
+    if every:
+        slots = tuple(pair for pair in range(pairs) for _ in range(heads))
+    return LatentTarget(
+        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.speeds, slots, frequencies.factor,
+        request.key_weight,
+    )  # fmt: skip
+
+
+def _dtype(checkpoint: Checkpoint, base: str, request: Request) -> str:
+    if request.dtype:
+        return FLOAT_DTYPES[request.dtype]
+    return next(info.dtype for name, info in checkpoint.tensors.items() if name.startswith(base))
+
+
+def _rescale(entry: LatentHost, config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+    """Return what the residual stream is multiplied by, and the tensors that do it.
+
+    RMSNorm(αx; α²ε) = RMSNorm(x; ε), so every norm stays what it was under the ε that the host needs.
+    Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, section 4 (re-scaling invariance).
+    """
+    own = float(config.get("rms_norm_eps", 1e-6))
+    if entry.rms_norm_eps is None or own == entry.rms_norm_eps:
+        return 1.0, {}
+    if own <= 0:
+        raise UsageError("An rms_norm_eps of 0 can't be kept in a class that shares it with the latent's norm.")
+    alpha = (entry.rms_norm_eps / own) ** 0.5
+    scales = {f"{module}.{kind}": alpha for module in entry.rescaled for kind in ("weight", "bias")}
+    return alpha, scales
+
+
+def _q_lora_rank(request: Request, entry: LatentHost, hidden: int, name: str) -> int | None:
+    rank = hidden if request.engine == "llama.cpp" and request.q_lora_rank is None else request.q_lora_rank
+    if rank is None:
+        return None
+    if not entry.layout.neutral:
+        raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.host.name} has whole queries.")
+    if rank > hidden:
+        raise UsageError(f"--q-lora-rank {rank} is more than {name}'s hidden_size {hidden}.")
+    return rank
+
+
+def _neutral() -> list[str]:
+    return [name for name, entry in LATENT_HOSTS.items() if entry.layout.neutral]
+
+
+def _attention_config(
+    entry: LatentHost, architecture: Architecture, spec: AttentionSpec, target: LatentTarget, heads: int,
+    biases: tuple[bool, bool], q_lora_rank: int | None, source: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    keys, count = entry.architecture.keys, architecture.keys.num_hidden_layers
+    found: dict[str, Any] = {
+        "kv_lora_rank": target.kv_lora_rank,
+        "qk_rope_head_dim": target.qk_rope_head_dim,
+        "qk_nope_head_dim": target.qk_nope_head_dim,
+        "v_head_dim": spec.v_head_dim or spec.head_dim,
+    }
+    if keys.num_key_value_heads:
+        found[keys.num_key_value_heads] = heads
+    if entry.layout.neutral:
+        layers = source.get(count, architecture.defaults.get(count))
+        found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": layers}
+    elif target.form != "free":
+        found |= {
+            "rope_mode": "re-rotate" if target.form == "re-rotate" else "decoupled",
+            "qkv_bias": biases[0],
+            "attention_bias": biases[1],
+            "attention_scale": spec.head_dim**-0.5,
+        }
+    return found
+
+
+def _check_grid(entry: LatentHost, target: LatentTarget, written: Mapping[str, Any], name: str) -> None:
+    """Refuse a shared rotary key whose table the host would make another of; yarn's ramp ends with the dims."""
+    if target.form != "grid":
+        return
+    parameters = rotary_parameters(entry.architecture, written, name)[EVERY]
+    found = source_frequencies(parameters, written, target.qk_rope_head_dim, name).speeds
+    if any(abs(one - other) > 1e-6 * other for one, other in zip(found, target.frequencies, strict=False)):
+        raise UsageError(
+            f"{name}'s {written['rope_parameters']['rope_type']} scaling of its highest frequencies can't be written "
+            f"for {target.qk_rope_head_dim} rotary dims alone.",
+            "Raise --qk-rope-head-dim, or use --rope longrope.",
+        )
+
+
+def _set_rotation(
+    target: LatentTarget, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
+) -> None:
+    """Write the rotation into a latent's config; for slots that are still to be chosen, the source's for now."""
+    if target.form == "grid":
+        parameters = highest(parameters, target.qk_rope_head_dim, head_dim, target.rotary_factor)
+    elif target.form == "longrope" and target.slots:
+        speeds = tuple(target.frequencies[slot] for slot in target.slots)
+        longest = int(config.get("max_position_embeddings") or 2048)
+        parameters = own_table(parameters, speeds, target.rotary_factor, longest)
+    if target.form != "free":
+        write_rotation(config, parameters)

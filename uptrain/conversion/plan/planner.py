@@ -1,0 +1,369 @@
+"""Know every output tensor, shard and byte before a byte of the weights is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from uptrain.architectures.attention import AttentionSpec, cache_bytes_per_token
+from uptrain.architectures.description import DTYPE_KEYS, attention_layers, config_value, family_of, set_attention
+from uptrain.architectures.embeddings import Embeddings, declare, embeddings_of
+from uptrain.architectures.head_order import check_order
+from uptrain.architectures.mla_projections import latent_shapes
+from uptrain.architectures.model_class import is_language_model
+from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.projections import module_of, module_shape, modules_of
+from uptrain.architectures.running_dtype import cached_itemsize
+from uptrain.architectures.schema import Architecture
+from uptrain.architectures.wrappers import Tower
+from uptrain.checkpoint.dtypes import is_float
+from uptrain.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.plan.checks import check_effects, check_groups, check_inside, check_listed, check_method
+from uptrain.conversion.plan.embeddings import shared_outputs
+from uptrain.conversion.plan.mla import LatentPlan, plan_latent
+from uptrain.conversion.plan.norms import pooled_norms
+from uptrain.conversion.plan.operations import OutputTensor
+from uptrain.conversion.plan.quantized import check_host, check_quantised
+from uptrain.conversion.plan.sharding import into_shards
+from uptrain.conversion.plan.target_tensors import Rehost, rotate_as_before
+from uptrain.conversion.request import Request, resolve_groups
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.models.target import Host
+from uptrain.models.targets import OF_THE_FOLDER, host_config, host_of, own_host, result_class
+
+PLAN_FORMAT = 2
+"""Raised whenever the same request would give other bytes, so that no run resumes across the change."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, complete but for the bytes."""
+
+    request: Request
+    architecture: Architecture
+    host: Host
+    prefix: str
+    before: tuple[AttentionSpec, ...]
+    after: tuple[AttentionSpec, ...]
+    config: dict[str, Any]
+    shards: dict[str, list[OutputTensor]]
+    digest: str
+    latent: LatentPlan | None = None
+    copied_head: bool = False
+    """Whether the result's head is a copy of the embedding that the source ties it to."""
+    notes: tuple[str, ...] = ()
+    """What the user is to know before it runs."""
+    tower: Tower | None = None
+    """Where the language model stands, if a wrapper holds it; `config` is its own."""
+
+    @property
+    def whole_config(self) -> dict[str, Any]:
+        """Return the result's config.json."""
+        if self.tower is None:
+            return self.config
+        return {key: value for key, value in self.tower.around(self.config).items() if key not in OF_THE_FOLDER}
+
+    @property
+    def holder(self) -> str:
+        """Return the model type that the result's config.json names."""
+        return self.host.name if self.tower is None else self.tower.wrapper.model_type
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of all output tensors."""
+        return sum(tensor.info.nbytes for shard in self.shards.values() for tensor in shard)
+
+    @property
+    def changed(self) -> int:
+        """Count the output tensors that aren't plain copies."""
+        return sum(tensor.operation != "copy" for shard in self.shards.values() for tensor in shard)
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes a cached value takes when the model runs in its own dtype."""
+        return cached_itemsize(self.config, (t.info.dtype for shard in self.shards.values() for t in shard))
+
+    @property
+    def cache_before(self) -> int:
+        """Return the source's cache bytes per token."""
+        return cache_bytes_per_token(self.before, self.itemsize)
+
+    @property
+    def cache_after(self) -> int:
+        """Return the result's cache bytes per token."""
+        return cache_bytes_per_token(self.after, self.itemsize)
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimate the bytes of memory that one worker needs: a layer in fp32 beside its own dtype, and buffers."""
+        layers: dict[int, int] = {}
+        whole = 0
+        for tensor in (tensor for shard in self.shards.values() for tensor in shard):
+            if tensor.operation == "fold":
+                whole = max(whole, 4 * tensor.info.nbytes)
+            if tensor.operation == "attention":
+                layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.info.nbytes
+        ratio = max(1, self.before[0].num_key_value_heads // self.after[0].num_key_value_heads)
+        return max(whole, max(layers.values(), default=0) * (ratio + 4)) + 16 * 2**20
+
+    def weight_map(self) -> dict[str, str]:
+        """Return the index's map from tensor name to shard file."""
+        return {tensor.info.name: shard for shard, tensors in self.shards.items() for tensor in tensors}
+
+
+def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
+    """Plan the conversion of an open checkpoint; `name` is what the user called it.
+
+    Raises:
+        UsageError: the family, groups or dtype make it impossible.
+        CheckpointError: the config and the tensors don't fit each other.
+    """
+    architecture = family_of(checkpoint, name)
+    check_inside(checkpoint, request, name)
+    check_method(architecture, checkpoint.config, request, name)
+    check_listed(architecture, checkpoint)
+    before = attention_layers(architecture, checkpoint.config, name)
+    if before[0].kind == "mla":
+        raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
+    prefix = find_prefix(architecture, checkpoint, name)
+    check_quantised(checkpoint, request, architecture, prefix, before, name)
+    if request.target == "mla":
+        return _latent_plan(checkpoint, request, architecture, prefix, before, name)
+    groups = resolve_groups(request, before[0], name)
+    same = groups == before[0].num_key_value_heads
+    check_effects(request, groups, before[0].num_key_value_heads, name)
+    host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
+    if not same:
+        check_groups(architecture, host.architecture, checkpoint.config, groups, name)
+    check_host(checkpoint, architecture, host, False, name)
+    after = tuple(spec.grouped(groups) for spec in before)
+    if request.grouping != "contiguous" and not same:
+        check_order(checkpoint, architecture, prefix, before, name)
+    config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None
+    config = _as_it_is(host, checkpoint.config) if config is None else config
+    if not same or host.architecture is not architecture:
+        set_attention(host.architecture, config, groups)
+        config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
+    if host.rotary:
+        rotate_as_before(config, host, architecture, checkpoint.config, before[0], name)
+    if request.dtype:
+        _set_dtype(config, request.dtype)
+    embeddings = embeddings_of(architecture, checkpoint, prefix)
+    declare(config, embeddings, architecture, host.architecture)
+    planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same, embeddings)
+    shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
+    plan = Plan(request, architecture, host, prefix, before, after, config, shards, "", tower=checkpoint.tower)
+    return replace(plan, digest=plan_digest(plan, checkpoint))
+
+
+def _as_it_is(host: Host, config: Mapping[str, Any]) -> dict[str, Any]:
+    # A name of code or weights that the source gives doesn't go along, as its file doesn't.
+    own = host_config(host, config)
+    kept = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
+    return {**kept, "auto_map": own["auto_map"]} if "auto_map" in own else kept
+
+
+def _latent_plan(
+    checkpoint: Checkpoint,
+    request: Request,
+    architecture: Architecture,
+    prefix: str,
+    before: tuple[AttentionSpec, ...],
+    name: str,
+) -> Plan:
+    base = architecture.attention(prefix, 0)
+    latent = plan_latent(checkpoint, request, architecture, before, base, name)
+    config, host = dict(latent.config), latent.entry.host
+    check_host(checkpoint, architecture, host, True, name)
+    config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
+    if request.dtype:
+        _set_dtype(config, request.dtype)
+    embeddings, headed = embeddings_of(architecture, checkpoint, prefix), is_language_model(checkpoint.config)
+    declare(config, embeddings, architecture, host.architecture, latent.entry.untied)
+    untied = latent.entry.untied and headed  # classes for other purposes have no head to make of the embedding
+    planner = _Planner(
+        checkpoint, request, architecture, host, prefix, before, latent.after, False, embeddings, latent, untied
+    )
+    shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
+    copied = untied and embeddings.tied
+    plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent, copied)
+    return replace(plan, digest=plan_digest(plan, checkpoint))
+
+
+@dataclass(frozen=True)
+class _Planner:
+    checkpoint: Checkpoint
+    request: Request
+    architecture: Architecture
+    host: Host
+    prefix: str
+    before: tuple[AttentionSpec, ...]
+    after: tuple[AttentionSpec, ...]
+    same: bool
+    embeddings: Embeddings
+    latent: LatentPlan | None = None
+    untied: bool = False
+
+    def outputs(self) -> Iterator[OutputTensor]:
+        """Yield the result's tensors in the order of the source's bytes."""
+        attention, norms, rehosted = self._attention(), self._norms(), self._rehost().outputs(self._dtype)
+        zeros = self._rehost().zeros(self._dtype)
+        shared = shared_outputs(self.checkpoint, self.embeddings, self.host, self.untied, self._passed)
+        placed: set[int] = set()
+        for name, info in self.checkpoint.tensors.items():
+            if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
+                continue
+            if name in norms:
+                norm = norms[name]
+                yield from [norm] if norm else []
+                continue
+            if name in rehosted:
+                yield from rehosted[name]
+                continue
+            if name not in attention:
+                yield from shared.get(name) or [self._passed(name, info)]
+                yield from zeros.get(name, ())
+                continue
+            layer, outputs = attention[name]
+            if layer in placed:
+                continue
+            yield from outputs
+            placed.add(layer)
+
+    def _attention(self) -> dict[str, tuple[int, list[OutputTensor]]]:
+        """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
+        source, host = self.architecture, self.host.architecture
+        moved = source.projections != host.projections or self.latent is not None
+        parts = frozenset("qkvo") if moved else self.request.changed_parts
+        out: dict[str, tuple[int, list[OutputTensor]]] = {}
+        for layer, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
+            base = source.attention(self.prefix, layer)
+            modules = modules_of(source.projections, frozenset("qkvo"))
+            present = {module: self._check(base, module, before) for module in modules}
+            if self.same and not moved:
+                continue
+            taken = modules_of(source.projections, parts)
+            if self.latent is None:
+                outputs = list(self._layer_outputs(layer, parts, after, present))
+            else:
+                outputs = list(self._latent_outputs(layer, after, self.latent))
+            names = [f"{base}{module}.{kind}" for module in taken for kind in present[module]]
+            out.update(dict.fromkeys(names, (layer, outputs)))
+        return out
+
+    def _rehost(self) -> Rehost:
+        table = self.embeddings.table or self.embeddings.own_table
+        return Rehost(self.checkpoint, self.architecture, self.host, self.prefix, len(self.before), table)
+
+    def _norms(self) -> dict[str, OutputTensor | None]:
+        """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
+        if self.same or self.latent is not None:
+            return {}
+        out: dict[str, OutputTensor | None] = {}
+        for norm in pooled_norms(self.checkpoint, self.architecture, self.prefix, self.before, self.after):
+            first = norm.sources[0]
+            info = TensorInfo(norm.name, self._dtype(self.checkpoint.tensors[first].dtype), norm.shape, "", -1, -1)
+            out |= {**dict.fromkeys(norm.sources), first: OutputTensor(info, "pool", first, norm=norm)}
+        return out
+
+    def _layer_outputs(
+        self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
+    ) -> Iterator[OutputTensor]:
+        source, host = self.architecture, self.host.architecture
+        base = host.attention(self._rehost().prefix, layer)
+        for module in modules_of(host.projections, parts):
+            part = next(part for part in "qkvo" if module_of(host.projections, part) == module)
+            origin = module_of(source.projections, part)
+            hidden = self._hidden_size()
+            rows, columns = module_shape(host.projections, spec, module, hidden)
+            out_features = columns if host.projections.transposed else rows
+            first = source.attention(self.prefix, layer) + origin + ".weight"
+            dtype = self._dtype(self.checkpoint.tensors[first].dtype)
+            for kind in ("weight", "bias") if self.host.biased else present[origin]:
+                shape = (rows, columns) if kind == "weight" else (out_features,)
+                info = TensorInfo(f"{base}{module}.{kind}", dtype, shape, "", -1, -1)
+                yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
+
+    def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[OutputTensor]:
+        base = self.host.architecture.attention(self.prefix, layer)
+        origin = module_of(self.architecture.projections, "k")
+        first = self.architecture.attention(self.prefix, layer) + origin + ".weight"
+        dtype = self._dtype(self.checkpoint.tensors[first].dtype)
+        shapes = latent_shapes(latent.stored, spec, self._hidden_size(), latent.biased, latent.output_bias)
+        for name, shape in shapes.items():
+            yield OutputTensor(TensorInfo(base + name, dtype, shape, "", -1, -1), "attention", first, layer, name)
+
+    def _check(self, base: str, module: str, spec: AttentionSpec) -> list[str]:
+        """Return which of weight and bias the source's module has, after checking their shapes."""
+        expected = module_shape(self.architecture.projections, spec, module, self._hidden_size())
+        info = self.checkpoint.tensors.get(f"{base}{module}.weight")
+        if info is None:
+            raise CheckpointError(f"Tensor {base}{module}.weight is missing.", "Download the checkpoint again.")
+        if info.shape != expected:
+            raise CheckpointError(
+                f"Tensor {info.name} is {list(info.shape)} where config.json promises {list(expected)}."
+            )
+        bias = self.checkpoint.tensors.get(f"{base}{module}.bias")
+        rows = expected[1] if self.architecture.projections.transposed else expected[0]
+        if bias is not None and (bias.shape != (rows,) or not is_float(bias.dtype)):
+            raise CheckpointError(f"Tensor {bias.name} is {bias.dtype} {list(bias.shape)}, not {rows} floating values.")
+        if info.dtype not in FLOAT_DTYPES.values():
+            raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantised?")
+        return ["weight"] if bias is None else ["weight", "bias"]
+
+    def _hidden_size(self) -> int:
+        key = self.architecture.keys.hidden_size
+        return config_value(self.architecture, self.checkpoint.config, key, "config.json")
+
+    def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
+        turned = any(name.endswith(f"{module}.weight") for module in self.host.transposes)
+        if len(info.shape) != 2:
+            turned = False
+        shape = info.shape[::-1] if turned else info.shape
+        new = TensorInfo(self._rehost().named(name), self._dtype(info.dtype), shape, "", -1, -1)
+        scales = self.latent.scales if self.latent else {}
+        for ending, factor in scales.items():
+            if name == ending or name.endswith(f".{ending}"):
+                return OutputTensor(new, "scale", name, factor=factor)
+        return OutputTensor(new, "transpose" if turned else "copy", name)
+
+    def _dtype(self, dtype: str) -> str:
+        return FLOAT_DTYPES[self.request.dtype] if self.request.dtype and is_float(dtype) else dtype
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    for key in [key for key in DTYPE_KEYS if key in config] or ["dtype"]:
+        config[key] = dtype
+
+
+def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Digest all that decides the result's bytes, the source files' sizes and times included, as they are now."""
+    if checkpoint.remote:
+        return ""  # nothing can be resumed from a plan whose source isn't here
+    stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]
+    material = {
+        "format": PLAN_FORMAT,
+        "request": plan.request.recorded(),
+        "host": plan.host.name,
+        "config": plan.whole_config,
+        "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "shards": {name: [_row(tensor) for tensor in tensors] for name, tensors in plan.shards.items()},
+    }
+    text = json.dumps(material, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def _row(tensor: OutputTensor) -> Iterable[Any]:
+    return (
+        tensor.info.name, tensor.info.dtype, tensor.info.shape, tensor.operation, tensor.source, tensor.factor,
+    )  # fmt: skip
+
+
+def result_attention(checkpoint: Checkpoint, name: str) -> tuple[Host, tuple[AttentionSpec, ...]]:
+    """Return the host and attention of a checkpoint as it stands."""
+    architecture = family_of(checkpoint, name)
+    return own_host(architecture), attention_layers(architecture, checkpoint.config, name)

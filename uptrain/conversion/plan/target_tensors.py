@@ -1,0 +1,143 @@
+"""What tensors outside attention become in the class of another family: new names, norms folded away, biases added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.model_class import is_language_model
+from uptrain.architectures.rope import partly_rotated
+from uptrain.architectures.rope_parameters import EVERY, TYPES, rotary_parameters, rotated_dims, write_rotation
+from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.plan.operations import OutputTensor
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.models.target import Host
+
+
+@dataclass(frozen=True)
+class Rehost:
+    """Says what the source's tensors outside attention become in `host`; `source_prefix` starts the body's names.
+
+    `table` is the stored tensor that the token embedding takes its values from.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    host: Host
+    source_prefix: str
+    layers: int
+    table: str
+
+    @property
+    def prefix(self) -> str:
+        """Return the prefix of the body's names in the host."""
+        if self.host.architecture is self.architecture:
+            return self.source_prefix
+        return self.host.architecture.prefixes[self.architecture.prefixes.index(self.source_prefix)]
+
+    def named(self, name: str) -> str:
+        """Return the host's name of a tensor outside attention."""
+        if self.source_prefix and name.startswith(self.source_prefix):
+            name = self.prefix + name.removeprefix(self.source_prefix)
+        dotted = f".{name}"
+        for old, new in self.host.renames.items():
+            dotted = dotted.replace(f".{old}.", f".{new}.")
+        return dotted[1:]
+
+    def outputs(self, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+        """Map each source tensor that is no plain copy to what it becomes; `dtype` gives the result's dtype.
+
+        Raises:
+            CheckpointError: a norm that moves into a linear, or that linear, is missing.
+        """
+        out: dict[str, list[OutputTensor]] = {}
+        for module, addend in self.host.shifts.items():
+            for name, info in self.checkpoint.tensors.items():
+                if f".{name}".endswith(f".{module}.weight"):
+                    new = TensorInfo(self.named(name), dtype(info.dtype), info.shape, "", -1, -1)
+                    out[name] = [OutputTensor(new, "shift", name, factor=addend)]
+        for block in (self._block(layer) for layer in range(self.layers)):
+            for linear, norm in self.host.folds.items():
+                out.update(self._folded(block + linear, block + norm, dtype))
+            if self.host.attention_norm:
+                out.update(self._neutral(block + self.host.attention_norm, dtype))
+        return out
+
+    def zeros(self, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+        """Map the token embedding to the tensors of zeros that have a value for each of its rows.
+
+        Raises:
+            CheckpointError: the embedding is missing.
+        """
+        headed = is_language_model(self.checkpoint.config)
+        needed = [zero for zero in self.host.zeros if headed or not zero.startswith("lm_head.")]
+        missing = [zero for zero in needed if zero not in self.checkpoint.tensors]
+        if not missing:
+            return {}
+        info = self._info(self.table)
+        headers = [TensorInfo(zero, dtype(info.dtype), info.shape[:1], "", -1, -1) for zero in missing]
+        return {info.name: [_constant(new, info.name, 0) for new in headers]}
+
+    def _block(self, layer: int) -> str:
+        attention = self.architecture.attention(self.source_prefix, layer)
+        return attention.removesuffix(".").rpartition(".")[0] + "."
+
+    def _folded(self, linear: str, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+        source, out = self._info(f"{linear}.weight"), {}
+        for info in (self._info(f"{norm}.{kind}") for kind in ("weight", "bias")):
+            if len(source.shape) != 2 or info.shape != source.shape[1:]:
+                raise CheckpointError(f"Tensor {info.name} is {list(info.shape)}, not the width of {source.name}.")
+        for kind, shape in (("weight", source.shape), ("bias", source.shape[:1])):
+            new = TensorInfo(self.named(f"{linear}.{kind}"), dtype(source.dtype), shape, "", -1, -1)
+            out[f"{linear}.{kind}"] = [OutputTensor(new, "fold", source.name, module=kind, linear=linear, fold=norm)]
+        if f"{linear}.bias" not in self.checkpoint.tensors:
+            out[source.name] += out.pop(f"{linear}.bias")
+        return {**out, **{self._info(f"{norm}.{kind}").name: [] for kind in ("weight", "bias")}}
+
+    def _neutral(self, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+        out = {}
+        for kind, value in (("weight", 1), ("bias", 0)):
+            info = self._info(f"{norm}.{kind}")
+            new = TensorInfo(self.named(info.name), dtype(info.dtype), info.shape, "", -1, -1)
+            out[info.name] = [_constant(new, info.name, value)]
+        return out
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.checkpoint.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
+        return info
+
+
+def rotate_as_before(
+    config: dict[str, Any],
+    host: Host,
+    architecture: Architecture,
+    source: Mapping[str, Any],
+    spec: AttentionSpec,
+    name: str,
+) -> None:
+    """Write the rotation of a source's config into the config of a host of another family.
+
+    Raises:
+        UsageError: an odd number of dims is rotated, which classes round differently, or an unknown rope type.
+    """
+    parameters = rotary_parameters(architecture, source, name)[EVERY]
+    if parameters["rope_type"] not in TYPES:
+        raise UsageError(
+            f"{name} has rope_type {parameters['rope_type']}, which {host.architecture.class_name} doesn't know.",
+            f"It knows {', '.join(TYPES)}.",
+        )
+    rotated, spread = rotated_dims(architecture, parameters, spec.head_dim, name)
+    if architecture.keys.rotary_ndims:
+        rotated = spread = spec.rotary_ndims or spec.head_dim
+    parameters = partly_rotated(parameters, rotated or spec.head_dim, spread, spec.head_dim)
+    write_rotation(config, parameters, host.older_ropes)
+
+
+def _constant(info: TensorInfo, source: str, value: int) -> OutputTensor:
+    return OutputTensor(info, "constant", source, factor=value)

@@ -1,0 +1,291 @@
+"""Make one layer's changed attention tensors: read, split into heads, pool, join as the host stores them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from uptrain.architectures.description import initializer_std, why_pool_only
+from uptrain.architectures.mla_projections import LatentHeads, join_latent
+from uptrain.architectures.projections import LayerHeads, join, read_layer
+from uptrain.architectures.schema import Position
+from uptrain.checkpoint.dtypes import Array, as_float32, cast
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.plan import rewrites
+from uptrain.conversion.plan.mla import LatentPlan
+from uptrain.conversion.plan.planner import Plan
+from uptrain.errors import CheckpointError, needing
+from uptrain.methods import energy_numpy, head_similarity
+from uptrain.methods.pooling import pool_layer
+
+
+class Calibrated(Protocol):
+    """Layers that calibration made beforehand."""
+
+    def read(self, layer: int) -> LayerHeads:
+        """Return one layer's heads."""
+
+    def read_latent(self, layer: int) -> LatentHeads:
+        """Return one layer's latent."""
+
+    def kept(self, layer: int) -> dict[str, dict[str, float]]:
+        """Return what each method keeps of one layer's energy."""
+
+
+DIAGNOSED_PER_BYTE = 1.0
+DIAGNOSED_AT_LEAST = 1e8
+"""Multiplications per byte of the result, and at least, that a conversion which only pools may spend on measuring what
+is lost: about a thirtieth of the time that writing takes."""
+MEASURABLE = 1e15
+"""The largest weight whose energy float32 can add up."""
+
+
+class LayerMaker:
+    """Makes one layer's changed attention tensors from the source's.
+
+    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be. `orders` has, by
+    layer, the source's key/value heads in the result's order, where they moved.
+
+    - `calibrated`: the layers that a calibration made, None where weights alone decide.
+    - `diagnose`: measure every layer, also what pooling does not need: what the other method would keep, and in
+      `similarity` how alike the heads are that come to share. Without it, pooling measures a part of one layer, with at
+      most `DIAGNOSED_PER_BYTE` multiplications per byte of the result.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated | None = None, diagnose: bool = False
+    ) -> None:
+        self.checkpoint, self.plan, self.calibrated, self.diagnose = checkpoint, plan, calibrated, diagnose
+        self.kept: dict[int, dict[str, dict[str, float]]] = {}
+        self.similarity: dict[int, dict[str, dict[str, float]]] = {}
+        self.orders: dict[int, list[int]] = {}
+        self._sample = len(plan.before) // 2
+        self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
+        self._dtypes = {
+            (tensor.layer, tensor.module): tensor.info.dtype
+            for shard in plan.shards.values()
+            for tensor in shard
+            if tensor.operation == "attention"
+        }
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Let torch give each layer one thread while the block runs.
+
+        Several layers are made at a time, and sums over more threads would round otherwise.
+        """
+        request = self.plan.request
+        pooled = self.plan.latent is None and request.method != "svd" and request.grouping == "contiguous"
+        without = pooled or self.calibrated is not None or not self._dtypes
+        with nullcontext() if without else _torch_methods().one_thread():
+            yield
+
+    def make(self, layer: int) -> dict[str, Array]:
+        """Return the layer's new tensors by module ("c_attn.weight", …), in the result's dtype.
+
+        Raises:
+            CheckpointError: the source's values in this layer are not finite.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at below
+            return self._make(layer)
+
+    def _make(self, layer: int) -> dict[str, Array]:
+        plan, projections = self.plan, self.plan.architecture.projections
+        moved = projections != plan.host.architecture.projections
+        parts = frozenset("qkvo") if moved else plan.request.changed_parts
+        base = plan.architecture.attention(plan.prefix, layer)
+        heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
+        if plan.latent is not None:
+            out = join_latent(self._latent(heads, layer, plan.latent), plan.latent.stored, plan.before[layer].head_dim)
+            return {name: self._finish(layer, base, name, array) for name, array in out.items()}
+        groups = plan.after[layer].num_key_value_heads
+        if groups != plan.before[layer].num_key_value_heads:
+            heads = self._shared(heads, groups, layer)
+        heads = self._rehosted(heads, layer, base)
+        out = join(plan.host.architecture.projections, plan.after[layer], heads)
+        return {name: self._finish(layer, base, name, array) for name, array in out.items()}
+
+    def _rehosted(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
+        """Fit heads as the source's class sees them to the host's."""
+        source, host, spec = self.plan.architecture, self.plan.host, self.plan.before[layer]
+        if host.attention_norm:
+            norm = f"{base.removesuffix('.').rpartition('.')[0]}.{host.attention_norm}"
+            scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
+            heads = rewrites.fold_into_heads(heads, scale, shift)
+        if source.position is Position.ROTARY_INTERLEAVED and host.architecture.position is Position.ROTARY:
+            heads = rewrites.half_split(heads, spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims)
+        return rewrites.with_biases(heads) if host.biased else heads
+
+    def _shared(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
+        request = self.plan.request
+        if request.grouping != "similar":
+            self._compare(heads, groups, layer)
+        if self.calibrated is not None:
+            self.kept[layer] = self.calibrated.kept(layer)
+            return self.calibrated.read(layer)
+        if request.method != "svd" and request.grouping == "contiguous":
+            if request.method == "mean" and not self._pool_only:
+                self._estimate(heads, groups, layer)
+            return self._pooled(heads, groups, layer)
+        self._check_finite(heads, layer)
+        methods = _torch_methods()
+        rotary = methods.position_of(self.plan.architecture, self.plan.before[layer])
+        if request.grouping == "similar":
+            heads, self.orders[layer] = methods.similar_layer(heads, groups, rotary, request.chosen_seed)
+            self._compare(heads, groups, layer)
+        if request.method != "svd":
+            return self._pooled(heads, groups, layer)
+        heads, kept = methods.factor_layer(heads, groups, rotary)
+        self.kept[layer] = _told(kept)
+        return heads
+
+    def _compare(self, heads: LayerHeads, groups: int, layer: int) -> None:
+        """Record how alike the heads are that come to share, where this is asked for."""
+        if self.diagnose and _all_measurable(heads, groups):
+            spec, position = self.plan.before[layer], self.plan.architecture.position
+            self.similarity[layer] = head_similarity.head_similarity(heads, groups, position, spec, not self._pool_only)
+
+    def _estimate(self, heads: LayerHeads, groups: int, layer: int) -> None:
+        """Record what `mean` keeps of a layer's energy, and what svd would keep of it."""
+        spec, measured = self.plan.before[layer], groups
+        if not self.diagnose:
+            if layer != self._sample:
+                return
+            budget = max(DIAGNOSED_AT_LEAST, DIAGNOSED_PER_BYTE * self.plan.total_bytes)
+            each = energy_numpy.cost(
+                spec.num_key_value_heads // groups, spec.head_dim, heads.part("k").weight.shape[-1]
+            )
+            measured = min(groups, int(budget // each))
+        found = _estimated(heads, groups, measured, self.plan.architecture.position, spec.rotary_ndims)
+        if found:
+            self.kept[layer] = found
+
+    def _latent(self, heads: LayerHeads, layer: int, latent: LatentPlan) -> LatentHeads:
+        if self.calibrated is not None:
+            self.kept[layer] = self.calibrated.kept(layer)
+            return self.calibrated.read_latent(layer)
+        self._check_finite(heads, layer)
+        methods = _torch_methods()
+        position = methods.position_of(self.plan.architecture, self.plan.before[layer])
+        found, kept = methods.latent_layer(heads, latent.target, position)
+        self.kept[layer] = _told(kept)
+        return found
+
+    def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
+        request, std = self.plan.request, initializer_std(self.plan.architecture, self.checkpoint.config)
+        return pool_layer(heads, groups, request.method, seed=request.chosen_seed, index=layer, std=std)
+
+    def _check_finite(self, heads: LayerHeads, layer: int) -> None:
+        for part in map(heads.part, "qkvo"):
+            for array in (part.weight, part.bias):
+                if array is not None and not np.isfinite(as_float32(array)).all():
+                    raise self._not_finite(layer)
+
+    def _finish(self, layer: int, base: str, name: str, array: Array) -> Array:
+        request = self.plan.request
+        if not (request.allow_nonfinite and request.pools) and not np.isfinite(array).all():
+            raise self._not_finite(layer)
+        return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
+
+    def _not_finite(self, layer: int) -> CheckpointError:
+        architecture = self.plan.architecture
+        base = architecture.attention(self.plan.prefix, layer)
+        names = [name for name in self.checkpoint.tensors if name.startswith(base)]
+        found = [name for name in names if not np.isfinite(as_float32(self.checkpoint.read(name))).all()]
+        return CheckpointError(
+            f"Layer {architecture.place(layer)} of the source has NaN or infinite values in "
+            f"{', '.join(found) or 'its attention'}.",
+            "Download the checkpoint again, or keep them with --allow-nonfinite and --method mean or first.",
+        )
+
+
+def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
+    """Return which source frequency each rotary pair of a latent gets, by the weights of all layers."""
+    if plan.latent is None:
+        raise ValueError("only latents have rotary pairs to choose")
+    methods, architecture = _torch_methods(), plan.architecture
+    layers = (
+        read_layer(checkpoint, architecture.projections, spec, architecture.attention(plan.prefix, layer))
+        for layer, spec in enumerate(plan.before)
+    )
+    position = methods.position_of(architecture, plan.before[0])
+    return methods.slots_by_weights(layers, plan.latent.target, position)
+
+
+class _TorchMethods(NamedTuple):
+    one_thread: Callable[[], AbstractContextManager[None]]
+    factor_layer: Callable[..., Any]
+    similar_layer: Callable[..., tuple[LayerHeads, list[int]]]
+    position_of: Callable[..., Any]
+    latent_layer: Callable[..., tuple[LatentHeads, dict[str, Any]]]
+    slots_by_weights: Callable[..., tuple[int, ...]]
+
+
+def _torch_methods() -> _TorchMethods:
+    """Import the methods that stand on torch, which pooling does without."""
+    with needing("--method svd, --grouping similar or --to mla"):
+        from uptrain.methods.grouping import similar_layer
+        from uptrain.methods.head_conversion import factor_layer, one_thread, position_of
+        from uptrain.methods.mla_conversion import latent_layer, slots_by_weights
+    return _TorchMethods(one_thread, factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
+
+
+def _estimated(
+    heads: LayerHeads, groups: int, measured: int, position: Position, rotary_ndims: int | None
+) -> dict[str, dict[str, float]]:
+    """Return the share of key and value energy that `mean` keeps and that svd would keep, by method.
+
+    - `heads`: the layer's heads as they are.
+    - `groups`: how many heads are to stay of keys and of values.
+    - `measured`: of how many groups, the first ones, this is measured; nothing is returned for none.
+    - `position`: what tells attention where a token stands.
+    - `rotary_ndims`: how many dims of a key rotate, None for all of them where `position` rotates.
+    """
+
+    def kept_keys(rows: Array) -> float:
+        if not position.rotates or rotary_ndims == 0:
+            return energy_numpy.kept_by_factor(rows, 1)
+        interleaved = position is Position.ROTARY_INTERLEAVED
+        return energy_numpy.kept_by_phases(rows, 1, interleaved, rotary_ndims or rows.shape[1])
+
+    if not measured:
+        return {}
+    means, bests = [], []
+    for part in "kv":
+        found = []
+        for rows in islice(energy_numpy.rows_by_group(heads.part(part), groups), measured):
+            if not _measurable(rows):
+                return {}  # what isn't finite is refused with its name when the layer is finished
+            best = kept_keys(rows) if part == "k" else energy_numpy.kept_by_factor(rows, 1)
+            found.append((energy_numpy.energy(rows), energy_numpy.kept_by_mean(rows, 1), best))
+        energy, mean, best = np.array(found).T
+        means.append(float(np.average(mean, weights=energy)))
+        bests.append(float(np.average(best, weights=energy)))
+    return _known({"mean": _rounded(*means), "svd": _rounded(*bests)})
+
+
+def _all_measurable(heads: LayerHeads, groups: int) -> bool:
+    return all(_measurable(rows) for part in "kv" for rows in energy_numpy.rows_by_group(heads.part(part), groups))
+
+
+def _measurable(rows: Array) -> bool:
+    return bool(np.abs(rows).max(initial=0) < MEASURABLE)
+
+
+def _told(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return _known({name: _rounded(share.keys, share.values) for name, share in kept.items()})
+
+
+def _known(kept: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    # Values near the largest of their dtype have no energy that can be told, and JSON has no word for it.
+    return {name: shares for name, shares in kept.items() if all(map(math.isfinite, shares.values()))}
+
+
+def _rounded(keys: float, values: float) -> dict[str, float]:
+    # The last digits depend on how many threads summed, and the manifest must not.
+    return {"keys": round(keys, 4), "values": round(values, 4)}

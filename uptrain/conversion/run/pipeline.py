@@ -1,0 +1,218 @@
+"""Run a plan's shards: read, transform, digest and write on a few threads; the model is never whole in memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
+from uptrain.checkpoint.dtypes import Array, as_float32, cast, raw_bytes
+from uptrain.checkpoint.nonfinite import ALLOW, only_finite
+from uptrain.checkpoint.progress import State
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.shared_work import Alone, Joint
+from uptrain.conversion.malloc import give_back
+from uptrain.conversion.plan.operations import OutputTensor, unchanged_spans
+from uptrain.conversion.plan.planner import Plan
+from uptrain.conversion.plan.rewrites import folded_bias, folded_weight
+from uptrain.conversion.run.layers import Calibrated, LayerMaker
+from uptrain.errors import Interrupted
+from uptrain.methods.pooling import POOLS, pool_norm
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes just finished."""
+
+
+POOLED_AT_ONCE = 2**29
+"""Bytes of layers that are pooled at the same time: more would only wait for memory and disk together."""
+
+
+class Pipeline:
+    """Writes the shards of a plan on a few threads, and digests the source's files beside them."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        partial: Path,
+        state: State,
+        on_progress: Progress,
+        calibrated: Calibrated | None = None,
+        party: Alone | Joint | None = None,
+        diagnose: bool = False,
+    ) -> None:
+        self.checkpoint, self.plan, self.partial, self.state = checkpoint, plan, partial, state
+        self.on_progress, self.party = on_progress, party or Alone()
+        self.counted: set[str] = set()
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.layers = LayerMaker(checkpoint, plan, calibrated, diagnose)
+        self.followers = _followers(checkpoint, plan)
+        pooled = plan.request.method in POOLS
+        self.room = threading.Semaphore(max(1, POOLED_AT_ONCE // plan.peak_memory) if pooled else _workers())
+
+    def run(self) -> None:
+        """Write the shards, and digest the source's files, that are neither finished nor claimed by another process.
+
+        Digests of both go into the state, each as soon as it is known.
+        """
+        with _numpy_blas().limit(limits=1), self.layers.at_work():
+            pool = ThreadPoolExecutor(max_workers=_workers(), thread_name_prefix="shard")
+            try:
+                _wait([pool.submit(self._claimed, work) for work in self.left()])
+            finally:
+                self.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                self.stop.clear()
+
+    def left(self) -> Mapping[str, Callable[[], None]]:
+        """Return what no process has finished, by what it is called: shards, and source files that no shard follows.
+
+        Nothing is left once OUT stands. Bytes of shards that others finished since are told to `on_progress`.
+        """
+        with self.lock:
+            self.state.refresh()
+            if not self.party.stands():  # then what was finished last could not be read
+                return {}
+            for name in (self.plan.shards.keys() & self.state.shards.keys()) - self.counted:
+                self.counted.add(name)
+                self.on_progress(sum(tensor.info.nbytes for tensor in self.plan.shards[name]))
+            shards = [name for name in self.plan.shards if name not in self.state.shards]
+            followed = {self.followers[name] for name in shards if name in self.followers}
+            known = followed | self.state.sources.keys()
+            files = [name for name in self.checkpoint.files if name not in known]
+            writing = {f"shard {name}": partial(self._write, name) for name in shards}
+            return writing | {f"digest of {name}": partial(self._digest, name) for name in files}
+
+    def _claimed(self, work: str) -> None:
+        """Do a piece of work unless another process has it, or had it and finished."""
+        with self.party.claim(work) as free:
+            act = self.left().get(work) if free else None
+            if act:
+                act()
+
+    def _digest(self, file: str) -> None:
+        digest = checksum_file(self.checkpoint.path / file, stopped=self.stop.is_set)
+        if not self.stop.is_set():
+            with self.lock:
+                self.state.sources[file] = digest
+                self.state.save()
+
+    def _write(self, shard: str) -> None:
+        """Write one shard, and digest the source file it follows, if it follows one."""
+        file = self.followers.get(shard)
+        follower = FollowingChecksum(self.checkpoint.path / file) if file else None
+        tensors = {tensor.info.name: tensor for tensor in self.plan.shards[shard]}
+        made: dict[int, dict[str, Array]] = {}
+
+        def chunks(name: str) -> Iterator[memoryview]:
+            for chunk in self._checked(tensors[name], self._chunks(tensors[name], made, follower)):
+                if self.stop.is_set():
+                    raise Interrupted("Interrupted.")
+                yield chunk
+
+        checksum = Checksum()
+        path = self.partial / shard
+        spans = unchanged_spans(tensors.values(), self.checkpoint)
+        infos = [tensor.info for tensor in tensors.values()]
+        self.party.write_shard(path, infos, chunks, checksum, self._advance, spans)
+        digest = follower.text() if follower else ""
+        with self.lock:
+            self.counted.add(shard)
+            self.state.shards[shard] = checksum.text()
+            if file:
+                self.state.sources[file] = digest
+            self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.items()})
+            self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.items()})
+            self.state.orders.update({str(layer): order for layer, order in self.layers.orders.items()})
+            self.state.save()
+
+    def _advance(self, count: int) -> None:
+        with self.lock:
+            self.on_progress(count)
+
+    def _checked(self, tensor: OutputTensor, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Refuse NaN and infinity outside attention, where a layer's maker does, unless they are allowed."""
+        if tensor.operation == "attention" or self.plan.request.allow_nonfinite:
+            return chunks
+        info = replace(self.checkpoint.tensors[tensor.source], dtype=tensor.info.dtype)
+        return only_finite(chunks, info, self.checkpoint.path, ALLOW)
+
+    def _chunks(
+        self, tensor: OutputTensor, made: dict[int, dict[str, Array]], follower: FollowingChecksum | None
+    ) -> Iterator[memoryview]:
+        if tensor.operation == "attention":
+            if tensor.layer not in made:
+                made.clear()
+                with self.room:
+                    give_back()
+                    made[tensor.layer] = self.layers.make(tensor.layer)
+            yield raw_bytes(made[tensor.layer].pop(tensor.module))
+            return
+        source = self.checkpoint.tensors[tensor.source]
+        if tensor.unchanged(self.checkpoint):
+            chunks = self.checkpoint.chunks(tensor.source)
+            yield from follower.follow(source.start, chunks) if follower else chunks
+            return
+        if tensor.operation == "constant":
+            yield raw_bytes(cast(np.full(tensor.info.shape, tensor.factor, np.float32), tensor.info.dtype, ""))
+            return
+        if tensor.operation == "fold":
+            yield raw_bytes(np.ascontiguousarray(cast(self._folded(tensor), tensor.info.dtype, tensor.source)))
+            return
+        read = self.checkpoint.read(tensor.source)
+        if tensor.operation == "shift":
+            read = as_float32(read) + np.float32(tensor.factor)
+        if tensor.operation == "scale":
+            read = as_float32(read) * np.float32(tensor.factor)
+        if tensor.norm is not None:
+            read = np.concatenate([self.checkpoint.read(name) for name in tensor.norm.sources])
+            read = pool_norm(read, tensor.norm.heads, tensor.norm.groups, self.plan.request.method)
+        array = cast(read, tensor.info.dtype, tensor.source)
+        yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
+
+    def _folded(self, tensor: OutputTensor) -> Array:
+        weight = self.checkpoint.read(f"{tensor.linear}.weight")
+        if tensor.module == "weight":
+            return folded_weight(weight, self.checkpoint.read(f"{tensor.fold}.weight"))
+        name = f"{tensor.linear}.bias"
+        bias = self.checkpoint.read(name) if name in self.checkpoint.tensors else None
+        return folded_bias(weight, bias, self.checkpoint.read(f"{tensor.fold}.bias"))
+
+
+@cache
+def _numpy_blas() -> ThreadpoolController:
+    """Return what limits the threads of numpy's BLAS, which spin for their next work on the cores the shards need."""
+    return ThreadpoolController().select(internal_api="openblas")
+
+
+def _workers() -> int:
+    # Two more than cores: reading, digesting and writing wait for memory and disk in turn.
+    return min(8, (os.cpu_count() or 1) + 2)
+
+
+def _followers(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+    """Map each shard that is made from one source file, which feeds no other shard, to that file."""
+    made_of = {shard: {checkpoint.tensors[t.source].file for t in tensors} for shard, tensors in plan.shards.items()}
+    feeds = Counter(file for files in made_of.values() for file in files)
+    single = {shard: next(iter(files)) for shard, files in made_of.items() if len(files) == 1}
+    return {shard: file for shard, file in single.items() if feeds[file] == 1 and checkpoint.pickles is None}
+
+
+def _wait(futures: list[Future[Any]]) -> None:
+    # In short waits, so that Ctrl-C is heard on every platform.
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()

@@ -1,0 +1,131 @@
+"""What a checkpoint could become within a cache budget, and what energy each form would keep without training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from uptrain.architectures.description import attention_layers, family_of, why_pool_only
+from uptrain.architectures.projections import read_layer
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.source import resolve
+from uptrain.conversion.class_checks.weights import check_classes
+from uptrain.conversion.plan.planner import Plan, make_plan
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.layers import LayerMaker
+from uptrain.errors import UsageError, check_installed
+from uptrain.formatting import typed
+from uptrain.methods import energy_numpy
+
+SAMPLE = 4
+"""Layers whose energy is computed, evenly spaced: each costs a factorisation."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One form within the budget: the options that make it, its cache, and the mean energy that `layers` keep.
+
+    `keys` and `values` are shares under `method`, svd where the family takes it.
+    """
+
+    target: str
+    options: str
+    method: str
+    cache_bytes_per_token: int
+    cache: float
+    keys: float
+    values: float
+    layers: tuple[int, ...]
+    host: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def suggest(model: str, budget: float, *, revision: str | None = None, allow_pickle: bool = False) -> list[Suggestion]:
+    """Return what `model` can become with at most `budget` (0 to 1) of its cache, the smallest cache first.
+
+    Those are every number of shared heads that fits, and latents of the same caches and of the whole budget. A Hub
+    model's weights are downloaded.
+
+    Raises:
+        UsageError: nothing fits, the model keeps a latent already, or torch is not installed.
+        CheckpointError: the model can't be found or read.
+    """
+    if not 0 < budget < 1:
+        raise UsageError(f"--suggest {budget:.3g} is no share of the cache.", "Give one like 25%.")
+    check_installed("torch", "--suggest")
+    source = resolve(model, revision, allow_pickle)
+    checkpoint = open_checkpoint(source.path, allow_pickle)
+    plans = _plans(checkpoint, budget, model)
+    check_classes(checkpoint, plans[0], model)  # a source that convert refuses is no source of suggestions
+    layers = sample(len(plans[0].before))
+    found = [_suggestion(checkpoint, plan, layers) for plan in plans]
+    return sorted(found, key=lambda each: (each.cache_bytes_per_token, each.target))
+
+
+def sample(layers: int, most: int = SAMPLE) -> tuple[int, ...]:
+    """Return at most `most` layers, evenly spaced, the first and the last among them."""
+    if layers <= most:
+        return tuple(range(layers))
+    return tuple(round(number * (layers - 1) / (most - 1)) for number in range(most))
+
+
+def _plans(checkpoint: Checkpoint, budget: float, name: str) -> list[Plan]:
+    """Return a plan for every form that fits; what no class holds is left out."""
+    architecture = family_of(checkpoint, name)
+    pooled = bool(why_pool_only(architecture, checkpoint.config))
+    before = attention_layers(architecture, checkpoint.config, name)
+    if before[0].kind == "mla":
+        raise UsageError(f"{name} keeps a latent already.", "Ask about the model it was made from.")
+    heads = before[0].num_key_value_heads
+    counts = [count for count in range(1, heads) if heads % count == 0 and count <= budget * heads]
+    method = "mean" if pooled else "svd"
+    asked = [Request("mqa" if count == 1 else "gqa", count, method) for count in counts]
+    asked += [Request("mla", cache=share) for share in sorted({count / heads for count in counts} | {budget})]
+    plans = []
+    for request in asked:
+        try:
+            plan = make_plan(checkpoint, request, name)
+        except UsageError:
+            continue
+        if plan.cache_after <= budget * plan.cache_before:
+            plans.append(plan)
+    if not plans:
+        raise UsageError(
+            f"Nothing that {name} can become keeps at most {100 * budget:.3g}% of its cache.",
+            f"uptrain inspect {typed(name)} lists what it can become.",
+        )
+    return plans
+
+
+def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> Suggestion:
+    request, groups = plan.request, plan.after[0].num_key_value_heads
+    if request.method == "mean":
+        shares = [_pooled(checkpoint, plan, layer, groups) for layer in layers]
+    else:
+        maker = LayerMaker(checkpoint, plan)
+        for layer in layers:
+            maker.make(layer)
+        shares = [(kept["svd"]["keys"], kept["svd"]["values"]) for kept in maker.kept.values()]
+    if plan.latent is None:
+        options = f"--to {request.target}" + (f" --groups {groups}" if request.target == "gqa" else "")
+        options += f" --method {request.method}"
+    else:
+        spec = plan.after[0]
+        options = f"--to mla --kv-lora-rank {spec.kv_lora_rank}"
+        options += f" --qk-rope-head-dim {spec.qk_rope_head_dim}" if spec.qk_rope_head_dim else ""
+    keys, values = (sum(each) / len(shares) for each in zip(*shares, strict=True))
+    kept = plan.cache_after / plan.cache_before
+    numbers = tuple(dict.fromkeys(layer // len(plan.architecture.attentions) for layer in layers))
+    return Suggestion(
+        request.target, options, request.method, plan.cache_after, kept, keys, values, numbers, plan.holder
+    )
+
+
+def _pooled(checkpoint: Checkpoint, plan: Plan, layer: int, groups: int) -> tuple[float, float]:
+    base = plan.architecture.attention(plan.prefix, layer)
+    heads = read_layer(checkpoint, plan.architecture.projections, plan.before[layer], base, frozenset("kv"))
+    keys, values = (energy_numpy.kept_by_mean(energy_numpy.rows_of(heads.part(part)), groups) for part in "kv")
+    return keys, values

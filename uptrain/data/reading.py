@@ -1,0 +1,89 @@
+"""A recipe's `data` as a reader of token blocks: one file of tokens, one stream, or a mixture of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.writer import write_atomic
+from uptrain.data.block_reader import BlockReader
+from uptrain.data.content_digest import content_digest
+from uptrain.data.mixture import Mixture
+from uptrain.data.sources import Dataset, DataSource, Teacher, is_stream
+from uptrain.data.token_cache import tokens_folder
+from uptrain.data.token_file import TokenCount, TokenFile
+from uptrain.data.token_stream import TokenStream
+from uptrain.data.token_text import TokenText, read_tokens
+from uptrain.errors import UsageError
+
+__all__ = [
+    "BlockReader", "Mixture", "TokenCount", "TokenFile", "TokenStream", "TokenText", "build_tokens", "counts_of",
+    "open_reader",
+    "read_tokens",
+]  # fmt: skip
+
+
+def _parts(sources: Sequence[DataSource]) -> list[list[DataSource]]:
+    """Return the sources that share a reader: each its own where they have weights, else all together."""
+    return [list(sources)] if sources[0].weight is None else [[source] for source in sources]
+
+
+def build_tokens(
+    sources: Sequence[DataSource], tokenizer: Any, folder: Path, first: bool = True,
+    generate: Callable[[Teacher, Path], None] | None = None,
+) -> list[Path | None]:  # fmt: skip
+    """Tokenise a recipe's `data`, unless the cache has its tokens; return the folder of each part, None for a stream.
+
+    `folder` is the run's own: what the cache can't hold is written there, and the digests, which only the `first`
+    process of a run makes, as that reads all the text. `generate` writes a teacher's text into a folder.
+
+    Raises:
+        UsageError: a source can't be read, or there is no teacher to write one.
+        UptrainError: there is no place for the tokens.
+    """
+    parts = _parts(sources)
+    known = folder / "digests.json"
+    if first:
+        made = [None if is_stream(part[0]) or isinstance(part[0], Teacher) else content_digest(part, tokenizer)
+                for part in parts]  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(known, json.dumps(made))
+    found: list[Path | None] = []
+    for index, (part, digest) in enumerate(zip(parts, json.loads(known.read_text()), strict=True)):
+        source = part[0]
+        if isinstance(source, Teacher):
+            if generate is None:
+                raise UsageError("data has text from the teacher, but the run has no teacher.", "Give it one.")
+            found.append(folder / f"teacher-{index}")
+            generate(source, folder / f"teacher-{index}")
+        else:
+            found.append(None if digest is None else tokens_folder(digest, part, tokenizer, folder))
+    return found
+
+
+def counts_of(reader: BlockReader) -> list[dict[str, Any]]:
+    """Return what was tokenised for a reader, an entry a source, for the provenance."""
+    parts = reader.readers if isinstance(reader, Mixture) else [reader]
+    return [asdict(part.count) if isinstance(part, TokenFile) else {"stream": True} for part in parts]
+
+
+def open_reader(
+    sources: Sequence[DataSource], tokenizer: Any, folders: Sequence[Path | None], block_size: int, seed: int
+) -> BlockReader:
+    """Return the reader of a recipe's `data`, whose tokens `build_tokens` put into `folders`.
+
+    Raises:
+        UsageError: a source has less than one block of text.
+    """
+    readers: list[BlockReader] = []
+    for part, folder in zip(_parts(sources), folders, strict=True):
+        if folder is None:
+            stream = part[0]
+            assert isinstance(stream, Dataset)
+            readers.append(TokenStream(stream, tokenizer, block_size))
+        else:
+            readers.append(TokenFile(folder, block_size, seed))
+    return readers[0] if len(readers) == 1 else Mixture(readers, [source.weight or 0 for source in sources], seed)

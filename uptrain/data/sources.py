@@ -1,0 +1,131 @@
+"""Which sources of text there are, in a recipe or after `--text`: files, datasets, built-in text, a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson", ".parquet")
+
+
+class Strict(BaseModel):
+    """A frozen section of a recipe that knows all its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Weighted(Strict):
+    """A source of text; `weight` is its share of the blocks, beside the other sources' weights."""
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class Rows(Weighted):
+    """A source whose rows hold text in one field, or a conversation, a list of {role, content}, in another."""
+
+    text_field: str = "text"
+    chat_field: str | None = None
+
+    @model_validator(mode="after")
+    def _one_field(self) -> Rows:
+        if self.chat_field is not None and self.text_field not in ("text", self.chat_field):
+            raise ValueError("give either text_field or chat_field: a row's text is one or the other")
+        return self
+
+
+class Files(Rows):
+    """Local text files (a file is a document) or JSONL and Parquet files (a row is one); globs too."""
+
+    files: str | list[str]
+
+
+class Dataset(Rows):
+    """A dataset that the `datasets` library can load: a Hub id or a local folder."""
+
+    dataset: str
+    name: str | None = None
+    split: str = "train"
+    stream: bool = False
+
+
+class Builtin(Weighted):
+    """Text that every machine has: documentation and source of the running Python's standard library."""
+
+    builtin: Literal["python-stdlib"]
+    split: Literal["train", "held-out"] = "train"
+
+
+HELD_OUT = Builtin(builtin="python-stdlib", split="held-out")
+"""What is scored unless another text is named."""
+
+
+class Teacher(Weighted):
+    """Text that the teacher model writes itself, for when the data it was trained on is not to be had.
+
+    It starts from nothing, or from the first tokens of the documents of `prompts`.
+    """
+
+    source: Literal["teacher"]
+    tokens: int = Field(gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(32, gt=0)
+    prompts: Prompts | None = None
+    prompt_tokens: int = Field(8, gt=0)
+
+    @model_validator(mode="after")
+    def _prompts_in_order(self) -> Teacher:
+        if self.prompts is not None and self.prompts.weight is not None:
+            raise ValueError("prompts has no weight: it gives the beginnings, and no blocks of its own")
+        return self
+
+
+DataSource = Files | Dataset | Builtin | Teacher
+KINDS: tuple[tuple[str, type[DataSource]], ...] = (
+    ("files", Files), ("dataset", Dataset), ("builtin", Builtin), ("source", Teacher),
+)  # fmt: skip
+"""The key that tells what a source is, and the source."""
+
+
+def has_chats(source: DataSource) -> bool:
+    """Say whether a source's rows hold conversations."""
+    return isinstance(source, Rows) and source.chat_field is not None
+
+
+def is_stream(source: DataSource) -> bool:
+    """Say whether a source is read as it comes, without tokens on disk."""
+    return isinstance(source, Dataset) and source.stream
+
+
+def parse_source(value: Any) -> Any:
+    """Turn what stands in a recipe's `data`, or after `--text`, into a source.
+
+    A bare word is short for one: `python-stdlib` (or `python-stdlib:held-out`), a file or glob, or a dataset.
+    """
+    if isinstance(value, str):
+        kind, _, split = value.partition(":")
+        if kind == "python-stdlib":
+            return Builtin(builtin=kind, **({"split": split} if split else {}))  # type: ignore[arg-type]
+        if value.endswith(TEXT_ENDINGS) or any(char in value for char in "*?[") or _is_file(value):
+            return Files(files=value)
+        return Dataset(dataset=value)
+    if isinstance(value, Mapping):
+        for key, kind_of in KINDS:
+            if key in value:
+                return kind_of.model_validate(value)
+        raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset, builtin or source")
+    return value
+
+
+def _is_file(name: str) -> bool:
+    with suppress(OSError):  # of a name that no file can have
+        return Path(name).is_file()
+    return False
+
+
+Source = Annotated[DataSource, BeforeValidator(parse_source)]
+Prompts = Annotated[Files | Dataset | Builtin, BeforeValidator(parse_source)]
+Teacher.model_rebuild()

@@ -1,0 +1,57 @@
+"""A baseline that several evaluations compare with: loaded once, and where memory allows run once on each window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uptrain.checkpoint.source import Source
+from uptrain.checkpoint.weights import weights_digest
+from uptrain.evaluation.reading import predicted
+
+
+@dataclass
+class Reference:
+    """The baseline `source`, and the logits of windows it has seen, on the CPU, as long as `memory` bytes hold them."""
+
+    source: Source
+    memory: int = 0
+    _model: Any = None
+    _dtype: torch.dtype | None = None
+    _weights: str = ""
+    _seen: dict[tuple[bytes, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the model and its kept logits take."""
+        weights = [] if self._model is None else list(self._model.parameters())
+        return sum(tensor.nbytes for tensor in (*weights, *self._seen.values()))
+
+    def weights(self) -> str:
+        """Return the digest of its weights, which are read for it the first time."""
+        self._weights = self._weights or weights_digest(self.source.path)
+        return self._weights
+
+    def load(self, load_model: Callable[[Source], Any]) -> Any:
+        """Return its model in the checkpoint's own dtype, which `load_model` loads the first time."""
+        if self._model is None:
+            self._model = load_model(self.source)
+            self._dtype = self._model.dtype
+        # An evaluation leaves it in the dtype that it was timed in.
+        return self._model.to(self._dtype)
+
+    def logits(self, shown: Tensor, first: int) -> Tensor:
+        """Return its logits (tokens − first, vocab_size) for the tokens of `shown` (tokens,) from number `first` on."""
+        model = self._model
+        key = (shown.cpu().numpy().tobytes(), first, model.dtype)
+        if key in self._seen:
+            return self._seen[key].to(shown.device)
+        found = predicted(model, shown, first)
+        if found.nbytes <= self.memory:
+            self.memory -= found.nbytes
+            self._seen[key] = found.to("cpu", copy=True)
+        return found

@@ -1,0 +1,170 @@
+"""eval.json's lists as tables: the same words in the terminal, on the report's page and in a model card.
+
+What is read may be of another version: a figure that is missing, or is no number, becomes a dash.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from uptrain.formatting import number
+
+_PARTS = ("rows", "tasks", "needle", "samples", "speeds")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The names of columns, and rows of as many cells."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def rows_of(found: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    """Return what an evaluation lists as `name`; empty where it has no such list."""
+    listed = (found or {}).get(name)
+    return [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list | tuple) else []
+
+
+def figure(row: Mapping[str, Any], name: str) -> float | None:
+    """Return a number of a row, None where there is none that is finite."""
+    value = row.get(name)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None
+
+
+def pair(row: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Return an interval or a range of a row, likewise."""
+    ends = row.get(name)
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return None
+    low, high = (figure({"": end}, "") for end in ends)
+    return None if low is None or high is None else (low, high)
+
+
+def run_of(found: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """Return the run that the figures of `part`, quality or speed, are of; empty where none was recorded."""
+    runs, parts = found.get("runs"), found.get("parts")
+    at = parts.get(part) if isinstance(parts, Mapping) else None
+    listed = runs if isinstance(runs, list | tuple) else []
+    run = listed[at] if isinstance(at, int) and 0 <= at < len(listed) else None
+    return run if isinstance(run, Mapping) else {}
+
+
+def weights_of(found: Mapping[str, Any]) -> str:
+    """Return the digest of the weights that an evaluation measured; empty where it was not recorded."""
+    return str(run_of(found, "quality").get("weights") or "")
+
+
+def stale_parts(found: Mapping[str, Any] | None) -> list[str]:
+    """Return what an evaluation has only of other weights, or against another baseline than the rest."""
+    stale = (found or {}).get("stale")
+    return [part for part in _PARTS if isinstance(stale, Mapping) and rows_of(stale, part)]
+
+
+def by_text(found: Mapping[str, Any]) -> Table:
+    """Return a row for each text and context, of the model beside its baseline."""
+    columns: tuple[str, ...] = ("text", "context", "perplexity", "original's", "KL, nats", "top-1", "top-5", "flips")
+    rows: list[tuple[str, ...]] = [
+        (
+            PurePath(str(row.get("text", ""))).name, _whole(row, "context"), _plain(row, "perplexity", "{:.2f}"),
+            _plain(row, "baseline_perplexity", "{:.2f}"), _ranged(row, "kl", "{:#.3g}", "kl_interval"),
+            _plain(row, "top1_agreement", "{:.1%}"), _plain(row, "top5_agreement", "{:.1%}"),
+            _plain(row, "flip_rate", "{:.2%}"),
+        )
+        for row in rows_of(found, "rows")
+    ]  # fmt: skip
+    conditions = [_conditions(row) for row in rows_of(found, "rows")]
+    places = [row[:2] for row in rows]
+    if len({*places}) < len(places):  # one text and context, measured in more than one way
+        columns = (*columns[:2], "tokens, stride", *columns[2:])
+        rows = [(*row[:2], said, *row[2:]) for row, said in zip(rows, conditions, strict=True)]
+    return Table(columns, rows)
+
+
+def _conditions(row: Mapping[str, Any]) -> str:
+    return f"{_whole(row, 'tokens')}, {_whole(row, 'stride')}"
+
+
+def tasks(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:
+    """Return a row for each metric of each task, with standard errors; the columns of scores have the names given."""
+    alone = [
+        (str(row.get("task", "")), metric_of(row), _whole(row, "samples"), _with_error(row, "value", "stderr"))
+        for row in rows_of(found, "tasks")
+    ]
+    if baseline is None:
+        return Table(("task", "metric", "samples", model), list(alone))
+    against = [
+        (_with_error(row, "baseline_value", "baseline_stderr"), _between(pair(row, "difference_interval")))
+        for row in rows_of(found, "tasks")
+    ]
+    rows: list[tuple[str, ...]] = [
+        (*row[:3], base, row[3], apart) for row, (base, apart) in zip(alone, against, strict=True)
+    ]
+    return Table(("task", "metric", "samples", baseline, model, "difference, 95 %"), rows)
+
+
+def metric_of(row: Mapping[str, Any]) -> str:
+    """Return what a task's metric is called, with the filter that an answer went through if there was one."""
+    metric, chosen = str(row.get("metric", "")), str(row.get("filter") or "none")
+    return metric if chosen == "none" else f"{metric}, {chosen}"
+
+
+def needle(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:
+    """Return a row for each length and depth: keys found, with their interval, and nats per token of the key."""
+    columns: tuple[str, ...] = ("length", "depth", "samples")
+    rows: list[tuple[str, ...]] = [
+        (_whole(row, "length"), _plain(row, "depth", "{:.0%}"), _whole(row, "samples"))
+        for row in rows_of(found, "needle")
+    ]
+    for name, of in ((baseline, "baseline_"), (model, "")):
+        if name is not None:
+            columns = (*columns, f"{name}: found", "log p")
+            rows = [
+                (*row, _ranged(cell, f"{of}exact_match", "{:.0%}", f"{of}exact_match_interval"),
+                 _plain(cell, f"{of}log_probability", "{:.2f}"))
+                for row, cell in zip(rows, rows_of(found, "needle"), strict=True)
+            ]  # fmt: skip
+    return Table(columns, rows)
+
+
+def speeds(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:
+    """Return a row for each batch and context: medians of tokens per second of all sequences, slowest to fastest."""
+    places: list[tuple[str, ...]] = []
+    for row in rows_of(found, "speeds"):
+        cells = [_whole(row, "batch"), _whole(row, "context")]
+        for part in ("prefill", "decode"):
+            for name, of in ((baseline, "baseline_"), (model, "")):
+                if name is not None:
+                    cells.append(_ranged(row, f"{of}{part}_tokens_per_second", "{:,.0f}", f"{of}{part}_range"))
+        if baseline is not None:
+            cells.append(_ranged(row, "decode_ratio", "{:.2f}", "decode_ratio_range"))
+        places.append(tuple(cells))
+    if baseline is None:
+        return Table(("batch", "context", "prefill", "decode"), places)
+    return Table(("batch", "context", f"prefill: {baseline}", model, f"decode: {baseline}", model, "times it"), places)
+
+
+def _plain(row: Mapping[str, Any], name: str, form: str) -> str:
+    return number(figure(row, name), form)
+
+
+def _whole(row: Mapping[str, Any], name: str) -> str:
+    return number(figure(row, name), "{:,.0f}")
+
+
+def _ranged(row: Mapping[str, Any], name: str, form: str, ends: str) -> str:
+    return number(figure(row, name), form, pair(row, ends))
+
+
+def _with_error(row: Mapping[str, Any], name: str, error: str) -> str:
+    stderr = figure(row, error)
+    return _plain(row, name, "{:.4g}") + ("" if stderr is None else f" ± {stderr:.2g}")
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else " to ".join(f"{end:+.4g}" for end in interval)

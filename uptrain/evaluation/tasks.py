@@ -1,0 +1,199 @@
+"""Run tasks of lm-eval (EleutherAI's evaluation harness) on models that are loaded already."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from uptrain.errors import UsageError, did_you_mean, needing, told_as
+from uptrain.evaluation.intervals import interval
+from uptrain.evaluation.progress import Progress, counted
+from uptrain.models import devices
+
+_RESAMPLES = 1000
+"""Of the bootstrap, where a metric's standard error has no closed form."""
+_FEWSHOT_SEED = 1234
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Which tasks to run: names that lm-eval knows, or paths of task YAML files.
+
+    `include_path` is a folder of more task files; `limit` takes only so many documents of each task.
+    """
+
+    names: tuple[str, ...]
+    include_path: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskFigure:
+    """One metric of one task: of the model, and of the baseline on the same documents.
+
+    `samples` counts documents; `stderr` is lm-eval's, None for metrics that it knows none for. `difference_interval`
+    is the 95 % interval of value − baseline_value, paired by document, where the metric is a mean over documents.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    higher_is_better: bool | None
+    samples: int
+    value: float
+    stderr: float | None
+    baseline_value: float | None = None
+    baseline_stderr: float | None = None
+    difference_interval: tuple[float, float] | None = None
+
+
+def load_tasks(wanted: Tasks) -> Any:
+    """Return the tasks with their documents, as lm-eval's own dictionary.
+
+    Raises:
+        UsageError: lm-eval is not installed or knows no such task, or its documents can't be read.
+    """
+    with _quietly():
+        with needing("--task"):
+            from lm_eval import tasks as harness
+        if wanted.include_path is not None and not Path(wanted.include_path).is_dir():
+            raise UsageError(f"There is no folder {wanted.include_path}.", "Name one that holds task YAML files.")
+        for name in wanted.names:
+            if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+                raise UsageError(f"There is no file {name}.", "Name a task of lm-eval, or a task's YAML file.")
+        # The harness' own thousands of files are read only for a name that nothing else explains.
+        for defaults in (False, True):
+            manager = harness.TaskManager(include_path=wanted.include_path, include_defaults=defaults)
+            unknown = [name for name in wanted.names if name not in manager.task_index and not Path(name).is_file()]
+            if not unknown:
+                break
+        else:
+            raise UsageError(
+                f"lm-eval knows no task {unknown[0]}.",
+                did_you_mean(unknown[0], manager.all_tasks) or "Name a task, or the path of a task's YAML file.",
+            )
+        # Whatever a task's file or data does wrong, from YAML to a server that can't be reached.
+        with told_as(lambda reason: UsageError(f"lm-eval can't load {', '.join(wanted.names)}: {reason}")):
+            loaded = manager.load(list(dict.fromkeys(wanted.names)))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return loaded
+
+
+class _Answers:
+    """Stands where lm-eval has a cache of answers, which is told of each, and counts those of all models."""
+
+    def __init__(self, tasks: Any, models: int, on_progress: Progress | None) -> None:
+        self._tasks, self._models, self._on_progress = tasks["tasks"].values(), models, on_progress
+        self._advance: Callable[[int], None] | None = None
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        """Count an answer; the name is lm-eval's."""
+        if self._advance is None:
+            # All requests are made before the first is answered.
+            asked = sum(each.repeats for task in self._tasks for each in task.instances)
+            self._advance = counted("Tasks", self._models * asked, self._on_progress)
+        self._advance(1)
+
+
+@devices.enough_memory("Running tasks", "Compute in a smaller --dtype, or on --device cpu.")
+def run_tasks(
+    loaded: Sequence[Any], tokenizers: Sequence[Any], tasks: Any, limit: int | None, on_progress: Progress | None = None
+) -> list[TaskFigure]:
+    """Run tasks from `load_tasks` on one or two models and return every metric, the first model's as `value`.
+
+    Raises:
+        UsageError: lm-eval refuses a task, such as one that runs code.
+    """
+    answers = _Answers(tasks, len(loaded), on_progress)
+    with _quietly(bars=False):
+        from lm_eval import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        try:
+            found = []
+            for model, tokenizer in zip(loaded, tokenizers, strict=True):
+                asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+                asked.set_cache_hook(answers)
+                found.append(evaluate(asked, tasks, limit=limit, bootstrap_iters=_RESAMPLES))
+        except (ValueError, OverflowError) as error:
+            raise UsageError(f"lm-eval can't run {', '.join(tasks['tasks'])}: {' '.join(str(error).split())}") from None
+    return list(_figures(found))
+
+
+def _figures(found: Sequence[Any]) -> Iterator[TaskFigure]:
+    first = found[0]
+    for name, metrics in _metrics(first).items():
+        parts = first["group_subtasks"].get(name) or [name]
+        samples = sum(first["n-samples"][part]["effective"] for part in parts if part in first["n-samples"])
+        higher = first["higher_is_better"].get(name, {})
+        for key in metrics:
+            metric, _, chosen = key.partition(",")
+            values = [_number(_metrics(each)[name].get(key)) for each in found]
+            if not chosen or metric.endswith("_stderr") or values[0] is None:
+                continue
+            errors = [_number(_metrics(each)[name].get(f"{metric}_stderr,{chosen}")) for each in found]
+            alone = TaskFigure(name, metric, chosen, higher.get(metric), samples, values[0], errors[0])
+            if len(found) == 1:
+                yield alone
+                continue
+            apart = _apart(found, name, metric, chosen)
+            yield replace(alone, baseline_value=values[1], baseline_stderr=errors[1], difference_interval=apart)
+
+
+def _metrics(found: Any) -> dict[str, Any]:
+    return {**found["results"], **found.get("groups", {})}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _apart(found: Sequence[Any], task: str, metric: str, chosen: str) -> tuple[float, float] | None:
+    """Return the paired interval of a metric that is a mean over documents, else None."""
+    by_document = []
+    for each in found:
+        rows = [row for row in each["samples"].get(task, []) if row["filter"] == chosen]
+        values = [row.get(metric) for row in sorted(rows, key=lambda row: int(row["doc_id"]))]
+        if not values or not all(isinstance(value, int | float) for value in values):
+            return None
+        mean = _metrics(each)[task][f"{metric},{chosen}"]
+        if abs(sum(values) / len(values) - mean) > 1e-9 * max(1.0, abs(mean)):
+            return None
+        by_document.append(values)
+    return interval([one - other for one, other in zip(*by_document, strict=True)], [1] * len(by_document[0]))
+
+
+@contextmanager
+def _quietly(bars: bool = True) -> Iterator[None]:
+    """Keep what lm-eval prints, logs and warns of off stdout, and off stderr but for bars on a terminal."""
+    log = logging.getLogger("lm_eval")
+    level, before = log.level, os.environ.get("DISABLE_MULTIPROC")
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        if not (bars and sys.stderr.isatty()):
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.ERROR)
+        # Its bootstrap would fork a process that has run torch's threads.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+            os.environ.pop("DISABLE_MULTIPROC")
+            if before is not None:
+                os.environ["DISABLE_MULTIPROC"] = before

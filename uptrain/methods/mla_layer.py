@@ -1,0 +1,104 @@
+"""One attention layer with a latent: its maps, what they expand to, and how it attends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from uptrain.methods.head_maps import HeadMaps
+
+
+@dataclass(frozen=True)
+class LatentMaps:
+    """Hold one layer's latent attention; H query heads, G heads that the latent expands to, input size d.
+
+    Shapes: `q_nope` (H, Dn, d), `q_rope` (H, Dr, d), `down` (r, d) the latent's map, `k_rope` (Dr, d) the shared rotary
+    key's, `k_up` (G, Dn, r), `v_up` (G, Dv, r), `o` (out, H, Dv); rotary rows are in neighbouring pairs. Biases are
+    None where the layer has none: `q_nope_bias` (H, Dn), `q_rope_bias` (H, Dr), `down_bias` (r,), `k_rope_bias` (Dr,).
+    Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.2 and 2.1.3.
+    """
+
+    q_nope: Tensor
+    q_rope: Tensor
+    down: Tensor
+    k_rope: Tensor
+    k_up: Tensor
+    v_up: Tensor
+    o: Tensor
+    q_nope_bias: Tensor | None = None
+    q_rope_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    k_rope_bias: Tensor | None = None
+
+    def expanded(self) -> HeadMaps:
+        """Return the heads that the latent stands for, where nothing is in the shared rotary key."""
+        if self.k_rope.shape[0]:
+            raise ValueError("a layer with a shared rotary key isn't a layer of plain heads")
+        k_bias = v_bias = None
+        if self.down_bias is not None:
+            k_bias, v_bias = self.k_up @ self.down_bias, self.v_up @ self.down_bias
+        return HeadMaps(
+            self.q_nope, self.k_up @ self.down, self.v_up @ self.down, self.o, self.q_nope_bias, k_bias, v_bias
+        )
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Cosines and sines of the shared rotary key's pairs, each (T, Dr/2), at positions 0 … T − 1."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, frequencies: Tensor, tokens: int, factor: float = 1.0) -> Angles:
+        """Return the angles of `frequencies` (Dr/2,), radians a token, for `tokens` positions, times `factor`."""
+        turned = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies.cpu().double()
+        return cls(factor * turned.cos(), factor * turned.sin())
+
+    def rotate(self, pairs: Tensor) -> Tensor:
+        """Rotate rows (…, T, Dr) of neighbouring pairs.
+
+        Source: Su et al. 2021, RoFormer, equation 34.
+        """
+        cos, sin = self.cos.to(pairs), self.sin.to(pairs)
+        real, imaginary = pairs[..., 0::2], pairs[..., 1::2]
+        return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1).flatten(-2)
+
+
+def mix_heads(maps: LatentMaps, x: Tensor, angles: Angles, mask: Tensor | None, scale: float) -> Tensor:
+    """Return the mixed heads (T, H·Dv), the output projection's input, for attention inputs x (T, d).
+
+    `mask` broadcasts to (1, 1, T, T), boolean or added; None is causal.
+    """
+    latent = _linear(x, maps.down, maps.down_bias)
+    q_nope = _heads(x, maps.q_nope, maps.q_nope_bias)
+    q_rope = angles.rotate(_heads(x, maps.q_rope, maps.q_rope_bias))
+    k_rope = angles.rotate(_linear(x, maps.k_rope, maps.k_rope_bias))
+    heads = len(q_nope)
+    repeat = heads // len(maps.k_up)
+    k_nope = torch.einsum("tr,hnr->htn", latent, maps.k_up).repeat_interleave(repeat, 0)
+    value = torch.einsum("tr,hvr->htv", latent, maps.v_up).repeat_interleave(repeat, 0)
+    query = torch.cat([q_nope, q_rope], dim=-1)
+    key = torch.cat([k_nope, k_rope.expand(heads, -1, -1)], dim=-1)
+    width = value.shape[-1]
+    # One width for all three is what the fused kernels take; zeros change nothing.
+    size = max(width, query.shape[-1])
+    query, key, value = (functional.pad(part, (0, size - part.shape[-1]))[None] for part in (query, key, value))
+    mixed = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return mixed[0, ..., :width].transpose(0, 1).flatten(1)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight, bias)
+
+
+def _heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Project x (T, d) by (H, D, d) into (H, T, D)."""
+    flat = functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    by_head: Tensor = flat.unflatten(-1, weight.shape[:2]).transpose(0, 1)
+    return by_head

@@ -1,0 +1,93 @@
+"""Load a model so that no weight of it is random: every `from_pretrained` of uptrain goes through here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.model_class import check_language_model
+from uptrain.architectures.quantization import check_read, check_scheme, quantisation_in, quantisation_of
+from uptrain.architectures.wrappers import language_config, tower_in
+from uptrain.checkpoint.loadable import open_loadable
+from uptrain.checkpoint.reader import read_config
+from uptrain.checkpoint.source import Source
+from uptrain.errors import CheckpointError, told_as
+from uptrain.models.auto_class import check_loadable
+from uptrain.models.class_fit import Fit, check_fit
+from uptrain.models.register import auto_class_of, register
+
+_ELSEWHERE = frozenset(("variant", "subfolder", "gguf_file", "state_dict", "use_safetensors"))
+"""Options of `from_pretrained` that say which files to read; whoever gives one chooses them."""
+
+
+def load_language_model(source: Source, **options: Any) -> Any:
+    """Load a language model, every weight from its files.
+
+    `options` are for transformers' `from_pretrained`; without them it reads the checkpoint's own dtype and no code.
+
+    Raises:
+        UsageError: its class has no language-model head, or wraps a language model.
+        CheckpointError: transformers can't load it; weights are missing, of other sizes, or left out, or they are
+            pickles without permission.
+    """
+    folder, name, chosen = source.path, source.name, _ELSEWHERE & options.keys()
+    opened = None if chosen else open_loadable(folder, source.allow_pickle)
+    if not chosen and "key_mapping" not in options:
+        check_loadable(source, opened)
+    safetensors = bool(chosen) or opened is not None
+    settings = {"dtype": "auto", "use_safetensors": safetensors, "trust_remote_code": False, **options}
+    register()
+    config = read_config(folder)
+    check_language_model(config, name)
+    auto_class = auto_class_of(folder)
+    quantised = quantisation_in(folder) if opened is None else quantisation_of(opened)
+    check_scheme(quantised, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
+    called = f"{name}, which is quantised with {quantised.describe()}" if quantised else name
+    with told_as(lambda reason: CheckpointError(f"transformers can't load {called}: {reason}")):
+        model, info = loading_info(auto_class, folder, **settings)
+    check_read(quantised, info["unexpected_keys"], name)
+    fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)
+    # What a quantised checkpoint stores beside its weights, the quantiser alone knows.
+    tower, spoken = tower_in(config), language_config(config)
+    family = None if quantised else ARCHITECTURES.get(str(spoken.get("model_type")))
+    family = tower.named(family) if tower and family else family
+    check_fit(fit, name, family, spoken.get(family.keys.num_hidden_layers) if family else None)
+    return model
+
+
+def loading_info(loader: Any, place: Path | None, **settings: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Call `loader.from_pretrained(place)` and return the model and transformers' report of its tensors.
+
+    The model is None where tensors of the file don't go together; the report then names them under "unjoined".
+
+    Raises:
+        Exception: whatever transformers raises for other reasons.
+    """
+    given = {**settings, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = loader.from_pretrained(place, **given)
+    except RuntimeError as error:
+        report = _report_of(error)
+        if report is None:
+            raise
+        unjoined = set(report.conversion_errors)
+        found = report.to_dict()
+        return None, {**found, "missing_keys": found["missing_keys"] - unjoined, "unjoined": unjoined}
+    return model, info
+
+
+def _report_of(error: RuntimeError) -> Any:
+    """Return transformers' report on conversions of weights that failed, None if `error` is of another kind.
+
+    Its message only points to what was logged, and uptrain keeps that log off the screen.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = frame.f_locals.get("loading_info")
+        if getattr(found, "conversion_errors", None):
+            return found
+    return None

@@ -1,0 +1,110 @@
+"""Absorbed decoding for stock MLA classes, which expand all cached latents to full keys and values at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_interleave,
+    eager_attention_forward,
+)
+
+from uptrain.models.remote_code.modeling_uptrain_llama_mla import UptrainLlamaMLAAttention, cache_argument, fold_heads
+
+CACHE = cache_argument(DeepseekV3Attention)
+
+
+class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
+    """Attend over cached latents as they are, where that takes fewer products than expanding them.
+
+    Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.2: W_uk goes into the queries and W_uv into the output.
+    """
+
+    # The same reckoning as in our own class, from the same sizes.
+    pays = UptrainLlamaMLAAttention.absorbs
+
+    @property
+    def latent_sizes(self) -> list[Any]:
+        """Return the widths of what is cached: latent and rotary key."""
+        return [self.kv_lora_rank, self.qk_rope_head_dim]
+
+    @property
+    def kv_sizes(self) -> list[Any]:
+        """Return the widths that a head's latent expands to: key and value."""
+        return [self.qk_nope_head_dim, self.v_head_dim]
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend over hidden_states (batch, tokens, hidden_size) and the cache of latents and rotary keys."""
+        layer: Any = self
+        cache: Cache | None = kwargs.pop(CACHE, None)
+        if cache is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)[:2]
+        batch, tokens = hidden_states.shape[:2]
+        if layer.q_lora_rank is None:
+            query = layer.q_proj(hidden_states)
+        else:
+            query = layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (-1, layer.qk_head_dim)).transpose(1, 2)
+        query, query_rope = query.split([layer.qk_nope_head_dim, layer.qk_rope_head_dim], dim=-1)
+        latent, key_rope = layer.kv_a_proj_with_mqa(hidden_states).split(
+            [layer.kv_lora_rank, layer.qk_rope_head_dim], dim=-1
+        )
+        latent, key_rope = layer.kv_a_layernorm(latent).unsqueeze(1), key_rope.unsqueeze(1)
+        rotate = apply_rotary_pos_emb_interleave if layer.config.rope_interleave else apply_rotary_pos_emb
+        query_rope, key_rope = rotate(query_rope, key_rope, *position_embeddings)
+        latent, key_rope = cache.update(latent, key_rope, layer.layer_idx, kwargs=kwargs)
+
+        absorbed = layer.pays(tokens, latent, attention_mask)
+        if absorbed:
+            up = layer.kv_b_proj.weight.unflatten(0, (-1, layer.qk_nope_head_dim + layer.v_head_dim))
+            key_up, value_up = up.split(self.kv_sizes, dim=1)
+            query = torch.einsum("bhtd,hdr->bhtr", query, key_up)
+            query = fold_heads(torch.cat([query, query_rope], dim=-1))
+            # The rotary part of the "value" is dropped below: kernels want keys and values of one width.
+            key = value = torch.cat([latent, key_rope], dim=-1)
+            if attention_mask is not None:
+                attention_mask = fold_heads(attention_mask.expand(-1, len(up), -1, -1))
+            kwargs["is_causal"] = False  # the mask says it all; folded heads aren't later tokens
+        else:
+            query = torch.cat([query, query_rope], dim=-1)
+            key, value = layer.expand_kv(latent, key_rope)
+        attention_interface: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = (
+            ALL_ATTENTION_FUNCTIONS.get_interface(layer.config._attn_implementation, eager_attention_forward)
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=layer.attention_dropout if layer.training else 0.0,
+            scaling=layer.scaling,
+            **kwargs,
+        )
+        if absorbed:
+            output = output.reshape(batch, tokens, len(up), -1)[..., : layer.kv_lora_rank]
+            output = torch.einsum("bthr,hvr->bthv", output, value_up)
+            if weights is not None:
+                weights = weights.reshape(batch, tokens, len(up), -1).transpose(1, 2)
+        return layer.o_proj(output.reshape(batch, tokens, -1).contiguous()), weights
+
+
+def absorb(model: nn.Module) -> int:
+    """Let a model's stock MLA layers decode absorbed, in place; return how many there are."""
+    layers = [module for module in model.modules() if type(module) is DeepseekV3Attention]
+    for layer in layers:
+        layer.__class__ = AbsorbedDeepseekV3Attention
+    return len(layers)

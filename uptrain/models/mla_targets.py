@@ -1,0 +1,113 @@
+"""Which class holds a latent: one frozen entry a host, tried in the order the family names them. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from uptrain.architectures.decoders import DEEPSEEK_V3
+from uptrain.architectures.mla_projections import LatentLayout
+from uptrain.architectures.rope_parameters import WORDS
+from uptrain.architectures.schema import Architecture
+from uptrain.models.target import Host
+from uptrain.models.targets import HOSTS, host_config
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class LatentHost:
+    """A class that can hold a latent, and what a source needs for it.
+
+    `ropes` are the rotary forms it has, the first its default; `biased` says whether queries and the latent may have
+    biases; `refuses` maps a source config key to the values (None: any but null) it can't hold. `engines` are those
+    that load it, and with which forms. `keep` names the source config's keys to take over, None for all.
+    `rms_norm_eps` is what the config must say for all engines to agree, and `rescaled` the modules whose output joins
+    the residual stream, embeddings included: scaling the stream keeps every other norm as it was. `untied` hosts get
+    a head of their own where the source's is tied to its embedding.
+    """
+
+    host: Host
+    layout: LatentLayout
+    ropes: tuple[str, ...]
+    biased: bool = True
+    refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _NOTHING)
+    engines: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
+    keep: tuple[str, ...] | None = None
+    dtypes: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
+    rms_norm_eps: float | None = None
+    rescaled: tuple[str, ...] = ()
+    untied: bool = False
+
+    @property
+    def architecture(self) -> Architecture:
+        """Return the host's own table entry."""
+        return self.host.architecture
+
+
+_KEPT = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+    "tie_word_embeddings", "attention_dropout", "dtype", "torch_dtype", "transformers_version",
+    "num_labels", "id2label", "label2id", "problem_type", "classifier_dropout",
+)  # fmt: skip
+
+LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
+    {
+        "deepseek_v3": LatentHost(
+            Host(
+                DEEPSEEK_V3,
+                fill={"hidden_act": "silu", "tie_word_embeddings": False},
+                # Every layer is dense; experts keep small valid numbers, because the class checks them all the same.
+                fix={
+                    "attention_bias": False, "rope_interleave": True, "q_lora_rank": None, "n_routed_experts": 8,
+                    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                    "moe_intermediate_size": 64, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+                    "num_nextn_predict_layers": 0,
+                },
+                purposes=("Model", "ForSequenceClassification", "ForTokenClassification"),
+            ),
+            LatentLayout(fold_scale=True, neutral=True),
+            ropes=("grid", "longrope"),
+            biased=False,
+            refuses={"attention_bias": (True,), "mlp_bias": (True,)},
+            # llama.cpp has no place for a table of frequencies in this architecture.
+            engines={"any": ("grid", "longrope"), "llama.cpp": ("grid",)},
+            keep=_KEPT,
+            dtypes=("F64", "F32", "BF16"),
+            rms_norm_eps=1e-6,
+            rescaled=("embed_tokens", "mlp.down_proj"),
+            # vLLM's class never ties its head: tied, it would compute nonsense there without a word.
+            untied=True,
+        ),
+        "uptrain_llama_mla": LatentHost(
+            HOSTS["uptrain_llama_mla"],
+            LatentLayout(),
+            ropes=("grid", "longrope", "re-rotate"),
+            engines={"any": ("grid", "longrope", "re-rotate")},
+        ),
+        "uptrain_gpt2_mla": LatentHost(
+            HOSTS["uptrain_gpt2_mla"],
+            LatentLayout(output="c_proj", output_transposed=True),
+            ropes=("free",),
+            engines={"any": ("free",)},
+        ),
+    }
+)  # fmt: skip
+
+
+def latent_config(entry: LatentHost, source: Mapping[str, Any], family: Architecture) -> dict[str, Any]:
+    """Return the source's config rewritten for a latent host, its attention sizes and rotation not yet set.
+
+    Where the source is silent, its own family's default is written: the host's may be another.
+    """
+    said = {**family.defaults, **source}
+    kept = said if entry.keep is None else {key: said[key] for key in entry.keep if key in said}
+    config = host_config(entry.host, kept)
+    for key in WORDS:
+        config.pop(key, None)
+    if entry.rms_norm_eps is not None:
+        config["rms_norm_eps"] = entry.rms_norm_eps
+    return config

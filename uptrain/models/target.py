@@ -1,0 +1,63 @@
+"""The words a host is written in: a class that holds results, and how a source's checkpoint becomes one. Types only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from uptrain.architectures.rope_parameters import OLDER_TYPES
+from uptrain.architectures.schema import Architecture
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+REMOTE_CODE = Path(__file__).parent / "remote_code"
+"""The folder of the modelling files that go into results."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A class that can hold a result, and how a checkpoint of the source family becomes one of its own.
+
+    Of the config: `requires` lists source values the class is exact under; `config_names` gives the source's words
+    their new names; `multiples` fills a value, where the source has none, with a multiple of another; `fill` gives
+    values where the source is silent (the two families' defaults differ); `fix` always; `drop` removes. `rotary` has
+    the rotation written out; `older_ropes` are the rope types that its class in transformers 4 reads.
+
+    Of tensors outside attention, by module inside a layer or the model: `transposes` names the linears that change
+    between (in, out) and (out, in); `renames` gives the host's names; `folds` maps a linear to the norm before it whose
+    weight and bias move into it, and `attention_norm` is the one that moves into queries, keys and values, leaving
+    behind a norm without effect that serves all; `zeros` are tensors of zeros, one for each row of the token embedding,
+    that the host has and the source lacks; `shifts` says what is added to a norm's weight, for classes that add one
+    themselves; with `biased` all of the attention's linears have biases.
+
+    `purposes` are the endings of its classes beside the language model's, with the source family's names of tensors.
+    `remote_code` is the modelling file shipped inside the checkpoint, with `auto_classes`, when no stock class serves.
+    """
+
+    architecture: Architecture
+    requires: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    config_names: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    multiples: Mapping[str, tuple[str, int]] = field(default_factory=lambda: _NOTHING)
+    fill: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    fix: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    drop: tuple[str, ...] = ()
+    rotary: bool = False
+    older_ropes: tuple[str, ...] = OLDER_TYPES
+    transposes: tuple[str, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    attention_norm: str = ""
+    folds: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    shifts: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    zeros: tuple[str, ...] = ()
+    biased: bool = False
+    purposes: tuple[str, ...] = ("Model",)
+    remote_code: str = ""
+    auto_classes: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+
+    @property
+    def name(self) -> str:
+        """Return the host's model_type."""
+        return self.architecture.model_type

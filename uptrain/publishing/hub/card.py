@@ -1,0 +1,199 @@
+"""The model card: what was done to which model, what it saves and costs, how to use it and how to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from uptrain.architectures.quantization import declared_scheme
+from uptrain.conversion.request import in_effect
+from uptrain.publishing.hub.figures import Figures
+from uptrain.publishing.hub.history import Stage, steps
+from uptrain.publishing.hub.licence import Licence
+from uptrain.publishing.hub.subject import Subject
+from uptrain.publishing.hub.use import TASKS, auto_class_of, use
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+_METHODS = {
+    "mean": "the heads of a group averaged (Ainslie et al., 2023)",
+    "first": "the first head of each group kept",
+    "random": "fresh random heads",
+    "svd": "heads aligned and factored from the weights alone, the rest moved into the query and output projections",
+    "calibrated": "heads factored by what text makes the model use, and repaired on it",
+}
+_SAID = ("target", "method")
+
+
+def build_card(
+    subject: Subject, licence: Licence, figures: Figures | None, own: tuple[dict[str, Any], str]
+) -> ModelCard:
+    """Return the card; what the author's `own` metadata and text say stays as it is.
+
+    Raises:
+        ValueError: the author's metadata is none that the Hub takes.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    own_data, own_text = own
+    data = {**_metadata(subject, figures).to_dict(), **own_data}
+    for key, value in (("license", licence.id), ("license_name", licence.name), ("license_link", licence.link)):
+        data.pop(key, None)
+        if value:
+            data[key] = value
+    text = own_text.strip() or _text(subject, licence, figures)
+    return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
+
+
+def _metadata(subject: Subject, figures: Figures | None) -> Any:
+    from huggingface_hub import ModelCardData
+
+    converted = subject.converted
+    kind = converted[-1].get("request", {}).get("target") if converted else None
+    task = TASKS[auto_class_of(subject.config)]
+    results = figures.results(task) if figures else None
+    return ModelCardData(
+        base_model=subject.base,
+        # The Hub knows adapter, finetune, merge and quantized; other heads with other weights are a finetune.
+        base_model_relation="finetune" if subject.base else None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["uptrain", "kv-cache", *([kind] if kind else [])],
+        model_name=subject.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _text(subject: Subject, licence: Licence, figures: Figures | None) -> str:
+    sections = [
+        f"# {subject.name}", _summary(subject), "## How it was made", _made(subject), *_evaluated(figures),
+        "## Use", use(subject.repo, subject.config, subject.converted, subject.revision), "## Make it again",
+        _again(subject), "## Licence", _licence(subject, licence),
+    ]  # fmt: skip
+    return "\n\n".join(sections)
+
+
+def _summary(subject: Subject) -> str:
+    return "\n\n".join([_made_of(subject), *_quantised(subject)])
+
+
+def _quantised(subject: Subject) -> list[str]:
+    scheme = declared_scheme(subject.config)
+    return [f"Its weights outside attention are quantised ({scheme}), as those of its source are."] if scheme else []
+
+
+def _made_of(subject: Subject) -> str:
+    source, converted = subject.source, subject.converted
+    named = f"[{source}](https://huggingface.co/{source})" if source == subject.base else source
+    if not converted:
+        return f"A further training of {named}." if source else "A language model trained from scratch."
+    before, after = subject.cache_bytes
+    latent = "latent" in converted[-1]
+    heads = str(converted[0]["num_key_value_heads"]["before"])
+    rows = [
+        (
+            "cached a layer" if latent else "key/value heads",
+            f"{heads} heads" if latent else heads,
+            _kept(converted[-1]),
+        ),
+        ("cache, bytes per token", f"{before:,}", f"{after:,} ({after / before:.1%})"),
+    ]
+    return (
+        f"{named}, with a key/value cache of {after / before:.1%} of the size: {after:,} bytes per token instead of "
+        f"{before:,}.\n\n" + _table(("", source, "this model"), rows)
+    )
+
+
+def _kept(stage: Stage) -> str:
+    if "latent" not in stage:
+        return f"{stage['num_key_value_heads']['after']} for {stage['num_attention_heads']} query heads"
+    latent = stage["latent"]
+    rotary = f" and a rotary key of {latent['qk_rope_head_dim']}" if latent["qk_rope_head_dim"] else ""
+    return f"a latent of {latent['kv_lora_rank']} values{rotary}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
+    return "\n".join(map(_line, lines))
+
+
+def _line(cells: Sequence[str]) -> str:
+    # A name may hold what would end its cell.
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
+def _made(subject: Subject) -> str:
+    known = {"convert": _converting, "train": _training}
+    return "\n".join(
+        f"{number}. {known.get(str(stage.get('stage')), _unknown)(stage)}"
+        for number, stage in enumerate(subject.repeatable, 1)
+    )
+
+
+def _unknown(stage: Stage) -> str:
+    return f"**{stage.get('stage')}**, which this version of uptrain does not know."
+
+
+def _converting(stage: Stage) -> str:
+    request = stage["request"]
+    method = request.get("method")
+    options = {key: value for key, value in in_effect(request).items() if key not in _SAID}
+    listed = ", ".join(f"`{key}` {value}" for key, value in options.items())
+    if method is None:
+        listed = f" Options: {listed}." if listed else ""
+        return f"**Written** as {str(request['target']).upper()} with all its key/value heads as they were.{listed}"
+    return (
+        f"**Converted** to {str(request['target']).upper()}, method `{method}`: {_METHODS.get(method, 'see below')}."
+        f"{_energy(stage, method)}{f' Options: {listed}.' if listed else ''}"
+    )
+
+
+def _energy(stage: Stage, method: str) -> str:
+    layers = [kept[method] for kept in stage.get("energy_kept", {}).values() if method in kept]
+    if not layers:
+        return ""
+    keys, values = (sum(layer[side] for layer in layers) / len(layers) for side in ("keys", "values"))
+    return f" It keeps {keys:.1%} of the energy of keys and {values:.1%} of values."
+
+
+def _training(stage: Stage) -> str:
+    words = f"**Trained** for {stage['steps']:,} steps on {stage['tokens']:,} tokens"
+    rate = stage.get("recipe", {}).get("learning_rate")
+    words += f", learning rate {rate:g}" if isinstance(rate, int | float) else ""
+    held_out = stage.get("held_out_loss")
+    return words + (f"; loss {held_out:.4f} nats per token on held-out text." if held_out is not None else ".")
+
+
+def _evaluated(figures: Figures | None) -> list[str]:
+    if figures is None:
+        return []
+    compared = any(row.baseline is not None for row in figures.rows)
+    if compared:
+        table = _table(("", "original", "this model"), [row.cells() for row in figures.rows])
+    else:
+        table = _table(("", "this model"), [(name, value) for name, _, value in (row.cells() for row in figures.rows)])
+    said = ["## Evaluation", table, f"Measured by `uptrain eval` on {figures.text}: {figures.conditions}."]
+    for title, each in figures.tables:
+        said += [f"### {title}", _table(each.columns, each.rows)]
+    return said
+
+
+def _again(subject: Subject) -> str:
+    found = steps(subject.repeatable, subject.name, subject.base)
+    versions = subject.stages[-1].get("versions", {}) if subject.stages else {}
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
+    parts = ["```bash\n" + "\n".join(step.command for step in found) + "\n```"]
+    parts += [f"`{step.recipe_file}`:\n\n```yaml\n{step.recipe}```" for step in found if step.recipe]
+    parts.append(
+        f"Made with {made_with}. `uptrain.json` holds the whole history and the checksum of every file; "
+        "`uptrain verify` checks a downloaded copy."
+    )
+    return "\n\n".join(parts)
+
+
+def _licence(subject: Subject, licence: Licence) -> str:
+    words = licence.name or licence.id
+    named = f"[{words}]({licence.link})" if licence.link else words
+    return f"{named}, that of {subject.source}." if subject.source else f"{named}."

@@ -1,0 +1,78 @@
+"""What a card is about: a checkpoint's name, its history as others can repeat it, and what its cache became."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from uptrain.architectures.attention import cache_bytes_per_token
+from uptrain.architectures.description import DTYPE_KEYS, architecture_of, attention_layers
+from uptrain.architectures.wrappers import language_config
+from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS
+from uptrain.publishing.hub.history import Stage, parent_of, since_public
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about: the repository, the history and config of its checkpoint, and its base on the Hub."""
+
+    repo: str
+    stages: Sequence[Stage]
+    config: Mapping[str, Any]
+    base: str | None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the repository's name without its owner."""
+        return self.repo.rpartition("/")[2]
+
+    @property
+    def repeatable(self) -> Sequence[Stage]:
+        """Return the part of the history that starts from a public model."""
+        return since_public(self.stages)
+
+    @property
+    def source(self) -> str:
+        """Return what a reader would call the model this was made from; empty for one trained from scratch."""
+        parent = parent_of(self.repeatable[0]) if self.repeatable else None
+        if parent is None or parent.origin == "nothing":
+            return self.base or ""
+        if parent.origin == "demo":
+            return "uptrain's demo checkpoint"
+        return self.base or PurePath(parent.name).name
+
+    @property
+    def converted(self) -> list[Stage]:
+        """Return the conversions among what is repeatable."""
+        return [stage for stage in self.repeatable if stage.get("stage") == "convert"]
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Return the cache bytes per token before all conversions and after them, both in this checkpoint's dtype.
+
+        Each stage gives its two figures in the dtype it wrote, and training may have changed that since; what
+        conversions keep of the cache is the same in every dtype.
+        """
+        kept = math.prod(_after(stage) / stage["cache_bytes_per_token"]["before"] for stage in self.converted)
+        itemsize = ITEM_BITS[FLOAT_DTYPES[self.dtype]] // 8 if self.dtype in FLOAT_DTYPES else 0
+        after = _after(self.converted[-1])
+        if itemsize:
+            where = f"{self.repo}'s config.json"
+            config = language_config(dict(self.config))
+            layers = attention_layers(architecture_of(config, where), config, where)
+            after = cache_bytes_per_token(layers, itemsize)
+        return round(after / kept), after
+
+    @property
+    def dtype(self) -> str:
+        """Return what config.json calls the weights' dtype; empty where it is silent."""
+        return next((str(self.config[key]) for key in DTYPE_KEYS if self.config.get(key)), "")
+
+
+def _after(stage: Stage) -> int:
+    after: int = stage["cache_bytes_per_token"]["after"]
+    return after

@@ -1,0 +1,42 @@
+"""Try, in a process of its own, whether a folder's tokenizer loads and knows any text; run by `push`."""
+
+from __future__ import annotations
+
+import sys
+
+from uptrain.errors import UptrainError, told_as
+from uptrain.publishing.hub.tokenizer import QUICK, REFUSED
+
+_SCRIPTS = "The 1 de и ا ह 的 の"
+
+
+def main(folder: str, way: str) -> int:
+    """Try the tokenizer of `folder`; write why it can't be used to stdout and return REFUSED, or return 0."""
+    if way == QUICK:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    else:
+        from uptrain.models.register import register
+
+        register()
+    from transformers import AutoTokenizer
+
+    try:
+        with told_as(_refusal):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            found = tokenizer(_SCRIPTS, add_special_tokens=False)["input_ids"]
+    except UptrainError as error:
+        sys.stdout.write(error.message)
+        return REFUSED
+    # Without its vocabulary a tokenizer may load all the same, and then knows no word.
+    if not set(found) - {tokenizer.unk_token_id}:
+        sys.stdout.write("it has no vocabulary")
+        return REFUSED
+    return 0
+
+
+def _refusal(reason: str) -> UptrainError:
+    return UptrainError(reason if " " in reason else f"it lacks {reason}")  # all that a KeyError says is the key
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

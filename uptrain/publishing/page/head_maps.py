@@ -1,0 +1,126 @@
+"""How far a model can be compressed, as a picture: which heads resemble each other, and how fast spectra fall."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.description import attention_layers, family_of
+from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.projections import read_layer
+from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.source import resolve
+from uptrain.conversion.plan.quantized import check_attention
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.methods import energy_numpy, head_similarity
+from uptrain.methods.energy_numpy import Floats
+from uptrain.publishing.page.style import SERIES, WIDTH, drawing, png
+from uptrain.training import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LAYERS = 5
+"""Layers that are drawn, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class LayerPicture:
+    """One layer's maps and spectra: `similarity` (heads, heads) and `spectrum` (n,), each of keys and of values."""
+
+    layer: str
+    similarity: dict[str, Floats]
+    spectrum: dict[str, Any]
+
+
+def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pickle: bool = False) -> list[str]:
+    """Draw `model`'s key and value heads' similarity and their stacked spectra to `out`, PNG; return the layers.
+
+    Energy is unweighted: what text makes of it, calibration knows. A Hub model's weights are downloaded.
+
+    Raises:
+        UsageError: the model keeps a latent, `out` is no place for a PNG, or matplotlib is not installed.
+        CheckpointError: the model can't be found or read, its attention is quantised, or it holds NaN.
+    """
+    if out.suffix.lower() != ".png" or not out.resolve().parent.is_dir():
+        raise UsageError(f"{out} can't be written.", "Name a .png in a folder that exists.")
+    plots.check()
+    source = resolve(model, revision, allow_pickle)
+    checkpoint = open_checkpoint(source.path, allow_pickle)
+    architecture = family_of(checkpoint, model)
+    specs = attention_layers(architecture, checkpoint.config, model)
+    if specs[0].kind == "mla":
+        raise UsageError(f"{model} keeps a latent: it has no heads to compare.", "Draw the model it was made from.")
+    prefix = find_prefix(architecture, checkpoint, model)
+    check_attention(checkpoint, architecture, prefix, specs, model)
+    chosen = sorted({round(number) for number in np.linspace(0, len(specs) - 1, min(LAYERS, len(specs)))})
+    found = [look(checkpoint, architecture, prefix, layer, specs[layer]) for layer in chosen]
+    with drawing():
+        out.write_bytes(png(_draw(found, model)))
+    return [picture.layer for picture in found]
+
+
+def look(
+    checkpoint: Checkpoint, architecture: Architecture, prefix: str, layer: int, spec: AttentionSpec
+) -> LayerPicture:
+    """Return what one layer's picture shows.
+
+    Raises:
+        CheckpointError: its values are not finite.
+    """
+    base = architecture.attention(prefix, layer)
+    heads = read_layer(checkpoint, architecture.projections, spec, base, frozenset("kv"))
+    keys, values = (energy_numpy.rows_of(heads.part(part)) for part in "kv")
+    if not (np.isfinite(keys).all() and np.isfinite(values).all()):
+        raise CheckpointError(f"Layer {layer} holds values that are not finite.", "Download the checkpoint again.")
+    return LayerPicture(
+        architecture.place(layer),
+        {
+            "keys": energy_numpy.pair_similarity(keys, head_similarity.one_key(architecture.position, spec)),
+            "values": energy_numpy.pair_similarity(values, head_similarity.one_value),
+        },
+        {"keys": energy_numpy.spectrum(keys), "values": energy_numpy.spectrum(values)},
+    )
+
+
+def _draw(found: list[LayerPicture], name: str) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 * WIDTH, 1.35 * WIDTH), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{name}: how far its key/value heads can be compressed", fontsize=11)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    maps, spectra = parts
+    maps.suptitle("Share of two heads' energy that one shared head keeps (a half: nothing in common)", fontsize=9.5)
+    grid = maps.subplots(2, len(found), squeeze=False)
+    for column, picture in enumerate(found):
+        for row, side in enumerate(("keys", "values")):
+            axes = grid[row, column]
+            image = axes.imshow(picture.similarity[side], vmin=0.5, vmax=1, cmap="cividis")
+            axes.grid(visible=False)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_xlabel(f"{side}, layer {picture.layer}")
+    maps.colorbar(image, ax=grid, shrink=0.8)
+    panels = spectra.subplots(1, 2, sharey=True)
+    for axes, side in zip(panels, ("keys", "values"), strict=True):
+        for number, picture in enumerate(found):
+            energy = np.square(picture.spectrum[side])
+            lost = 1 - np.cumsum(energy) / (energy.sum() or 1)
+            ranks = np.arange(1, len(lost) + 1)
+            colour = SERIES[number % len(SERIES)]
+            axes.plot(ranks, 100 * lost.clip(min=1e-9), color=colour, label=f"layer {picture.layer}")
+        axes.set_yscale("log")
+        axes.set_yticks((100, 10, 1, 0.1, 0.01), ("100", "10", "1", "0.1", "0.01"))
+        axes.set_ylim(0.01, 130)
+        axes.minorticks_off()
+        axes.set_xlabel(f"shared values a token for all {side}, of {len(lost)}")
+    panels[0].set_ylabel("energy lost, %")
+    panels[1].legend(fontsize=8.5)
+    return figure

@@ -1,0 +1,83 @@
+"""One HTML page that shows what checkpoints cost and saved; what was not measured is said to be missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from uptrain.checkpoint.writer import write_atomic
+from uptrain.errors import UsageError, needing
+from uptrain.evaluation.sweep_results import read_sweep
+from uptrain.publishing.page.section import Section
+from uptrain.publishing.page.sections import sections, summary
+from uptrain.publishing.page.style import drawing, png, svg
+from uptrain.publishing.page.subjects import find_subjects, subjects_in
+from uptrain.publishing.page.sweep import sweep_sections, sweep_summary
+from uptrain.training import plots
+
+__all__ = ["Page", "write_page"]
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where a page and its pictures were written, and a sentence for each thing it could not show."""
+
+    path: Path
+    pictures: tuple[Path, ...]
+    missing: tuple[str, ...]
+
+
+def write_page(directory: Path, out: Path | None = None) -> Page:
+    """Write the page of the checkpoint, the checkpoints or the sweep in `directory`, and its pictures beside it.
+
+    Raises:
+        UsageError: no checkpoint that uptrain wrote, no place for the page, or matplotlib or jinja2 is missing.
+        CheckpointError: a manifest, config, eval.json or sweep.json that is broken.
+    """
+    swept = read_sweep(directory)
+    if swept is None:
+        subjects = find_subjects(directory)
+    else:
+        subjects = subjects_in([directory / arm.name for arm in swept.arms])
+    path = out or directory / PAGE
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"{path} can't be written.", "Name a file in a folder that exists.")
+    plots.check()
+    pictures = []
+    with drawing():
+        found = sections(subjects) if swept is None else sweep_sections(swept, subjects)
+        shown = []
+        for section in found:
+            charts = []
+            for chart in section.charts:
+                picture = path.with_name(f"{path.stem}-{chart.name}.png")
+                picture.write_bytes(png(chart.figure))
+                pictures.append(picture)
+                charts.append({"svg": svg(chart.figure, chart.name), "says": chart.says, "caption": chart.caption})
+            shown.append({"section": section, "charts": charts})
+    if swept is None:
+        title, head = _title(directory, len(subjects), "checkpoints"), summary(subjects)
+    else:
+        title, head = _title(directory, len(swept.arms), "conversions"), sweep_summary(swept)
+    write_atomic(path, _render(title=title, summary=head, shown=shown))
+    return Page(path, tuple(pictures), tuple(_missing(found)))
+
+
+def _title(directory: Path, count: int, of: str) -> str:
+    name = directory.resolve().name
+    return name if count == 1 else f"{name}: {count} {of}"
+
+
+def _missing(found: list[Section]) -> list[str]:
+    return [f"{section.title}: {sentence}" for section in found for sentence in section.missing]
+
+
+def _render(**values: object) -> str:
+    with needing("The page"):
+        from jinja2 import Environment, PackageLoader
+    environment = Environment(
+        loader=PackageLoader("uptrain.publishing.page", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.jinja").render(**values)

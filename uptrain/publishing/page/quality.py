@@ -1,0 +1,100 @@
+"""Quality on the page: perplexity against cache bytes, and how what was lost changes with context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from uptrain.evaluation.tables import by_text, figure, pair
+from uptrain.formatting import typed
+from uptrain.publishing.page import charts
+from uptrain.publishing.page.section import Chart, Section
+from uptrain.publishing.page.style import INK, SERIES, new_figure
+from uptrain.publishing.page.subjects import Subject, table_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ALL = "all"
+"""What an evaluation calls the rows of several texts together."""
+
+
+def quality(subjects: list[Subject]) -> Section:
+    """Return the section on quality, to be called inside `style.drawing`."""
+    compared = [subject for subject in subjects if subject.figure("perplexity", "baseline") is not None]
+    missing = [
+        f"{subject.name} has not been measured against its original: uptrain eval {typed(subject.folder)}"
+        for subject in subjects if subject not in compared
+    ]  # fmt: skip
+    missing += [sentence for subject in subjects for sentence in subject.left_out]
+    alike = [subject for subject in compared if subject.conditions == compared[0].conditions]
+    missing += [
+        f"{subject.name} was measured on other text or otherwise than {alike[0].name}, so it is not drawn beside it."
+        for subject in compared if subject not in alike
+    ]  # fmt: skip
+    if not alike:
+        return Section("Quality against cache", "", missing=missing)
+    how = ", ".join(_conditions(alike[0].evaluation or {}))
+    text = f"Lower and further left is better. {how}. Bars: 95 % intervals of the perplexity ratio over windows."
+    says = "Perplexity against cache bytes per token, of the original and of each result; the table has the figures."
+    drawn = [Chart("quality", charts.quality(alike), says)]
+    lines = list(_lines(alike))
+    if any(len(rows) > 1 for _, rows in lines):
+        text += " The second picture has the ratio at every context: what a smaller cache loses may grow with length."
+        says = "Perplexity over the original's against the context, a line for each text or checkpoint."
+        drawn.append(Chart("contexts", contexts_chart(lines), says))
+    table = table_of(alike, by_text)
+    return Section("Quality against cache", text, drawn, table.columns, table.rows, missing)
+
+
+def _conditions(found: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(found.get("tokens"), int):
+        yield f"{found['tokens']:,} tokens" + (f" in {found['windows']:,} windows" if found.get("windows") else "")
+    for key in ("context", "stride"):
+        if isinstance(found.get(key), int):
+            yield f"{key} {found[key]:,}"
+    if found.get("dtype"):
+        yield f"{found['dtype']} on {found.get('device')}"
+
+
+Line = tuple[str, list[Mapping[str, Any]]]
+"""A name, and the rows of eval.json it stands for, one a context."""
+
+
+def _lines(subjects: Sequence[Subject]) -> Iterator[Line]:
+    """Yield a line for each text of one subject, or for each of several subjects on all their text."""
+    for subject in subjects:
+        texts: dict[str, list[Mapping[str, Any]]] = {}
+        for row in subject.rows("rows"):
+            if figure(row, "perplexity_ratio") is not None and figure(row, "context") is not None:
+                texts.setdefault(str(row.get("text", "")), []).append(row)
+        if len(subjects) > 1:
+            whole = texts.get(ALL) or next(iter(texts.values()), [])
+            yield subject.name, whole
+        else:
+            yield from ((name.rpartition("/")[2], rows) for name, rows in texts.items())
+
+
+def contexts_chart(lines: Sequence[Line]) -> Figure:
+    """Draw the perplexity ratio against the context, with its 95 % interval, a line a name."""
+    found, axes = new_figure(3.2)
+    contexts = sorted({int(row["context"]) for _, rows in lines for row in rows})
+    for number, (name, rows) in enumerate(lines):
+        colour = SERIES[number % len(SERIES)]
+        rows = sorted(rows, key=lambda row: int(row["context"]))
+        heights = [float(row["perplexity_ratio"]) for row in rows]
+        ends = [pair(row, "perplexity_ratio_interval") or (height, height)
+                for row, height in zip(rows, heights, strict=True)]  # fmt: skip
+        away = ([height - low for (low, _), height in zip(ends, heights, strict=True)],
+                [high - height for (_, high), height in zip(ends, heights, strict=True)])  # fmt: skip
+        # A little apart, or the bars of one context would lie on each other.
+        axes.errorbar([row["context"] * 1.03**number for row in rows], heights, yerr=away, color=colour, marker="o",
+                      markersize=4, capsize=3, linewidth=1.6, elinewidth=1.1, label=name)  # fmt: skip
+    axes.axhline(1, color=INK, linewidth=1, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.minorticks_off()
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("perplexity, times the original's")
+    found.legend(loc="outside upper center", ncols=3, fontsize=8.5)
+    return found

@@ -1,0 +1,109 @@
+"""Retrieval on the page: how often a hidden pass key is found, by the prompt's length and the key's depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from uptrain.evaluation.tables import figure, needle
+from uptrain.publishing.page.section import ORIGINAL, Chart, Section
+from uptrain.publishing.page.style import INK, MUTED, SERIES, WIDTH
+from uptrain.publishing.page.subjects import Subject, table_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One model's grid: by length and depth, the share of keys found and the key's nats per token."""
+
+    name: str
+    cells: Mapping[tuple[int, float], tuple[float, float]]
+
+
+def retrieval(subjects: list[Subject]) -> Iterator[Section]:
+    """Yield the section where keys were asked for, to be called inside `style.drawing`."""
+    asked = [subject for subject in subjects if subject.rows("needle")]
+    panels = list(_panels(asked))
+    if not panels:
+        return
+    samples = sorted({f"{each:,.0f}" for subject in asked for row in subject.rows("needle")
+                      if (each := figure(row, "samples")) is not None})  # fmt: skip
+    found = any(exact for panel in panels for exact, _ in panel.cells.values())
+    text = (
+        "A pass key is hidden in text, after so much of it, and asked for at the end of a prompt of so many tokens. In "
+        f"each cell: the share of keys that greedy decoding writes, of {' or '.join(samples)} prompts, and below it "
+        "the mean log-probability of the key's tokens, in nats. "
+    )
+    text += (
+        "The stronger the colour, the more are found."
+        if found
+        else "None was found; the stronger the colour, the likelier its tokens."
+    )
+    table = table_of(asked, lambda found: needle(found, "this", ORIGINAL))
+    says = "Grids of keys found by depth and length, one for each model; the table has the figures."
+    yield Section("Retrieval", text, [Chart("retrieval", retrieval_chart(panels), says)], table.columns, table.rows)
+
+
+def _panels(subjects: Sequence[Subject]) -> Iterator[Panel]:
+    """Yield each subject's grid, before it its original's unless that stands there already."""
+    seen: list[Panel] = []
+    for subject in subjects:
+        for name, of in ((ORIGINAL, "baseline_"), (subject.name, "")):
+            panel = Panel(name, dict(_cells(subject.rows("needle"), of)))
+            if panel.cells and panel not in seen:
+                seen.append(panel)
+                yield panel
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], of: str) -> Iterator[tuple[tuple[int, float], tuple[float, float]]]:
+    for row in rows:
+        length, depth = figure(row, "length"), figure(row, "depth")
+        exact, nats = figure(row, f"{of}exact_match"), figure(row, f"{of}log_probability")
+        if length is not None and depth is not None and exact is not None and nats is not None:
+            yield (int(length), depth), (exact, nats)
+
+
+def retrieval_chart(panels: Sequence[Panel]) -> Figure:
+    """Draw a grid for each panel: lengths to the right, depths down."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    lengths = sorted({length for panel in panels for length, _ in panel.cells})
+    depths = sorted({depth for panel in panels for _, depth in panel.cells})
+    beside = 2 if len(panels) > 1 and len(lengths) <= 5 else 1
+    below = math.ceil(len(panels) / beside)
+    figure = Figure(figsize=(WIDTH, below * (0.85 + 0.4 * len(depths))), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(below, beside, squeeze=False).flatten()
+    found = any(exact for panel in panels for exact, _ in panel.cells.values())
+    likely = [nats for panel in panels for _, nats in panel.cells.values()]
+    least, most = min(likely), max(likely)
+    for axes, panel in zip(grid, panels, strict=False):
+        for (length, depth), (exact, nats) in panel.cells.items():
+            at = (lengths.index(length), depths.index(depth))
+            shade = exact if found else (nats - least) / ((most - least) or 1)
+            axes.add_patch(Rectangle((at[0] - 0.47, at[1] - 0.46), 0.94, 0.92, color=SERIES[0],
+                                     alpha=0.06 + 0.54 * shade, linewidth=0))  # fmt: skip
+            axes.annotate(f"{exact:.0%}", at, (0, 1), textcoords="offset points", ha="center", va="bottom", color=INK)
+            # Zero has no sign, which rounding would leave it.
+            sure = f"{round(nats, 1) + 0.0:.1f}"
+            axes.annotate(sure, at, (0, -2), textcoords="offset points", ha="center", va="top", color=MUTED,
+                          fontsize=7.5)  # fmt: skip
+        axes.set_title(panel.name, fontsize=9.5, color=INK)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_xlim(-0.5, len(lengths) - 0.5)
+        axes.set_ylim(len(depths) - 0.5, -0.5)
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("prompt, tokens")
+        axes.set_ylabel("depth of the key")
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    return figure

@@ -1,0 +1,106 @@
+"""What stands in a report, in order, each part with pictures, a table and a sentence for what has no data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from uptrain.formatting import number, size, tokens
+from uptrain.publishing.page import charts
+from uptrain.publishing.page.layers import energy, similarity
+from uptrain.publishing.page.memory import CONTEXTS, forms
+from uptrain.publishing.page.quality import quality
+from uptrain.publishing.page.retrieval import retrieval
+from uptrain.publishing.page.samples import samples
+from uptrain.publishing.page.section import ORIGINAL, Chart, Section, slug
+from uptrain.publishing.page.speed import speed
+from uptrain.publishing.page.style import WIDTH
+from uptrain.publishing.page.subjects import Subject
+from uptrain.publishing.page.tasks import task_section
+from uptrain.training import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def summary(subjects: list[Subject]) -> Section:
+    """Return the table at the top: a row for the original and each subject, with what was measured."""
+    columns = ("", "cache per token", "kept", "perplexity", "times the original's", "KL, nats", "top-1", "flips")
+    rows: list[tuple[str, ...]] = []
+    seen = set()
+    for subject in subjects:
+        whole = subject.figure("cache_bytes_per_token", "baseline")
+        if whole is not None and subject.conditions not in seen:
+            seen.add(subject.conditions)
+            perplexity = number(subject.figure("perplexity", "baseline"), "{:.2f}")
+            rows.append((ORIGINAL, size(whole), "100 %", perplexity, "–", "–", "–", "–"))
+        before, after = _cache(subject)
+        rows.append(
+            (
+                subject.name, size(after), f"{100 * after / before:.3g} %" if before else "–",
+                number(subject.figure("perplexity", "model"), "{:.2f}"),
+                number(subject.figure("perplexity_ratio"), "{:.3f}", subject.pair("perplexity_ratio_interval")),
+                number(subject.figure("kl"), "{:#.3g}", subject.pair("kl_interval")),
+                number(subject.figure("top1_agreement"), "{:.1%}"), number(subject.figure("flip_rate"), "{:.2%}"),
+            )
+        )  # fmt: skip
+    return Section("Summary", "", columns=columns, rows=rows)
+
+
+def sections(subjects: list[Subject]) -> list[Section]:
+    """Return the page's sections, to be called inside `style.drawing`."""
+    return [
+        quality(subjects), *task_section(subjects), *retrieval(subjects), *samples(subjects), energy(subjects),
+        *similarity(subjects), _curves(subjects), speed(subjects), memory(subjects),
+    ]  # fmt: skip
+
+
+def _curves(subjects: list[Subject]) -> Section:
+    drawn = [
+        Chart(
+            f"training-{slug(subject.name)}", _resized(plots.curves(subject.log)),
+            f"Losses of {subject.name} by tokens.",
+            subject.name * (len(subjects) > 1),
+        )
+        for subject in subjects if subject.log
+    ]  # fmt: skip
+    missing = [] if drawn else ["Nothing here was trained: no train_log.jsonl. uptrain train writes one."]
+    return Section(
+        "Uptraining", "Every figure of the run's log against the tokens seen." if drawn else "", drawn, missing=missing
+    )
+
+
+def _resized(figure: Figure) -> Figure:
+    # Its letters become as large as the other pictures'.
+    figure.set_size_inches(WIDTH, figure.get_figheight())
+    return figure
+
+
+def memory(subjects: list[Subject]) -> Section:
+    """Return the section on one request's cache, to be called inside `style.drawing`."""
+    found = forms(subjects)
+    text = (
+        f"The cache of one sequence at {subjects[0].itemsize} bytes a value, were the model's attention of each form: "
+        "arithmetic, nothing measured, also beyond the context that the model was trained for. Where no checkpoint "
+        "here is MLA, its latent has DeepSeek-V2's proportions."
+    )
+    columns = ("form", *(tokens(context) for context in CONTEXTS), "of the largest")
+    last = CONTEXTS[-1]
+    rows = [
+        (
+            form.name + (f" ({form.owner})" if form.owner else ""),
+            *(size(form.sizes[context]) for context in CONTEXTS),
+            f"{form.sizes[last] / found[0].sizes[last]:.1%}",
+        )
+        for form in found
+    ]  # fmt: skip
+    chart = Chart("memory", charts.memory(found), "Cache of one request against its context, by form of attention.")
+    return Section("Memory a request needs", text, [chart], columns, rows)
+
+
+def _cache(subject: Subject) -> tuple[float, float]:
+    """Return cache bytes per token of the original (0 where unknown) and of the subject, as its history has them."""
+    now = sum(layer.cache_values_per_token for layer in subject.layers) * subject.itemsize
+    kept = 1.0
+    for stage in subject.conversions:
+        kept *= stage["cache_bytes_per_token"]["after"] / stage["cache_bytes_per_token"]["before"]
+    return (now / kept if subject.conversions else 0.0), now

@@ -1,0 +1,157 @@
+"""What a report is about: the checkpoints in a folder, and what uptrain wrote down about each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.description import architecture_of, attention_layers
+from uptrain.architectures.running_dtype import cached_itemsize
+from uptrain.architectures.wrappers import language_config
+from uptrain.checkpoint.jsonfile import read_json
+from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
+from uptrain.checkpoint.reader import open_checkpoint, read_config
+from uptrain.checkpoint.weights import weights_digest
+from uptrain.errors import CheckpointError, UsageError
+from uptrain.evaluation.tables import Table, figure, pair, rows_of, stale_parts, weights_of
+
+LOG = "train_log.jsonl"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint: its name, history, attention, measurements (None without eval.json) and training log.
+
+    `left_out` are sentences on what eval.json has that isn't of these weights.
+    """
+
+    name: str
+    folder: Path
+    stages: list[dict[str, Any]]
+    config: Mapping[str, Any]
+    layers: tuple[AttentionSpec, ...]
+    evaluation: Mapping[str, Any] | None
+    log: list[dict[str, Any]]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def conversions(self) -> list[dict[str, Any]]:
+        """Return the stages that changed the heads, the first one first."""
+        return [stage for stage in self.stages if stage.get("stage") == "convert"]
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes of a cached value when the model runs in its own dtype."""
+        try:
+            stored = [info.dtype for info in open_checkpoint(self.folder).tensors.values()]
+        except CheckpointError:  # what is measured can be shown without its weights
+            stored = []
+        return cached_itemsize(self.config, stored)
+
+    @property
+    def original_heads(self) -> int:
+        """Return the key/value heads before all conversions."""
+        for stage in self.conversions:
+            return int(stage["num_key_value_heads"]["before"])
+        return self.layers[0].num_key_value_heads
+
+    @property
+    def conditions(self) -> tuple[Any, ...]:
+        """Return what two evaluations must share for their figures to be comparable."""
+        found = self.evaluation or {}
+        names = (_mapping(found.get("baseline")).get("name"), str(found.get("texts")))
+        return (*names, *(found.get(key) for key in ("context", "stride", "tokens", "dtype")))
+
+    def figure(self, name: str, of: str = "") -> float | None:
+        """Return a number of eval.json, or of its `model` or `baseline`; None where it has none."""
+        value = figure(self._part(of), name)
+        return None if value is None else float(value)
+
+    def pair(self, name: str, of: str = "") -> tuple[float, float] | None:
+        """Return an interval or a range of eval.json, likewise."""
+        return pair(self._part(of), name)
+
+    def rows(self, name: str) -> list[Mapping[str, Any]]:
+        """Return what eval.json lists as `name`; empty where it has no such list."""
+        return rows_of(self.evaluation, name)
+
+    def _part(self, of: str) -> Mapping[str, Any]:
+        found = self.evaluation or {}
+        return _mapping(found.get(of)) if of else found
+
+
+def table_of(subjects: Sequence[Subject], make: Callable[[Mapping[str, Any]], Table]) -> Table:
+    """Return what `make` tells of each subject's eval.json as one table, after a column of their names."""
+    made = [(subject.name, make(subject.evaluation or {})) for subject in subjects]
+    rows: list[tuple[str, ...]] = [(name, *row) for name, table in made for row in table.rows]
+    return Table(("checkpoint", *made[0][1].columns), rows)
+
+
+def find_subjects(directory: Path) -> list[Subject]:
+    """Return the checkpoint in `directory`, or those in its subfolders, by name.
+
+    Raises:
+        UsageError: uptrain wrote none of them.
+        CheckpointError: a manifest, config, eval.json or log that is broken.
+    """
+    found = subjects_in([directory, *sorted(directory.iterdir())] if directory.is_dir() else [])
+    if not found:
+        raise UsageError(
+            f"{directory} holds no checkpoint that uptrain wrote.",
+            "Name a folder with an uptrain.json in it, or a folder of such folders.",
+        )
+    return found[:1] if found[0].folder == directory else found
+
+
+def subjects_in(folders: Sequence[Path]) -> list[Subject]:
+    """Return the checkpoints that those of `folders` are which uptrain wrote.
+
+    Raises:
+        CheckpointError: as `find_subjects`.
+    """
+    return [subject for folder in folders if folder.is_dir() and (subject := _subject(folder)) is not None]
+
+
+def _subject(folder: Path) -> Subject | None:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    config = language_config(read_config(folder))
+    layers = attention_layers(architecture_of(config, str(folder)), config, str(folder))
+    evaluation: Mapping[str, Any] | None = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    name = folder.resolve().name
+    evaluation, left_out = _of_these_weights(name, folder, manifest, evaluation)
+    return Subject(name, folder, manifest["stages"], config, layers, evaluation, _log(folder / LOG), left_out)
+
+
+def _of_these_weights(
+    name: str, folder: Path, manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """Return what of an evaluation is of the weights that the manifest lists, and sentences on the rest."""
+    measured = weights_of(evaluation or {})
+    if measured and measured != weights_digest(folder, manifest["files"]):
+        return None, (f"{name}: {EVALUATION} measured other weights than {MANIFEST} lists, so it is not shown.",)
+    if stale := stale_parts(evaluation):
+        return evaluation, (
+            f"{name}: what {EVALUATION} has of other weights, or against another baseline, is not shown: "
+            f"{', '.join(stale)}.",
+        )
+    return evaluation, ()
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        raise CheckpointError(f"{path} has a line that is not JSON.", "Remove it, or train again.") from None
+    return [line for line in lines if isinstance(line, dict) and "tokens" in line]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,102 @@
+"""A sweep on the page: a table of all arms, and divergence against cache bytes with the Pareto front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uptrain.conversion.request import CHANGED_PARTS
+from uptrain.evaluation.sweep_results import Sweep
+from uptrain.formatting import number, size
+from uptrain.publishing.page.section import Chart, Section
+from uptrain.publishing.page.sections import memory
+from uptrain.publishing.page.style import INK, MUTED, SERIES, new_figure
+from uptrain.publishing.page.subjects import Subject
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_RANK = tuple(CHANGED_PARTS)
+"""The order in which methods get their colours."""
+
+
+def sweep_summary(found: Sweep) -> Section:
+    """Return the table at the top: a row for each arm, the smallest cache first, then the source's."""
+    columns = (
+        "● Pareto front", "method", "cache per token", "kept", "perplexity", "times the original's", "KL, nats",
+        "top-1", "flips",
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = [
+        (
+            ("● " if arm.pareto else "") + arm.target, arm.method, size(arm.cache_bytes_per_token),
+            f"{100 * arm.share:.3g} %", f"{arm.perplexity:.2f}",
+            number(arm.perplexity_ratio, "{:.3f}", arm.perplexity_ratio_interval),
+            number(arm.kl, "{:#.3g}", arm.kl_interval), f"{arm.top1_agreement:.1%}", f"{arm.flip_rate:.2%}",
+        )
+        for arm in found.arms
+    ]  # fmt: skip
+    if found.original:
+        cache, perplexity = size(found.original["cache_bytes_per_token"]), f"{found.original['perplexity']:.2f}"
+        name = str(found.source["name"])
+        # A page that is shown to others doesn't say where its maker's folders are.
+        name = Path(name).name if found.source["origin"] == "folder" else name
+        rows.append((name, "the original", cache, "100 %", perplexity, *"––––"))
+    return Section("Summary", "", columns=columns, rows=rows)
+
+
+def sweep_sections(found: Sweep, subjects: list[Subject]) -> list[Section]:
+    """Return the sections below the table, to be called inside `style.drawing`; `subjects` are the kept arms."""
+    missing = [f"{each.target} by {each.method}: {each.why}" for each in found.refused]
+    if not found.arms:
+        return [Section("Quality against cache", "", missing=[*missing, "Nothing was measured yet: sweep again."])]
+    measured = found.measured
+    text = (
+        "How far predictions are from the original's, in nats per token, against the cache; lower and further left is "
+        f"better. {measured['tokens']:,} tokens in {measured['windows']:,} windows, context {measured['context']:,}, "
+        f"stride {measured['stride']:,}, {measured['dtype']} on {measured['device']}; nothing was trained. Bars: 95 % "
+        "intervals over windows. The line joins the Pareto front: what nothing here beats in both cache and KL."
+    )
+    says = "KL from the original against cache bytes per token, a mark for each target and method."
+    quality = Section("Quality against cache", text, [Chart("pareto", pareto_chart(found), says)], missing=missing)
+    return [quality, *([memory(subjects)] if subjects else [])]
+
+
+def pareto_chart(found: Sweep) -> Figure:
+    """Draw each arm's KL against its cache bytes a token, both logarithmic, and the Pareto front.
+
+    A colour is a method; shared heads are circles, named right of them, latents diamonds, named left.
+    """
+    figure, axes = new_figure(4.2)
+    # An arm that is its source has no divergence, and a logarithm has no zero.
+    floor = min((arm.kl for arm in found.arms if arm.kl > 0), default=1.0) / 3
+    methods = list(dict.fromkeys(sorted((arm.method for arm in found.arms), key=_RANK.index)))
+    for arm in found.arms:
+        cache, height = arm.cache_bytes_per_token, max(arm.kl, floor)
+        colour = SERIES[methods.index(arm.method) % len(SERIES)]
+        low, high = arm.kl_interval or (height, height)
+        ends = ([height - max(min(low, height), floor)], [max(high, height) - height])
+        axes.errorbar(cache, height, yerr=ends, color=colour, capsize=3, linewidth=1.2)
+        latent = arm.target.startswith("mla")
+        axes.plot(cache, height, "D" if latent else "o", color=colour, markersize=6 if latent else 7)
+        axes.annotate(arm.target, (cache, height), (-8 if latent else 8, 0), textcoords="offset points", va="center",
+                      ha="right" if latent else "left", color=INK if arm.pareto else MUTED, fontsize=8)  # fmt: skip
+    best = [(arm.cache_bytes_per_token, max(arm.kl, floor)) for arm in found.arms if arm.pareto]
+    axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=1, linestyle="--", zorder=1, label="Pareto front")
+    for place, method in enumerate(methods):
+        axes.plot([], [], "s", color=SERIES[place % len(SERIES)], label=method)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    whole = found.original["cache_bytes_per_token"]
+    caches = sorted({arm.cache_bytes_per_token for arm in found.arms} | {whole})
+    axes.set_xticks(caches, [size(cache) for cache in caches])
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    # Room for the names of the outermost points.
+    axes.set_xlim(caches[0] / 1.4, caches[-1] * 1.15)
+    axes.axvline(whole, color=INK, linewidth=1, linestyle=":")
+    axes.annotate("the original's cache", (whole, 1), (-4, -6), xycoords=("data", "axes fraction"),
+                  textcoords="offset points", rotation=90, ha="right", va="top", color=MUTED, fontsize=8)  # fmt: skip
+    axes.set_xlabel("cache per token")
+    axes.set_ylabel("KL from the original, nats per token")
+    figure.legend(loc="outside upper center", ncols=6, fontsize=8.5)
+    return figure

@@ -1,0 +1,184 @@
+"""Find, read and check recipes: YAML descriptions of a training run, with `key=value` overrides. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from uptrain.data.sources import KINDS, Strict
+from uptrain.errors import UsageError, did_you_mean
+from uptrain.training.recipe import Distill, Lora, Recipe, TokenizerSpec
+
+LIMIT = 2**18
+"""Bytes of a recipe."""
+
+
+def shipped_folder() -> Path:
+    """Return the folder of the recipes that come with uptrain, in a checkout or in an installed wheel."""
+    package = Path(__file__).parent.parent
+    installed = package / "recipes_shipped"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def shipped() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
+
+
+def find(recipe: str) -> Path:
+    """Find a recipe: a file, or the name of a shipped one, also when written `recipes/NAME.yaml`.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    try:
+        path = Path(recipe).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, or a NUL
+        raise UsageError(f"{recipe!r} can't be the name of a recipe.") from None
+    name = path.name.removesuffix(".yaml")
+    if name in shipped() and str(path.parent) in (".", "recipes"):
+        return shipped()[name]
+    known = ", ".join(shipped())
+    raise UsageError(f"There is no recipe {recipe}.", f"{did_you_mean(name, shipped())} Shipped: {known}.".strip())
+
+
+def summary(path: Path) -> str:
+    """Return a recipe's first comment line, which says what it is for."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").rstrip()
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides; dots reach into sections, values are YAML.
+
+    Raises:
+        UsageError: no such recipe, not YAML, or a key or value that the schema does not know.
+    """
+    path = find(recipe)
+    try:
+        if path.stat().st_size > LIMIT:
+            raise UsageError(f"{path} is larger than {LIMIT >> 10} KiB, which no recipe is.")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not YAML: {error}.") from None
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}.") from None
+    try:
+        values = read_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{path} is not YAML: {error}.") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold keys and values, such as `model: demo`.")
+    for override in overrides:
+        _override(values, override)
+    return parse(values, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no aliases: a few lines of them can stand for more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node as the base class does, unless it stands for another."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*), which recipes don't need")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str) -> Any:
+    """Read one YAML document of plain values; tags that name code and aliases are refused.
+
+    Raises:
+        ValueError: it is none; the message is one line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError, KeyError) as error:
+        # Besides its own errors the reader lets those of dates, numbers and odd scalars through.
+        raise ValueError(" ".join(str(error).split()).removesuffix(".") or "it is empty") from None
+
+
+def parse(values: Mapping[str, Any], where: str = "The recipe") -> Recipe:
+    """Check plain values against the schema; `where` names the recipe in errors.
+
+    Raises:
+        UsageError: an unknown key (with the nearest known one) or a value that does not fit.
+    """
+    try:
+        return Recipe.model_validate(_numbers(values))
+    except ValidationError as error:
+        raise UsageError(*_sentence(error, where)) from None
+    except (RecursionError, OverflowError) as error:
+        raise UsageError(f"{where} holds values that can't be read: {error}.") from None
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    # YAML 1.1 reads 1e-3, without a dot, as text; everyone who writes a recipe means the number.
+    def read(value: Any) -> Any:
+        if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
+            try:
+                return float(value)
+            except ValueError:
+                return value
+        return value
+
+    return {
+        key: {inner: read(item) for inner, item in value.items()} if isinstance(value, dict) else read(value)
+        for key, value in values.items()
+    }
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{override!r} is not an override.", "Write key=value, such as learning_rate=1e-4.")
+    *sections, last = key.split(".")
+    inner: Any = values
+    for section in sections:
+        inner = inner.setdefault(section, {}) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict):
+        raise UsageError(f"{key} names no section of the recipe.", did_you_mean(key, Recipe.model_fields))
+    try:
+        inner[last] = read_yaml(text)
+    except ValueError:
+        raise UsageError(f"The value of {override!r} is not YAML.", "Quote it.") from None
+    # Several ways to say one thing exclude each other; an override is the user's last word.
+    for group in (("tokens", "steps", "alpha"), ("model", "config"), ("eval_every", "eval_every_tokens")):
+        if key in group and inner[last] is not None:
+            for other in group:
+                if other != key:
+                    values.pop(other, None)
+            if "alpha" in group and key != "alpha":
+                values.pop("pretraining_tokens", None)
+
+
+def _sentence(error: ValidationError, where: str) -> tuple[str, str]:
+    first = error.errors()[0]
+    sections = {"TokenizerSpec", "Distill", "Lora", *(kind.__name__ for _, kind in KINDS)}
+    place = [part for part in map(str, first["loc"]) if part not in sections and not part.startswith("function-")]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        known = _known_beside(place)
+        return f"{where} has an unknown key {key}.", did_you_mean(place[-1], known) or f"Known: {', '.join(known)}."
+    if first["type"] == "missing":
+        return f"{where} lacks the key {key}.", ""
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not key:
+        return f"{where}: {message}.", ""
+    return f"{where}: {key} {first['input']!r} won't do: {message}.", ""
+
+
+def _known_beside(place: Sequence[str]) -> list[str]:
+    if len(place) == 1:
+        return list(Recipe.model_fields)
+    named: dict[str, list[type[Strict]]] = {"tokenizer": [TokenizerSpec], "distill": [Distill], "lora": [Lora]}
+    sections = named.get(place[0], [kind for _, kind in KINDS])
+    return list(dict.fromkeys(name for section in sections for name in section.model_fields))

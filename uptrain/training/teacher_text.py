@@ -1,0 +1,128 @@
+"""Text that the teacher writes: sampled in batches, each from its own seed, into a folder that TokenFile opens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.jsonfile import dump_json, read_json
+from uptrain.checkpoint.writer import write_atomic
+from uptrain.data.content_digest import content_digest, tokenizer_digest
+from uptrain.data.sources import Teacher
+from uptrain.data.token_file import TokenCount, TokenFile
+from uptrain.data.token_text import dtype_of
+from uptrain.errors import UptrainError
+from uptrain.training.teacher_sampler import Sampler, stops_of
+
+_VERSION = 1
+"""To be raised when the same teacher and options give other text."""
+
+
+def generate_tokens(
+    model: Any, tokenizer: Any, source: Teacher, block_size: int, seed: int, folder: Path,
+    on_tokens: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """Sample `source.tokens` tokens from `model` into `folder`, documents of at most `block_size` tokens.
+
+    What an earlier call of the same model and options left there is kept: whole batches are not sampled again, and
+    the tokens are the same as without the interruption. `on_tokens` is told how many more tokens there are.
+
+    Raises:
+        UsageError: no token to start from, no prompt that is long enough, or prompts as long as a block.
+        UptrainError: the teacher writes nothing, or the disk is full.
+    """
+    key = teacher_digest(model, tokenizer, source, block_size, seed)
+    if TokenFile.is_whole(folder) and read_json(folder / "tokens.json").get("key") == key:
+        return
+    with _friendly_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokens.json").unlink(missing_ok=True)
+        _write(Sampler(model, tokenizer, source, block_size, seed), folder, key, on_tokens or (lambda count: None))
+
+
+def teacher_digest(model: Any, tokenizer: Any, source: Teacher, block_size: int, seed: int) -> str:
+    """Return a hex digest of all that the teacher's text depends on: its weights, the prompts' content and options.
+
+    Raises:
+        UsageError: the prompts can't be found.
+    """
+    checksum = Checksum()
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_THE_MODEL}
+    prompts = None if source.prompts is None else content_digest([source.prompts], tokenizer)
+    options = source.model_dump(exclude={"weight", "prompts"})
+    stops = sorted(stops_of(model, tokenizer))
+    parts = [_VERSION, config, options, prompts, tokenizer_digest(tokenizer), stops, block_size, seed]
+    checksum.update(json.dumps(parts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        checksum.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return checksum.text().partition(":")[2]
+
+
+_NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+
+
+@dataclass(frozen=True)
+class _Progress:
+    key: str
+    batches: int = 0
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+
+
+def _write(sampler: Sampler, folder: Path, key: str, on_tokens: Callable[[int], None]) -> None:
+    wanted = sampler.source.tokens
+    dtype = np.dtype(dtype_of(sampler.tokenizer, sampler.model.config.vocab_size))
+    note, tokens = folder / "progress.json", folder / "tokens.bin"
+    done = _Progress(**read_json(note)) if note.is_file() else _Progress(key)
+    if done.key != key or not tokens.is_file() or tokens.stat().st_size < done.tokens * dtype.itemsize:
+        done = _Progress(key)
+    prompts = sampler.prompts(done.batches)
+    with tokens.open("ab") as file:
+        # Behind the last noted batch lies what a killed process wrote without noting it.
+        file.truncate(done.tokens * dtype.itemsize)
+        if done.tokens:
+            on_tokens(done.tokens)
+        while done.tokens < wanted:
+            earlier = done
+            for text in sampler.sample(done.batches, next(prompts)):
+                lead = sampler.separator if done.tokens else []
+                row = (lead + text)[: wanted - done.tokens]
+                kept = row[len(lead) :]
+                file.write(np.array(row, dtype=dtype).data)
+                size = len(sampler.tokenizer.decode(kept).encode())
+                done = replace(done, tokens=done.tokens + len(row), documents=done.documents + bool(kept),
+                               bytes=done.bytes + size)  # fmt: skip
+            if done.tokens == earlier.tokens:
+                raise UptrainError("The teacher ends every text before its first token.", "Give it prompts.")
+            done = replace(done, batches=done.batches + 1)
+            file.flush()
+            os.fsync(file.fileno())
+            write_atomic(note, dump_json(asdict(done)))
+            on_tokens(done.tokens - earlier.tokens)
+    count = TokenCount(done.tokens, done.documents, done.bytes, TokenFile.digest_of(tokens, dtype))
+    write_atomic(folder / "tokens.json", dump_json({"key": key, "dtype": dtype.name, "count": asdict(count)}))
+
+
+@contextmanager
+def _friendly_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+            raise
+        raise UptrainError(
+            f"The teacher's text can't be written to {folder}: {error.strerror}.",
+            "Make room there; the same command goes on after the last whole batch.",
+        ) from None

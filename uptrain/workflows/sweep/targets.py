@@ -1,0 +1,64 @@
+"""Targets as a sweep's command line names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from uptrain.conversion.request import CHANGED_PARTS, TARGETS
+from uptrain.errors import UsageError, did_you_mean
+
+_EXAMPLES = "Write gqa:4, mqa, mla:128, mla:128+32 or mla:25%."
+
+_FORMS = {
+    "gqa": re.compile(r"(?P<groups>\d+)"),
+    "mqa": re.compile(r"(?!)"),
+    "mla": re.compile(r"(?P<kv_lora_rank>\d+)(?:\+(?P<qk_rope_head_dim>\d+))?|(?P<cache>\d*\.?\d+)%"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A form to convert to: the word it was named by, and its part of a `Request`."""
+
+    word: str
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """Return the word as it can stand in a folder's name: gqa4, mla128, mla25pct."""
+        return self.word.replace(":", "").replace("%", "pct")
+
+
+def parse_target(word: str) -> Target:
+    """Return the target that gqa, gqa:4, mqa, mla, mla:128, mla:128+32 or mla:25% names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    kind, colon, size = word.partition(":")
+    if kind not in TARGETS:
+        raise UsageError(f"--to {word} is not known.", _EXAMPLES)
+    match = _FORMS[kind].fullmatch(size)
+    if colon and match is None:
+        raise UsageError(f"--to {word} is no size of {kind}.", _EXAMPLES)
+    options: dict[str, Any] = {"target": kind}
+    for name, value in (match.groupdict() if match else {}).items():
+        if value is not None:
+            options[name] = float(value) / 100 if name == "cache" else int(value)
+    return Target(word, options)
+
+
+def parse_methods(words: Sequence[str]) -> list[str]:
+    """Return the methods, each once.
+
+    Raises:
+        UsageError: one of them is none.
+    """
+    for word in words:
+        if word not in CHANGED_PARTS:
+            known = ", ".join(CHANGED_PARTS)
+            raise UsageError(f"--methods {word} is not known. Use {known}.", did_you_mean(word, CHANGED_PARTS))
+    return list(dict.fromkeys(words))
