@@ -1,4 +1,4 @@
-"""The words a host is written in: a class that holds results, and how a source's checkpoint becomes one. Types only."""
+"""The type of a target class: a class that holds results, and how a source's checkpoint becomes one. Types only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REMOTE_CODE = Path(__file__).parent / "remote_code"
 
 
 @dataclass(frozen=True)
-class Host:
+class TargetClass:
     """A class that can hold a result, and how a checkpoint of the source family becomes one of its own.
 
     Of the config: `requires` lists source values the class is exact under; `config_names` gives the source's words
@@ -27,10 +27,10 @@ class Host:
     the rotation written out; `older_ropes` are the rope types that its class in transformers 4 reads.
 
     Of tensors outside attention, by module inside a layer or the model: `transposes` names the linears that change
-    between (in, out) and (out, in); `renames` gives the host's names; `folds` maps a linear to the norm before it whose
+    between (in, out) and (out, in); `renames` gives the names in this class; `folds` maps a linear to the norm before it whose
     weight and bias move into it, and `attention_norm` is the one that moves into queries, keys and values, leaving
     behind a norm without effect that serves all; `zeros` are tensors of zeros, one for each row of the token embedding,
-    that the host has and the source lacks; `shifts` says what is added to a norm's weight, for classes that add one
+    that this class has and the source lacks; `shifts` says what is added to a norm's weight, for classes that add one
     themselves; with `biased` all of the attention's linears have biases.
 
     `purposes` are the endings of its classes beside the language model's, with the source family's names of tensors.
@@ -59,5 +59,5 @@ class Host:
 
     @property
     def name(self) -> str:
-        """Return the host's model_type."""
+        """Return the target class's model_type."""
         return self.architecture.model_type
