@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import VerificationError
-from uptrain.publishing.hub import push
+from uptrain.publishing import push
+from uptrain.publishing.hub.upload import Prepared
 
 KEYGEN = shutil.which("ssh-keygen")
 pytestmark = pytest.mark.skipif(KEYGEN is None, reason="OpenSSH's ssh-keygen is not installed")
@@ -170,14 +170,11 @@ def test_what_is_made_from_a_signed_checkpoint_is_not_signed(signed: Path, keys:
     assert not (signed / SIGNATURE).exists(), "the old signature stayed on new bytes"
 
 
-@pytest.fixture
-def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], push.Prepared]:
-    return lambda folder: push.prepare(folder, "me/demo", license="apache-2.0", dry=True)
+def prepare(folder: Path) -> Prepared:
+    return push(folder, "me/demo", license="apache-2.0", dry_run=True)
 
 
-def test_push_takes_the_signature_along_and_refuses_a_stale_one(
-    signed: Path, made: Path, keys: Path, prepare: Callable[[Path], push.Prepared]
-) -> None:
+def test_push_takes_the_signature_along_and_refuses_a_stale_one(signed: Path, made: Path, keys: Path) -> None:
     assert SIGNATURE in prepare(signed).files
     assert SIGNATURE not in prepare(made).files
     manifest = signed / "uptrain.json"

@@ -30,7 +30,7 @@ def report(directory: Path, out: Path | None, as_json: bool) -> None:
     uptrain eval demo-gqa4 --baseline demo
     uptrain report demo-gqa4
     """
-    from uptrain.publishing.page.page import write_page
+    from uptrain.publishing import write_page
 
     done = write_page(directory, out)
     if as_json:

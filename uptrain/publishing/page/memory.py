@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 from uptrain.architectures.attention import AttentionSpec, cache_bytes
 from uptrain.architectures.description import architecture_of, position_of_config
-from uptrain.publishing.page.subjects import Subject
+from uptrain.publishing.page.models import PageModel
 
 CONTEXTS = tuple(4096 * 4**power for power in range(5))
 """Tokens: 4 K to 1 M."""
 
 
 @dataclass(frozen=True)
-class Form:
+class AttentionCache:
     """A form of attention, the bytes its cache takes by context, and what in the report has it."""
 
     name: str
@@ -21,17 +21,17 @@ class Form:
     owner: str = ""
 
 
-def forms(subjects: list[Subject]) -> list[Form]:
-    """Return MHA, GQA, MQA and MLA forms of the first subject's model and every subject's own, largest first.
+def attention_caches(models: list[PageModel]) -> list[AttentionCache]:
+    """Return MHA, GQA, MQA and MLA forms of the first model's model and every model's own, largest first.
 
-    GQA has the original's heads, else the subjects' own, else a quarter of the query heads. MLA has a subject's own
+    GQA has the original's heads, else the models' own, else a quarter of the query heads. MLA has a model's own
     latent, else one of DeepSeek-V2's proportions: four heads' dims and, where keys rotate, half a head's beside them.
 
     Source: DeepSeek-V2 (2024), section 3.1.2 for the proportions; Ainslie et al. 2023 for GQA.
     """
-    first = subjects[0]
+    first = models[0]
     heads = first.layers[0].num_attention_heads
-    alike = [each for each in subjects if _size(each) == _size(first)]
+    alike = [each for each in models if _size(each) == _size(first)]
     latent = next((each.layers for each in alike if each.layers[0].kind == "mla"), None)
     plain = tuple(_plain(layer) for layer in first.layers)
     counts = {each.original_heads for each in alike}
@@ -50,7 +50,7 @@ def forms(subjects: list[Subject]) -> list[Form]:
     original = _name(plain[0].grouped(first.original_heads))
     owners[original] = " and ".join(filter(None, ("the original", owners.get(original))))
     out = [
-        Form(
+        AttentionCache(
             name, {context: cache_bytes(layers, context, first.itemsize) for context in CONTEXTS}, owners.get(name, "")
         )
         for name, layers in found.items()
@@ -58,9 +58,9 @@ def forms(subjects: list[Subject]) -> list[Form]:
     return sorted(out, key=lambda form: -form.sizes[CONTEXTS[-1]])
 
 
-def _size(subject: Subject) -> tuple[int, int, int]:
-    layer = subject.layers[0]
-    return len(subject.layers), layer.num_attention_heads, layer.v_head_dim or layer.head_dim
+def _size(model: PageModel) -> tuple[int, int, int]:
+    layer = model.layers[0]
+    return len(model.layers), layer.num_attention_heads, layer.v_head_dim or layer.head_dim
 
 
 def _plain(layer: AttentionSpec) -> AttentionSpec:
@@ -76,8 +76,8 @@ def _latent(layer: AttentionSpec, rotates: bool) -> AttentionSpec:
     return replace(made, sliding_window=layer.sliding_window)
 
 
-def _rotates(subject: Subject) -> bool:
-    return position_of_config(architecture_of(subject.config, subject.name), subject.config).rotates
+def _rotates(model: PageModel) -> bool:
+    return position_of_config(architecture_of(model.config, model.name), model.config).rotates
 
 
 def _name(layer: AttentionSpec) -> str:
