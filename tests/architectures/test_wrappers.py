@@ -76,7 +76,7 @@ def assert_pooled(source: Path, result: Path, groups: int) -> None:
 
 
 def test_the_docs_name_every_type() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "targets.md").read_text()
     listed = text.partition("<!-- wrappers -->")[2].partition("<!-- /wrappers -->")[0]
     assert sorted(listed.replace(",", " ").split()) == sorted(WRAPPERS)
     assert f"[{len(WRAPPERS)} types]" in (Path(__file__).parents[2] / "README.md").read_text()
@@ -386,7 +386,7 @@ def test_similar_heads_move_in_the_language_model_alone(tmp_path: Path) -> None:
 def test_a_checkpoint_s_family_has_the_names_of_the_wrapper(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_wrapper(tmp_path / "s", "idefics3"))
     family = family_of(checkpoint, "m")
-    assert family.class_name == "Idefics3ForConditionalGeneration" and not family.hosts
+    assert family.class_name == "Idefics3ForConditionalGeneration" and not family.targets
     assert checkpoint.config["model_type"] == "llama" and checkpoint.whole_config["model_type"] == "idefics3"
     with pytest.raises(UsageError, match="idefics3"):
         loading.check_heads(resolve(str(tmp_path / "s")))

@@ -139,9 +139,9 @@ def test_inspect_json_is_what_the_config_class_says(capsys: pytest.CaptureFixtur
         assert found[key] == getattr(config, key)
     assert found["cache_bytes_per_token"] == 2 * config.n_layer * config.n_embd * 2
     assert found["cache_bytes"]["4096"] == 4096 * found["cache_bytes_per_token"]
-    hosts = {(option["target"], option["num_key_value_heads"]): option["host"] for option in found["options"]}
+    targets = {(option["target"], option["num_key_value_heads"]): option["host"] for option in found["options"]}
     shared = {("gqa", 4): "uptrain_gpt2", ("gqa", 2): "uptrain_gpt2", ("mqa", 1): "gpt_bigcode"}
-    assert hosts == {**shared, ("mla", 8): "uptrain_gpt2_mla"}
+    assert targets == {**shared, ("mla", 8): "uptrain_gpt2_mla"}
     assert [option["cache"] for option in found["options"] if option["target"] == "mla"] == [0.5, 0.25]
 
 

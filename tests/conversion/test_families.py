@@ -29,7 +29,7 @@ from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluation.reading import cache_of, with_cache
 from uptrain.models.register import auto_class_of, register
-from uptrain.models.targets import HOSTS
+from uptrain.models.targets import TARGET_CLASSES
 
 
 def family(name: str) -> Architecture:
@@ -37,7 +37,7 @@ def family(name: str) -> Architecture:
 
 
 register()
-RESULTS = {"gpt_bigcode", *(host.name for host in HOSTS.values() if host.remote_code)}
+RESULTS = {"gpt_bigcode", *(target.name for target in TARGET_CLASSES.values() if target.remote_code)}
 FAMILIES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
 EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
 """Its class caches a copy of keys and values for every query head, whatever their number."""

@@ -32,8 +32,10 @@ def test_each_target_lands_where_the_table_says_by_the_methods_it_says(name: str
             with pytest.raises(UsageError):
                 plan_conversion(source, request(groups, method))
             continue
-        host = plan_conversion(source, request(groups, method))[2].host
-        assert (host.name, bool(host.remote_code)) in [(holder.model_type, holder.remote_code) for holder in holders]
+        target = plan_conversion(source, request(groups, method))[2].target
+        assert (target.name, bool(target.remote_code)) in [
+            (holder.model_type, holder.remote_code) for holder in holders
+        ]
         assert all(holder.needs in ("", *flags) for holder in holders)
 
 

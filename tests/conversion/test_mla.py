@@ -78,7 +78,7 @@ def test_full_rank_llama_is_stock_deepseek_with_the_same_logits(tmp_path, heads,
     done = convert(str(tmp_path / "src"), tmp_path / "out", everything_rotary(model))
     found = loaded(tmp_path / "out")
     assert type(found).__module__.startswith("transformers.models.deepseek_v3")
-    assert not done.plan.host.remote_code
+    assert not done.plan.target.remote_code
     assert not list((tmp_path / "out").glob("*.py"))
     assert_same_logits(found, model)
     verify(tmp_path / "out")

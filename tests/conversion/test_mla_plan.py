@@ -251,17 +251,19 @@ def test_a_result_is_read_as_it_was_planned_and_not_converted_again(
     model_type, changes, request = CASES[case]
     source = save_tiny(model_type, **changes)
     done = convert(str(source), tmp_path / "out", Request("mla", **request))
-    host, layers = result_attention(open_checkpoint(tmp_path / "out"), "out")
+    target, layers = result_attention(open_checkpoint(tmp_path / "out"), "out")
     sizes = [(spec.kind, spec.kv_lora_rank, spec.qk_rope_head_dim, spec.v_head_dim) for spec in layers]
     assert sizes == [(s.kind, s.kv_lora_rank, s.qk_rope_head_dim, s.v_head_dim) for s in done.plan.after]
-    assert host.name == case.partition("-")[0] and bool(host.remote_code) == done.plan.host.remote_code.endswith(".py")
+    assert target.name == case.partition("-")[0] and bool(target.remote_code) == done.plan.target.remote_code.endswith(
+        ".py"
+    )
     with caplog.at_level(logging.WARNING, "transformers"):
         config = AutoConfig.from_pretrained(tmp_path / "out")
         names = set(load(tmp_path / "out").state_dict())
     assert not caplog.records
     stored = set(load_file(tmp_path / "out" / "model.safetensors"))
     assert stored <= names and names - stored <= {"lm_head.weight"}
-    if host.name == "deepseek_v3":
+    if target.name == "deepseek_v3":
         assert config.rms_norm_eps == 1e-6 and config.rope_interleave and config.num_nextn_predict_layers == 0
     for again in (Request("mla"), Request("mqa")):
         with pytest.raises(UsageError, match="keeps a latent already"):

@@ -251,7 +251,7 @@ def neox(**changes: Any) -> dict[str, np.ndarray]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-REHOSTED: list[tuple[Config, Config, str]] = [
+MOVED: list[tuple[Config, Config, str]] = [
     ({}, {f"{LAYER}mlp.fc1.weight": random(16, 8)}, r"both become .*mlp\.fc1\.weight"),
     ({}, {f"{LAYER}post_attention_layernorm.weight": None}, r"post_attention_layernorm\.weight is missing"),
     ({}, {f"{LAYER}mlp.dense_h_to_4h.weight": None}, r"dense_h_to_4h\.weight is missing"),
@@ -268,7 +268,7 @@ REHOSTED: list[tuple[Config, Config, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "changes", "noun"), REHOSTED)
+@pytest.mark.parametrize(("config", "changes", "noun"), MOVED)
 def test_what_another_class_cannot_be_given(config: Config, changes: Config, noun: str, tmp_path: Path) -> None:
     """GPT-NeoX becomes phi, with norms folded into linears, or nemotron, with ones taken off the norms."""
     source = save_small(tmp_path / "src", tensors=neox(), **NEOX)

@@ -62,13 +62,13 @@ def test_heads_that_are_one_head_in_disguise_are_shared_without_loss(
     assert (pooled - wanted).abs().max() > 1e-2 * scale
 
 
-def test_the_host_stays_the_same_stock_class_and_shapes(save_tiny: Save) -> None:
+def test_the_target_stays_the_same_stock_class_and_shapes(save_tiny: Save) -> None:
     source = str(save_tiny("qwen2"))
     plans = [plan_conversion(source, request(2, method))[2] for method in ("mean", "svd")]
     shapes = [
         {tensor.info.name: tensor.info.shape for shard in plan.shards.values() for tensor in shard} for plan in plans
     ]
-    assert shapes[0] == shapes[1] and plans[0].host.name == plans[1].host.name == "qwen2"
+    assert shapes[0] == shapes[1] and plans[0].target.name == plans[1].target.name == "qwen2"
 
 
 def test_the_same_command_twice_gives_the_same_bytes(save_tiny: Save, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     return {
         "model_type": plan.architecture.model_type,
         "host": plan.holder,
-        "remote_code": bool(plan.host.remote_code),
+        "remote_code": bool(plan.target.remote_code),
         "num_attention_heads": plan.before[0].num_attention_heads,
         "num_key_value_heads": {
             "before": plan.before[0].num_key_value_heads,
@@ -189,13 +189,13 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
-    expanded = expands_cache(plan.host.architecture, plan.config)
-    code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.host.remote_code else ""
+    expanded = expands_cache(plan.target.architecture, plan.config)
+    code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.target.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
         *_cross_facts(plan),
-        *([("in transformers", EXPANDED.format(plan.host.architecture.class_name))] if expanded else []),
-        ("class", f"{plan.holder} · {plan.host.architecture.class_name}{code}"),
+        *([("in transformers", EXPANDED.format(plan.target.architecture.class_name))] if expanded else []),
+        ("class", f"{plan.holder} · {plan.target.architecture.class_name}{code}"),
     ]
 
 
