@@ -12,7 +12,7 @@ from uptrain.errors import UsageError
 from uptrain.models import devices
 
 if TYPE_CHECKING:
-    from uptrain.data.sources import DataSource
+    from uptrain.data.sources import TextSource
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -111,7 +111,7 @@ class Words(click.ParamType[list[str]]):
         return [word.strip() for word in str(value).split(",") if word.strip()]
 
 
-def texts_of(names: Sequence[str]) -> list[DataSource]:
+def texts_of(names: Sequence[str]) -> list[TextSource]:
     """Return what each --text names, and without one the held-out text that is here.
 
     Raises:
