@@ -195,7 +195,7 @@ def test_without_a_place_for_the_cache_the_run_keeps_its_tokens(
     folder = build([source], words, tmp_path / "run")
     assert folder.parent == tmp_path / "run"
     assert tokens(folder) == read_tokens([source], words, 10**6).ids.tolist()
-    with pytest.raises(UptrainError, match=r"can't be written to .*file/run"):
+    with pytest.raises(UptrainError, match="file/run"):
         token_cache.tokens_folder("0" * 64, [source], words, tmp_path / "file/run")
 
 
@@ -217,7 +217,7 @@ def test_a_full_cache_leaves_nothing_and_the_run_keeps_its_tokens(
 
 def test_text_that_cannot_be_read_leaves_nothing(tmp_path: Path, words: Any, cache: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fox \xff")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    with pytest.raises(UsageError, match="UTF-8"):
         build([Files(files=str(tmp_path / "a.txt"))], words, tmp_path / "run")
     assert entries(cache) == []
 
