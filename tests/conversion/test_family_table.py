@@ -41,7 +41,7 @@ def test_each_target_lands_where_the_table_says_by_the_methods_it_says(name: str
 
 @pytest.mark.parametrize("name", [name for name, known in KNOWN.items() if not known.mla])
 def test_a_family_without_a_class_for_latents_says_so(name: str, save_tiny: Save) -> None:
-    with pytest.raises(UsageError, match=f"no class that holds a latent of {name} yet"):
+    with pytest.raises(UsageError, match=name):
         plan_conversion(str(save_tiny(name)), Request("mla", cache=0.5))
 
 

@@ -170,9 +170,9 @@ def test_reordered_dims_rotate_by_halves_as_they_did_by_neighbours(pairs: int, r
 @pytest.mark.parametrize(
     ("model_type", "values", "said"),
     [
-        ("codegen", {"n_head": 6}, "6 attention heads, which don't fill the 4 blocks"),
-        ("gptj", {"rotary_dim": 14}, "rotary_dim 14, no even number of a head's 12 dims"),
-        ("gptj", {"rotary_dim": 7}, "rotary_dim 7, no even number of a head's 12 dims"),
+        ("codegen", {"n_head": 6}, "6 attention heads.* 4 blocks"),
+        ("gptj", {"rotary_dim": 14}, "rotary_dim .*14.* 12 dims"),
+        ("gptj", {"rotary_dim": 7}, "rotary_dim .*7.* 12 dims"),
     ],
 )
 def test_sizes_that_cannot_be_are_told(model_type: str, values: dict[str, int], said: str, save_tiny: Save) -> None:
@@ -187,7 +187,7 @@ def test_a_missing_norm_is_named(save_tiny: Save) -> None:
     state = load_file(source / "model.safetensors")
     del state["gpt_neox.layers.1.post_attention_layernorm.bias"]
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"gpt_neox\.layers\.1\.post_attention_layernorm\.bias is missing"):
+    with pytest.raises(CheckpointError, match=r"gpt_neox\.layers\.1\.post_attention_layernorm\.bias"):
         plan_conversion(str(source), request(2))
 
 
