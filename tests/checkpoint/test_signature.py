@@ -120,6 +120,17 @@ def test_a_changed_weight_or_a_file_slipped_in_is_refused(
     assert "model.safetensors" in says(capsys, "sign", signed, "--key", keys / "mine", code=3)
 
 
+def test_a_report_of_a_signed_folder_needs_no_signature(
+    signed: Path, keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = ("verify", signed, "--allowed-signers", keys / "allowed")
+    assert run(["report", str(signed)]) == 0
+    assert list(signed.glob("report-*.png")), "the report drew nothing, so this test shows nothing"
+    says(capsys, *check, code=0)
+    (signed / "report-x.py").write_text("import os")
+    assert "report-x.py" in says(capsys, *check, code=3)
+
+
 def test_an_unsigned_folder_is_refused_where_a_signer_is_asked(
     made: Path, keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
