@@ -129,6 +129,33 @@ def test_dry_run_writes_nothing_and_says_what_it_would(capsys: pytest.CaptureFix
     }
 
 
+def test_a_dry_run_that_is_to_diagnose_is_refused(refused: Callable[..., str]) -> None:
+    text = refused("convert", "demo", "--groups", "2", "--dry-run", "--diagnose", code=2)
+    assert "--diagnose" in text and "--dry-run" in text
+
+
+@pytest.mark.parametrize("name", ["text", "json"])
+@pytest.mark.parametrize(
+    "command", [["eval", "demo", "--no-speed", "--text"], ["convert", "demo", "out", "--to", "mqa", "--calibrate"]]
+)
+def test_the_name_of_a_file_format_is_no_text(
+    name: str, command: list[str], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """`datasets` would read every such file of the current folder."""
+    (tmp_path / "mine.txt").write_text("my own text " * 2000)
+    (tmp_path / "mine.json").write_text(json.dumps([{"text": "my own text " * 2000}]))
+    assert f"{command[-1]} {name} is not a text" in refused(*command, name, code=2)
+
+
+def test_an_energy_below_zero_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    for method, explained in (("random", True), ("svd", False)):
+        assert run(["convert", "demo", method, "--to", "mqa", "--method", method, "--diagnose"]) == 0
+        shown = capsys.readouterr()
+        table = shown.out[shown.out.index("layer") :]
+        assert ("-" in table.partition("Wrote")[0]) is explained
+        assert ("Below 0 %" in shown.err) is explained
+
+
 def test_inspect_json_is_what_the_config_class_says(capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoConfig
 
