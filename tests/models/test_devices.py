@@ -355,6 +355,7 @@ def test_sums_have_one_order(top_k: int | None) -> None:
     assert not adds.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ends", ["whole", "failing"])
 def test_models_are_freed_when_training_ends_without_a_garbage_collection(
