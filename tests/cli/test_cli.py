@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from uptrain.cli import console
-from uptrain.cli.app import Size, run
+from uptrain.cli.app import run
+from uptrain.cli.types import Size
 
 Save = Callable[..., Path]
 
