@@ -22,5 +22,4 @@ test-all:
 	$(PYTHON) -m pytest -m ""
 
 docs:
-	$(PYTHON) -m docs
-	git diff --stat -- docs
+	$(PYTHON) docs/generate.py
