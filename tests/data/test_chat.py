@@ -12,8 +12,9 @@ from pyarrow import parquet
 
 from tests.corpus import tokenizer
 from uptrain.data.chat import messages_of
-from uptrain.data.reading import TokenStream, read_tokens
-from uptrain.data.sources import Dataset, DataSource, Files
+from uptrain.data.sources import Dataset, Files, TextSource
+from uptrain.data.token_stream import TokenStream
+from uptrain.data.token_text import read_tokens
 from uptrain.errors import UptrainError, UsageError
 
 TEMPLATE = (
@@ -41,7 +42,7 @@ def jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
-def sources(tmp_path: Path) -> dict[str, DataSource]:
+def sources(tmp_path: Path) -> dict[str, TextSource]:
     jsonl(tmp_path / "rows/a.jsonl", *({"messages": chat} for chat in CHATS))
     parquet.write_table(pa.table({"text": ["x", "y"], "messages": CHATS}), tmp_path / "a.parquet")
     return {

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 
 from tests.corpus import corpus, sentences, tokenizer
 from uptrain.data import documents, text_files
-from uptrain.data.reading import BlockReader, TokenFile, TokenStream, read_tokens
-from uptrain.data.sources import Builtin, Dataset, DataSource, Files
+from uptrain.data.block_reader import BlockReader
+from uptrain.data.sources import Builtin, Dataset, Files, TextSource
+from uptrain.data.token_file import TokenFile
+from uptrain.data.token_stream import TokenStream
+from uptrain.data.token_text import read_tokens
 from uptrain.errors import UptrainError, UsageError
 
 
@@ -34,7 +37,7 @@ def numbered(folder: Path, count: int) -> Path:
     return folder
 
 
-def build(folder: Path, sources: Sequence[DataSource], words: Any) -> np.ndarray[Any, Any]:
+def build(folder: Path, sources: Sequence[TextSource], words: Any) -> np.ndarray[Any, Any]:
     TokenFile.build(folder, sources, words)
     meta = json.loads((folder / "tokens.json").read_text())
     return np.fromfile(folder / "tokens.bin", dtype=meta["dtype"])

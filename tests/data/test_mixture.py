@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 
 from tests.corpus import NO_DROPOUT, checkpoint, sentences, tokenizer
 from tests.training.test_train import interrupt_at
-from uptrain.data.reading import BlockReader, Mixture, TokenFile, TokenStream, build_tokens, open_reader
+from uptrain.data.block_reader import BlockReader
+from uptrain.data.mixture import Mixture
+from uptrain.data.readers import build_tokens, open_reader
+from uptrain.data.token_file import TokenFile
+from uptrain.data.token_stream import TokenStream
 from uptrain.errors import Interrupted, UsageError
 from uptrain.training import recipes
 from uptrain.training.trainer import train

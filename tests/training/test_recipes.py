@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uptrain.data.sources import Builtin, Dataset, Files, Teacher, parse_source
+from uptrain.data.sources import Builtin, Dataset, Files, TeacherText, parse_source
 from uptrain.errors import UsageError
 from uptrain.training import recipes
 
@@ -95,7 +95,7 @@ def test_what_provenance_records_of_every_kind_of_source_is_the_source() -> None
     ]
     recipe = recipes.parse({**BASE, "data": data})
     assert recipes.parse(recipe.to_dict()) == recipe
-    assert isinstance(recipe.data[2], Teacher)
+    assert isinstance(recipe.data[2], TeacherText)
     assert recipe.data[2].prompts == Files(files="a/*.txt")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.corpus import NO_DROPOUT, checkpoint, corpus
-from uptrain.data.reading import read_tokens
+from uptrain.data.token_text import read_tokens
 from uptrain.errors import UptrainError
 from uptrain.models.loading import load_tokenizer
 from uptrain.training import recipes, state

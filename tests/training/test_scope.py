@@ -76,7 +76,7 @@ def test_lora_trains_adapters_and_writes_a_plain_checkpoint(
             assert torch.linalg.matrix_rank(change, rtol=1e-4) <= 2
     # The merged weights predict what the adapted model did.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    from uptrain.data.reading import read_tokens
+    from uptrain.data.token_text import read_tokens
     from uptrain.models.loading import load_tokenizer
     from uptrain.training.trainer import lm_loss
 

@@ -14,8 +14,10 @@ import torch
 
 from tests.conftest import tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus, sentences, tokenizer
-from uptrain.data.reading import Mixture, TokenFile, build_tokens, open_reader
-from uptrain.data.sources import Files, Teacher
+from uptrain.data.mixture import Mixture
+from uptrain.data.readers import build_tokens, open_reader
+from uptrain.data.sources import Files, TeacherText
+from uptrain.data.token_file import TokenFile
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models.loading import load_model
 from uptrain.training import recipes
@@ -33,8 +35,8 @@ def model(words: Any) -> Any:
     return tiny_model(tiny_config("llama", **special))
 
 
-def teacher(**changes: Any) -> Teacher:
-    return Teacher.model_validate({"source": "teacher", "tokens": 500, "batch_size": 4, **changes})
+def teacher(**changes: Any) -> TeacherText:
+    return TeacherText.model_validate({"source": "teacher", "tokens": 500, "batch_size": 4, **changes})
 
 
 def tokens(folder: Path) -> list[int]:
@@ -194,7 +196,7 @@ def test_it_can_be_part_of_a_mixture(tmp_path: Path, model: Any, words: Any) -> 
     ]
     recipe = recipes.parse({"model": "m", "output": "o", "steps": 1, "data": data})
 
-    def generate(source: Teacher, folder: Path) -> None:
+    def generate(source: TeacherText, folder: Path) -> None:
         generate_tokens(model, words, source, 32, 0, folder)
 
     folders = build_tokens(recipe.data, words, tmp_path / "run", generate=generate)

@@ -25,7 +25,8 @@ from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.data.reading import TokenFile, read_tokens
+from uptrain.data.token_file import TokenFile
+from uptrain.data.token_text import read_tokens
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.models.loading import load_tokenizer, new_model
 from uptrain.models.register import register

@@ -11,7 +11,7 @@ from uptrain.errors import UsageError
 from uptrain.models import devices
 
 if TYPE_CHECKING:
-    from uptrain.data.sources import DataSource
+    from uptrain.data.sources import TextSource
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -56,7 +56,7 @@ def check_device(computes: bool) -> None:
         )
 
 
-def texts_of(names: Sequence[str]) -> list[DataSource]:
+def texts_of(names: Sequence[str]) -> list[TextSource]:
     """Return what each --text names, and without one the held-out text that is here.
 
     Raises:
