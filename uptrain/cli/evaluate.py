@@ -125,8 +125,8 @@ def evaluate(
     from uptrain.cli import evaluate_report
     from uptrain.evaluation.evaluate import evaluate as run
     from uptrain.evaluation.evaluate import save_place, write_evaluation
-    from uptrain.evaluation.needle import Needles
-    from uptrain.evaluation.tasks import Tasks
+    from uptrain.evaluation.needle import NeedleSettings
+    from uptrain.evaluation.tasks import TaskSettings
 
     _check_options(no_speed, bool(tasks), needle, bool(options["samples"]))
     if no_speed:
@@ -136,10 +136,10 @@ def evaluate(
     baseline = _baseline(directory, options.pop("baseline"), no_baseline, options["allow_pickle"])
     names = tuple(name.strip() for listed in tasks for name in listed.split(",") if name.strip())
     if names:
-        options["tasks"] = Tasks(names, include_path, task_limit)
+        options["tasks"] = TaskSettings(names, include_path, task_limit)
     if needle:
         depths = tuple(percent / 100 for percent in needle_depths)
-        options["needle"] = Needles(needle_lengths or (), depths, needle_trials)
+        options["needle"] = NeedleSettings(needle_lengths or (), depths, needle_trials)
     # What can't be written is said before anything is measured.
     place = save_place(directory, out)
     with console.parts_progress() as show:

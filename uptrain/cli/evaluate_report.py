@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from uptrain.cli import console
 from uptrain.evaluation import tables
-from uptrain.evaluation.tables import Table
+from uptrain.evaluation.tables import MetricTable
 from uptrain.formatting import number
 
 if TYPE_CHECKING:
-    from uptrain.evaluation.evaluate import Evaluation, Measured
+    from uptrain.evaluation.evaluate import Evaluation, ModelMetrics
     from uptrain.evaluation.samples import Sample
     from uptrain.workflows.demo.run import Demo
 
@@ -56,7 +56,7 @@ def demo(found: Demo, as_json: bool) -> None:
 
 
 def _table(
-    models: list[tuple[str, Measured, Evaluation | None]],
+    models: list[tuple[str, ModelMetrics, Evaluation | None]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return columns, one a model, and rows, one a figure; an evaluation says how far the model is from another."""
     names, measured, against = zip(*models, strict=True)
@@ -78,11 +78,11 @@ def _table(
     return ("", *names), [row for row in rows if set(row[1:]) != {"–"}]
 
 
-def _loss(measured: Measured) -> str:
+def _loss(measured: ModelMetrics) -> str:
     return f"{math.log(measured.perplexity):.4f}" if measured.cross_bytes_per_token else "–"
 
 
-def _cross(measured: Measured) -> str:
+def _cross(measured: ModelMetrics) -> str:
     return console.size(measured.cross_bytes_per_token) if measured.cross_bytes_per_token else "–"
 
 
@@ -111,7 +111,7 @@ def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     return columns, [(*name, *each) for name, each in zip(names, figures, strict=True)]
 
 
-def _shown(title: str, table: Table) -> None:
+def _shown(title: str, table: MetricTable) -> None:
     console.table(title, table.columns, table.rows)
 
 
