@@ -69,8 +69,8 @@ class Evaluation:
     of KL(baseline ‖ model) in nats per token; `top1_agreement` the share of tokens at which both rank the same one
     first; the rest as in `QualityRow`. `dtype` is what these and perplexity were computed in; cache and speed are
     measured in each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in
-    float32 on a device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole measurement's, with
-    both models loaded: the accelerator's, or on a CPU the process's. `tasks` (lm-eval's),
+    float32 on a device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole
+    measurement's, with both models loaded: the accelerator's, or on a CPU the process's. `tasks` (lm-eval's),
     `needle` (retrieval) and `samples` (continuations) are in the dtype of quality.
     `speeds` are by batch and context; those of each model are of one sequence at `speed_context`, the first.
     """
