@@ -185,6 +185,7 @@ def prepare(folder: Path) -> Prepared:
     return push(folder, "me/demo", license="apache-2.0", dry_run=True)
 
 
+@pytest.mark.slow
 def test_push_takes_the_signature_along_and_refuses_a_stale_one(signed: Path, made: Path, keys: Path) -> None:
     assert SIGNATURE in prepare(signed).files
     assert SIGNATURE not in prepare(made).files

@@ -21,16 +21,16 @@ def quality(measured: Sequence[PageModel]) -> Figure:
     figure, axes = new_figure(3.4)
     first = measured[0]
     points = [
-        ("the original", first.figure("cache_bytes_per_token", "baseline"), first.figure("perplexity", "baseline"))
+        ("the original", first.metric("cache_bytes_per_token", "baseline"), first.metric("perplexity", "baseline"))
     ]
-    points += [(s.name, s.figure("cache_bytes_per_token", "model"), s.figure("perplexity", "model")) for s in measured]
+    points += [(s.name, s.metric("cache_bytes_per_token", "model"), s.metric("perplexity", "model")) for s in measured]
     places = []
     for number, (name, cache, perplexity) in enumerate(points):
         if cache is None or perplexity is None:
             continue
         colour = INK if number == 0 else SERIES[(number - 1) % len(SERIES)]
-        interval = measured[number - 1].pair("perplexity_ratio_interval") if number else None
-        base = first.figure("perplexity", "baseline")
+        interval = measured[number - 1].interval("perplexity_ratio_interval") if number else None
+        base = first.metric("perplexity", "baseline")
         if interval and base:
             ends = ([perplexity - interval[0] * base], [interval[1] * base - perplexity])
             axes.errorbar(cache, perplexity, yerr=ends, color=colour, capsize=3, linewidth=1.2)
@@ -77,7 +77,7 @@ def speed(measured: Sequence[PageModel]) -> Figure:
     figure, axes = new_figure(0.9 + 0.62 * len(measured))
     for row, model in enumerate(measured):
         for offset, of, colour in ((-0.18, "baseline", MUTED), (0.18, "model", SERIES[0])):
-            value, ends = model.figure("decode_tokens_per_second", of), model.pair("decode_range", of)
+            value, ends = model.metric("decode_tokens_per_second", of), model.interval("decode_range", of)
             if value is None:
                 continue
             axes.barh(row + offset, value, height=0.32, color=colour)

@@ -28,19 +28,19 @@ def summary(models: list[PageModel]) -> Section:
     rows: list[tuple[str, ...]] = []
     seen = set()
     for model in models:
-        whole = model.figure("cache_bytes_per_token", "baseline")
+        whole = model.metric("cache_bytes_per_token", "baseline")
         if whole is not None and model.conditions not in seen:
             seen.add(model.conditions)
-            perplexity = number(model.figure("perplexity", "baseline"), "{:.2f}")
+            perplexity = number(model.metric("perplexity", "baseline"), "{:.2f}")
             rows.append((ORIGINAL, size(whole), "100 %", perplexity, "–", "–", "–", "–"))
         before, after = _cache(model)
         rows.append(
             (
                 model.name, size(after), f"{100 * after / before:.3g} %" if before else "–",
-                number(model.figure("perplexity", "model"), "{:.2f}"),
-                number(model.figure("perplexity_ratio"), "{:.3f}", model.pair("perplexity_ratio_interval")),
-                number(model.figure("kl"), "{:#.3g}", model.pair("kl_interval")),
-                number(model.figure("top1_agreement"), "{:.1%}"), number(model.figure("flip_rate"), "{:.2%}"),
+                number(model.metric("perplexity", "model"), "{:.2f}"),
+                number(model.metric("perplexity_ratio"), "{:.3f}", model.interval("perplexity_ratio_interval")),
+                number(model.metric("kl"), "{:#.3g}", model.interval("kl_interval")),
+                number(model.metric("top1_agreement"), "{:.1%}"), number(model.metric("flip_rate"), "{:.2%}"),
             )
         )  # fmt: skip
     return Section("Summary", "", columns=columns, rows=rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from uptrain.evaluation.tables import figure, pair, run_of, speeds
+from uptrain.evaluation.tables import interval_in, number_in, run_of, speeds
 from uptrain.formatting import number, typed
 from uptrain.publishing.page import charts
 from uptrain.publishing.page.models import PageModel, table_of
@@ -21,7 +21,7 @@ _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 def speed(models: list[PageModel]) -> Section:
     """Return the section on speed, to be called inside `style.drawing`."""
-    timed = [model for model in models if model.figure("decode_tokens_per_second", "model") is not None]
+    timed = [model for model in models if model.metric("decode_tokens_per_second", "model") is not None]
     missing = [
         f"{model.name} has not been timed: uptrain eval {typed(model.folder)}, without --no-speed."
         for model in models if model not in timed
@@ -31,13 +31,13 @@ def speed(models: list[PageModel]) -> Section:
     found = timed[0].evaluation or {}
     device = run_of(found, "speed").get("device") or found.get("device", "")
     text = (
-        f"One sequence after {number(timed[0].figure('speed_context'), '{:,.0f}')} tokens, "
+        f"One sequence after {number(timed[0].metric('speed_context'), '{:,.0f}')} tokens, "
         f"{found.get('speed_dtype', '')} on {device}; medians of runs in turns, whiskers from slowest "
         "to fastest. A smaller cache speeds decoding up where reading it takes long: long contexts and large batches."
     )
     drawn = [Chart("speed", charts.speed(timed), "Decoded tokens per second of each result and of its original.")]
     for model in timed:
-        if len({figure(row, "context") for row in model.rows("speeds")} - {None}) > 1:
+        if len({number_in(row, "context") for row in model.rows("speeds")} - {None}) > 1:
             says = f"Decoded tokens per second of {model.name} and of its original against the context, by batch."
             drawn.append(Chart(f"decode-{slug(model.name)}", decode_chart(model), says, model.name * (len(timed) > 1)))
     table = table_of(timed, lambda found: speeds(found, "this", ORIGINAL))
@@ -50,16 +50,16 @@ def decode_chart(model: PageModel) -> Figure:
     """Draw decoded tokens per second against the context: a colour a model, a dash a batch, slowest to fastest."""
     found, axes = new_figure(3.4)
     rows = model.rows("speeds")
-    batches = sorted({each for row in rows if (each := figure(row, "batch")) is not None})
-    contexts = sorted({each for row in rows if (each := figure(row, "context")) is not None})
+    batches = sorted({each for row in rows if (each := number_in(row, "batch")) is not None})
+    contexts = sorted({each for row in rows if (each := number_in(row, "context")) is not None})
     heights: list[float] = []
     for batch, dash in zip(batches, _DASHES * len(batches), strict=False):
-        mine = sorted((row for row in rows if figure(row, "batch") == batch and figure(row, "context") is not None),
-                      key=lambda row: float(row["context"]))  # fmt: skip
+        own = [row for row in rows if number_in(row, "batch") == batch and number_in(row, "context") is not None]
+        mine = sorted(own, key=lambda row: float(row["context"]))
         # A little apart, or the bars of one context would lie on each other.
         for name, of, colour, aside in ((ORIGINAL, "baseline_", MUTED, 1.0), (model.name, "", SERIES[0], 1.03)):
-            points = list(_points([(row["context"] * aside, figure(row, f"{of}decode_tokens_per_second"),
-                                    pair(row, f"{of}decode_range")) for row in mine]))  # fmt: skip
+            points = list(_points([(row["context"] * aside, number_in(row, f"{of}decode_tokens_per_second"),
+                                    interval_in(row, f"{of}decode_range")) for row in mine]))  # fmt: skip
             if not points:
                 continue
             at, values, low, high = zip(*points, strict=True)

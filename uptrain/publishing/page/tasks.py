@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uptrain.evaluation.tables import figure, metric_of, tasks
+from uptrain.evaluation.tables import number_in, task_metric_name, tasks
 from uptrain.publishing.page.models import PageModel, table_of
 from uptrain.publishing.page.section import ORIGINAL, Chart, Section
 from uptrain.publishing.page.style import INK, SERIES, new_figure
@@ -43,7 +43,7 @@ def task_section(models: list[PageModel]) -> Iterator[Section]:
     scores = list(_scores(ran))
     if scores:
         text += " The picture has the metrics that are shares, with 95 % intervals."
-        says = "TaskScore of each model on each task, with 95 % intervals; the table has the figures."
+        says = "Score of each model on each task, with 95 % intervals; the table has the figures."
         drawn.append(Chart("tasks", task_chart(scores), says))
     yield Section("Tasks", text, drawn, table.columns, table.rows)
 
@@ -53,9 +53,9 @@ def _scores(models: Sequence[PageModel]) -> Iterator[TaskScore]:
     listed: dict[tuple[str, str], list[TaskScore]] = {}
     for model in models:
         for row in model.rows("tasks"):
-            key = (str(row.get("task", "")), metric_of(row))
+            key = (str(row.get("task", "")), task_metric_name(row))
             for name, of in ((ORIGINAL, "baseline_"), (model.name, "")):
-                value, stderr = figure(row, f"{of}value"), figure(row, f"{of}stderr")
+                value, stderr = number_in(row, f"{of}value"), number_in(row, f"{of}stderr")
                 if value is not None and row.get("higher_is_better") is not False:
                     score = TaskScore(*key, name, value, _NORMAL * (stderr or 0.0))
                     found = listed.setdefault(key, [])
