@@ -147,13 +147,13 @@ def test_the_name_of_a_file_format_is_no_text(
     assert f"{command[-1]} {name} is not a text" in refused(*command, name, code=2)
 
 
-def test_an_energy_below_zero_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    for method, explained in (("random", True), ("svd", False)):
-        assert run(["convert", "demo", method, "--to", "mqa", "--method", method, "--diagnose"]) == 0
-        shown = capsys.readouterr()
-        table = shown.out[shown.out.index("layer") :]
-        assert ("-" in table.partition("Wrote")[0]) is explained
-        assert ("Below 0 %" in shown.err) is explained
+@pytest.mark.parametrize(("method", "negative"), [("svd", True), ("mean", False)])
+def test_an_energy_below_zero_is_explained(method: str, negative: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """With svd the table compares the method first, which adds more error than it explains."""
+    assert run(["convert", "demo", "out", "--to", "mqa", "--method", method, "--diagnose"]) == 0
+    shown = capsys.readouterr()
+    assert ("%" in shown.out, "-" in shown.out.partition("Wrote")[0]) == (True, negative)
+    assert ("Below 0 %" in shown.err) is negative
 
 
 def test_inspect_json_is_what_the_config_class_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,7 +148,7 @@ def test_a_file_of_the_version_before_is_read_and_nothing_of_it_is_lost(
     figures = read_metrics(here / "mqa")
     assert figures is not None and any("pass key" in title for title, _ in figures.tables)
     (subject,) = find_models(here / "mqa")
-    assert subject.evaluation is not None and subject.figure("kl") == new["kl"]
+    assert subject.evaluation is not None and subject.metric("kl") == new["kl"]
     capsys.readouterr()
     found = measure(here, "--no-speed", text="two")
     assert "stale" in capsys.readouterr().err
