@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from uptrain.checkpoint.checksum import Checksum  # noqa: E402
+from uptrain.checkpoint.events import Events  # noqa: E402
 from uptrain.checkpoint.header import TensorInfo  # noqa: E402
 from uptrain.checkpoint.progress import State  # noqa: E402
 from uptrain.checkpoint.reflink import Span  # noqa: E402
@@ -31,6 +32,7 @@ from uptrain.checkpoint.shared_work import Alone  # noqa: E402
 from uptrain.checkpoint.writer import shard_header  # noqa: E402
 from uptrain.conversion.request import Request  # noqa: E402
 from uptrain.conversion.run.convert import plan_conversion  # noqa: E402
+from uptrain.conversion.run.layers import LayerMaker  # noqa: E402
 from uptrain.conversion.run.pipeline import Pipeline  # noqa: E402
 
 SHARD = 5 * 10**9
@@ -130,7 +132,8 @@ def convert(source: Path, dry: bool) -> dict[str, float]:
     if not dry:
         with tempfile.TemporaryDirectory(dir=source.parent) as partial:
             state = State(Path(partial), plan.digest)
-            Pipeline(checkpoint, plan, Path(partial), state, lambda count: None, party=NoDisk()).run()
+            layers = LayerMaker(checkpoint, plan)
+            Pipeline(checkpoint, plan, state, layers, NoDisk(), Events()).run()
     return {
         "shards": len(plan.shards),
         "output_bytes": plan.total_bytes,
