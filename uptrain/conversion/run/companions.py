@@ -23,8 +23,8 @@ def write_companions(checkpoint: Checkpoint, plan: Plan, sidecars: Sidecars, fol
     - `folder`: where the result is written, OUT.partial.
     """
     carry(checkpoint.path, sidecars, folder)
-    if plan.host.remote_code:
-        shutil.copyfile(REMOTE_CODE / plan.host.remote_code, folder / plan.host.remote_code)
+    if plan.target.remote_code:
+        shutil.copyfile(REMOTE_CODE / plan.target.remote_code, folder / plan.target.remote_code)
     whole = plan.whole_config
     code = {**reading_code(checkpoint.whole_config), **whole.get("auto_map", {})}
     config = {**whole, "auto_map": code} if code else whole

@@ -36,7 +36,7 @@ def stage_of(job: Job, plan: Plan, state: State) -> dict[str, Any]:
         },
         **_latent(plan),
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
-        "host": {"model_type": plan.holder, "remote_code": bool(plan.host.remote_code)},
+        "host": {"model_type": plan.holder, "remote_code": bool(plan.target.remote_code)},
         "plan": plan.digest,
         **measured,
     }

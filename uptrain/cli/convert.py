@@ -1,0 +1,313 @@
+"""`uptrain convert`: its options, its call, and the plan and the result it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from uptrain.architectures.attention import cross_bytes_per_token
+from uptrain.architectures.description import expands_cache, position_of_config
+from uptrain.architectures.model_class import is_language_model
+from uptrain.checkpoint.sidecars import short
+from uptrain.cli import console
+from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
+from uptrain.cli.options import Command, check_device, device_option, json_option, source_options
+from uptrain.cli.types import Share, Size
+from uptrain.formatting import size, typed
+
+if TYPE_CHECKING:
+    from uptrain.checkpoint.sidecars import Sidecars
+    from uptrain.checkpoint.source import Source
+    from uptrain.conversion.plan.mla import LatentPlan
+    from uptrain.conversion.plan.planner import Plan
+    from uptrain.conversion.run.convert import Conversion
+
+_LATENT_OPTIONS = (
+    click.option("--cache", type=Share(), help="Of --to mla: share of MODEL's cache to keep, e.g. 25%."),
+    click.option("--kv-lora-rank", type=int, help="Of --to mla: values a token in the latent, instead of --cache."),
+    click.option("--qk-rope-head-dim", type=int, help="Of --to mla: rotary values a token beside it."),
+    click.option(
+        "--rope",
+        help="Of --to mla, how keys carry positions: grid (the highest frequencies in a shared rotary key; stock "
+        "deepseek_v3, any engine; the default), longrope (a table of the model's own; transformers only), or "
+        "re-rotate (all keys in the latent, rotated when read; own class, decoding re-expands the context).",
+    ),
+    click.option("--q-lora-rank", type=int, help="Of --to mla: low-rank queries. Default: whole ones."),
+    click.option(
+        "--engine",
+        default="any",
+        show_default=True,
+        help="Of --to mla: any (transformers, vLLM) or llama.cpp, which wants queries in two factors.",
+    ),
+    click.option("--key-weight", type=float, help="Of --to mla: how much more keys count than values. Default: tried."),
+)
+
+
+def _latent_options(command: Command) -> Command:
+    for option in reversed(_LATENT_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", required=False)
+@click.option("--to", "target", default="gqa", show_default=True, help="Target attention: gqa, mqa or mla.")
+@click.option("--groups", type=int, help="Key/value heads to keep; must divide those there are.")
+@_latent_options
+@click.option(
+    "--method",
+    help="How heads become one: mean (average, Ainslie et al. 2023; the default); svd (align and factor, far closer "
+    "to MODEL before uptraining; needs torch; the default of --to mla); calibrated (svd weighted by what text makes "
+    "the model use, and repaired; the default with --calibrate); first; random (fresh heads, for ablations).",
+)
+@click.option(
+    "--grouping",
+    default="contiguous",
+    show_default=True,
+    help="Which heads share: contiguous (neighbours, as in the paper) or similar (least loss; heads are moved).",
+)
+@click.option("--seed", type=int, help="For --method random or calibrated and --grouping similar. Default: 0.")
+@click.option(
+    "--calibrate",
+    help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
+    metavar="TEXT",
+)
+@click.option(
+    "--calibration-tokens", type=int, help="Of --method calibrated: how much of that text to use. Default: 65536."
+)
+@click.option(
+    "--repair-steps", type=int, help="Of --method calibrated: gradient steps a layer afterwards; 0 for none. Default: "
+    "40.",
+)  # fmt: skip
+@click.option(
+    "--memory",
+    type=Size(),
+    help="Of --method calibrated; activations that this leaves no room for go to files beside OUT. Default: 4GiB.",
+)
+@device_option
+@click.option("--dtype", help="Store floating weights as bfloat16, float16, float32 or float64. Default: as they are.")
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Keep NaN and infinite values of MODEL; in attention, with --method mean or first.",
+)
+@click.option("--max-shard-size", type=Size(), help="Split weights, e.g. 5GB. Default: as MODEL is split.")
+@source_options
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists (only once the new one is whole).")
+@click.option(
+    "--join",
+    is_flag=True,
+    help="Share the work with every process that runs this same command, here or on machines that see the same OUT.",
+)
+@click.option(
+    "--diagnose",
+    is_flag=True,
+    help="Also measure each layer: the energy that each method keeps, and how similar the heads are that share.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
+@json_option
+def convert(model: str, out: str | None, **options: Any) -> None:
+    """Convert MODEL to fewer key/value heads, or a latent, and write it to OUT.
+
+    OUT is ./NAME-gqa4, ./NAME-mqa or ./NAME-mla128, after what was asked for, if it isn't named.
+
+    Weights stream through: memory stays at a few layers whatever the model's size. A run that was cut off
+    resumes when the same command is repeated. OUT appears only when it is whole.
+
+    \b
+    uptrain convert demo --to gqa --groups 4
+    uptrain convert demo --to mqa --method svd
+    uptrain convert ./llama --to mqa --calibrate text.txt
+    uptrain convert demo --to mla --cache 25%
+    uptrain convert ./llama --to mla --kv-lora-rank 512 --calibrate text.txt
+    uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
+    uptrain convert org/llama --to gqa --groups 8 --dry-run
+    """
+    from uptrain.checkpoint.events import Events
+    from uptrain.conversion.request import Request
+    from uptrain.conversion.run.convert import run_plan
+    from uptrain.conversion.run.options import RunOptions
+    from uptrain.conversion.run.prepare import default_out, plan_conversion, sidecars
+
+    names = (
+        "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
+        "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight",
+        "allow_nonfinite",
+    )  # fmt: skip
+    method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
+    request = Request(method=method, **{name: options[name] for name in names})
+    running = RunOptions(join=options["join"], diagnose=options["diagnose"], memory=options["memory"])
+    running.check(request)
+    check_device(request.method == "calibrated")
+    planned = plan_conversion(
+        model,
+        request,
+        revision=options["revision"],
+        allow_pickle=options["allow_pickle"],
+        dry=options["dry_run"],
+    )
+    source, checkpoint, plan = planned
+    folder = Path(out) if out else default_out(source, plan)
+    if options["dry_run"]:
+        beside = sidecars(source, checkpoint, dry=True)
+        _show_plan(source, plan, beside, folder, options["as_json"])
+        return
+    console.note(f"Reading {source.describe()}")
+    with console.bytes_progress("Converting", plan.total_bytes) as advance:
+        events = Events(bytes=advance, layer=console.layer_progress(), note=console.note)
+        done = run_plan(planned, folder, overwrite=options["overwrite"], options=running, events=events)
+    _show(done, options["as_json"])
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    return {
+        "model_type": plan.architecture.model_type,
+        "host": plan.holder,
+        "remote_code": bool(plan.target.remote_code),
+        "num_attention_heads": plan.before[0].num_attention_heads,
+        "num_key_value_heads": {
+            "before": plan.before[0].num_key_value_heads,
+            "after": plan.after[0].num_key_value_heads,
+        },
+        **(_latent_json(plan) if plan.latent else {}),
+        "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
+        "tensors": sum(len(shard) for shard in plan.shards.values()),
+        "changed_tensors": plan.changed,
+        "shards": {name: sum(t.info.nbytes for t in tensors) for name, tensors in plan.shards.items()},
+        "total_bytes": plan.total_bytes,
+        "peak_memory_bytes": plan.peak_memory,
+        "digest": plan.digest,
+    }
+
+
+def _show_plan(source: Source, plan: Plan, beside: Sidecars, out: Path, as_json: bool) -> None:
+    """Show a plan that isn't run, and which files beside the weights it would take along."""
+    if as_json:
+        facts = {"source": source.describe(), "out": str(out), **_plan_facts(plan)}
+        console.result_json({**facts, **beside.to_dict(), "notes": list(plan.notes)})
+        return
+    for note in plan.notes:
+        console.note(note)
+    console.facts(
+        f"{source.name} → {out} (dry run: nothing is written)",
+        [
+            ("source", source.describe()),
+            ("method", f"{plan.request.method} on {sum(not spec.cross for spec in plan.after)} layers"),
+            *_shared_facts(plan),
+            ("tensors", f"{sum(map(len, plan.shards.values()))}, of which {plan.changed} change"),
+            ("disk", f"{size(plan.total_bytes)} in {len(plan.shards)} shard(s)"),
+            ("memory", f"about {size(plan.peak_memory)} a thread above the interpreter's own"),
+            ("goes along", short(beside.along) or "nothing"),
+            *_left_out(beside),
+        ],
+    )
+
+
+def _left_out(beside: Sidecars) -> list[tuple[str, str]]:
+    return [("left out", beside.summary())] if beside.left else []
+
+
+def _shared_facts(plan: Plan) -> list[tuple[str, str]]:
+    before, after = plan.before[0].num_key_value_heads, plan.after[0].num_key_value_heads
+    if plan.latent is not None:
+        return [*_latent_facts(plan, plan.latent), *_class_facts(plan)]
+    return [
+        ("key/value heads", f"{before} → {after} for {plan.before[0].num_attention_heads} query heads"),
+        *_class_facts(plan),
+    ]
+
+
+def _latent_json(plan: Plan) -> dict[str, Any]:
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return {name: getattr(plan.after[0], name) for name in names}
+
+
+def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
+    spec = plan.after[0]
+    beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
+    heads = f"{plan.before[0].num_key_value_heads} key/value heads"
+    facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
+    if latent.target.form == "re-rotate":
+        facts.append(("decoding", "every step expands and rotates the whole context again"))
+    if latent.target.form == "longrope":
+        facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
+    if plan.copied_head:
+        facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))
+    if latent.alpha != 1:
+        facts.append(("residual stream", f"scaled by {latent.alpha:.4f}, so that rms_norm_eps 1e-6 changes no norm"))
+    return facts
+
+
+def _class_facts(plan: Plan) -> list[tuple[str, str]]:
+    kept = plan.cache_after / plan.cache_before
+    expanded = expands_cache(plan.target.architecture, plan.config)
+    code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.target.remote_code else ""
+    return [
+        ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
+        *_cross_facts(plan),
+        *([expanded_in_transformers(plan.target.architecture.class_name)] if expanded else []),
+        ("class", f"{plan.holder} · {plan.target.architecture.class_name}{code}"),
+    ]
+
+
+def _cross_facts(plan: Plan) -> list[tuple[str, str]]:
+    before, after = (cross_bytes_per_token(layers, plan.itemsize) for layers in (plan.before, plan.after))
+    if not before:
+        return []
+    return [cross_attention(f"{size(before)} → {size(after)}"), ("encoder", "left as it is")]
+
+
+def _show(done: Conversion, as_json: bool) -> None:
+    """Show a finished conversion, the energy it kept, and what to type next."""
+    if as_json:
+        extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.kept}
+        console.result_json({**extra, **_plan_facts(done.plan), **done.sidecars.to_dict()})
+        return
+    pairs = _shared_facts(done.plan)
+    if done.resumed:
+        pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
+    pairs += _left_out(done.sidecars)
+    method, place = done.plan.request.method, done.plan.architecture.place
+    if len(done.kept) > 1:
+        methods = list(next(iter(done.kept.values())))
+        rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
+        rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
+        columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
+        title = "Energy kept" if done.plan.latent else "Energy kept, by method"
+        console.table(title, columns, rows)
+    console.facts(f"Wrote {done.out}", pairs)
+    if method == "mean" and len(done.kept) == 1:
+        (layer, kept), *_ = done.kept.items()
+        ours, better = kept["mean"], kept["svd"]
+        console.note(
+            f"In layer {place(layer)}, mean keeps about {ours['keys']:.0%} of key and {ours['values']:.0%} of value "
+            f"energy; --method svd would keep {better['keys']:.0%} and {better['values']:.0%}. "
+            "--diagnose measures every layer."
+            # Energy alone is no guide where each frequency has one slot: text must say which components matter.
+            + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
+        )
+    if done.plan.tower is not None:
+        loader = done.plan.tower.wrapper.auto_class
+        console.note(f"Load it with transformers.{loader}: uptrain can't evaluate or train wrappers yet.")
+    elif is_language_model(done.plan.config):
+        trusted = " --allow-pickle" if done.source.allow_pickle else ""
+        console.note(f"Next: uptrain eval {typed(done.out)} --baseline {typed(done.source.name)}{trusted}")
+
+
+def _wants_text(plan: Plan) -> bool:
+    rotary = position_of_config(plan.architecture, plan.config).rotates
+    return rotary and not plan.architecture.uncalibrated
+
+
+def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:
+    return [f"{kept[method][side]:.1%}" for method in methods for side in ("keys", "values")]
+
+
+def _average(layers: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        method: {side: sum(kept[method][side] for kept in layers) / len(layers) for side in ("keys", "values")}
+        for method in layers[0]
+    }
