@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +15,10 @@ from transformers.models.mpt.modeling_mpt import MptAttention
 from transformers.models.opt.modeling_opt import OPTAttention
 from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 
-import uptrain.models.remote_code
 from uptrain.evaluation.reading import cache_of, with_cache
 from uptrain.models.remote_code.modeling_uptrain_bloom import UptrainBloomAttention, UptrainBloomConfig
 from uptrain.models.remote_code.modeling_uptrain_gpt_neo import UptrainGPTNeoConfig, UptrainGPTNeoSelfAttention
 
-FOLDER = Path(uptrain.models.remote_code.__file__).parent
 PARENTS = {
     "gpt2": GPT2Attention, "gpt2_mla": GPT2Attention, "llama_mla": LlamaAttention, "mpt": MptAttention,
     "opt": OPTAttention, "persimmon": PersimmonAttention,
@@ -34,7 +31,7 @@ def test_a_file_does_not_load_where_the_cache_has_a_third_name(name: str, monkey
 
     monkeypatch.setattr(PARENTS[name], "forward", forward)
     with pytest.raises(ImportError, match=f"gives {PARENTS[name].__name__} the cache under a name that this file"):
-        runpy.run_path(str(FOLDER / f"modeling_uptrain_{name}.py"))
+        runpy.run_module(f"uptrain.models.remote_code.modeling_uptrain_{name}")
 
 
 @pytest.mark.parametrize(

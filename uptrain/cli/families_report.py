@@ -9,7 +9,7 @@ from uptrain.conversion.family_table import Family, Holder, alike
 from uptrain.conversion.request import CHANGED_PARTS
 
 COLUMNS = ("family", "q, k, v", "position", "to GQA", "to MQA", "to MLA", "methods")
-REMOTE_CODE = "one readable modelling file inside the checkpoint: `trust_remote_code=True`, or `import uptrain`"
+REMOTE_CODE = "readable modelling code inside the checkpoint: `trust_remote_code=True`, or `import uptrain`"
 POOLING = [name for name, parts in CHANGED_PARTS.items() if "q" not in parts]
 NOTE = f"pooling: `--method` {', '.join(POOLING)}"
 
