@@ -10,8 +10,10 @@ import click
 
 from uptrain import __version__
 from uptrain.cli import console, evaluate, push, report, sweep, train, verify
+from uptrain.cli.method_help import grouping_help, method_help
 from uptrain.cli.types import Share, Size, check_device, device_option
 from uptrain.errors import Interrupted, UptrainError, refusal
+from uptrain.methods.registry import methods_with
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -136,6 +138,9 @@ def _latent_options(command: Command) -> Command:
     return command
 
 
+_SEEDED = " or ".join(methods_with("seed"))
+
+
 @cli.command()
 @click.argument("model")
 @click.argument("out", required=False)
@@ -144,17 +149,15 @@ def _latent_options(command: Command) -> Command:
 @_latent_options
 @click.option(
     "--method",
-    help="How heads become one: mean (average, Ainslie et al. 2023; the default); svd (align and factor, far closer "
-    "to MODEL before uptraining; needs torch; the default of --to mla); calibrated (svd weighted by what text makes "
-    "the model use, and repaired; the default with --calibrate); first; random (fresh heads, for ablations).",
+    help=method_help(),
 )
 @click.option(
     "--grouping",
     default="contiguous",
     show_default=True,
-    help="Which heads share: contiguous (neighbours, as in the paper) or similar (least loss; heads are moved).",
+    help=grouping_help(),
 )
-@click.option("--seed", type=int, help="For --method random or calibrated and --grouping similar. Default: 0.")
+@click.option("--seed", type=int, help=f"For --method {_SEEDED} and --grouping similar. Default: 0.")
 @click.option(
     "--calibrate",
     help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
@@ -223,7 +226,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
     check_memory(options["memory"], request)
-    check_device(request.method == "calibrated")
+    check_device(request.chosen_method.needs_text)
     source, checkpoint, plan = plan_conversion(
         model,
         request,

@@ -12,6 +12,7 @@ from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
 from uptrain.cli.console import size
 from uptrain.formatting import typed
+from uptrain.methods.registry import TARGETS
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.sidecars import Sidecars
@@ -72,7 +73,7 @@ def inspection(found: Inspection, as_json: bool) -> None:
     rows = [
         (
             f"--to {option.target}"
-            + (f" --groups {option.num_key_value_heads}" if option.target == "gqa" else "")
+            + (f" --groups {option.num_key_value_heads}" if TARGETS[option.target].takes_groups else "")
             + (f" --cache {option.cache:.0%}" if option.cache else ""),
             size(option.cache_bytes_per_token),
             f"{option.cache_bytes_per_token / found.cache_bytes_per_token:.1%}",

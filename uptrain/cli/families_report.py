@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from uptrain.cli import console
 from uptrain.conversion.family_table import Family, Holder, alike
-from uptrain.conversion.request import CHANGED_PARTS
+from uptrain.methods.registry import METHODS
 
 COLUMNS = ("family", "q, k, v", "position", "to GQA", "to MQA", "to MLA", "methods")
 REMOTE_CODE = "one readable modelling file inside the checkpoint: `trust_remote_code=True`, or `import uptrain`"
-POOLING = [name for name, parts in CHANGED_PARTS.items() if "q" not in parts]
+POOLING = [method.name for method in METHODS.values() if not method.mixes_dims]
 NOTE = f"pooling: `--method` {', '.join(POOLING)}"
 
 
@@ -50,7 +50,7 @@ def _held(family: Family, holders: tuple[Holder, ...]) -> str:
 
 
 def _methods(family: Family) -> str:
-    missing = [name for name in CHANGED_PARTS if name not in family.methods]
+    missing = [name for name in METHODS if name not in family.methods]
     words = f"all but {', '.join(missing)}" if missing else "all"
     words = "pooling" if list(family.methods) == POOLING else words
     return words + "".join(f"; with {key} pooling" for key in family.pool_only_with)

@@ -110,7 +110,7 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
             maker.make(layer)
         shares = [(kept["svd"]["keys"], kept["svd"]["values"]) for kept in maker.kept.values()]
     if plan.latent is None:
-        options = f"--to {request.target}" + (f" --groups {groups}" if request.target == "gqa" else "")
+        options = f"--to {request.target}" + (f" --groups {groups}" if request.kind.takes_groups else "")
         options += f" --method {request.method}"
     else:
         spec = plan.after[0]
