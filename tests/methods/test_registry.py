@@ -50,9 +50,7 @@ METHODS["last"] = Method(
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Method:
-    for name, method in METHODS.items():
-        monkeypatch.setitem(METHODS, name, method)
-    monkeypatch.delitem(METHODS, "last", raising=False)
+    monkeypatch.setitem(METHODS, "last", METHODS["mean"])  # so that it is taken out afterwards
     exec(compile(TOY, "toy.py", "exec"), {})
     return METHODS["last"]
 

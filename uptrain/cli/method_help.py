@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from uptrain.methods.method import Method
-from uptrain.methods.registry import GROUPINGS, METHODS, TARGETS, default_method
+from uptrain.methods.registry import GROUPINGS, METHODS, TARGETS, default_method, methods_with
 
 
 def method_help() -> str:
@@ -15,6 +15,12 @@ def grouping_help() -> str:
     """Return the help of `--grouping`: every grouping with its summary."""
     known = " or ".join(f"{grouping.name} ({grouping.summary})" for grouping in GROUPINGS.values())
     return f"Which heads share one: {known}."
+
+
+def seed_help() -> str:
+    """Return the help of `--seed`: what draws random numbers."""
+    groupings = [f"--grouping {grouping.name}" for grouping in GROUPINGS.values() if grouping.seeded]
+    return f"For --method {' or '.join(methods_with('seed'))} and {' or '.join(groupings)}. Default: 0."
 
 
 def _described(method: Method) -> str:

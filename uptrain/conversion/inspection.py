@@ -26,11 +26,11 @@ from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
 from uptrain.conversion.plan.mla import plan_latent
-from uptrain.conversion.plan.quantized import check_attention, check_host
+from uptrain.conversion.plan.quantized import check_attention, check_target
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import Host
-from uptrain.models.targets import host_of
+from uptrain.models.target import TargetClass
+from uptrain.models.targets import choose_target
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
@@ -195,20 +195,20 @@ def _options(
     heads, config = layers[0].num_key_value_heads, checkpoint.config
     out = []
     for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
-        target = "mqa" if groups == 1 else "gqa"
-        host = host_of(architecture, target, config, same=False)
-        if not holds_groups(host.architecture, config, groups) or not _holds(checkpoint, architecture, host, name):
+        kind = "mqa" if groups == 1 else "gqa"
+        target = choose_target(architecture, kind, config, same=False)
+        if not holds_groups(target.architecture, config, groups) or not _holds(checkpoint, architecture, target, name):
             continue
         after = [spec.grouped(groups) for spec in layers]
         size = cache_bytes_per_token(after, itemsize)
-        holder = checkpoint.tower.wrapper.model_type if checkpoint.tower else host.name
-        out.append(Option(target, groups, size, holder, bool(host.remote_code)))
+        holder = checkpoint.tower.wrapper.model_type if checkpoint.tower else target.name
+        out.append(Option(kind, groups, size, holder, bool(target.remote_code)))
     return out
 
 
-def _holds(checkpoint: Checkpoint, architecture: Architecture, host: Host, name: str) -> bool:
+def _holds(checkpoint: Checkpoint, architecture: Architecture, target: TargetClass, name: str) -> bool:
     try:
-        check_host(checkpoint, architecture, host, False, name)
+        check_target(checkpoint, architecture, target, False, name)
     except UsageError:
         return False
     return True
@@ -222,9 +222,11 @@ def _latent_options(
     for cache in SHARES:
         try:
             latent = plan_latent(checkpoint, Request("mla", cache=cache), architecture, layers, base, name)
-            check_host(checkpoint, architecture, latent.entry.host, True, name)
+            check_target(checkpoint, architecture, latent.entry.target, True, name)
         except UsageError:
             continue
-        size, host = cache_bytes_per_token(latent.after, itemsize), latent.entry.host
-        out.append(Option("mla", latent.after[0].num_key_value_heads, size, host.name, bool(host.remote_code), cache))
+        size, target = cache_bytes_per_token(latent.after, itemsize), latent.entry.target
+        out.append(
+            Option("mla", latent.after[0].num_key_value_heads, size, target.name, bool(target.remote_code), cache)
+        )
     return out

@@ -102,7 +102,7 @@ def _plans(checkpoint: Checkpoint, budget: float, name: str) -> list[Plan]:
 
 def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> Suggestion:
     request, groups = plan.request, plan.after[0].num_key_value_heads
-    if request.method == "mean":
+    if not request.chosen_method.mixes_dims:
         shares = [_pooled(checkpoint, plan, layer, groups) for layer in layers]
     else:
         maker = LayerMaker(checkpoint, plan)

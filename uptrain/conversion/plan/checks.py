@@ -40,7 +40,7 @@ def check_method(architecture: Architecture, config: Mapping[str, Any], request:
     Raises:
         UsageError: it isn't.
     """
-    if request.kind.latent and not architecture.hosts.get("mla"):
+    if request.kind.latent and not architecture.targets.get("mla"):
         return  # that no class holds it is what to say
     why = why_pool_only(architecture, config)
     if why and request.chosen_method.mixes_dims:
@@ -71,16 +71,16 @@ def check_inside(checkpoint: Checkpoint, request: Request, name: str) -> None:
 
 
 def check_groups(
-    architecture: Architecture, host: Architecture, config: Mapping[str, Any], groups: int, name: str
+    architecture: Architecture, target: Architecture, config: Mapping[str, Any], groups: int, name: str
 ) -> None:
-    """Refuse a number of key/value heads that the host's class can't have.
+    """Refuse a number of key/value heads that the target class can't have.
 
     Raises:
         UsageError: it can't.
     """
-    if not holds_groups(host, config, groups):
+    if not holds_groups(target, config, groups):
         raise UsageError(
-            f"{name} can't keep {groups} key/value heads: without {host.keys.grouped} "
+            f"{name} can't keep {groups} key/value heads: without {target.keys.grouped} "
             f"{architecture.model_type} has one or all.",
             "Use --to mqa.",
         )

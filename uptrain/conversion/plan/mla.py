@@ -17,7 +17,7 @@ from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.request import Request
 from uptrain.errors import UsageError
-from uptrain.models.mla_targets import LATENT_HOSTS, LatentHost, latent_config
+from uptrain.models.mla_targets import MLA_TARGET_CLASSES, MLATargetClass, latent_config
 
 ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
 
@@ -33,7 +33,7 @@ class LatentPlan:
     stream's factor. With `own_slots` the target's slots are still to be chosen, by what unrotated pairs would cost.
     """
 
-    entry: LatentHost
+    entry: MLATargetClass
     target: LatentTarget
     stored: Stored
     after: tuple[AttentionSpec, ...]
@@ -71,9 +71,11 @@ def plan_latent(
     biased = any(module.endswith(".bias") and module != f"{output}.bias" for module in modules)
     output_bias = f"{output}.bias" in modules
     rope = _rope(request, architecture, name)
-    entry = _host(architecture, request, config, rope, biased or output_bias, name)
+    entry = _target_class(architecture, request, config, rope, biased or output_bias, name)
     if any(layer.sliding_window for layer in before):
-        raise UsageError(f"{name} has sliding windows, which no latent host holds yet.", "Use --to gqa or --to mqa.")
+        raise UsageError(
+            f"{name} has sliding windows, which no MLA target class holds yet.", "Use --to gqa or --to mqa."
+        )
     parameters, frequencies = _source_rotation(architecture, config, spec, rope, name)
     hidden = config_value(architecture, config, architecture.keys.hidden_size, name)
     rank, rotary = _sizes(request, spec, hidden, rope, name)
@@ -81,7 +83,7 @@ def plan_latent(
     dtype = _dtype(checkpoint, base, request)
     if dtype not in entry.dtypes:
         raise UsageError(
-            f"{entry.host.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
+            f"{entry.target.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
             "Add --dtype bfloat16 or float32.",
         )
     alpha, scales = _rescale(entry, config)
@@ -128,12 +130,12 @@ def _source_rotation(
     return parameters, source_frequencies(parameters, config, spec.head_dim, name)
 
 
-def _host(
+def _target_class(
     architecture: Architecture, request: Request, config: Mapping[str, Any], rope: str, biased: bool, name: str
-) -> LatentHost:
+) -> MLATargetClass:
     why = f"uptrain has no class that holds a latent of {architecture.model_type} yet"
-    for key in architecture.hosts.get("mla", ()):
-        entry = LATENT_HOSTS[key]
+    for key in architecture.targets.get("mla", ()):
+        entry = MLA_TARGET_CLASSES[key]
         refused = [word for word, values in entry.refuses.items() if config.get(word) in values]
         if rope not in entry.ropes:
             why = f"{key} can't hold --rope {rope}"
@@ -204,10 +206,10 @@ def _dtype(checkpoint: Checkpoint, base: str, request: Request) -> str:
     return next(info.dtype for name, info in checkpoint.tensors.items() if name.startswith(base))
 
 
-def _rescale(entry: LatentHost, config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+def _rescale(entry: MLATargetClass, config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
     """Return what the residual stream is multiplied by, and the tensors that do it.
 
-    RMSNorm(αx; α²ε) = RMSNorm(x; ε), so every norm stays what it was under the ε that the host needs.
+    RMSNorm(αx; α²ε) = RMSNorm(x; ε), so every norm stays what it was under the ε that the target class needs.
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, section 4 (re-scaling invariance).
     """
     own = float(config.get("rms_norm_eps", 1e-6))
@@ -220,23 +222,23 @@ def _rescale(entry: LatentHost, config: Mapping[str, Any]) -> tuple[float, dict[
     return alpha, scales
 
 
-def _q_lora_rank(request: Request, entry: LatentHost, hidden: int, name: str) -> int | None:
+def _q_lora_rank(request: Request, entry: MLATargetClass, hidden: int, name: str) -> int | None:
     rank = hidden if request.engine == "llama.cpp" and request.q_lora_rank is None else request.q_lora_rank
     if rank is None:
         return None
     if not entry.layout.neutral:
-        raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.host.name} has whole queries.")
+        raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.target.name} has whole queries.")
     if rank > hidden:
         raise UsageError(f"--q-lora-rank {rank} is more than {name}'s hidden_size {hidden}.")
     return rank
 
 
 def _neutral() -> list[str]:
-    return [name for name, entry in LATENT_HOSTS.items() if entry.layout.neutral]
+    return [name for name, entry in MLA_TARGET_CLASSES.items() if entry.layout.neutral]
 
 
 def _attention_config(
-    entry: LatentHost, architecture: Architecture, spec: AttentionSpec, target: LatentTarget, heads: int,
+    entry: MLATargetClass, architecture: Architecture, spec: AttentionSpec, target: LatentTarget, heads: int,
     biases: tuple[bool, bool], q_lora_rank: int | None, source: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     keys, count = entry.architecture.keys, architecture.keys.num_hidden_layers
@@ -261,8 +263,8 @@ def _attention_config(
     return found
 
 
-def _check_grid(entry: LatentHost, target: LatentTarget, written: Mapping[str, Any], name: str) -> None:
-    """Refuse a shared rotary key whose table the host would make another of; yarn's ramp ends with the dims."""
+def _check_grid(entry: MLATargetClass, target: LatentTarget, written: Mapping[str, Any], name: str) -> None:
+    """Refuse a shared rotary key whose table the target class would make another of; yarn's ramp ends with the dims."""
     if target.form != "grid":
         return
     parameters = rotary_parameters(entry.architecture, written, name)[EVERY]

@@ -27,13 +27,13 @@ from uptrain.conversion.plan.embeddings import shared_outputs
 from uptrain.conversion.plan.mla import LatentPlan, plan_latent
 from uptrain.conversion.plan.norms import pooled_norms
 from uptrain.conversion.plan.operations import OutputTensor
-from uptrain.conversion.plan.quantized import check_host, check_quantised
+from uptrain.conversion.plan.quantized import check_quantised, check_target
 from uptrain.conversion.plan.sharding import into_shards
-from uptrain.conversion.plan.target_tensors import Rehost, rotate_as_before
+from uptrain.conversion.plan.target_tensors import TargetTensors, rotate_as_before
 from uptrain.conversion.request import Request, resolve_groups
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import Host
-from uptrain.models.targets import OF_THE_FOLDER, host_config, host_of, own_host, result_class
+from uptrain.models.target import TargetClass
+from uptrain.models.targets import OF_THE_FOLDER, choose_target, own_target, result_class, target_config
 
 PLAN_FORMAT = 2
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
@@ -45,7 +45,7 @@ class Plan:
 
     request: Request
     architecture: Architecture
-    host: Host
+    target: TargetClass
     prefix: str
     before: tuple[AttentionSpec, ...]
     after: tuple[AttentionSpec, ...]
@@ -70,7 +70,7 @@ class Plan:
     @property
     def holder(self) -> str:
         """Return the model type that the result's config.json names."""
-        return self.host.name if self.tower is None else self.tower.wrapper.model_type
+        return self.target.name if self.tower is None else self.tower.wrapper.model_type
 
     @property
     def total_bytes(self) -> int:
@@ -136,33 +136,33 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
     check_effects(request, groups, before[0].num_key_value_heads, name)
-    host = host_of(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
+    target = choose_target(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
     if not same:
-        check_groups(architecture, host.architecture, checkpoint.config, groups, name)
-    check_host(checkpoint, architecture, host, False, name)
+        check_groups(architecture, target.architecture, checkpoint.config, groups, name)
+    check_target(checkpoint, architecture, target, False, name)
     after = tuple(spec.grouped(groups) for spec in before)
     if request.chosen_grouping.moves and not same:
         check_order(checkpoint, architecture, prefix, before, name)
-    config = host_config(host, checkpoint.config) if host.architecture is not architecture or not same else None
-    config = _as_it_is(host, checkpoint.config) if config is None else config
-    if not same or host.architecture is not architecture:
-        set_attention(host.architecture, config, groups)
-        config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
-    if host.rotary:
-        rotate_as_before(config, host, architecture, checkpoint.config, before[0], name)
+    config = target_config(target, checkpoint.config) if target.architecture is not architecture or not same else None
+    config = _as_it_is(target, checkpoint.config) if config is None else config
+    if not same or target.architecture is not architecture:
+        set_attention(target.architecture, config, groups)
+        config["architectures"] = [result_class(target, architecture, checkpoint.config, name)]
+    if target.rotary:
+        rotate_as_before(config, target, architecture, checkpoint.config, before[0], name)
     if request.dtype:
         _set_dtype(config, request.dtype)
     embeddings = embeddings_of(architecture, checkpoint, prefix)
-    declare(config, embeddings, architecture, host.architecture)
-    planner = _Planner(checkpoint, request, architecture, host, prefix, before, after, same, embeddings)
+    declare(config, embeddings, architecture, target.architecture)
+    planner = _Planner(checkpoint, request, architecture, target, prefix, before, after, same, embeddings)
     shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
-    plan = Plan(request, architecture, host, prefix, before, after, config, shards, "", tower=checkpoint.tower)
+    plan = Plan(request, architecture, target, prefix, before, after, config, shards, "", tower=checkpoint.tower)
     return replace(plan, digest=plan_digest(plan, checkpoint))
 
 
-def _as_it_is(host: Host, config: Mapping[str, Any]) -> dict[str, Any]:
+def _as_it_is(target: TargetClass, config: Mapping[str, Any]) -> dict[str, Any]:
     # A name of code or weights that the source gives doesn't go along, as its file doesn't.
-    own = host_config(host, config)
+    own = target_config(target, config)
     kept = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
     return {**kept, "auto_map": own["auto_map"]} if "auto_map" in own else kept
 
@@ -177,20 +177,20 @@ def _latent_plan(
 ) -> Plan:
     base = architecture.attention(prefix, 0)
     latent = plan_latent(checkpoint, request, architecture, before, base, name)
-    config, host = dict(latent.config), latent.entry.host
-    check_host(checkpoint, architecture, host, True, name)
-    config["architectures"] = [result_class(host, architecture, checkpoint.config, name)]
+    config, target = dict(latent.config), latent.entry.target
+    check_target(checkpoint, architecture, target, True, name)
+    config["architectures"] = [result_class(target, architecture, checkpoint.config, name)]
     if request.dtype:
         _set_dtype(config, request.dtype)
     embeddings, headed = embeddings_of(architecture, checkpoint, prefix), is_language_model(checkpoint.config)
-    declare(config, embeddings, architecture, host.architecture, latent.entry.untied)
+    declare(config, embeddings, architecture, target.architecture, latent.entry.untied)
     untied = latent.entry.untied and headed  # classes for other purposes have no head to make of the embedding
     planner = _Planner(
-        checkpoint, request, architecture, host, prefix, before, latent.after, False, embeddings, latent, untied
+        checkpoint, request, architecture, target, prefix, before, latent.after, False, embeddings, latent, untied
     )
     shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     copied = untied and embeddings.tied
-    plan = Plan(request, architecture, host, prefix, before, latent.after, config, shards, "", latent, copied)
+    plan = Plan(request, architecture, target, prefix, before, latent.after, config, shards, "", latent, copied)
     return replace(plan, digest=plan_digest(plan, checkpoint))
 
 
@@ -199,7 +199,7 @@ class _Planner:
     checkpoint: Checkpoint
     request: Request
     architecture: Architecture
-    host: Host
+    target: TargetClass
     prefix: str
     before: tuple[AttentionSpec, ...]
     after: tuple[AttentionSpec, ...]
@@ -210,9 +210,9 @@ class _Planner:
 
     def outputs(self) -> Iterator[OutputTensor]:
         """Yield the result's tensors in the order of the source's bytes."""
-        attention, norms, rehosted = self._attention(), self._norms(), self._rehost().outputs(self._dtype)
-        zeros = self._rehost().zeros(self._dtype)
-        shared = shared_outputs(self.checkpoint, self.embeddings, self.host, self.untied, self._passed)
+        attention, norms, moved = self._attention(), self._norms(), self._target_tensors().outputs(self._dtype)
+        zeros = self._target_tensors().zeros(self._dtype)
+        shared = shared_outputs(self.checkpoint, self.embeddings, self.target, self.untied, self._passed)
         placed: set[int] = set()
         for name, info in self.checkpoint.tensors.items():
             if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
@@ -221,8 +221,8 @@ class _Planner:
                 norm = norms[name]
                 yield from [norm] if norm else []
                 continue
-            if name in rehosted:
-                yield from rehosted[name]
+            if name in moved:
+                yield from moved[name]
                 continue
             if name not in attention:
                 yield from shared.get(name) or [self._passed(name, info)]
@@ -236,8 +236,8 @@ class _Planner:
 
     def _attention(self) -> dict[str, tuple[int, list[OutputTensor]]]:
         """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
-        source, host = self.architecture, self.host.architecture
-        moved = source.projections != host.projections or self.latent is not None
+        source, target = self.architecture, self.target.architecture
+        moved = source.projections != target.projections or self.latent is not None
         parts = frozenset("qkvo") if moved else self.request.changed_parts
         out: dict[str, tuple[int, list[OutputTensor]]] = {}
         for layer, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
@@ -255,9 +255,9 @@ class _Planner:
             out.update(dict.fromkeys(names, (layer, outputs)))
         return out
 
-    def _rehost(self) -> Rehost:
+    def _target_tensors(self) -> TargetTensors:
         table = self.embeddings.table or self.embeddings.own_table
-        return Rehost(self.checkpoint, self.architecture, self.host, self.prefix, len(self.before), table)
+        return TargetTensors(self.checkpoint, self.architecture, self.target, self.prefix, len(self.before), table)
 
     def _norms(self) -> dict[str, OutputTensor | None]:
         """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
@@ -273,23 +273,23 @@ class _Planner:
     def _layer_outputs(
         self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
     ) -> Iterator[OutputTensor]:
-        source, host = self.architecture, self.host.architecture
-        base = host.attention(self._rehost().prefix, layer)
-        for module in modules_of(host.projections, parts):
-            part = next(part for part in "qkvo" if module_of(host.projections, part) == module)
+        source, target = self.architecture, self.target.architecture
+        base = target.attention(self._target_tensors().prefix, layer)
+        for module in modules_of(target.projections, parts):
+            part = next(part for part in "qkvo" if module_of(target.projections, part) == module)
             origin = module_of(source.projections, part)
             hidden = self._hidden_size()
-            rows, columns = module_shape(host.projections, spec, module, hidden)
-            out_features = columns if host.projections.transposed else rows
+            rows, columns = module_shape(target.projections, spec, module, hidden)
+            out_features = columns if target.projections.transposed else rows
             first = source.attention(self.prefix, layer) + origin + ".weight"
             dtype = self._dtype(self.checkpoint.tensors[first].dtype)
-            for kind in ("weight", "bias") if self.host.biased else present[origin]:
+            for kind in ("weight", "bias") if self.target.biased else present[origin]:
                 shape = (rows, columns) if kind == "weight" else (out_features,)
                 info = TensorInfo(f"{base}{module}.{kind}", dtype, shape, "", -1, -1)
                 yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
 
     def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[OutputTensor]:
-        base = self.host.architecture.attention(self.prefix, layer)
+        base = self.target.architecture.attention(self.prefix, layer)
         origin = module_of(self.architecture.projections, "k")
         first = self.architecture.attention(self.prefix, layer) + origin + ".weight"
         dtype = self._dtype(self.checkpoint.tensors[first].dtype)
@@ -320,11 +320,11 @@ class _Planner:
         return config_value(self.architecture, self.checkpoint.config, key, "config.json")
 
     def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
-        turned = any(name.endswith(f"{module}.weight") for module in self.host.transposes)
+        turned = any(name.endswith(f"{module}.weight") for module in self.target.transposes)
         if len(info.shape) != 2:
             turned = False
         shape = info.shape[::-1] if turned else info.shape
-        new = TensorInfo(self._rehost().named(name), self._dtype(info.dtype), shape, "", -1, -1)
+        new = TensorInfo(self._target_tensors().named(name), self._dtype(info.dtype), shape, "", -1, -1)
         scales = self.latent.scales if self.latent else {}
         for ending, factor in scales.items():
             if name == ending or name.endswith(f".{ending}"):
@@ -348,7 +348,7 @@ def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
     material = {
         "format": PLAN_FORMAT,
         "request": plan.request.recorded(),
-        "host": plan.host.name,
+        "host": plan.target.name,
         "config": plan.whole_config,
         "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "shards": {name: [_row(tensor) for tensor in tensors] for name, tensors in plan.shards.items()},
@@ -363,7 +363,7 @@ def _row(tensor: OutputTensor) -> Iterable[Any]:
     )  # fmt: skip
 
 
-def result_attention(checkpoint: Checkpoint, name: str) -> tuple[Host, tuple[AttentionSpec, ...]]:
-    """Return the host and attention of a checkpoint as it stands."""
+def result_attention(checkpoint: Checkpoint, name: str) -> tuple[TargetClass, tuple[AttentionSpec, ...]]:
+    """Return the target class and attention of a checkpoint as it stands."""
     architecture = family_of(checkpoint, name)
-    return own_host(architecture), attention_layers(architecture, checkpoint.config, name)
+    return own_target(architecture), attention_layers(architecture, checkpoint.config, name)

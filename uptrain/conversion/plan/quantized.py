@@ -11,7 +11,7 @@ from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import Host
+from uptrain.models.target import TargetClass
 
 
 def check_attention(
@@ -79,15 +79,19 @@ def check_quantised(
         )
 
 
-def check_host(checkpoint: Checkpoint, architecture: Architecture, host: Host, latent: bool, name: str) -> None:
+def check_target(
+    checkpoint: Checkpoint, architecture: Architecture, target: TargetClass, latent: bool, name: str
+) -> None:
     """Refuse a class whose modules have other names, or other weights, than quantization_config speaks of.
 
     Raises:
         UsageError: codes would have to be folded, turned or scaled, or lists of modules wouldn't fit any more.
     """
-    own, other = architecture, host.architecture
+    own, other = architecture, target.architecture
     renamed = latent or (own.projections, own.layer, own.prefixes) != (other.projections, other.layer, other.prefixes)
-    changed = host.renames or host.folds or host.transposes or host.shifts or host.zeros or host.attention_norm
+    changed = (
+        target.renames or target.folds or target.transposes or target.shifts or target.zeros or target.attention_norm
+    )
     if not renamed and not changed:
         return
     found = quantisation_of(checkpoint)
@@ -97,7 +101,7 @@ def check_host(checkpoint: Checkpoint, architecture: Architecture, host: Host, l
     if not found.tensors:
         hint += " If these weights aren't quantised, remove quantization_config from config.json."
     raise UsageError(
-        f"{name} has parts that are quantised with {found.describe()}, and as a {host.name} its modules have other "
+        f"{name} has parts that are quantised with {found.describe()}, and as a {target.name} its modules have other "
         "names or weights than its quantization_config speaks of.",
         hint,
     )

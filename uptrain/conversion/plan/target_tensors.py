@@ -15,36 +15,36 @@ from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan.operations import OutputTensor
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import Host
+from uptrain.models.target import TargetClass
 
 
 @dataclass(frozen=True)
-class Rehost:
-    """Says what the source's tensors outside attention become in `host`; `source_prefix` starts the body's names.
+class TargetTensors:
+    """Says what the source's tensors outside attention become in `target`; `source_prefix` starts the body's names.
 
     `table` is the stored tensor that the token embedding takes its values from.
     """
 
     checkpoint: Checkpoint
     architecture: Architecture
-    host: Host
+    target: TargetClass
     source_prefix: str
     layers: int
     table: str
 
     @property
     def prefix(self) -> str:
-        """Return the prefix of the body's names in the host."""
-        if self.host.architecture is self.architecture:
+        """Return the prefix of the body's names in the target class."""
+        if self.target.architecture is self.architecture:
             return self.source_prefix
-        return self.host.architecture.prefixes[self.architecture.prefixes.index(self.source_prefix)]
+        return self.target.architecture.prefixes[self.architecture.prefixes.index(self.source_prefix)]
 
     def named(self, name: str) -> str:
-        """Return the host's name of a tensor outside attention."""
+        """Return the target class's name of a tensor outside attention."""
         if self.source_prefix and name.startswith(self.source_prefix):
             name = self.prefix + name.removeprefix(self.source_prefix)
         dotted = f".{name}"
-        for old, new in self.host.renames.items():
+        for old, new in self.target.renames.items():
             dotted = dotted.replace(f".{old}.", f".{new}.")
         return dotted[1:]
 
@@ -55,16 +55,16 @@ class Rehost:
             CheckpointError: a norm that moves into a linear, or that linear, is missing.
         """
         out: dict[str, list[OutputTensor]] = {}
-        for module, addend in self.host.shifts.items():
+        for module, addend in self.target.shifts.items():
             for name, info in self.checkpoint.tensors.items():
                 if f".{name}".endswith(f".{module}.weight"):
                     new = TensorInfo(self.named(name), dtype(info.dtype), info.shape, "", -1, -1)
                     out[name] = [OutputTensor(new, "shift", name, factor=addend)]
         for block in (self._block(layer) for layer in range(self.layers)):
-            for linear, norm in self.host.folds.items():
+            for linear, norm in self.target.folds.items():
                 out.update(self._folded(block + linear, block + norm, dtype))
-            if self.host.attention_norm:
-                out.update(self._neutral(block + self.host.attention_norm, dtype))
+            if self.target.attention_norm:
+                out.update(self._neutral(block + self.target.attention_norm, dtype))
         return out
 
     def zeros(self, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
@@ -74,7 +74,7 @@ class Rehost:
             CheckpointError: the embedding is missing.
         """
         headed = is_language_model(self.checkpoint.config)
-        needed = [zero for zero in self.host.zeros if headed or not zero.startswith("lm_head.")]
+        needed = [zero for zero in self.target.zeros if headed or not zero.startswith("lm_head.")]
         missing = [zero for zero in needed if zero not in self.checkpoint.tensors]
         if not missing:
             return {}
@@ -115,13 +115,13 @@ class Rehost:
 
 def rotate_as_before(
     config: dict[str, Any],
-    host: Host,
+    target: TargetClass,
     architecture: Architecture,
     source: Mapping[str, Any],
     spec: AttentionSpec,
     name: str,
 ) -> None:
-    """Write the rotation of a source's config into the config of a host of another family.
+    """Write the rotation of a source's config into the config of a target class of another family.
 
     Raises:
         UsageError: an odd number of dims is rotated, which classes round differently, or an unknown rope type.
@@ -129,14 +129,14 @@ def rotate_as_before(
     parameters = rotary_parameters(architecture, source, name)[EVERY]
     if parameters["rope_type"] not in TYPES:
         raise UsageError(
-            f"{name} has rope_type {parameters['rope_type']}, which {host.architecture.class_name} doesn't know.",
+            f"{name} has rope_type {parameters['rope_type']}, which {target.architecture.class_name} doesn't know.",
             f"It knows {', '.join(TYPES)}.",
         )
     rotated, spread = rotated_dims(architecture, parameters, spec.head_dim, name)
     if architecture.keys.rotary_ndims:
         rotated = spread = spec.rotary_ndims or spec.head_dim
     parameters = partly_rotated(parameters, rotated or spec.head_dim, spread, spec.head_dim)
-    write_rotation(config, parameters, host.older_ropes)
+    write_rotation(config, parameters, target.older_ropes)
 
 
 def _constant(info: TensorInfo, source: str, value: int) -> OutputTensor:
