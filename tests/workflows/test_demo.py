@@ -40,12 +40,14 @@ def test_the_checkpoint_is_small_whole_and_made_by_its_recipe() -> None:
     assert (DEMO / "train_log.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_it_has_learnt_more_than_counting_or_compressing_gives() -> None:
     found = quality(tokens=16_384)
     assert found["model"] < 0.7 * found["unigram"]
     assert found["model"] < found["gzip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [20_480])
 def test_the_whole_way_ends_nearer_to_the_original_than_it_began(tmp_path: Path, tokens: int) -> None:
     stages: list[str] = []
