@@ -29,7 +29,9 @@ from uptrain.data.sources import Files, parse_source
 from uptrain.data.token_text import read_tokens
 from uptrain.models import loading
 from uptrain.training import recipes
-from uptrain.training.trainer import Step, lm_loss, train
+from uptrain.training.losses import lm_loss
+from uptrain.training.metrics import TrainingStep
+from uptrain.training.trainer import train
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, d
     })  # fmt: skip
     began = time.monotonic()
 
-    def on_step(step: Step) -> None:
+    def on_step(step: TrainingStep) -> None:
         if step.held_out_loss is not None:
             seen.append((step.tokens, step.held_out_loss))
             print(f"{target} {start} {objective} {step.tokens} tokens: perplexity "

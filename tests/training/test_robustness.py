@@ -21,7 +21,9 @@ from uptrain.errors import UptrainError
 from uptrain.models.loading import load_tokenizer
 from uptrain.training import recipes, state
 from uptrain.training.distillation import Objective
-from uptrain.training.trainer import Step, lm_loss, train
+from uptrain.training.losses import lm_loss
+from uptrain.training.metrics import TrainingStep
+from uptrain.training.trainer import train
 
 Make = Callable[..., recipes.Recipe]
 
@@ -139,7 +141,7 @@ def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, ke
 def test_the_best_so_far_can_be_used_while_the_run_goes_on(recipe: Make, tmp_path: Path) -> None:
     seen: list[float] = []
 
-    def look(step: Step) -> None:
+    def look(step: TrainingStep) -> None:
         if step.held_out_loss is not None:
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "out.run/best")
             ids = read_tokens(made.held_out, load_tokenizer(tmp_path / "out.run/best"), 640).ids

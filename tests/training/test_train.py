@@ -31,7 +31,9 @@ from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.models.loading import load_tokenizer, new_model
 from uptrain.models.register import register
 from uptrain.training import recipes
-from uptrain.training.trainer import Step, Training, lm_loss, train
+from uptrain.training.losses import lm_loss
+from uptrain.training.metrics import TrainingResult, TrainingStep
+from uptrain.training.trainer import train
 
 
 @pytest.fixture
@@ -54,7 +56,9 @@ def recipe(tmp_path: Path) -> Callable[..., recipes.Recipe]:
     return make
 
 
-def run(recipe: recipes.Recipe, on_step: Callable[[Step], None] | None = None, restart: bool = False) -> Training:
+def run(
+    recipe: recipes.Recipe, on_step: Callable[[TrainingStep], None] | None = None, restart: bool = False
+) -> TrainingResult:
     done = train(recipe, on_step, restart)
     assert done is not None
     return done
@@ -170,8 +174,8 @@ def test_a_recipe_s_config_is_recorded_as_it_was_written() -> None:
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0}
 
 
-def interrupt_at(number: int) -> Callable[[Step], None]:
-    def on_step(step: Step) -> None:
+def interrupt_at(number: int) -> Callable[[TrainingStep], None]:
+    def on_step(step: TrainingStep) -> None:
         if step.step == number:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -11,7 +11,7 @@ from uptrain.checkpoint.manifest import verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.data.stdlib_text import documents, is_held_out
 from uptrain.training import recipes
-from uptrain.training.trainer import Step
+from uptrain.training.metrics import TrainingStep
 from uptrain.workflows.demo.run import run
 
 
@@ -49,7 +49,7 @@ def test_it_has_learnt_more_than_counting_or_compressing_gives() -> None:
 @pytest.mark.parametrize("tokens", [20_480])
 def test_the_whole_way_ends_nearer_to_the_original_than_it_began(tmp_path: Path, tokens: int) -> None:
     stages: list[str] = []
-    steps: list[Step] = []
+    steps: list[TrainingStep] = []
     found = run(tmp_path, stages.append, steps.append, tokens=4096, overrides=(f"tokens={tokens}",))
     assert len(stages) == 4
     assert len(steps) == recipes.load("demo-uptrain", [f"tokens={tokens}"]).total_steps

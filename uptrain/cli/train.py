@@ -15,8 +15,8 @@ from uptrain.formatting import typed
 from uptrain.models import devices
 
 if TYPE_CHECKING:
+    from uptrain.training.metrics import TrainingResult
     from uptrain.training.recipe import Recipe
-    from uptrain.training.trainer import Training
 
 
 @click.command()
@@ -70,7 +70,7 @@ def _say_once(error: UptrainError) -> NoReturn:
     raise error
 
 
-def _show(done: Training, recipe: Recipe, as_json: bool) -> None:
+def _show(done: TrainingResult, recipe: Recipe, as_json: bool) -> None:
     """Show a finished run and what to type next."""
     if as_json:
         console.result_json(done.to_dict())

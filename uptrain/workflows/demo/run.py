@@ -13,7 +13,7 @@ from uptrain.evaluation.evaluate import Evaluation, Measured, evaluate
 from uptrain.training import recipes
 
 if TYPE_CHECKING:
-    from uptrain.training.trainer import Step
+    from uptrain.training.metrics import TrainingStep
 
 RECIPE = "demo-uptrain"
 GROUPS = 4
@@ -44,7 +44,7 @@ class Demo:
 def run(
     out: Path,
     on_stage: Callable[[str], None] | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: Callable[[TrainingStep], None] | None = None,
     tokens: int = TOKENS,
     overrides: tuple[str, ...] = (),
 ) -> Demo:
