@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import resolve
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
@@ -95,7 +96,7 @@ def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, d
                   f"{math.exp(step.held_out_loss):.3f}, {step.tokens_per_second:.0f} tokens/s",
                   file=sys.stderr, flush=True)  # fmt: skip
 
-    done = train(recipe, on_step, restart=True)
+    done = train(recipe, restart=True, events=Events(step=on_step))
     assert done is not None
     assert done.held_out_loss is not None
     seen.append((done.tokens, done.held_out_loss))

@@ -45,10 +45,11 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
         loaded = recipes.load(recipe, overrides)
         if first:
             console.note(f"Training {loaded.model or 'a new model'} for {loaded.total_steps:,} steps → {loaded.output}")
+        from uptrain.checkpoint.events import Events
         from uptrain.training.trainer import train as run
 
         with console.training_progress(loaded.total_steps, hidden=not first) as show:
-            done = run(loaded, show, restart, plot)
+            done = run(loaded, restart=restart, plot=plot, events=Events(step=show))
     except UptrainError as error:
         _say_once(error)
     if done is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out, staged
@@ -43,14 +44,18 @@ _SKIPS = 10
 
 
 def train(
-    recipe: Recipe, on_step: Callable[[TrainingStep], None] | None = None, restart: bool = False, plot: bool = False
+    recipe: Recipe, *, restart: bool = False, plot: bool = False, events: Events = Events()
 ) -> TrainingResult | None:
-    """Run a recipe and write the result to its `output`; a run that was cut off is taken up where it stopped.
+    """Run a recipe and write the result to its `output`. A run that was interrupted is resumed at its last checkpoint.
 
-    `plot` draws the log beside it, as training.png. `devices.using` says where to train.
+    Under torchrun or accelerate launch, every process calls this. `devices.using` says on which device to train.
 
-    Under torchrun or accelerate launch every process calls this; `on_step` is called in the first one, which also
-    returns the result, while the others return None.
+    - `recipe`: what to train, on what, for how long.
+    - `restart`: delete an unfinished run of the same output instead of resuming it.
+    - `plot`: draw the log to training.png in the output folder.
+    - `events`: `step` receives a `TrainingStep` after each optimizer step, in the first process.
+
+    Returns the result in the first process and None in the others.
 
     Raises:
         UsageError: the recipe can't be carried out.
@@ -61,7 +66,7 @@ def train(
     if plot:
         plots.check()
     with decided(), together(), devices.enough_memory("Training", LOWER):
-        run = _Run(recipe, on_step, plot)
+        run = _Run(recipe, events, plot)
         try:
             with run.folder:
                 return run.run(restart)
@@ -70,8 +75,8 @@ def train(
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, on_step: Callable[[TrainingStep], None] | None, plot: bool) -> None:
-        self.recipe, self.on_step, self.plot = recipe, on_step, plot
+    def __init__(self, recipe: Recipe, events: Events, plot: bool) -> None:
+        self.recipe, self.events, self.plot = recipe, events, plot
         self.folder = RunFolder(recipe.output)
         self.accelerator = make_accelerator(recipe)
         self.journal = Journal(recipe)
@@ -337,11 +342,11 @@ class _Run:
                 self.folder.record({**entry, **({"skipped": skipped} if skipped else {})})
             if recipe.trackers:
                 self.accelerator.log(entry, step=self.step)
-        if self.on_step and self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             left = journal.seconds_per_step * (recipe.total_steps - self.step)
             tokens = self.step * recipe.tokens_per_step
             memory = memory_bytes(self.accelerator.device)
-            self.on_step(
+            self.events.step(
                 TrainingStep(
                     step=self.step,
                     steps=recipe.total_steps,
