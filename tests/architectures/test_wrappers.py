@@ -28,7 +28,7 @@ from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.models import loading
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
@@ -36,7 +36,7 @@ from uptrain.publishing.hub.subject import Subject
 from uptrain.publishing.page.subjects import subjects_in
 from uptrain.training.recipe import Recipe
 from uptrain.training.trainer import train
-from uptrain.workflows.sweep.sweep import sweep
+from uptrain.workflows.sweeps.run import sweep
 
 THREE = ("gemma3", "llava", "mistral3")
 NEAR = 1e-5

@@ -22,7 +22,7 @@ from uptrain.checkpoint.source import DEMO
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 
 SHORT: dict[str, Any] = {"calibration_tokens": 2048, "repair_steps": 0}
 

@@ -28,12 +28,12 @@ from uptrain.conversion.plan import planner
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.models import class_keys
 from uptrain.models.class_fit import Fit
 from uptrain.models.loading import load_model
+from uptrain.training.export import assemble, gather
 from uptrain.training.recipes import load as load_recipe
-from uptrain.training.result import assemble, gather
 from uptrain.training.trainer import train
 
 Save = Callable[..., Path]

@@ -20,7 +20,7 @@ from uptrain.checkpoint.manifest import read_manifest
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 
 Save = Callable[..., Path]
 

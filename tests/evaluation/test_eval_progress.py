@@ -12,7 +12,7 @@ import pytest
 from tests.corpus import checkpoint, corpus
 from uptrain.cli import console
 from uptrain.data.sources import Files
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.evaluation.needle import NeedleSettings
 
 

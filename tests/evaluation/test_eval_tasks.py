@@ -16,7 +16,7 @@ import torch
 from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
-from uptrain.evaluation.evaluate import evaluate as run_eval
+from uptrain.evaluation.run import evaluate as run_eval
 from uptrain.evaluation.tasks import TaskSettings
 from uptrain.models import loading
 

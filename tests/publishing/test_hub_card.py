@@ -18,9 +18,9 @@ from uptrain.checkpoint.reader import read_config
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError
-from uptrain.evaluation.evaluate import Evaluation, ModelMetrics
 from uptrain.evaluation.needle import NeedleCell
 from uptrain.evaluation.quality import QualityRow
+from uptrain.evaluation.run import Evaluation, ModelMetrics
 from uptrain.evaluation.speed import SpeedCell
 from uptrain.evaluation.tasks import TaskMetric
 from uptrain.publishing.hub.card import build_card

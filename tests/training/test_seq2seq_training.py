@@ -16,7 +16,7 @@ from uptrain.checkpoint.manifest import verify
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.training.batches import batch_of
 from uptrain.training.distillation import Objective
 from uptrain.training.recipe import Distill, Recipe

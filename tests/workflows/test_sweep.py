@@ -21,10 +21,10 @@ from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.sources import Files
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.evaluation.sweep_results import pareto
-from uptrain.workflows.sweep import runner
-from uptrain.workflows.sweep.targets import parse_target
+from uptrain.workflows.sweeps import trials as runner
+from uptrain.workflows.sweeps.targets import parse_target
 
 CONVERT = import_module("uptrain.conversion.run.convert")
 DOCS = Path(__file__).parents[2] / "docs/sweep.md"

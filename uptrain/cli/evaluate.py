@@ -17,9 +17,9 @@ from uptrain.evaluation.tables import MetricTable
 from uptrain.formatting import number, size
 
 if TYPE_CHECKING:
-    from uptrain.evaluation.evaluate import Evaluation, ModelMetrics
     from uptrain.evaluation.needle import NeedleSettings
     from uptrain.evaluation.reference import Reference
+    from uptrain.evaluation.run import Evaluation, ModelMetrics
     from uptrain.evaluation.samples import Sample
     from uptrain.evaluation.tasks import TaskSettings
 
@@ -115,8 +115,8 @@ def evaluate(directory: str, **options: Any) -> None:
     uptrain eval ./llama-gqa4 --baseline ./llama --needle --needle-lengths 1024,4096,16384
     uptrain eval ./llama-gqa4 --baseline ./llama --speed-batch 1,8 --speed-context 512,4096,16384
     """
-    from uptrain.evaluation.evaluate import evaluate as run
-    from uptrain.evaluation.evaluate import save_place, write_evaluation
+    from uptrain.evaluation.run import evaluate as run
+    from uptrain.evaluation.run import save_place, write_evaluation
 
     _check_options(options)
     texts = texts_of(options.pop("texts"))

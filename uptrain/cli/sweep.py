@@ -61,8 +61,8 @@ def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...],
     uptrain sweep ./llama --to gqa:8,mqa,mla:25% --calibrate text.txt --text heldout.txt --keep best
     uptrain report demo-sweep
     """
-    from uptrain.workflows.sweep.sweep import Measuring
-    from uptrain.workflows.sweep.sweep import sweep as run
+    from uptrain.workflows.sweeps.run import Measuring
+    from uptrain.workflows.sweeps.run import sweep as run
 
     measuring = {name: options.pop(name) for name in ("context", "stride", "tokens", "dtype")}
     how = Measuring(texts_of(texts), **measuring)

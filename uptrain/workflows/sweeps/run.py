@@ -23,8 +23,8 @@ from uptrain.methods.registry import needs_text, text_options
 from uptrain.publishing.page.style import drawing, png
 from uptrain.publishing.page.sweep import pareto_chart
 from uptrain.training import plots
-from uptrain.workflows.sweep.runner import Measuring, PlannedTrial, Runner
-from uptrain.workflows.sweep.targets import parse_methods, parse_target
+from uptrain.workflows.sweeps.targets import parse_methods, parse_target
+from uptrain.workflows.sweeps.trials import Measuring, PlannedTrial, Runner
 
 __all__ = ["Measuring", "sweep"]
 

@@ -19,8 +19,8 @@ from uptrain.data.sources import TextSource
 from uptrain.data.token_text import read_tokens
 from uptrain.errors import needing
 from uptrain.evaluation.contexts import CONTEXT, check_stride, chosen_contexts
-from uptrain.evaluation.evaluate import HELD_OUT, Evaluation, evaluate, text_name, write_evaluation
 from uptrain.evaluation.reference import Reference
+from uptrain.evaluation.run import HELD_OUT, Evaluation, evaluate, text_name, write_evaluation
 from uptrain.evaluation.sweep_results import Sweep, Trial, write_sweep
 from uptrain.formatting import size
 from uptrain.models import loading
