@@ -116,6 +116,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path, str]:
     return source, tmp_path / "mqa", str(corpus(tmp_path / "text.txt"))
 
 
+@pytest.mark.slow
 def test_a_pickled_source_is_baseline_teacher_and_student_with_permission(
     pair: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,7 +194,7 @@ def test_an_index_of_pickles_leads_nowhere_else_when_transformers_loads(save_tin
     (source / INDEX).write_text(json.dumps({**index, "weight_map": renamed}))
     assert AutoModelForCausalLM.from_pretrained(source, use_safetensors=False)
     for read in (lambda: uptrain.load(source, allow_pickle=True), lambda: open_checkpoint(source, allow_pickle=True)):
-        with pytest.raises(CheckpointError, match="in its own folder"):
+        with pytest.raises(CheckpointError, match="folder"):
             read()
 
 

