@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import pytest
@@ -30,8 +30,10 @@ def test_a_file_does_not_load_where_the_cache_has_a_third_name(name: str, monkey
     def forward(self: Any, hidden_states: torch.Tensor, kept: Any = None, **kwargs: Any) -> None: ...
 
     monkeypatch.setattr(PARENTS[name], "forward", forward)
+    spec = find_spec(f"uptrain.models.remote_code.modeling_uptrain_{name}")
+    assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match=f"{PARENTS[name].__name__}.*cache"):
-        runpy.run_module(f"uptrain.models.remote_code.modeling_uptrain_{name}")
+        spec.loader.exec_module(module_from_spec(spec))
 
 
 @pytest.mark.parametrize(
