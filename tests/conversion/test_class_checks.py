@@ -19,6 +19,7 @@ import uptrain
 from tests.conftest import auto_class, tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
 from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import resolve
@@ -289,4 +290,6 @@ def test_names_alone_refuse_no_whole_checkpoint(model_type: str) -> None:
         if name not in tied
     }
     values = json.loads(config.to_json_string(use_diff=False))
-    check_kin(Checkpoint(Path(), values, tensors), ARCHITECTURES[model_type], model_type)
+    checkpoint = Checkpoint(Path(), values, tensors)
+    family = ARCHITECTURES[model_type]
+    check_kin(CheckpointDescription(family=family, config=values, name=model_type, checkpoint=checkpoint))

@@ -177,7 +177,5 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 
 
 def test_reading_a_recipe_does_not_import_torch() -> None:
-    code = (
-        "import sys; from uptrain.training.recipes import load; load('demo-uptrain'); print('torch' in sys.modules)"
-    )
+    code = "import sys; from uptrain.training.recipes import load; load('demo-uptrain'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.decoders import DEEPSEEK_V3
+from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.mla_projections import LatentLayout
 from uptrain.architectures.rope_parameters import WORDS
 from uptrain.architectures.schema import Architecture
@@ -98,12 +99,12 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
 )  # fmt: skip
 
 
-def latent_config(entry: LatentHost, source: Mapping[str, Any], family: Architecture) -> dict[str, Any]:
+def latent_config(entry: LatentHost, source: ModelDescription) -> dict[str, Any]:
     """Return the source's config rewritten for a latent host, its attention sizes and rotation not yet set.
 
     Where the source is silent, its own family's default is written: the host's may be another.
     """
-    said = {**family.defaults, **source}
+    said = {**source.family.defaults, **source.config}
     kept = said if entry.keep is None else {key: said[key] for key in entry.keep if key in said}
     config = host_config(entry.host, kept)
     for key in WORDS:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.decoders import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_UMT5, UPTRAIN_WHISPER
 from uptrain.architectures.mha_only import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
 from uptrain.architectures.model_class import class_named, is_language_model, stem
@@ -82,16 +83,16 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
 )
 
 
-def host_of(architecture: Architecture, target: str, config: Mapping[str, Any], same: bool) -> Host:
-    """Return the first host that holds `target` exactly for this source config; itself where it can.
+def host_of(source: ModelDescription, target: str, same: bool) -> Host:
+    """Return the first host that holds `target` exactly for this source; the source's own class where it can.
 
     `same` says that the result has as many key/value heads as the source.
     """
-    for name in architecture.hosts.get(target, ()):
+    for name in source.family.hosts.get(target, ()):
         host = HOSTS[name]
-        if not same and all(config.get(key, value) == value for key, value in host.requires.items()):
+        if not same and all(source.config.get(key, value) == value for key, value in host.requires.items()):
             return host
-    return own_host(architecture)
+    return own_host(source.family)
 
 
 def own_host(architecture: Architecture) -> Host:
@@ -102,27 +103,23 @@ def own_host(architecture: Architecture) -> Host:
     return Host(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 
-def result_class(host: Host, architecture: Architecture, config: Mapping[str, Any], name: str) -> str:
+def result_class(host: Host, source: ModelDescription) -> str:
     """Return the class that a result's config.json names: the host's, for the same purpose as the source's class.
 
-    Args:
-        host: the class that holds the result as a language model.
-        architecture: the source's family.
-        config: the source's config.
-        name: what the user called the source.
+    `host` is the class that holds the result as a language model.
 
     Raises:
         UsageError: the host has no class for that purpose.
     """
-    named = class_named(config)
-    if named is None or is_language_model(config):
+    named = class_named(source.config)
+    if named is None or is_language_model(source.config):
         return host.architecture.class_name
-    if host.architecture is architecture:
+    if host.architecture is source.family:
         return named
-    purpose = named.removeprefix(stem(architecture.class_name))
+    purpose = named.removeprefix(stem(source.family.class_name))
     if purpose not in host.purposes:
         raise UsageError(
-            f"{name} is a {named}, and {host.name}, which would hold the result, has no such class.",
+            f"{source.name} is a {named}, and {host.name}, which would hold the result, has no such class.",
             "Use another --to, for which its own family has a class.",
         )
     return stem(host.architecture.class_name) + purpose

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from uptrain.architectures.description import initializer_std, why_pool_only
 from uptrain.architectures.mla_projections import LatentHeads, join_latent
 from uptrain.architectures.projections import LayerHeads, join, read_layer
 from uptrain.architectures.schema import Position
@@ -65,7 +64,7 @@ class LayerMaker:
         self.similarity: dict[int, dict[str, dict[str, float]]] = {}
         self.orders: dict[int, list[int]] = {}
         self._sample = len(plan.before) // 2
-        self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
+        self._pool_only = bool(plan.source.why_pool_only)
         self._dtypes = {
             (tensor.layer, tensor.module): tensor.info.dtype
             for shard in plan.shards.values()
@@ -95,10 +94,10 @@ class LayerMaker:
             return self._make(layer)
 
     def _make(self, layer: int) -> dict[str, Array]:
-        plan, projections = self.plan, self.plan.architecture.projections
+        plan, projections = self.plan, self.plan.source.family.projections
         moved = projections != plan.host.architecture.projections
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
-        base = plan.architecture.attention(plan.prefix, layer)
+        base = plan.source.attention_name(layer)
         heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
         if plan.latent is not None:
             out = join_latent(self._latent(heads, layer, plan.latent), plan.latent.stored, plan.before[layer].head_dim)
@@ -112,7 +111,7 @@ class LayerMaker:
 
     def _rehosted(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
         """Fit heads as the source's class sees them to the host's."""
-        source, host, spec = self.plan.architecture, self.plan.host, self.plan.before[layer]
+        source, host, spec = self.plan.source.family, self.plan.host, self.plan.before[layer]
         if host.attention_norm:
             norm = f"{base.removesuffix('.').rpartition('.')[0]}.{host.attention_norm}"
             scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
@@ -134,7 +133,7 @@ class LayerMaker:
             return self._pooled(heads, groups, layer)
         self._check_finite(heads, layer)
         methods = _torch_methods()
-        rotary = methods.position_of(self.plan.architecture, self.plan.before[layer])
+        rotary = methods.position_of(self.plan.source.family, self.plan.before[layer])
         if request.grouping == "similar":
             heads, self.orders[layer] = methods.similar_layer(heads, groups, rotary, request.chosen_seed)
             self._compare(heads, groups, layer)
@@ -147,7 +146,7 @@ class LayerMaker:
     def _compare(self, heads: LayerHeads, groups: int, layer: int) -> None:
         """Record how alike the heads are that come to share, where this is asked for."""
         if self.diagnose and _all_measurable(heads, groups):
-            spec, position = self.plan.before[layer], self.plan.architecture.position
+            spec, position = self.plan.before[layer], self.plan.source.family.position
             self.similarity[layer] = head_similarity.head_similarity(heads, groups, position, spec, not self._pool_only)
 
     def _estimate(self, heads: LayerHeads, groups: int, layer: int) -> None:
@@ -161,7 +160,7 @@ class LayerMaker:
                 spec.num_key_value_heads // groups, spec.head_dim, heads.part("k").weight.shape[-1]
             )
             measured = min(groups, int(budget // each))
-        found = _estimated(heads, groups, measured, self.plan.architecture.position, spec.rotary_ndims)
+        found = _estimated(heads, groups, measured, self.plan.source.family.position, spec.rotary_ndims)
         if found:
             self.kept[layer] = found
 
@@ -171,13 +170,13 @@ class LayerMaker:
             return self.calibrated.read_latent(layer)
         self._check_finite(heads, layer)
         methods = _torch_methods()
-        position = methods.position_of(self.plan.architecture, self.plan.before[layer])
+        position = methods.position_of(self.plan.source.family, self.plan.before[layer])
         found, kept = methods.latent_layer(heads, latent.target, position)
         self.kept[layer] = _told(kept)
         return found
 
     def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
-        request, std = self.plan.request, initializer_std(self.plan.architecture, self.checkpoint.config)
+        request, std = self.plan.request, self.plan.source.initializer_std
         return pool_layer(heads, groups, request.method, seed=request.chosen_seed, index=layer, std=std)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
@@ -193,12 +192,11 @@ class LayerMaker:
         return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
 
     def _not_finite(self, layer: int) -> CheckpointError:
-        architecture = self.plan.architecture
-        base = architecture.attention(self.plan.prefix, layer)
+        base = self.plan.source.attention_name(layer)
         names = [name for name in self.checkpoint.tensors if name.startswith(base)]
         found = [name for name in names if not np.isfinite(as_float32(self.checkpoint.read(name))).all()]
         return CheckpointError(
-            f"Layer {architecture.place(layer)} of the source has NaN or infinite values in "
+            f"Layer {self.plan.source.family.place(layer)} of the source has NaN or infinite values in "
             f"{', '.join(found) or 'its attention'}.",
             "Download the checkpoint again, or keep them with --allow-nonfinite and --method mean or first.",
         )
@@ -208,9 +206,9 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
     """Return which source frequency each rotary pair of a latent gets, by the weights of all layers."""
     if plan.latent is None:
         raise ValueError("only latents have rotary pairs to choose")
-    methods, architecture = _torch_methods(), plan.architecture
+    methods, architecture = _torch_methods(), plan.source.family
     layers = (
-        read_layer(checkpoint, architecture.projections, spec, architecture.attention(plan.prefix, layer))
+        read_layer(checkpoint, architecture.projections, spec, plan.source.attention_name(layer))
         for layer, spec in enumerate(plan.before)
     )
     position = methods.position_of(architecture, plan.before[0])
