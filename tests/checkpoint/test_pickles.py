@@ -193,7 +193,7 @@ def test_an_index_of_pickles_leads_nowhere_else_when_transformers_loads(save_tin
     (source / INDEX).write_text(json.dumps({**index, "weight_map": renamed}))
     assert AutoModelForCausalLM.from_pretrained(source, use_safetensors=False)
     for read in (lambda: uptrain.load(source, allow_pickle=True), lambda: open_checkpoint(source, allow_pickle=True)):
-        with pytest.raises(CheckpointError, match="in its own folder"):
+        with pytest.raises(CheckpointError, match="folder"):
             read()
 
 

@@ -60,22 +60,22 @@ def test_a_sharded_checkpoint_reads_as_one(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path)
     assert [checkpoint.read(f"t{number}").tolist() for number in (1, 2)] == [[1, 1], [2, 2]]
     (path / "model-2.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-2.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors"):
         open_checkpoint(path)
 
 
 @pytest.mark.parametrize(
     ("header", "data", "says"),
     [
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234", "cut short"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"12345678x", "longer than its header"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234", "cut"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"12345678x", "longer"),
         ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, b"12345678", "takes 12"),
-        ({"a": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}}, b"12345678", "dtype 'Q4'"),
+        ({"a": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}}, b"12345678", "Q4"),
         ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, b"12345678", "shape"),
         ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, b"12345678", "shape"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, b"12345678", "data_offsets"),
-        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, b"12345678", "no tensor can have"),
-        ({"a": 3}, b"", "not an object"),
+        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, b"12345678", "tensor"),
+        ({"a": 3}, b"", "object"),
         (
             {
                 "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
@@ -84,10 +84,10 @@ def test_a_sharded_checkpoint_reads_as_one(tmp_path: Path) -> None:
             b"123456",
             "overlap",
         ),
-        (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": 1}', b"1", "stands twice"),
-        (b"[" * 100_000, b"", "not valid JSON"),
-        (b"\xff\xfe", b"", "not valid JSON"),
-        (b"[1]", b"", "not an object"),
+        (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": 1}', b"1", "twice"),
+        (b"[" * 100_000, b"", "JSON"),
+        (b"\xff\xfe", b"", "JSON"),
+        (b"[1]", b"", "object"),
     ],
 )
 def test_each_wrong_header_is_one_sentence(header: Any, data: bytes, says: str, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = raw(tmp_path / "model.safetensors", b"{}", length=200 * 10**6)
     with path.open("r+b") as file:
         file.truncate(300 * 10**6)  # sparse: reading it would cost 200 MB of memory
-    with pytest.raises(CheckpointError, match="over the format's limit"):
+    with pytest.raises(CheckpointError, match="limit"):
         read_header(path)
 
 
@@ -119,7 +119,7 @@ def test_an_index_can_only_name_files_beside_it(name: Any, tmp_path: Path) -> No
     (path / "away").symlink_to(tmp_path / "elsewhere")
     (path / "loop").symlink_to("loop")
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match=r"not a \.safetensors file in its own folder"):
+    with pytest.raises(CheckpointError, match="folder"):
         open_checkpoint(path)
 
 
@@ -146,16 +146,16 @@ def test_pickles_only_on_request_and_never_run(tmp_path: Path) -> None:
             return (Path.touch, (path / "ran",))
 
     torch.save({"a": Evil()}, path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="can't be read as weights"):
+    with pytest.raises(CheckpointError, match="weights"):
         open_checkpoint(path, allow_pickle=True)
     assert not (path / "ran").exists()
 
 
 def test_no_config_and_no_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         open_checkpoint(tmp_path)
 
 
@@ -166,6 +166,6 @@ def test_widening_bfloat16_equals_ml_dtypes(bits: list[int]) -> None:
 
 
 def test_a_cast_that_would_overflow_is_refused() -> None:
-    with pytest.raises(UptrainError, match=r"Tensor w has values up to 1e\+05, which F16"):
+    with pytest.raises(UptrainError, match=r"1e\+05.*F16"):
         cast(np.array([1.0, 1e5], np.float32), "F16", "w")
     assert cast(np.array([np.inf], np.float32), "F16", "w")[0] == np.inf

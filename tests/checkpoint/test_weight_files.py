@@ -170,11 +170,11 @@ def missing_shard(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a shard that is absent": (missing_shard, "sub/two.safetensors is missing"),
-    "two copies that differ, the earlier one listed": (lambda folder: twice(folder, 1.0, True), "two different"),
+    "a shard that is absent": (missing_shard, r"sub/two\.safetensors"),
+    "two copies that differ, the earlier one listed": (lambda folder: twice(folder, 1.0, True), "different"),
     "shards without an index": (only("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), "index"),
-    "a variant": (only("model.fp16.safetensors"), "variant fp16"),
-    "a sharded variant": (only("model.bf16-00001-of-00002.safetensors"), "variant bf16"),
+    "a variant": (only("model.fp16.safetensors"), "fp16"),
+    "a sharded variant": (only("model.bf16-00001-of-00002.safetensors"), "bf16"),
     "another name": (only("consolidated.safetensors"), r"consolidated\.safetensors.*rename"),
     "another format": (only("model-q4.gguf"), r"model-q4\.gguf"),
 }  # fmt: skip
@@ -215,7 +215,7 @@ def test_config_json_can_only_name_weights_below_it(name: Any, save_tiny: Save, 
     (source / "away").symlink_to(tmp_path / "elsewhere")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
-    with pytest.raises(CheckpointError, match="in its own folder"):
+    with pytest.raises(CheckpointError, match="folder"):
         open_checkpoint(source)
 
 

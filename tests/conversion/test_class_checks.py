@@ -111,7 +111,7 @@ def test_what_a_layer_holds_and_its_class_leaves_out_is_refused(extra: str, requ
 def test_another_vocabulary_than_the_config_promises_is_named(save_tiny: Save) -> None:
     source = save_tiny("llama")
     rewrite(source, load_file(source / SINGLE), vocab_size=60)
-    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is \[64, 48\], not \[60, 48\]"):
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight .*\[64, 48\].*\[60, 48\]"):
         plan_conversion(str(source), Request("mqa"))
     with pytest.raises(CheckpointError, match="vocab_size"):
         load_model(resolve(str(source)))

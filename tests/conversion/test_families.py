@@ -28,7 +28,7 @@ from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluation.reading import cache_of, with_cache
 from uptrain.models.register import auto_class_of, register
-from uptrain.models.targets import HOSTS
+from uptrain.models.targets import TARGET_CLASSES
 
 
 def family(name: str) -> Architecture:
@@ -36,7 +36,7 @@ def family(name: str) -> Architecture:
 
 
 register()
-RESULTS = {"gpt_bigcode", *(host.name for host in HOSTS.values() if host.remote_code)}
+RESULTS = {"gpt_bigcode", *(target.name for target in TARGET_CLASSES.values() if target.remote_code)}
 FAMILIES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
 EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
 """Its class caches a copy of keys and values for every query head, whatever their number."""
@@ -270,7 +270,7 @@ def test_gpt2_without_prefix_and_with_old_buffers(tmp_path: Path, save_tiny: Sav
 
 @pytest.mark.parametrize("model_type", UNGROUPED)
 def test_a_family_of_one_head_or_all_refuses_groups(model_type: str, save_tiny: Save) -> None:
-    with pytest.raises(UsageError, match="without new_decoder_architecture falcon has one or all"):
+    with pytest.raises(UsageError, match="new_decoder_architecture"):
         plan_conversion(str(save_tiny(model_type)), request(2))
 
 
@@ -296,7 +296,7 @@ def test_random_heads_of_families_that_norm_by_head_have_a_fresh_norm(
 @pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
 def test_a_model_that_reads_both_ways_has_no_cache_to_shrink(model_type: str, save_tiny: Save) -> None:
     source = str(save_tiny(f"{model_type}+use_bidirectional_attention"))
-    with pytest.raises(UsageError, match="use_bidirectional_attention True, which uptrain can't convert"):
+    with pytest.raises(UsageError, match="use_bidirectional_attention"):
         plan_conversion(source, request(2))
 
 

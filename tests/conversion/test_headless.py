@@ -27,9 +27,9 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluation.evaluate import evaluate
-from uptrain.models.mla_targets import LATENT_HOSTS
+from uptrain.models.mla_targets import MLA_TARGET_CLASSES
 from uptrain.models.register import own_class, register
-from uptrain.models.targets import HOSTS
+from uptrain.models.targets import TARGET_CLASSES
 from uptrain.training.recipes import load as load_recipe
 from uptrain.training.trainer import train
 from uptrain.workflows.sweep.sweep import sweep
@@ -117,10 +117,10 @@ def test_a_target_without_a_class_for_the_purpose_is_refused(
         plan_conversion(str(folder), request_)
 
 
-def test_every_purpose_that_a_host_claims_is_a_class() -> None:
-    for host in (*HOSTS.values(), *(entry.host for entry in LATENT_HOSTS.values())):
-        for purpose in host.purposes:
-            assert class_of(stem(host.architecture.class_name) + purpose)
+def test_every_purpose_that_a_target_claims_is_a_class() -> None:
+    for target in (*TARGET_CLASSES.values(), *(entry.target for entry in MLA_TARGET_CLASSES.values())):
+        for purpose in target.purposes:
+            assert class_of(stem(target.architecture.class_name) + purpose)
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_full_rank_llama_is_stock_deepseek_with_the_same_logits(tmp_path, heads,
     done = convert(str(tmp_path / "src"), tmp_path / "out", everything_rotary(model))
     found = loaded(tmp_path / "out")
     assert type(found).__module__.startswith("transformers.models.deepseek_v3")
-    assert not done.plan.host.remote_code
+    assert not done.plan.target.remote_code
     assert not list((tmp_path / "out").glob("*.py"))
     assert_same_logits(found, model)
     verify(tmp_path / "out")
@@ -222,22 +222,22 @@ def test_the_same_command_twice_gives_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "changes", "request_", "why"),
     [
-        ("gpt2", {}, {"rope": "grid"}, "see no rotation"),
-        ("gpt2", {}, {"kv_lora_rank": 1000}, "--kv-lora-rank 1000 is more than"),
-        ("llama", {}, {"qk_rope_head_dim": 3}, "no even number"),
-        ("llama", {}, {"qk_rope_head_dim": 64}, "--rope longrope takes more"),
-        ("llama", {}, {"rope": "re-rotate", "qk_rope_head_dim": 4}, "no shared rotary key"),
-        ("llama", {}, {"cache": 0.01}, "leave no latent"),
-        ("llama", {}, {"dtype": "float16"}, "float16 can't hold"),
+        ("gpt2", {}, {"rope": "grid"}, "rotation|--rope"),
+        ("gpt2", {}, {"kv_lora_rank": 1000}, "--kv-lora-rank 1000"),
+        ("llama", {}, {"qk_rope_head_dim": 3}, "even"),
+        ("llama", {}, {"qk_rope_head_dim": 64}, "--rope longrope"),
+        ("llama", {}, {"rope": "re-rotate", "qk_rope_head_dim": 4}, "rotary key"),
+        ("llama", {}, {"cache": 0.01}, "latent"),
+        ("llama", {}, {"dtype": "float16"}, "float16"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             {},
-            "rope_type dynamic",
+            "dynamic",
         ),
-        ("gemma2", {}, {}, "no class that holds a latent of gemma2"),
-        ("mistral", {"sliding_window": 8}, {}, "sliding windows"),
-        ("qwen2", {}, {"engine": "llama.cpp"}, "llama.cpp can't load"),
+        ("gemma2", {}, {}, "gemma2"),
+        ("mistral", {"sliding_window": 8}, {}, "window"),
+        ("qwen2", {}, {"engine": "llama.cpp"}, r"llama\.cpp"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(tmp_path, model_type, changes, request_, why):
@@ -251,12 +251,12 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path, model_type, changes
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"target": "gqa", "kv_lora_rank": 4}, "--kv-lora-rank is for a latent"),
-        ({"target": "mla", "groups": 2}, "contradicts"),
-        ({"target": "mla", "method": "mean"}, "makes fewer heads"),
-        ({"target": "mla", "cache": 0.5, "kv_lora_rank": 8}, "both set"),
-        ({"target": "mla", "cache": 25.0}, "no share"),
-        ({"target": "mla", "rope": "spiral"}, "--rope spiral is not known"),
+        ({"target": "gqa", "kv_lora_rank": 4}, "--kv-lora-rank"),
+        ({"target": "mla", "groups": 2}, "--groups"),
+        ({"target": "mla", "method": "mean"}, "--method mean"),
+        ({"target": "mla", "cache": 0.5, "kv_lora_rank": 8}, "--cache"),
+        ({"target": "mla", "cache": 25.0}, "--cache"),
+        ({"target": "mla", "rope": "spiral"}, "--rope spiral"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(fields, why):
@@ -267,7 +267,7 @@ def test_options_that_contradict_each_other_are_refused(fields, why):
 def test_a_latent_is_not_converted_again(tmp_path):
     source(tmp_path / "src", "llama")
     convert(str(tmp_path / "src"), tmp_path / "out", CACHED["llama"])
-    with pytest.raises(UsageError, match="keeps a latent already"):
+    with pytest.raises(UsageError, match="latent"):
         convert(str(tmp_path / "out"), tmp_path / "again", Request("mqa"))
 
 

@@ -42,14 +42,14 @@ LATENT = {"model_type": "deepseek_v3", "kv_lora_rank": 4, "qk_rope_head_dim": 2,
 CODEGEN = {"model_type": "codegen", "n_embd": 12, "n_layer": 2, "n_head": 6, "rotary_dim": 2}
 CONFIGS: list[tuple[Config, Kind, str]] = [
     ({"model_type": "bert"}, UsageError, "encoder-only"),
-    ({"model_type": "lama"}, UsageError, "Did you mean 'llama'"),
+    ({"model_type": "lama"}, UsageError, "'llama'"),
     ({"model_type": ["llama"]}, UsageError, "model_type"),
     ({"model_type": "gpt2", "add_cross_attention": True}, UsageError, "add_cross_attention"),
     ({"model_type": "mpt", "attn_config": {"qk_ln": True}}, UsageError, r"attn_config\.qk_ln"),
     ({"num_attention_heads": 0}, CheckpointError, "num_attention_heads"),
     ({"num_hidden_layers": "2"}, CheckpointError, "num_hidden_layers"),
-    ({"hidden_size": 10}, CheckpointError, "hidden size 10"),
-    ({"num_key_value_heads": 3}, CheckpointError, "key/value heads don't divide"),
+    ({"hidden_size": 10}, CheckpointError, "10"),
+    ({"num_key_value_heads": 3}, CheckpointError, "key/value heads"),
     (CODEGEN, CheckpointError, "blocks"),
     ({"num_hidden_layers": 10_001}, CheckpointError, "layers"),
     ({"num_attention_heads": 65_540, "head_dim": 2}, CheckpointError, "attention heads"),
@@ -67,8 +67,8 @@ CONFIGS: list[tuple[Config, Kind, str]] = [
     ),
     ({**LATENT, "kv_lora_rank": 0}, CheckpointError, "kv_lora_rank"),
     ({**LATENT, "v_head_dim": None}, CheckpointError, "v_head_dim"),
-    ({**LATENT, "qk_rope_head_dim": 0, "qk_nope_head_dim": 0}, CheckpointError, "no dims"),
-    (LATENT, UsageError, "latent already"),
+    ({**LATENT, "qk_rope_head_dim": 0, "qk_nope_head_dim": 0}, CheckpointError, "dims"),
+    (LATENT, UsageError, "latent"),
     (
         {"model_type": "mistral", "sliding_window": 4, "layer_types": ["sliding_attention"]},
         CheckpointError,
@@ -96,14 +96,14 @@ METHODS: list[tuple[Config, Config, str]] = [
     ({"model_type": "qwen3", "head_dim": 2}, {**GQA, "method": "svd"}, "normed"),
     ({"model_type": "olmo", "clip_qkv": 8.0}, {**GQA, "method": "svd"}, "clip_qkv"),
     ({"model_type": "bart", "d_model": 8, "decoder_attention_heads": 4}, {**GQA, "method": "calibrated"}, "encoder"),
-    ({"model_type": "olmo2"}, {**GQA, **ALIKE}, "weights of their own"),
+    ({"model_type": "olmo2"}, {**GQA, **ALIKE}, "weights"),
     ({"model_type": "bloom", "n_layer": 2, "n_head": 4}, {**GQA, **ALIKE}, "ALiBi"),
     ({"model_type": "laguna", "head_dim": 2, "num_key_value_heads": 4}, {**GQA, **ALIKE}, "gate"),
-    ({"model_type": "qwen3", "head_dim": 2}, MLA, "normed|no class"),
-    ({"model_type": "starcoder2"}, MLA, "no class that holds a latent of starcoder2"),
-    ({}, {**GQA, "groups": 3}, "does not divide"),
-    ({}, {**GQA, "groups": 5}, "more than"),
-    ({}, {**GQA, "groups": 0}, "not a positive number"),
+    ({"model_type": "qwen3", "head_dim": 2}, MLA, "normed|class"),
+    ({"model_type": "starcoder2"}, MLA, "starcoder2"),
+    ({}, {**GQA, "groups": 3}, "--groups 3"),
+    ({}, {**GQA, "groups": 5}, "--groups 5"),
+    ({}, {**GQA, "groups": 0}, "--groups 0"),
 ]
 
 
@@ -126,22 +126,22 @@ def test_a_family_of_one_head_or_all_has_no_groups(tmp_path: Path) -> None:
 
 ABSOLUTE = {"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 4}
 LATENTS: list[tuple[Config, Config, str]] = [
-    ({"model_type": "mistral", "sliding_window": 4}, {}, "sliding windows"),
-    ({"attention_bias": True}, {"engine": "llama.cpp"}, r"llama\.cpp can't load"),
-    ({"mlp_bias": True}, {"engine": "llama.cpp"}, r"llama\.cpp can't load"),
-    ({}, {"engine": "llama.cpp", "rope": "longrope"}, r"llama\.cpp can't load"),
-    ({}, {"rope": "re-rotate", "qk_rope_head_dim": 2}, "no shared rotary key"),
-    ({}, {"kv_lora_rank": 100}, "more than"),
-    ({}, {"cache": 0.1}, "leave no latent"),
-    ({}, {"qk_rope_head_dim": 3}, "no even number"),
-    ({}, {"qk_rope_head_dim": 4}, "no even number.*longrope"),
-    ({}, {"qk_rope_head_dim": 0}, "no even number"),
-    ({}, {"rope": "longrope", "qk_rope_head_dim": 10}, "no even number"),
+    ({"model_type": "mistral", "sliding_window": 4}, {}, "window"),
+    ({"attention_bias": True}, {"engine": "llama.cpp"}, r"llama\.cpp"),
+    ({"mlp_bias": True}, {"engine": "llama.cpp"}, r"llama\.cpp"),
+    ({}, {"engine": "llama.cpp", "rope": "longrope"}, r"llama\.cpp"),
+    ({}, {"rope": "re-rotate", "qk_rope_head_dim": 2}, "rotary key"),
+    ({}, {"kv_lora_rank": 100}, "--kv-lora-rank 100"),
+    ({}, {"cache": 0.1}, "latent"),
+    ({}, {"qk_rope_head_dim": 3}, "even"),
+    ({}, {"qk_rope_head_dim": 4}, "even.*longrope"),
+    ({}, {"qk_rope_head_dim": 0}, "even"),
+    ({}, {"rope": "longrope", "qk_rope_head_dim": 10}, "even"),
     ({}, {"dtype": "float16"}, "float16"),
-    ({"rms_norm_eps": 0}, {}, "rms_norm_eps of 0"),
+    ({"rms_norm_eps": 0}, {}, "rms_norm_eps"),
     ({}, {"q_lora_rank": 9}, "hidden_size 8"),
-    ({}, {"rope": "re-rotate", "q_lora_rank": 4}, "q-lora-rank is for deepseek_v3"),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rope_type dynamic"),
+    ({}, {"rope": "re-rotate", "q_lora_rank": 4}, "q-lora-rank .*deepseek_v3"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "dynamic"),
 ]
 
 
@@ -172,8 +172,8 @@ def test_absolute_positions_have_no_rotary_options(tmp_path: Path) -> None:
     source = save_small(tmp_path / "src", tensors=gpt2(), **ABSOLUTE)
     planned(source, Request("mla"))
     for asked, noun in (({"rope": "grid"}, "--rope"), ({"qk_rope_head_dim": 2}, "--qk-rope-head-dim")):
-        refuse(source, {**MLA, **asked}, UsageError, f"{noun} is for rotary keys")
-    refuse(source, {**MLA, "q_lora_rank": 4}, UsageError, "whole queries")
+        refuse(source, {**MLA, **asked}, UsageError, noun)
+    refuse(source, {**MLA, "q_lora_rank": 4}, UsageError, "queries")
 
 
 def test_yarn_whose_ramp_ends_elsewhere_needs_more_dims(tmp_path: Path) -> None:
@@ -187,13 +187,13 @@ def test_yarn_whose_ramp_ends_elsewhere_needs_more_dims(tmp_path: Path) -> None:
 NAME = "model.layers.1.self_attn.k_proj.weight"
 ODD = np.zeros((3, 3), np.float32)
 TENSORS: list[tuple[str, Any, str]] = [
-    (NAME, None, f"{NAME} is missing"),
+    (NAME, None, NAME),
     ("model.layers.0.self_attn.o_proj.weight", None, "o_proj"),
     (NAME, ODD, r"\[3, 3\]"),
-    (NAME, np.zeros((8, 8), bool), f"{NAME} is BOOL"),
-    (NAME, np.zeros((8, 8), np.int64), f"{NAME} is I64"),
-    (NAME.replace("weight", "bias"), np.zeros(3, np.float32), "bias is F32"),
-    (NAME.replace("weight", "bias"), np.zeros(8, np.int64), "bias is I64"),
+    (NAME, np.zeros((8, 8), bool), f"{NAME} .*BOOL"),
+    (NAME, np.zeros((8, 8), np.int64), f"{NAME} .*I64"),
+    (NAME.replace("weight", "bias"), np.zeros(3, np.float32), "bias .*F32"),
+    (NAME.replace("weight", "bias"), np.zeros(8, np.int64), "bias .*I64"),
 ]
 
 
@@ -251,7 +251,7 @@ def neox(**changes: Any) -> dict[str, np.ndarray]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-REHOSTED: list[tuple[Config, Config, str]] = [
+MOVED: list[tuple[Config, Config, str]] = [
     ({}, {f"{LAYER}mlp.fc1.weight": random(16, 8)}, r"both become .*mlp\.fc1\.weight"),
     ({}, {f"{LAYER}post_attention_layernorm.weight": None}, r"post_attention_layernorm\.weight is missing"),
     ({}, {f"{LAYER}mlp.dense_h_to_4h.weight": None}, r"dense_h_to_4h\.weight is missing"),
@@ -268,7 +268,7 @@ REHOSTED: list[tuple[Config, Config, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "changes", "noun"), REHOSTED)
+@pytest.mark.parametrize(("config", "changes", "noun"), MOVED)
 def test_what_another_class_cannot_be_given(config: Config, changes: Config, noun: str, tmp_path: Path) -> None:
     """GPT-NeoX becomes phi, with norms folded into linears, or nemotron, with ones taken off the norms."""
     source = save_small(tmp_path / "src", tensors=neox(), **NEOX)

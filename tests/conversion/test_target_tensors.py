@@ -30,7 +30,7 @@ from uptrain.models.loading import load_tokenizer
 
 Save = Callable[..., Path]
 SEQUENTIAL = "gpt_neox+no_use_parallel_residual"
-REHOSTED = ["gpt_neox", "gptj", "codegen", SEQUENTIAL]
+MOVED = ["gpt_neox", "gptj", "codegen", SEQUENTIAL]
 
 
 def assert_pooled(source: Path, out: Path, groups: int = 2, **tolerance: float) -> None:
@@ -49,7 +49,7 @@ def rewrite_config(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> N
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-@pytest.mark.parametrize("model_type", REHOSTED)
+@pytest.mark.parametrize("model_type", MOVED)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_tensor_of_the_stock_class_is_there_and_no_other(
     model_type: str, tied: bool, save_tiny: Save, tmp_path: Path
@@ -57,7 +57,7 @@ def test_every_tensor_of_the_stock_class_is_there_and_no_other(
     assert_pooled(save_tiny(model_type, tie_word_embeddings=tied), tmp_path / "out")
 
 
-@pytest.mark.parametrize("model_type", REHOSTED)
+@pytest.mark.parametrize("model_type", MOVED)
 def test_norms_and_linears_in_different_shards_still_meet(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
     source = save_tiny(model_type, max_shard_size="8KB")
     assert len(open_checkpoint(source).files) > 5
@@ -93,13 +93,13 @@ def test_scaled_rotations_carry_over(save_tiny: Save, tmp_path: Path) -> None:
         ("codegen", {"rotary_dim": 12}),
     ],
 )
-def test_settings_keep_their_meaning_under_the_host_s_names(
+def test_settings_keep_their_meaning_under_the_target_s_names(
     model_type: str, changes: dict[str, Any], save_tiny: Save, tmp_path: Path
 ) -> None:
     assert_pooled(save_tiny(model_type, **changes), tmp_path / "out")
 
 
-@pytest.mark.parametrize("model_type", REHOSTED)
+@pytest.mark.parametrize("model_type", MOVED)
 def test_what_an_old_config_leaves_out_is_the_source_class_own_default(
     model_type: str, save_tiny: Save, tmp_path: Path
 ) -> None:
@@ -123,7 +123,7 @@ def test_a_neox_checkpoint_of_the_hub_s_form(save_tiny: Save, tmp_path: Path) ->
     assert_pooled(source, tmp_path / "out", groups=1)
 
 
-@pytest.mark.parametrize("model_type", REHOSTED)
+@pytest.mark.parametrize("model_type", MOVED)
 def test_bfloat16_stays_bfloat16_and_near(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
     source = save_tiny(model_type, dtype=torch.bfloat16)
     assert_pooled(source, tmp_path / "out", atol=0.15, rtol=0.05)
@@ -170,9 +170,9 @@ def test_reordered_dims_rotate_by_halves_as_they_did_by_neighbours(pairs: int, r
 @pytest.mark.parametrize(
     ("model_type", "values", "said"),
     [
-        ("codegen", {"n_head": 6}, "6 attention heads, which don't fill the 4 blocks"),
-        ("gptj", {"rotary_dim": 14}, "rotary_dim 14, no even number of a head's 12 dims"),
-        ("gptj", {"rotary_dim": 7}, "rotary_dim 7, no even number of a head's 12 dims"),
+        ("codegen", {"n_head": 6}, "6 attention heads.* 4 blocks"),
+        ("gptj", {"rotary_dim": 14}, "rotary_dim .*14.* 12 dims"),
+        ("gptj", {"rotary_dim": 7}, "rotary_dim .*7.* 12 dims"),
     ],
 )
 def test_sizes_that_cannot_be_are_told(model_type: str, values: dict[str, int], said: str, save_tiny: Save) -> None:
@@ -187,12 +187,12 @@ def test_a_missing_norm_is_named(save_tiny: Save) -> None:
     state = load_file(source / "model.safetensors")
     del state["gpt_neox.layers.1.post_attention_layernorm.bias"]
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"gpt_neox\.layers\.1\.post_attention_layernorm\.bias is missing"):
+    with pytest.raises(CheckpointError, match=r"gpt_neox\.layers\.1\.post_attention_layernorm\.bias"):
         plan_conversion(str(source), request(2))
 
 
-@pytest.mark.parametrize("model_type", REHOSTED)
-def test_calibrated_heads_land_in_the_host_too(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", MOVED)
+def test_calibrated_heads_land_in_the_target_too(model_type: str, tmp_path: Path) -> None:
     """Heads that are one in disguise are found on text as well, and give the source's logits back."""
     tokenizer = load_tokenizer(DEMO)
     model = tiny_model(tiny_config(model_type, vocab_size=len(tokenizer)))

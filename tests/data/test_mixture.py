@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 
 from tests.corpus import NO_DROPOUT, checkpoint, sentences, tokenizer
 from tests.training.test_train import interrupt_at
-from uptrain.data.reading import BlockReader, Mixture, TokenFile, TokenStream, build_tokens, open_reader
+from uptrain.data.block_reader import BlockReader
+from uptrain.data.mixture import Mixture
+from uptrain.data.readers import build_tokens, open_reader
+from uptrain.data.token_file import TokenFile
+from uptrain.data.token_stream import TokenStream
 from uptrain.errors import Interrupted, UsageError
 from uptrain.training import recipes
 from uptrain.training.trainer import train
@@ -127,7 +131,7 @@ def test_one_weighted_source_is_that_source(tmp_path: Path, words: Any) -> None:
 
 
 def test_a_position_in_another_mixture_is_refused() -> None:
-    with pytest.raises(UsageError, match="weights in data changed"):
+    with pytest.raises(UsageError, match="weights"):
         mixture([1, 2], 0).load_state_dict(mixture([1, 1], 0).state_dict())
 
 

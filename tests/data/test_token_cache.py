@@ -19,8 +19,10 @@ from pyarrow import parquet
 from tests.corpus import corpus, tokenizer
 from uptrain.data import token_cache
 from uptrain.data.content_digest import content_digest
-from uptrain.data.reading import TokenFile, build_tokens, read_tokens
-from uptrain.data.sources import Builtin, Dataset, DataSource, Files
+from uptrain.data.readers import build_tokens
+from uptrain.data.sources import Builtin, Dataset, Files, TextSource
+from uptrain.data.token_file import TokenFile
+from uptrain.data.token_text import read_tokens
 from uptrain.errors import UptrainError, UsageError
 
 
@@ -35,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache/tokens"
 
 
-def build(sources: Sequence[DataSource], words: Any, run: Path) -> Path:
+def build(sources: Sequence[TextSource], words: Any, run: Path) -> Path:
     (folder,) = build_tokens(sources, words, run)
     assert folder is not None
     return folder
@@ -64,7 +66,7 @@ def test_the_same_text_elsewhere_and_later_is_tokenised_once(
     assert build([Files(files=str(other))], words, tmp_path / "run2") == folder
 
 
-def variants(tmp_path: Path) -> dict[str, list[DataSource]]:
+def variants(tmp_path: Path) -> dict[str, list[TextSource]]:
     """Return sources that give different tokens, though most are of the same bytes."""
     row = json.dumps({"text": "one fox", "body": "two dogs"}) + "\n"
     for name in ("a.jsonl", "a.txt"):
@@ -76,7 +78,7 @@ def variants(tmp_path: Path) -> dict[str, list[DataSource]]:
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / ("a.jsonl" if name == "d" else "b.txt"), tmp_path / name / "rows.jsonl")
 
-    def files(*names: str, **fields: str) -> list[DataSource]:
+    def files(*names: str, **fields: str) -> list[TextSource]:
         return [Files(files=[str(tmp_path / name) for name in names], **fields)]
 
     return {
@@ -193,7 +195,7 @@ def test_without_a_place_for_the_cache_the_run_keeps_its_tokens(
     folder = build([source], words, tmp_path / "run")
     assert folder.parent == tmp_path / "run"
     assert tokens(folder) == read_tokens([source], words, 10**6).ids.tolist()
-    with pytest.raises(UptrainError, match=r"can't be written to .*file/run"):
+    with pytest.raises(UptrainError, match="file/run"):
         token_cache.tokens_folder("0" * 64, [source], words, tmp_path / "file/run")
 
 
@@ -215,7 +217,7 @@ def test_a_full_cache_leaves_nothing_and_the_run_keeps_its_tokens(
 
 def test_text_that_cannot_be_read_leaves_nothing(tmp_path: Path, words: Any, cache: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fox \xff")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    with pytest.raises(UsageError, match="UTF-8"):
         build([Files(files=str(tmp_path / "a.txt"))], words, tmp_path / "run")
     assert entries(cache) == []
 

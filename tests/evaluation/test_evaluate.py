@@ -224,7 +224,7 @@ def test_no_window_is_longer_than_the_positions_a_family_counts_in_its_own_word(
     assert found.speed_context == (61 if longest == 64 else 512)
     assert bool(notes) == (longest == 64)
     if notes:
-        with pytest.raises(UsageError, match="64 positions"):
+        with pytest.raises(UsageError, match="64"):
             quick(folder, None, text, tokens=300, context=65)
 
 
@@ -232,7 +232,7 @@ def test_comparisons_that_mean_nothing_are_refused(tmp_path: Path, text: list[Fi
     one = checkpoint(tmp_path / "one")
     other = checkpoint(tmp_path / "other")
     tokenizer(270).save_pretrained(other)
-    with pytest.raises(UsageError, match="different tokenizers"):
+    with pytest.raises(UsageError, match="tokenizers"):
         quick(one, other, text)
-    with pytest.raises(UsageError, match="stride 40 must lie between 1 and the context of 32"):
+    with pytest.raises(UsageError, match=r"stride .*40.*32"):
         quick(one, None, text, stride=40)

@@ -130,13 +130,13 @@ def test_a_text_shorter_than_the_context_is_halved(converted: Path, tmp_path: Pa
 
 def test_comparisons_that_mean_nothing_are_refused(converted: Path, text: list[Files], tmp_path: Path) -> None:
     decoder = checkpoint(tmp_path / "decoder", "gpt2")
-    with pytest.raises(UsageError, match="only one has an encoder"):
+    with pytest.raises(UsageError, match="encoder"):
         quick(converted, decoder, text)
-    with pytest.raises(UsageError, match="stride 32 leaves nothing of the context of 32 tokens"):
+    with pytest.raises(UsageError, match=r"stride .*32"):
         quick(converted, None, text, stride=32)
 
 
 def test_a_model_of_sound_is_refused_in_a_sentence(text: list[Files], tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "whisper", "whisper", suppress_tokens=None)
-    with pytest.raises(UsageError, match="reads input_features, not text"):
+    with pytest.raises(UsageError, match="input_features"):
         quick(source, None, text)

@@ -27,7 +27,7 @@ from uptrain.conversion.inspection import inspect
 from uptrain.conversion.plan.planner import make_plan
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
-from uptrain.models.targets import HOSTS
+from uptrain.models.targets import TARGET_CLASSES
 
 REQUESTS = (
     Request("gqa", 2), Request("mqa"), Request("gqa", 4), Request("gqa", 2, "svd"), Request("gqa", 2, "first"),
@@ -73,7 +73,7 @@ def converted(place: Path, request: Request) -> Path | None:
     if done is None:
         assert not out.exists()
         return None
-    code = {host.remote_code for host in HOSTS.values()}
+    code = {target.remote_code for target in TARGET_CLASSES.values()}
     assert all(path.suffix in (".json", ".safetensors") or path.name in code for path in out.iterdir())
     verify(out)
     return out

@@ -101,5 +101,5 @@ def test_weights_that_see_nothing_still_factor():
 
 @pytest.mark.parametrize("rank", [0, 9])
 def test_an_impossible_rank_is_refused(rank):
-    with pytest.raises(ValueError, match=f"rank {rank} is not between 1 and the stack's 8 rows"):
+    with pytest.raises(ValueError, match=f"rank .*{rank}.*8 rows"):
         factor(blocks_of([4, 4], 9, 0), None, None, rank)

@@ -96,7 +96,7 @@ def test_a_layer_without_biases_gets_none():
 
 
 def test_a_group_count_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="groups 3 does not divide 4"):
+    with pytest.raises(ValueError, match=r"groups .*3.*4"):
         factor_heads(random_layer(4, 4, 8, 16, 0), 3, None)
 
 

@@ -33,7 +33,7 @@ def test_a_file_does_not_load_where_the_cache_has_a_third_name(name: str, monkey
     def forward(self: Any, hidden_states: torch.Tensor, kept: Any = None, **kwargs: Any) -> None: ...
 
     monkeypatch.setattr(PARENTS[name], "forward", forward)
-    with pytest.raises(ImportError, match=f"gives {PARENTS[name].__name__} the cache under a name that this file"):
+    with pytest.raises(ImportError, match=f"{PARENTS[name].__name__}.*cache"):
         runpy.run_path(str(FOLDER / f"modeling_uptrain_{name}.py"))
 
 

@@ -126,7 +126,7 @@ def test_the_device_is_what_the_command_says_else_the_environment_else_what_ther
         with devices.using("auto"):
             assert devices.device() == torch.device("cpu")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
-    with pytest.raises(UsageError, match="ACCELERATE_USE_CPU is 'maybe', neither true nor false"):
+    with pytest.raises(UsageError, match=r"ACCELERATE_USE_CPU.*'maybe'"):
         devices.device()
     for no in ("false", "", "No"):
         monkeypatch.setenv("ACCELERATE_USE_CPU", no)
@@ -208,7 +208,7 @@ FULL = [
 @pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:12])
 def test_what_backends_say_of_a_full_memory_is_known(error: Exception) -> None:
     assert devices.is_full(error)
-    said = pytest.raises(devices.OutOfMemory, match=r"Trying ran out of memory on .*Lower it")
+    said = pytest.raises(devices.OutOfMemory, match=r"Trying .*Lower it")
     with said, devices.enough_memory("Trying", "Lower it."):
         raise error
 

@@ -87,5 +87,5 @@ def test_load_refuses_what_would_give_no_numbers(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         uptrain.load(tmp_path)
     neutral().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="float16 can't hold"):
+    with pytest.raises(UsageError, match="float16"):
         uptrain.load(tmp_path, dtype=torch.float16)

@@ -186,11 +186,11 @@ def test_registered_classes_serve_a_folder_without_remote_code(tmp_path: Path) -
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match="kv_lora_rank must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="kv_lora_rank"):
         UptrainGPT2MLAConfig(kv_lora_rank=0)
-    with pytest.raises(ValueError, match="qk_nope_head_dim must be at least 1"):
+    with pytest.raises(ValueError, match="qk_nope_head_dim"):
         UptrainGPT2MLAConfig(qk_nope_head_dim=0)
-    with pytest.raises(ValueError, match="no rotary keys"):
+    with pytest.raises(ValueError, match="rotary"):
         UptrainGPT2MLAConfig(qk_rope_head_dim=8)
-    with pytest.raises(ValueError, match="no cross-attention"):
+    with pytest.raises(ValueError, match="cross-attention"):
         UptrainGPT2MLAConfig(add_cross_attention=True)

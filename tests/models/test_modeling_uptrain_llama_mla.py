@@ -67,7 +67,7 @@ def source(groups: int, attention: str = "sdpa", rope: dict[str, Any] = PLAIN, *
     return check.randomise(LlamaForCausalLM(LlamaConfig(attn_implementation=attention, **SIZES | options)))
 
 
-def rehosted(model: LlamaForCausalLM, attentions: list[dict[str, torch.Tensor]], **changes: Any) -> Any:
+def moved(model: LlamaForCausalLM, attentions: list[dict[str, torch.Tensor]], **changes: Any) -> Any:
     """Return our Llama with every tensor of `model` but q, k and v, and those that each layer is given."""
     settings = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "head_dim")}
     bias = model.config.attention_bias
@@ -109,7 +109,7 @@ def re_rotated(model: LlamaForCausalLM) -> UptrainLlamaMLAForCausalLM:
         down = linear_of("kv_a_proj_with_mqa", torch.cat([k, v]))
         attentions.append(linear_of("q_proj", q) | down | {"kv_b_proj.weight": torch.eye(2 * width)[picked]})
     sizes = {"kv_lora_rank": 2 * width, "qk_nope_head_dim": HEAD_DIM, "qk_rope_head_dim": 0}
-    return rehosted(model, attentions, rope_mode="re-rotate", **sizes)
+    return moved(model, attentions, rope_mode="re-rotate", **sizes)
 
 
 def decoupled(model: LlamaForCausalLM, nope: int = 0) -> UptrainLlamaMLAForCausalLM:
@@ -142,8 +142,8 @@ def decoupled(model: LlamaForCausalLM, nope: int = 0) -> UptrainLlamaMLAForCausa
         longrope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0}
         scaling = {"attention_factor": model.model.rotary_emb.attention_scaling}
         table = PLAIN | longrope | scaling | {"original_max_position_embeddings": 48}
-        return rehosted(model, attentions, rope_parameters=table, **sizes)
-    return rehosted(model, attentions, **sizes)
+        return moved(model, attentions, rope_parameters=table, **sizes)
+    return moved(model, attentions, **sizes)
 
 
 FULL_RANK = {"decoupled": decoupled, "re-rotate": re_rotated}
@@ -295,16 +295,16 @@ def test_registered_classes_serve_a_folder_without_remote_code(tied: bool, tmp_p
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match="rope_mode must be one of decoupled, re-rotate, not none"):
+    with pytest.raises(ValueError, match="rope_mode"):
         UptrainLlamaMLAConfig(rope_mode="none")
-    with pytest.raises(ValueError, match="kv_lora_rank and v_head_dim must be at least 1"):
+    with pytest.raises(ValueError, match="kv_lora_rank"):
         UptrainLlamaMLAConfig(kv_lora_rank=0)
-    with pytest.raises(ValueError, match="decoupled rotates pairs, but its keys have 3 dimensions"):
+    with pytest.raises(ValueError, match="3 dimensions"):
         UptrainLlamaMLAConfig(qk_rope_head_dim=3)
-    with pytest.raises(ValueError, match="decoupled rotates pairs, but its keys have 0 dimensions"):
+    with pytest.raises(ValueError, match="0 dimensions"):
         UptrainLlamaMLAConfig(qk_rope_head_dim=0)
-    with pytest.raises(ValueError, match="re-rotate has no shared rotary key"):
+    with pytest.raises(ValueError, match="rotary key"):
         UptrainLlamaMLAConfig(rope_mode="re-rotate")
-    with pytest.raises(ValueError, match="num_key_value_heads must be as many"):
+    with pytest.raises(ValueError, match="num_key_value_heads"):
         UptrainLlamaMLAConfig(num_key_value_heads=8)
     assert UptrainLlamaMLAConfig().attention_scale == (128 + 64) ** -0.5

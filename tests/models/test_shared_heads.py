@@ -150,7 +150,7 @@ def test_numbers_of_heads_that_do_not_divide_are_refused(model_type: str, save_t
     convert(str(save_tiny(model_type)), tmp_path / "out", request(2))
     config = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
     for wrong in (0, 3):
-        with pytest.raises(ValueError, match=f"num_key_value_heads {wrong} does not divide"):
+        with pytest.raises(ValueError, match=f"num_key_value_heads.*{wrong}"):
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "num_key_value_heads": wrong}))
 
 
@@ -170,13 +170,13 @@ def test_a_bloom_config_with_its_older_words_is_read(save_tiny: Save, tmp_path: 
 @pytest.mark.parametrize(("key", "value"), [("qk_ln", True), ("alibi", False), ("prefix_lm", True)])
 def test_what_transformers_leaves_out_of_mpt_is_refused(key: str, value: bool, save_tiny: Save) -> None:
     source = str(save_tiny("mpt", attn_config={key: value}))
-    with pytest.raises(UsageError, match=f"attn_config.{key} {value}, which uptrain can't convert"):
+    with pytest.raises(UsageError, match=rf"attn_config\.{key}\b"):
         plan_conversion(source, request(2))
 
 
 def test_a_clipped_mpt_is_pooled_only(save_tiny: Save) -> None:
     source = str(save_tiny("mpt", attn_config={"clip_qkv": 6.0}))
-    with pytest.raises(UsageError, match=r"attn_config\.clip_qkv is 6\.0") as caught:
+    with pytest.raises(UsageError, match=r"attn_config\.clip_qkv\b.*6\.0") as caught:
         plan_conversion(source, request(2, "svd"))
     assert "--method mean" in caught.value.hint
     plan_conversion(source, request(2))

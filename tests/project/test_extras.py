@@ -88,5 +88,5 @@ def test_each_package_is_named_with_what_installs_it(package: str, monkeypatch: 
     with pytest.raises(UsageError, match=package.replace("_", "-")) as caught:
         check_installed(package, "This")
     assert INSTALLS[package] in caught.value.hint
-    with pytest.raises(UsageError, match="This needs"), needing("This"):
+    with pytest.raises(UsageError, match="This"), needing("This"):
         __import__(f"{package}.inner")

@@ -132,7 +132,7 @@ def test_later_schemas_are_read_as_far_as_they_agree(tmp_path: Path) -> None:
     assert [(row.name, row.value) for row in figures.rows] == [("perplexity", 3.0)]
     assert figures.text == "wiki.txt, code.txt"
     (tmp_path / "eval.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"eval\.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"eval\.json"):
         read_figures(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -43,21 +44,21 @@ def test_a_flipped_byte_is_a_mismatch(folder: Path) -> None:
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(VerificationError, match=r"model\.safetensors does not match its checksum"):
+    with pytest.raises(VerificationError, match=r"model\.safetensors.*checksum"):
         check_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors", "modeling_uptrain_gpt2.py"])
 def test_a_missing_file_is_a_mismatch(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(VerificationError, match=f"{name} is missing"):
+    with pytest.raises(VerificationError, match=re.escape(name)):
         check_folder(folder)
 
 
 def test_a_folder_whose_manifest_never_had_a_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     remade(folder)
-    with pytest.raises(CheckpointError, match="has no tokenizer"):
+    with pytest.raises(CheckpointError, match="tokenizer"):
         check_folder(folder)
 
 
@@ -65,12 +66,12 @@ def test_a_tokenizer_that_does_not_load_or_knows_no_word_is_refused(folder: Path
     whole = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(whole[:2000])
     remade(folder)
-    with pytest.raises(CheckpointError, match="no tokenizer that transformers can load"):
+    with pytest.raises(CheckpointError, match="tokenizer"):
         check_folder(folder)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     remade(folder)
-    with pytest.raises(CheckpointError, match="no vocabulary"):
+    with pytest.raises(CheckpointError, match="vocabulary"):
         check_folder(folder)
 
 
@@ -79,11 +80,11 @@ def test_code_that_a_tokenizer_or_processor_names_must_be_there_and_is_not_run(k
     auto = "AutoTokenizer" if kind == "tokenizer_config.json" else "AutoProcessor"
     (folder / kind).write_text(json.dumps({"auto_map": {auto: "reading_mine.Mine"}}))
     remade(folder)
-    with pytest.raises(CheckpointError, match=r"lacks code .*reading_mine\.py"):
+    with pytest.raises(CheckpointError, match=r"reading_mine\.py"):
         check_folder(folder)
     (folder / "reading_mine.py").write_text("from .cutting import cut\nraise SystemExit('not to be run')\n")
     remade(folder)
-    with pytest.raises(CheckpointError, match=r"lacks code .*cutting\.py"):
+    with pytest.raises(CheckpointError, match=r"cutting\.py"):
         check_folder(folder)
     (folder / "cutting.py").write_text("cut = 1\n")
     remade(folder)
@@ -104,11 +105,11 @@ def test_without_transformers_a_tokenizer_is_not_tried_and_that_is_said(
 def test_files_that_unpickle_are_refused_even_if_listed(folder: Path) -> None:
     (folder / "training_args.bin").write_bytes(b"")
     remade(folder)
-    with pytest.raises(CheckpointError, match=r"training_args\.bin is not safetensors"):
+    with pytest.raises(CheckpointError, match=r"training_args\.bin"):
         check_folder(folder)
     (folder / "training_args.bin").unlink()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is not safetensors"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         check_folder(folder)
 
 
@@ -116,15 +117,15 @@ def test_a_config_that_the_manifest_forgot_is_refused(folder: Path) -> None:
     manifest = json.loads((folder / "uptrain.json").read_text())
     del manifest["files"]["config.json"]
     (folder / "uptrain.json").write_text(json.dumps(manifest))
-    with pytest.raises(VerificationError, match=r"config\.json is not listed"):
+    with pytest.raises(VerificationError, match=r"config\.json"):
         check_folder(folder)
 
 
 def test_folders_that_uptrain_did_not_write_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="There is no folder"):
+    with pytest.raises(CheckpointError, match="folder"):
         check_folder(tmp_path / "nowhere")
     (folder / "uptrain.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no uptrain\.json"):
+    with pytest.raises(CheckpointError, match=r"uptrain\.json"):
         check_folder(folder)
 
 
@@ -134,5 +135,5 @@ def test_nan_in_a_folder_is_refused_with_the_tensor_named(folder: Path) -> None:
     tensors[name].flat[-1] = np.nan
     save_file(tensors, folder / "model.safetensors")
     remade(folder)
-    with pytest.raises(CheckpointError, match=f"NaN or infinity in tensor {name}"):
+    with pytest.raises(CheckpointError, match=name):
         check_folder(folder)

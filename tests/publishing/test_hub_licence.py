@@ -36,7 +36,7 @@ def test_a_local_source_hands_its_card_s_licence_on_through_every_stage(tmp_path
     source = checkpoint(tmp_path / "source", "llama")
     half = convert(str(source), tmp_path / "half", Request("gqa", 2)).out
     done = convert(str(half), tmp_path / "done", Request("mqa")).out
-    with pytest.raises(UsageError, match="Nothing says under which licence"):
+    with pytest.raises(UsageError, match="licence"):
         find_licence(done, manifest(done), [], None, {})
     card(source, "license: mit")
     assert find_licence(done, manifest(done), [], None, {}) == Licence("mit", "source/README.md")
@@ -73,6 +73,6 @@ def test_a_source_that_says_nothing_usable_is_not_guessed_for(known: dict[str, A
 
 def test_a_gate_anywhere_in_the_history_refuses(save_tiny: Callable[..., Path]) -> None:
     refuse_gated([Ancestor("org/a"), Ancestor("org/b", card={})])
-    with pytest.raises(UsageError, match=r"org/b, which this was made from, is gated") as stop:
+    with pytest.raises(UsageError, match=r"org/b.*gated") as stop:
         refuse_gated([Ancestor("org/a"), Ancestor("org/b", gated=True)])
     assert "--private" in stop.value.hint

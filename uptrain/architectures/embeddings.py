@@ -68,7 +68,7 @@ def declares_tied(architecture: Architecture, config: Mapping[str, Any]) -> bool
 
 
 def declare(
-    config: dict[str, Any], embeddings: Embeddings, source: Architecture, host: Architecture, untied: bool = False
+    config: dict[str, Any], embeddings: Embeddings, source: Architecture, target: Architecture, untied: bool = False
 ) -> None:
     """Write into a result's config whether its class must tie the head, unless the class reads that from it already.
 
@@ -76,13 +76,13 @@ def declare(
         config: the result's config, changed in place.
         embeddings: what the source's model has.
         source: the source's family.
-        host: the family of the result's class.
+        target: the family of the result's class.
         untied: whether the result has a head of its own in any case.
     """
     tied = embeddings.tied and not untied
-    if source.vocabulary.more or host.vocabulary.more:
+    if source.vocabulary.more or target.vocabulary.more:
         return  # the flag says more there than this
-    if declares_tied(host, config) != tied:
+    if declares_tied(target, config) != tied:
         config[FLAG] = tied
 
 

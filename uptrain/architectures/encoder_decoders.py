@@ -35,7 +35,7 @@ T5 = Architecture(
         "initializer_factor": 1.0,
     },
     older={"num_decoder_layers": "num_layers"},
-    hosts={"gqa": ("uptrain_t5",), "mqa": ("uptrain_t5",)},
+    targets={"gqa": ("uptrain_t5",), "mqa": ("uptrain_t5",)},
     unsupported={"is_encoder_decoder": (False, _ALONE)},
     uncalibrated=_UNCALIBRATED,
     native=False,
@@ -45,14 +45,14 @@ MT5 = T5.for_model(
     "mt5",
     "MT5ForConditionalGeneration",
     defaults={**T5.defaults, "num_decoder_layers": 8, "num_heads": 6, "vocab_size": 250112},
-    hosts={"gqa": ("uptrain_t5_of_mt5",), "mqa": ("uptrain_t5_of_mt5",)},
+    targets={"gqa": ("uptrain_t5_of_mt5",), "mqa": ("uptrain_t5_of_mt5",)},
 )
 
 UMT5 = T5.for_model(
     "umt5",
     "UMT5ForConditionalGeneration",
     defaults=MT5.defaults,
-    hosts={"gqa": ("uptrain_umt5",), "mqa": ("uptrain_umt5",)},
+    targets={"gqa": ("uptrain_umt5",), "mqa": ("uptrain_umt5",)},
 )
 
 BART = Architecture(
@@ -72,7 +72,7 @@ BART = Architecture(
         "d_model": 1024, "decoder_layers": 12, "decoder_attention_heads": 16, "vocab_size": 50265,
         "max_position_embeddings": 1024,
     },
-    hosts={"gqa": ("uptrain_bart",), "mqa": ("uptrain_bart",)},
+    targets={"gqa": ("uptrain_bart",), "mqa": ("uptrain_bart",)},
     unsupported={"is_encoder_decoder": (False, _ALONE)},
     uncalibrated=_UNCALIBRATED,
     native=False,
@@ -88,7 +88,7 @@ WHISPER = BART.for_model(
         "d_model": 384, "decoder_layers": 4, "decoder_attention_heads": 6, "vocab_size": 51865,
         "max_target_positions": 448,
     },
-    hosts={"gqa": ("uptrain_whisper",), "mqa": ("uptrain_whisper",)},
+    targets={"gqa": ("uptrain_whisper",), "mqa": ("uptrain_whisper",)},
     # Word timestamps are read from what these heads attend to.
     head_indices={"alignment_heads": True},
 )  # fmt: skip

@@ -28,7 +28,7 @@ GPT_NEOX = Architecture(
     rotary=RotaryWords(theta_key="rotary_emb_base", partly=True),
     buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
     defaults=dict(zip(_SIZES, (6144, 44, 64, 50432, 2048), strict=True)),
-    hosts=dict.fromkeys(("gqa", "mqa"), ("phi_of_gpt_neox", "nemotron_of_gpt_neox")),
+    targets=dict.fromkeys(("gqa", "mqa"), ("phi_of_gpt_neox", "nemotron_of_gpt_neox")),
     native=False,
 )
 
@@ -47,7 +47,7 @@ GPTJ = Architecture(
     defaults={
         "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048, "vocab_size": 50400, "rotary_dim": 64,
     },
-    hosts={"gqa": ("phi_of_gptj",), "mqa": ("phi_of_gptj",)},
+    targets={"gqa": ("phi_of_gptj",), "mqa": ("phi_of_gptj",)},
     native=False,
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ OPT = Architecture(
     vocabulary=Vocabulary("decoder.embed_tokens.weight", tied=True),
     buffers=(),
     defaults=dict(zip(_SIZES, (768, 12, 12, 50272, 2048), strict=True)),
-    hosts={"gqa": ("uptrain_opt",), "mqa": ("uptrain_opt",)},
+    targets={"gqa": ("uptrain_opt",), "mqa": ("uptrain_opt",)},
     native=False,
 )
 
@@ -84,7 +84,7 @@ BLOOM = Architecture(
     buffers=(),
     defaults={"hidden_size": 64, "n_layer": 2, "n_head": 8, "vocab_size": 250880},
     older={"hidden_size": "n_embed", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
-    hosts={"gqa": ("uptrain_bloom",), "mqa": ("uptrain_bloom",)},
+    targets={"gqa": ("uptrain_bloom",), "mqa": ("uptrain_bloom",)},
     unsupported={"slow_but_exact": (True, "it adds slices of its output one by one")},
     native=False,
 )
@@ -103,7 +103,7 @@ GPT_NEO = Architecture(
         "hidden_size": 2048, "num_layers": 24, "num_heads": 16, "vocab_size": 50257, "max_position_embeddings": 2048,
     },
     older={"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"},
-    hosts={"gqa": ("uptrain_gpt_neo",), "mqa": ("uptrain_gpt_neo",)},
+    targets={"gqa": ("uptrain_gpt_neo",), "mqa": ("uptrain_gpt_neo",)},
     native=False,
 )  # fmt: skip
 
@@ -118,7 +118,7 @@ MPT = Architecture(
     vocabulary=Vocabulary("wte.weight", tied=True),
     buffers=(),
     defaults={"d_model": 2048, "n_layers": 24, "n_heads": 16, "max_seq_len": 2048, "vocab_size": 50368},
-    hosts={"gqa": ("uptrain_mpt",), "mqa": ("uptrain_mpt",)},
+    targets={"gqa": ("uptrain_mpt",), "mqa": ("uptrain_mpt",)},
     unsupported={
         "attn_config.qk_ln": (True, "transformers' class leaves its norms on queries and keys out"),
         "attn_config.alibi": (False, "transformers' class adds ALiBi all the same"),
@@ -137,7 +137,7 @@ PERSIMMON = Architecture(
     rotary=RotaryWords(partly=True),
     key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
     defaults={**dict(zip(_SIZES, (4096, 36, 64, 262144, 16384), strict=True)), "qk_layernorm": True},
-    hosts={"gqa": ("uptrain_persimmon",), "mqa": ("uptrain_persimmon",)},
+    targets={"gqa": ("uptrain_persimmon",), "mqa": ("uptrain_persimmon",)},
     native=False,
 )
 

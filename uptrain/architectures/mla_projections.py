@@ -1,4 +1,4 @@
-"""One layer with a latent, head by head, and how each host stores it. Pure array functions."""
+"""One layer with a latent, head by head, and how each target class stores it. Pure array functions."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class LatentHeads:
 
 @dataclass(frozen=True)
 class LatentLayout:
-    """How a host stores a latent layer. Data only.
+    """How a target class stores a latent layer. Data only.
 
-    `per_query` hosts expand the latent to one key and value a query head. `fold_scale` hosts multiply logits by
-    (Dn + Dr)^-½, so the ratio to the source's head_dim^-½ goes into the queries. `neutral` hosts have a compulsory
+    `per_query` classes expand the latent to one key and value per query head. `fold_scale` classes multiply logits by
+    (Dn + Dr)^-½, so the ratio to the source's head_dim^-½ goes into the queries. `neutral` classes have a compulsory
     norm on the latent, which small rows and a large weight turn into the identity.
     """
 
@@ -86,7 +86,7 @@ class Stored:
 
 
 def join_latent(heads: LatentHeads, stored: Stored, head_dim: int) -> dict[str, Array]:
-    """Join a latent layer into a host's modules ("q_proj.weight", …); `head_dim` is the source's.
+    """Join a latent layer into a target class's modules ("q_proj.weight", …); `head_dim` is the source's.
 
     Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1 for the projections.
     """

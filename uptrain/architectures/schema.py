@@ -159,9 +159,9 @@ class RotaryWords:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family: names, packing, config keys and the hosts of its results.
+    """One model family: names, packing, config keys and the target classes of its results.
 
-    `native` families hold any number of groups themselves; `hosts` names, for each target, the entries of
+    `native` families hold any number of groups themselves; `targets` names, per kind of result, the entries of
     `uptrain.models.targets` to try in order.
     """
 
@@ -193,7 +193,7 @@ class Architecture:
     """What the config class assumes where config.json is silent."""
     older: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     """Config keys and what older checkpoints call them, which the config class still reads."""
-    hosts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
+    targets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
     """Config keys, with a dot where they lead into a section, the value that can't be converted, and why."""
     pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
@@ -215,7 +215,7 @@ class Architecture:
     def with_groups(self, model_type: str, class_name: str) -> Architecture:
         """Return the entry of our own class for a family that counts no key/value heads, which counts them."""
         keys = replace(self.keys, num_key_value_heads="num_key_value_heads")
-        return self.for_model(model_type, class_name, keys=keys, hosts={}, native=True)
+        return self.for_model(model_type, class_name, keys=keys, targets={}, native=True)
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ class Tower:
         Raises:
             UsageError: its class can't have fewer key/value heads.
         """
-        if not family.native or family.hosts.get("gqa") or family.keys.latent:
+        if not family.native or family.targets.get("gqa") or family.keys.latent:
             raise UsageError(
                 f"{where} is a {self.wrapper.model_type} around a {family.model_type}, whose class can't have fewer "
                 "key/value heads than it has, and no other class fits into the wrapper.",
@@ -132,7 +132,7 @@ class Tower:
             class_name=class_named(self.whole) or family.class_name,
             auto_class=self.wrapper.auto_class,
             vocabulary=replace(family.vocabulary, heads=self.wrapper.heads, always=False, more=True),
-            hosts={},
+            targets={},
             uncalibrated=f"its layers stand inside a {self.wrapper.model_type}, which can't be run layer by layer yet",
         )
 

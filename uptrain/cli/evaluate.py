@@ -1,18 +1,27 @@
-"""The command that measures: options and help. Bodies import what they need when they run."""
+"""`uptrain eval`: its options, its call and the tables it prints."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from uptrain.cli import console
-from uptrain.cli.types import Sizes, check_belongs, device_option, texts_of
+from uptrain.cli.options import check_belongs, device_option, json_option, texts_of
+from uptrain.cli.types import Sizes
 from uptrain.errors import UsageError
+from uptrain.evaluation import tables
+from uptrain.evaluation.tables import Table
+from uptrain.formatting import number, size
 
 if TYPE_CHECKING:
+    from uptrain.evaluation.evaluate import Evaluation, Measured
+    from uptrain.evaluation.needle import Needles
     from uptrain.evaluation.reference import Reference
+    from uptrain.evaluation.samples import Sample
+    from uptrain.evaluation.tasks import Tasks
 
 
 @click.command()
@@ -89,24 +98,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def evaluate(
-    directory: str,
-    texts: tuple[str, ...],
-    contexts: tuple[tuple[int, ...], ...],
-    out: Path | None,
-    as_json: bool,
-    no_speed: bool,
-    no_baseline: bool,
-    tasks: tuple[str, ...],
-    include_path: str | None,
-    task_limit: int | None,
-    needle: bool,
-    needle_lengths: tuple[int, ...] | None,
-    needle_depths: tuple[int, ...],
-    needle_trials: int,
-    **options: Any,
-) -> None:
+@json_option
+def evaluate(directory: str, **options: Any) -> None:
     """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
 
     Against a baseline also how far apart their predictions are, with 95 % intervals. docs/evaluation.md says how each
@@ -122,32 +115,46 @@ def evaluate(
     uptrain eval ./llama-gqa4 --baseline ./llama --needle --needle-lengths 1024,4096,16384
     uptrain eval ./llama-gqa4 --baseline ./llama --speed-batch 1,8 --speed-context 512,4096,16384
     """
-    from uptrain.cli import evaluate_report
     from uptrain.evaluation.evaluate import evaluate as run
     from uptrain.evaluation.evaluate import save_place, write_evaluation
-    from uptrain.evaluation.needle import Needles
-    from uptrain.evaluation.tasks import Tasks
 
-    _check_options(no_speed, bool(tasks), needle, bool(options["samples"]))
-    if no_speed:
+    _check_options(options)
+    texts = texts_of(options.pop("texts"))
+    context = [tokens for listed in options.pop("contexts") for tokens in listed] or None
+    named, none = options.pop("baseline"), options.pop("no_baseline")
+    baseline = _baseline(directory, named, none, options["allow_pickle"])
+    if options.pop("no_speed"):
         options["repeats"] = 0
-    text = texts_of(texts)
-    context = [size for listed in contexts for size in listed] or None
-    baseline = _baseline(directory, options.pop("baseline"), no_baseline, options["allow_pickle"])
-    names = tuple(name.strip() for listed in tasks for name in listed.split(",") if name.strip())
-    if names:
-        options["tasks"] = Tasks(names, include_path, task_limit)
-    if needle:
-        depths = tuple(percent / 100 for percent in needle_depths)
-        options["needle"] = Needles(needle_lengths or (), depths, needle_trials)
+    options["tasks"] = _tasks(options)
+    options["needle"] = _needles(options)
+    out, as_json = options.pop("out"), options.pop("as_json")
     # What can't be written is said before anything is measured.
     place = save_place(directory, out)
     with console.parts_progress() as show:
-        found = run(directory, baseline, text, context=context, on_progress=show, on_note=console.note, **options)
-    evaluate_report.evaluation(found, as_json)
+        found = run(directory, baseline, texts, context=context, on_progress=show, on_note=console.note, **options)
+    _show(found, as_json)
     if place is not None:
         notes = write_evaluation(found, place)
         console.note(" ".join([f"Wrote {place}.", *notes]))
+
+
+def _tasks(options: dict[str, Any]) -> Tasks | None:
+    """Take out of `options` what is said of tasks, and return it; None without --task."""
+    from uptrain.evaluation.tasks import Tasks
+
+    listed, folder, limit = (options.pop(name) for name in ("tasks", "include_path", "task_limit"))
+    names = tuple(name.strip() for part in listed for name in part.split(",") if name.strip())
+    return Tasks(names, folder, limit) if names else None
+
+
+def _needles(options: dict[str, Any]) -> Needles | None:
+    """Take out of `options` what is said of the pass key, and return it; None without --needle."""
+    from uptrain.evaluation.needle import Needles
+
+    lengths, depths, trials = (options.pop(f"needle_{name}") for name in ("lengths", "depths", "trials"))
+    if not options.pop("needle"):
+        return None
+    return Needles(lengths or (), tuple(percent / 100 for percent in depths), trials)
 
 
 def _baseline(directory: str, named: str | None, none: bool, allow_pickle: bool) -> str | Reference | None:
@@ -165,17 +172,126 @@ def _baseline(directory: str, named: str | None, none: bool, allow_pickle: bool)
     return None if source is None else Reference(source)
 
 
-def _check_options(no_speed: bool, tasks: bool, needle: bool, samples: bool) -> None:
+def _check_options(options: dict[str, Any]) -> None:
     """Refuse what is said of a part that isn't measured."""
-    check_belongs(("include_path", "task_limit"), "--task", tasks)
-    check_belongs(("needle_lengths", "needle_depths", "needle_trials"), "--needle", needle)
-    check_belongs(("sample_tokens",), "--samples", samples)
+    check_belongs(("include_path", "task_limit"), "--task", bool(options["tasks"]))
+    check_belongs(("needle_lengths", "needle_depths", "needle_trials"), "--needle", options["needle"])
+    check_belongs(("sample_tokens",), "--samples", bool(options["samples"]))
     context = click.get_current_context()
     for name in ("speed_context", "speed_batch"):
-        if no_speed and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+        if options["no_speed"] and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"--no-speed leaves nothing for {option} to change.", "Leave one of them out.")
 
 
-COMMANDS: dict[str, click.Command] = {"eval": evaluate}
-"""What the command line adds, by the name it is typed under."""
+def _show(found: Evaluation, as_json: bool) -> None:
+    """Show an evaluation as a table of one or two models."""
+    if as_json:
+        console.result_json(found.to_dict())
+        return
+    shown = [] if found.baseline is None else [(found.baseline.name, found.baseline, None)]
+    console.table("", *models_table([*shown, (found.model.name, found.model, found)]))
+    if len(found.rows) > 1:
+        console.table("", *_by_text(found))
+    values, model = found.to_dict(), found.model.name
+    baseline = None if found.baseline is None else found.baseline.name
+    if len(found.speeds) > 1:
+        title = "Speed, tokens/s of all sequences together (slowest to fastest)"
+        _shown(title, tables.speeds(values, "this", baseline and "original"))
+    if found.tasks:
+        _shown("Tasks", tables.tasks(values, model, baseline))
+    if found.needle:
+        _shown("Retrieval of a hidden pass key", tables.needle(values, model, baseline))
+    for sample in found.samples:
+        _sample(found, sample)
+    console.note(how_measured(found))
+
+
+def models_table(
+    models: list[tuple[str, Measured, Evaluation | None]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns, one a model, and rows, one a figure; an evaluation says how far the model is from another."""
+    names, measured, against = zip(*models, strict=True)
+    rows = [
+        ("perplexity", *(f"{each.perplexity:.3f}" for each in measured)),
+        ("  seq2seq loss, nats", *(_loss(each) for each in measured)),
+        ("  times the original's", *(_far(each, "perplexity_ratio", "{:.4f}") for each in against)),
+        ("bits per byte", *(f"{each.bits_per_byte:.4f}" for each in measured)),
+        ("KL from the original", *(_far(each, "kl", "{:.4g}") for each in against)),
+        ("top-1 agreement", *(_far(each, "top1_agreement", "{:.1%}") for each in against)),
+        ("top-5 agreement", *(_far(each, "top5_agreement", "{:.1%}") for each in against)),
+        ("flip rate", *(_far(each, "flip_rate", "{:.2%}") for each in against)),
+        ("cache per token", *(size(each.cache_bytes_per_token) for each in measured)),
+        ("  of it cross-attention", *(_cross(each) for each in measured)),
+        ("decode, tokens/s", *(number(each.decode_tokens_per_second, "{:,.0f}") for each in measured)),
+        ("prefill, tokens/s", *(number(each.prefill_tokens_per_second, "{:,.0f}") for each in measured)),
+    ]
+    # A figure that no model has is no row.
+    return ("", *names), [row for row in rows if set(row[1:]) != {"–"}]
+
+
+def _loss(measured: Measured) -> str:
+    return f"{math.log(measured.perplexity):.4f}" if measured.cross_bytes_per_token else "–"
+
+
+def _cross(measured: Measured) -> str:
+    return size(measured.cross_bytes_per_token) if measured.cross_bytes_per_token else "–"
+
+
+def _far(found: Evaluation | None, figure: str, form: str) -> str:
+    if found is None:
+        return "–"
+    return number(getattr(found, figure), form, getattr(found, f"{figure}_interval", None))
+
+
+def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and a row for each text and context."""
+    # A path is told by its end.
+    names = [(Path(row.text).name, f"{row.context:,}") for row in found.rows]
+    if found.baseline is None:
+        ranged = [(number(row.perplexity, "{:.2f}", row.perplexity_interval),) for row in found.rows]
+        return ("text", "context", "perplexity"), [(*name, *each) for name, each in zip(names, ranged, strict=True)]
+    # The ratio's interval is the one that compares: those of the two perplexities hold the text's own spread.
+    figures = [
+        (f"{row.perplexity:.2f}", f"{row.baseline_perplexity:.2f}",
+         f"{row.perplexity_ratio:.3f}" if row.perplexity_ratio_interval is None
+         else "–".join(f"{end:.3f}" for end in row.perplexity_ratio_interval),
+         f"{row.kl:.3g}", f"{row.top1_agreement:.1%}", f"{row.flip_rate:.2%}")
+        for row in found.rows
+    ]  # fmt: skip
+    columns = ("text", "context", "perplexity", "original's", "ratio", "KL", "top-1", "flips")
+    return columns, [(*name, *each) for name, each in zip(names, figures, strict=True)]
+
+
+def _shown(title: str, table: Table) -> None:
+    console.table(title, table.columns, table.rows)
+
+
+def _sample(found: Evaluation, sample: Sample) -> None:
+    pairs = [("prompt", sample.prompt), (found.model.name, sample.continuation)]
+    if found.baseline is not None and sample.baseline_continuation is not None:
+        pairs.insert(1, (found.baseline.name, sample.baseline_continuation))
+    shared = "" if sample.common_tokens is None else f": the first {sample.common_tokens} tokens are the same"
+    # Line breaks would tear a short text over a screen.
+    lines = [(name, text.replace("\n", "⏎")) for name, text in pairs]
+    console.facts(f"Sample of {Path(sample.text).name}{shared}", lines)
+
+
+def how_measured(found: Evaluation) -> str:
+    """Return one paragraph: the tokens, windows, dtype and device of the measurement."""
+    speed = f" Speed: one sequence at {found.speed_context} tokens, {found.speed_dtype}." if found.speed_context else ""
+    against = " KL is in nats per token." if found.kl is not None else ""
+    if found.model.cross_bytes_per_token:
+        read = found.context - found.stride
+        against += (
+            f" Of each window the encoder reads {read} tokens, and the decoder writes what follows, teacher-forced."
+            " Cross-attention's cache is per token of the source, the rest per token of the target."
+        )
+    if found.kl_interval is not None:
+        against += f" In brackets: 95 % intervals over {found.windows} windows."
+    if found.peak_memory_bytes is not None:
+        speed += f" Peak memory {size(found.peak_memory_bytes)}, all models loaded."
+    return (
+        f"{found.tokens:,} tokens, context {found.context}, stride {found.stride}, {found.dtype} on {found.device}."
+        + against + speed
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command that shows results as a page: options and help. Bodies import what they need when they run."""
+"""`uptrain report`: its options, its call and what it prints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from uptrain.cli import console
+from uptrain.cli.options import json_option
 
 
 @click.command()
@@ -15,7 +16,7 @@ from uptrain.cli import console
     "--out", type=click.Path(path_type=Path), help="Where the page goes; pictures go beside it. Default: "
     "DIRECTORY/report.html.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@json_option
 def report(directory: Path, out: Path | None, as_json: bool) -> None:
     """Show what a conversion cost and saved: one HTML file with pictures, and the pictures as PNG.
 
@@ -39,7 +40,3 @@ def report(directory: Path, out: Path | None, as_json: bool) -> None:
     for sentence in done.missing:
         console.note(sentence)
     console.result(f"Wrote {done.path} and {len(done.pictures)} picture(s) beside it.")
-
-
-COMMANDS: dict[str, click.Command] = {"report": report}
-"""What the command line adds, by the name it is typed under."""

@@ -1,14 +1,19 @@
-"""The command that tries several conversions: options and help. Bodies import what they need when they run."""
+"""`uptrain sweep`: its options, its call and the table it prints."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from uptrain.cli import console
-from uptrain.cli.types import Size, Words, device_option, texts_of
+from uptrain.cli.options import device_option, json_option, texts_of
+from uptrain.cli.types import Size, Words
+from uptrain.formatting import size, typed
+
+if TYPE_CHECKING:
+    from uptrain.evaluation.sweep_results import Arm, Sweep
 
 
 @click.command()
@@ -42,7 +47,7 @@ from uptrain.cli.types import Size, Words, device_option, texts_of
 @click.option("--revision", help="Branch, tag or commit, for a Hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Also read .bin weights (restricted unpickling).")
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another sweep.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Convert MODEL to several targets by several methods, measure all alike, and show which are worth having.
 
@@ -56,7 +61,6 @@ def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...],
     uptrain sweep ./llama --to gqa:8,mqa,mla:25% --calibrate text.txt --text heldout.txt --keep best
     uptrain report demo-sweep
     """
-    from uptrain.cli import sweep_report
     from uptrain.workflows.sweep.sweep import Measuring
     from uptrain.workflows.sweep.sweep import sweep as run
 
@@ -64,8 +68,37 @@ def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...],
     how = Measuring(texts_of(texts), **measuring)
     options |= {"on_note": console.note, "on_layers": console.layer_progress}
     folder, found = run(model, to, methods, measuring=how, **options)
-    sweep_report.sweep(folder, found, as_json)
+    _show(folder, found, as_json)
 
 
-COMMANDS: dict[str, click.Command] = {"sweep": sweep}
-"""What the command line adds, by the name it is typed under."""
+def _show(folder: Path, found: Sweep, as_json: bool) -> None:
+    """Show a sweep's arms, the smallest cache first, and what could not be made."""
+    if as_json:
+        console.result_json({"out": str(folder), **found.to_dict()})
+        return
+    rows = [
+        (
+            ("* " if arm.pareto else "  ") + arm.target, arm.method, size(arm.cache_bytes_per_token),
+            f"{100 * arm.share:.3g}%", f"{arm.perplexity:.2f}", _divergence(arm), f"{arm.top1_agreement:.1%}",
+            f"{(arm.convert_seconds or 0) + arm.evaluate_seconds:,.0f}",
+        )
+        for arm in found.arms
+    ]  # fmt: skip
+    cache, perplexity = size(found.original["cache_bytes_per_token"]), f"{found.original['perplexity']:.2f}"
+    rows.append((f"  {found.source['name']}", "–", cache, "100%", perplexity, "–", "–", "–"))
+    columns = ("  to", "method", "cache", "kept", "perplexity", "KL", "top-1", "s")
+    console.table("", columns, rows)
+    for each in found.refused:
+        console.note(f"{each.target} by {each.method}: {each.why}")
+    measured = found.measured
+    console.note(
+        f"* nothing else has as little cache and as little KL. cache: per token. KL: nats per token, ± a 95 % interval "
+        f"over {measured['windows']} windows. {measured['tokens']:,} tokens, context "
+        f"{measured['context']}, stride {measured['stride']}, {measured['dtype']} on {measured['device']}."
+    )
+    console.note(f"Wrote {folder}. Next: uptrain report {typed(folder)}")
+
+
+def _divergence(arm: Arm) -> str:
+    # The lower end is cut at zero, so the upper one tells the width.
+    return f"{arm.kl:.3g}" + (f" ± {arm.kl_interval[1] - arm.kl:.2g}" if arm.kl_interval else "")

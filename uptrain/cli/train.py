@@ -1,17 +1,22 @@
-"""The commands that train: options and help. Bodies import what they need when they run."""
+"""`uptrain train`: its options, its call and what it prints."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NoReturn
+import math
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from uptrain.checkpoint.manifest import converted_from
 from uptrain.cli import console
-from uptrain.cli.types import device_option
-from uptrain.errors import UptrainError, UsageError
+from uptrain.cli.options import device_option, json_option
+from uptrain.errors import UptrainError
 from uptrain.formatting import typed
 from uptrain.models import devices
+
+if TYPE_CHECKING:
+    from uptrain.training.recipe import Recipe
+    from uptrain.training.trainer import Training
 
 
 @click.command()
@@ -20,7 +25,7 @@ from uptrain.models import devices
 @click.option("--restart", is_flag=True, help="Forget an unfinished run of the same output instead of resuming it.")
 @click.option("--plot", is_flag=True, help="Draw loss, divergence, learning rate and speed to OUTPUT/training.png.")
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@json_option
 def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as_json: bool) -> None:
     """Train a checkpoint, or a new model, as RECIPE says: a YAML file or the name of a shipped one.
 
@@ -47,9 +52,7 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
     except UptrainError as error:
         _say_once(error)
     if done is not None:
-        from uptrain.cli import train_report
-
-        train_report.training(done, loaded, as_json)
+        _show(done, loaded, as_json)
 
 
 def _say_once(error: UptrainError) -> NoReturn:
@@ -67,67 +70,30 @@ def _say_once(error: UptrainError) -> NoReturn:
     raise error
 
 
-@click.group()
-def recipes() -> None:
-    """List, show or copy the recipes that come with uptrain."""
-
-
-@recipes.command("list")
-def list_recipes() -> None:
-    """Name every shipped recipe and what it is for."""
-    from uptrain.cli import train_report
-    from uptrain.training import recipes
-
-    found = recipes.shipped()
-    train_report.recipe_list(found, {name: recipes.summary(path) for name, path in found.items()})
-
-
-@recipes.command("show")
-@click.argument("name")
-def show_recipe(name: str) -> None:
-    """Print a recipe."""
-    from uptrain.training import recipes
-
-    console.result(recipes.find(name).read_text(encoding="utf-8").rstrip())
-
-
-@recipes.command("copy")
-@click.argument("name")
-@click.argument("to", required=False, type=click.Path(path_type=Path))
-def copy_recipe(name: str, to: Path | None) -> None:
-    """Copy a shipped recipe to TO (default ./NAME.yaml), to edit it."""
-    from uptrain.training import recipes
-
-    source = recipes.find(name)
-    target = to or Path(source.name)
-    target = target / source.name if target.is_dir() else target
-    if target.exists():
-        raise UsageError(f"{target} exists already.", "Name another file.")
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    console.result(f"Wrote {target}. Edit it, then: uptrain train {typed(target)}")
-
-
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("uptrain-demo"), show_default=True,
-              help="Folder for the two checkpoints.")  # fmt: skip
-@device_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def demo(out: Path, as_json: bool) -> None:
-    """Show the whole way on the embedded demo model, in about two minutes on two cores.
-
-    Converts it to 4 key/value heads, uptrains that briefly, and compares both with the original. Downloads nothing.
-    """
-    from uptrain.cli import evaluate_report
-    from uptrain.training import recipes
-    from uptrain.workflows.demo.run import RECIPE, UPTRAINED_ON, run
-
-    recipe = recipes.load(RECIPE, (f"tokens={UPTRAINED_ON}",))
-    with console.training_progress(recipe.total_steps) as show:
-        found = run(out, console.note, show)
-    evaluate_report.demo(found, as_json)
-
-
-COMMANDS: dict[str, click.Command] = {
-    "train": train, "recipes": recipes, "demo": demo,
-}  # fmt: skip
-"""What the command line adds, by the name it is typed under."""
+def _show(done: Training, recipe: Recipe, as_json: bool) -> None:
+    """Show a finished run and what to type next."""
+    if as_json:
+        console.result_json(done.to_dict())
+        return
+    pairs = [("trained", f"{done.steps:,} steps, {done.tokens:,} tokens on {done.num_processes} process(es)")]
+    if not done.isolated and recipe.isolate_documents is None:
+        pairs.append(("documents", "end to end in a block: this model's class can't keep them apart"))
+    if done.resumed_from:
+        pairs.append(("resumed", f"from step {done.resumed_from:,}"))
+    if done.teacher:
+        pairs.append(("teacher", done.teacher))
+    pairs.append(("loss", f"{done.loss:.4f} nats per token at the last step ({done.precision})"))
+    if done.skipped:
+        pairs.append(("left out", f"{done.skipped} step(s) whose loss was bad; train_log.jsonl names them"))
+    if done.held_out_loss is not None:
+        words = f"{done.held_out_loss:.4f} nats per token, perplexity {math.exp(done.held_out_loss):.2f}"
+        best = "" if done.best_step is None else f"; the model of step {done.best_step:,}, the best"
+        pairs.append(("held out", f"{words}, {done.bits_per_byte:.3f} bits per byte{best}"))
+    pairs.append(("time", f"{done.seconds:,.0f} s"))
+    console.facts(f"Wrote {done.out}", pairs)
+    source = converted_from(done.out)
+    original = str(source["name"]) if source else recipe.model
+    trusted = " --allow-pickle" if recipe.allow_pickle else ""
+    console.note(
+        f"Next: uptrain eval {typed(done.out)}" + (f" --baseline {typed(original)}{trusted}" if original else "")
+    )

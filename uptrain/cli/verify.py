@@ -1,14 +1,19 @@
-"""The commands that prove a folder, and stand for it: options and help. Bodies import what they need when they run."""
+"""`uptrain verify`: its options, its call and what it prints."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from uptrain.cli import console
+from uptrain.cli.options import json_option
 from uptrain.errors import UsageError
-from uptrain.formatting import typed
+
+if TYPE_CHECKING:
+    from uptrain.checkpoint.signature import Signer
 
 
 @click.command()
@@ -20,7 +25,7 @@ from uptrain.formatting import typed
     help="Also ask who signed it; must be one of FILE, in the format of ssh-keygen(1).",
 )
 @click.option("--identity", metavar="NAME", help="The name in that file that must have signed. Default: any.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@json_option
 def verify(directory: Path, allowed_signers: Path | None, identity: str | None, as_json: bool) -> None:
     """Check every file of DIRECTORY against the checksums in its uptrain.json.
 
@@ -32,7 +37,6 @@ def verify(directory: Path, allowed_signers: Path | None, identity: str | None, 
     uptrain verify demo-gqa4 --allowed-signers allowed_signers
     """
     from uptrain.checkpoint import manifest, signature
-    from uptrain.cli import verify_report
 
     signer = None
     if allowed_signers is not None:
@@ -43,33 +47,18 @@ def verify(directory: Path, allowed_signers: Path | None, identity: str | None, 
         signer = signature.signed_by(directory)
     elif signature.is_signed(directory):
         console.note("Its signature is not checked: there is no ssh-keygen here.")
-    verify_report.verification(directory, manifest.verify(directory), signer, as_json)
+    _show(directory, manifest.verify(directory), signer, as_json)
 
 
-@click.command()
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--key",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Private key of OpenSSH, e.g. ~/.ssh/id_ed25519, or a public one that ssh-agent or a security key holds.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def sign(directory: Path, key: Path, as_json: bool) -> None:
-    """Sign DIRECTORY's uptrain.json, and so every file it lists, with an SSH key.
-
-    Checks every file first, and writes uptrain.json.sig beside it. `ssh-keygen -Y verify -n uptrain` checks such a
-    signature without uptrain.
-
-    \b
-    uptrain sign demo-gqa4 --key ~/.ssh/id_ed25519
-    """
-    from uptrain.checkpoint import signature
-    from uptrain.cli import verify_report
-
-    verify_report.signed(directory, signature.sign(directory, key), as_json)
-    console.note(f"Next: uptrain verify {typed(directory)} --allowed-signers FILE")
-
-
-COMMANDS: dict[str, click.Command] = {"verify": verify, "sign": sign}
-"""What the command line adds, by the name it is typed under."""
+def _show(directory: Path, manifest: dict[str, Any], signer: Signer | None, as_json: bool) -> None:
+    """Show that a folder matches its manifest, and whose signature it bears."""
+    if as_json:
+        result = {"directory": str(directory), "files": len(manifest["files"]), "ok": True}
+        console.result_json({**result, "signer": signer and asdict(signer)})
+        return
+    stages = " → ".join(str(stage.get("stage")) for stage in manifest["stages"])
+    console.result(f"{directory}: all {len(manifest['files'])} files match uptrain.json (history: {stages}).")
+    if signer is not None and signer.identity:
+        console.result(f"Signed by {signer.identity} with {signer.key}.")
+    elif signer is not None:
+        console.note(f"Signed with {signer.key}; --allowed-signers FILE asks whose that is.")

@@ -1,4 +1,4 @@
-"""What every model family can become, read off the table of families and the tables of hosts."""
+"""What every model family can become, read off the table of families and the tables of target classes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from uptrain.architectures.decoders import ARCHITECTURES
 from uptrain.architectures.schema import Architecture, Position
 from uptrain.conversion.request import CHANGED_PARTS
-from uptrain.models.mla_targets import LATENT_HOSTS
-from uptrain.models.target import Host
-from uptrain.models.targets import HOSTS, own_host
+from uptrain.models.mla_targets import MLA_TARGET_CLASSES
+from uptrain.models.target import TargetClass
+from uptrain.models.targets import TARGET_CLASSES, own_target
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Family:
 
 def families() -> tuple[Family, ...]:
     """Return every family that can be converted, by name; classes that only hold results are none."""
-    ours = {host.name for host in HOSTS.values() if host.remote_code}
+    ours = {target.name for target in TARGET_CLASSES.values() if target.remote_code}
     found = (_family(entry) for name, entry in sorted(ARCHITECTURES.items()) if name not in ours)
     return tuple(family for family in found if family.gqa or family.mqa)
 
@@ -79,21 +79,21 @@ def _family(entry: Architecture) -> Family:
         position=_position(entry),
         gqa=_holders(entry, "gqa"),
         mqa=_holders(entry, "mqa"),
-        mla=tuple(_holder(LATENT_HOSTS[name].host) for name in entry.hosts.get("mla", ())),
+        mla=tuple(_holder(MLA_TARGET_CLASSES[name].target) for name in entry.targets.get("mla", ())),
         methods=tuple(name for name in methods if name != "calibrated" or not entry.uncalibrated),
         pool_only_with=(*flags, *entry.pool_only),
     )
 
 
 def _holders(entry: Architecture, target: str) -> tuple[Holder, ...]:
-    named = tuple(_holder(HOSTS[name]) for name in entry.hosts.get(target, ()))
+    named = tuple(_holder(TARGET_CLASSES[name]) for name in entry.targets.get(target, ()))
     if named or not entry.native or entry.keys.latent or not entry.keys.num_key_value_heads:
         return named
-    return (_holder(own_host(entry), "" if target == "mqa" else entry.keys.grouped or ""),)
+    return (_holder(own_target(entry), "" if target == "mqa" else entry.keys.grouped or ""),)
 
 
-def _holder(host: Host, needs: str = "") -> Holder:
-    return Holder(host.name, bool(host.remote_code), needs)
+def _holder(target: TargetClass, needs: str = "") -> Holder:
+    return Holder(target.name, bool(target.remote_code), needs)
 
 
 def _position(entry: Architecture) -> str:

@@ -15,11 +15,11 @@ from uptrain.architectures.rope_parameters import EVERY
 from uptrain.architectures.running_dtype import cached_itemsize
 from uptrain.checkpoint.remote import open_headers
 from uptrain.conversion.plan.mla import plan_latent
-from uptrain.conversion.plan.quantized import check_attention, check_host
+from uptrain.conversion.plan.quantized import check_attention, check_target
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import Host
-from uptrain.models.targets import host_of
+from uptrain.models.target import TargetClass
+from uptrain.models.targets import choose_target
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
@@ -177,19 +177,19 @@ def _options(source: CheckpointDescription, itemsize: int) -> list[Option]:
     heads = source.attention[0].num_key_value_heads
     out = []
     for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
-        target = "mqa" if groups == 1 else "gqa"
-        host = host_of(source, target, same=False)
-        if not source.as_family(host.architecture).holds_groups(groups) or not _holds(source, host):
+        kind = "mqa" if groups == 1 else "gqa"
+        target = choose_target(source, kind, same=False)
+        if not source.as_family(target.architecture).holds_groups(groups) or not _holds(source, target):
             continue
         after = [spec.grouped(groups) for spec in source.attention]
         size = cache_bytes_per_token(after, itemsize)
-        out.append(Option(target, groups, size, source.wrapped_in or host.name, bool(host.remote_code)))
+        out.append(Option(kind, groups, size, source.wrapped_in or target.name, bool(target.remote_code)))
     return out
 
 
-def _holds(source: CheckpointDescription, host: Host) -> bool:
+def _holds(source: CheckpointDescription, target: TargetClass) -> bool:
     try:
-        check_host(source, host, False)
+        check_target(source, target, False)
     except UsageError:
         return False
     return True
@@ -200,9 +200,11 @@ def _latent_options(source: CheckpointDescription, itemsize: int) -> list[Option
     for cache in SHARES:
         try:
             latent = plan_latent(source, Request("mla", cache=cache))
-            check_host(source, latent.entry.host, True)
+            check_target(source, latent.entry.target, True)
         except UsageError:
             continue
-        size, host = cache_bytes_per_token(latent.after, itemsize), latent.entry.host
-        out.append(Option("mla", latent.after[0].num_key_value_heads, size, host.name, bool(host.remote_code), cache))
+        size, target = cache_bytes_per_token(latent.after, itemsize), latent.entry.target
+        out.append(
+            Option("mla", latent.after[0].num_key_value_heads, size, target.name, bool(target.remote_code), cache)
+        )
     return out

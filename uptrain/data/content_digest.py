@@ -11,7 +11,7 @@ from typing import Any
 from uptrain.checkpoint.checksum import Checksum, checksum_file
 from uptrain.data.chat import template_of
 from uptrain.data.documents import files_of, open_dataset
-from uptrain.data.sources import Builtin, Dataset, DataSource, Files, Teacher, has_chats
+from uptrain.data.sources import Builtin, Dataset, Files, TeacherText, TextSource, has_chats
 from uptrain.data.text_files import has_rows
 from uptrain.data.token_text import separator_of
 from uptrain.errors import UsageError
@@ -20,7 +20,7 @@ _VERSION = 1
 """To be raised when the same content becomes other tokens."""
 
 
-def content_digest(sources: Sequence[DataSource], tokenizer: Any) -> str:
+def content_digest(sources: Sequence[TextSource], tokenizer: Any) -> str:
     """Return a hex digest that is another one whenever the sources' tokens might be.
 
     Raises:
@@ -32,12 +32,12 @@ def content_digest(sources: Sequence[DataSource], tokenizer: Any) -> str:
     return _digest(json.dumps(content).encode()).partition(":")[2]
 
 
-def _source(source: DataSource) -> Any:
+def _source(source: TextSource) -> Any:
     if isinstance(source, Files):
         fields = [source.text_field, source.chat_field]
         # A file's name says whether it has rows, and nothing else that counts.
         return [[checksum_file(path), *(fields if has_rows(path) else [])] for path in files_of(source)]
-    if isinstance(source, Teacher):
+    if isinstance(source, TeacherText):
         raise UsageError("What the teacher writes is not known before it is written.")
     if isinstance(source, Dataset) and source.stream:
         # It is not read until it is used, so its name has to do.

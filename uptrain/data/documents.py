@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain.data.chat import Render, messages_of
-from uptrain.data.sources import Builtin, Dataset, DataSource, Files
+from uptrain.data.sources import Builtin, Dataset, Files, TextSource
 from uptrain.data.text_files import Piece, file_rows, has_rows, no_field, plain, text_of
 from uptrain.errors import UptrainError, UsageError, needing
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-def pieces(sources: Sequence[DataSource], render: Render | None = None) -> Iterator[Piece]:
+def pieces(sources: Sequence[TextSource], render: Render | None = None) -> Iterator[Piece]:
     """Yield the text of all sources in order; `render` writes the conversations of sources with a chat_field.
 
     Raises:

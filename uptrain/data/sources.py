@@ -18,32 +18,32 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-class Weighted(Strict):
+class WeightedSource(Strict):
     """A source of text; `weight` is its share of the blocks, beside the other sources' weights."""
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
-class Rows(Weighted):
+class RowSource(WeightedSource):
     """A source whose rows hold text in one field, or a conversation, a list of {role, content}, in another."""
 
     text_field: str = "text"
     chat_field: str | None = None
 
     @model_validator(mode="after")
-    def _one_field(self) -> Rows:
+    def _one_field(self) -> RowSource:
         if self.chat_field is not None and self.text_field not in ("text", self.chat_field):
             raise ValueError("give either text_field or chat_field: a row's text is one or the other")
         return self
 
 
-class Files(Rows):
+class Files(RowSource):
     """Local text files (a file is a document) or JSONL and Parquet files (a row is one); globs too."""
 
     files: str | list[str]
 
 
-class Dataset(Rows):
+class Dataset(RowSource):
     """A dataset that the `datasets` library can load: a Hub id or a local folder."""
 
     dataset: str
@@ -52,7 +52,7 @@ class Dataset(Rows):
     stream: bool = False
 
 
-class Builtin(Weighted):
+class Builtin(WeightedSource):
     """Text that every machine has: documentation and source of the running Python's standard library."""
 
     builtin: Literal["python-stdlib"]
@@ -63,7 +63,7 @@ HELD_OUT = Builtin(builtin="python-stdlib", split="held-out")
 """What is scored unless another text is named."""
 
 
-class Teacher(Weighted):
+class TeacherText(WeightedSource):
     """Text that the teacher model writes itself, for when the data it was trained on is not to be had.
 
     It starts from nothing, or from the first tokens of the documents of `prompts`.
@@ -77,25 +77,25 @@ class Teacher(Weighted):
     prompt_tokens: int = Field(8, gt=0)
 
     @model_validator(mode="after")
-    def _prompts_in_order(self) -> Teacher:
+    def _prompts_in_order(self) -> TeacherText:
         if self.prompts is not None and self.prompts.weight is not None:
             raise ValueError("prompts has no weight: it gives the beginnings, and no blocks of its own")
         return self
 
 
-DataSource = Files | Dataset | Builtin | Teacher
-KINDS: tuple[tuple[str, type[DataSource]], ...] = (
-    ("files", Files), ("dataset", Dataset), ("builtin", Builtin), ("source", Teacher),
+TextSource = Files | Dataset | Builtin | TeacherText
+KINDS: tuple[tuple[str, type[TextSource]], ...] = (
+    ("files", Files), ("dataset", Dataset), ("builtin", Builtin), ("source", TeacherText),
 )  # fmt: skip
 """The key that tells what a source is, and the source."""
 
 
-def has_chats(source: DataSource) -> bool:
+def has_chats(source: TextSource) -> bool:
     """Say whether a source's rows hold conversations."""
-    return isinstance(source, Rows) and source.chat_field is not None
+    return isinstance(source, RowSource) and source.chat_field is not None
 
 
-def is_stream(source: DataSource) -> bool:
+def is_stream(source: TextSource) -> bool:
     """Say whether a source is read as it comes, without tokens on disk."""
     return isinstance(source, Dataset) and source.stream
 
@@ -126,6 +126,6 @@ def _is_file(name: str) -> bool:
     return False
 
 
-Source = Annotated[DataSource, BeforeValidator(parse_source)]
+ParsedSource = Annotated[TextSource, BeforeValidator(parse_source)]
 Prompts = Annotated[Files | Dataset | Builtin, BeforeValidator(parse_source)]
-Teacher.model_rebuild()
+TeacherText.model_rebuild()

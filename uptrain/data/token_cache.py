@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.writer import sync
-from uptrain.data.sources import DataSource
+from uptrain.data.sources import TextSource
 from uptrain.data.token_file import TokenFile
 from uptrain.errors import UptrainError
 
@@ -33,7 +33,7 @@ def cache_root() -> Path | None:
         return None
 
 
-def tokens_folder(digest: str, sources: Sequence[DataSource], tokenizer: Any, fallback: Path) -> Path:
+def tokens_folder(digest: str, sources: Sequence[TextSource], tokenizer: Any, fallback: Path) -> Path:
     """Return the folder with the tokens of `digest`, in the cache, or in `fallback` where that can't be written.
 
     They are made if they are not there; a second process that wants the same ones waits for the first.
@@ -62,7 +62,7 @@ class _Unwritable(Exception):
     pass
 
 
-def _build(place: Path, digest: str, sources: Sequence[DataSource], tokenizer: Any) -> Path:
+def _build(place: Path, digest: str, sources: Sequence[TextSource], tokenizer: Any) -> Path:
     entry, partial = place / digest, place / f"{digest}.partial"
     with _locked(place, digest):
         if TokenFile.is_whole(entry):

@@ -14,7 +14,7 @@ import numpy as np
 
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.data.block_reader import Tokens
-from uptrain.data.sources import DataSource
+from uptrain.data.sources import TextSource
 from uptrain.data.token_text import dtype_of, encoded
 from uptrain.errors import UsageError
 
@@ -52,7 +52,7 @@ class TokenFile:
         self._epoch: tuple[int, int, Tokens] | None = None
 
     @staticmethod
-    def build(folder: Path, sources: Sequence[DataSource], tokenizer: Any) -> None:
+    def build(folder: Path, sources: Sequence[TextSource], tokenizer: Any) -> None:
         """Tokenise the sources into `folder`.
 
         Raises:

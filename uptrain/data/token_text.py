@@ -11,7 +11,7 @@ import numpy as np
 from uptrain.data.block_reader import Tokens
 from uptrain.data.chat import Render, renderer
 from uptrain.data.documents import pieces
-from uptrain.data.sources import DataSource, has_chats
+from uptrain.data.sources import TextSource, has_chats
 from uptrain.data.text_files import Piece
 from uptrain.errors import CheckpointError, UsageError, told_as
 
@@ -56,7 +56,7 @@ def _unfit(reason: str) -> CheckpointError:
     return CheckpointError(f"The tokenizer fails on this text: {reason}", "Download it again, or use another one.")
 
 
-def renderer_for(sources: Sequence[DataSource], tokenizer: Any) -> Render | None:
+def renderer_for(sources: Sequence[TextSource], tokenizer: Any) -> Render | None:
     """Return what writes the sources' conversations, or None where there are none.
 
     Raises:
@@ -79,7 +79,7 @@ def _batches(text: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
 
 
 def encoded(
-    sources: Sequence[DataSource], tokenizer: Any, characters: int = BATCH_CHARACTERS
+    sources: Sequence[TextSource], tokenizer: Any, characters: int = BATCH_CHARACTERS
 ) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Yield batches of the sources' pieces with the tokens of each, led by the separator where a document starts.
 
@@ -104,7 +104,7 @@ class TokenText:
     bytes: int
 
 
-def read_tokens(sources: Sequence[DataSource], tokenizer: Any, limit: int) -> TokenText:
+def read_tokens(sources: Sequence[TextSource], tokenizer: Any, limit: int) -> TokenText:
     """Tokenise the beginning of the sources, at most `limit` tokens.
 
     Raises:

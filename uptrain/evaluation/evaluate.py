@@ -14,8 +14,8 @@ from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.source import resolve
 from uptrain.checkpoint.weights import weights_digest
-from uptrain.data.reading import TokenText, read_tokens
-from uptrain.data.sources import HELD_OUT, Builtin, Dataset, DataSource, Files
+from uptrain.data.sources import HELD_OUT, Builtin, Dataset, Files, TextSource
+from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.evaluation.contexts import CONTEXT, SPEED_CONTEXT, check_stride, chosen_contexts
 from uptrain.evaluation.needle import Needles, check_needles, find_needles
@@ -41,7 +41,7 @@ ALL = "all"
 def evaluate(
     model: str,
     baseline: str | Reference | None = None,
-    text: Sequence[DataSource] = (HELD_OUT,),
+    text: Sequence[TextSource] = (HELD_OUT,),
     *,
     context: int | Sequence[int] | None = None,
     stride: int | None = None,
@@ -229,7 +229,7 @@ def _rows(
     return rows
 
 
-def text_name(source: DataSource) -> str:
+def text_name(source: TextSource) -> str:
     """Return what a text is called, as `--text` would name it."""
     if isinstance(source, Builtin):
         return f"{source.builtin}:{source.split}"

@@ -24,7 +24,7 @@ VLLM_LOADS_NOT: Mapping[str, str] = MappingProxyType(
         "uptrain_llama_mla": _LATENT,
     }
 )
-"""By model_type, why vLLM can't load it; `benchmarks/engines.py --families` asks vLLM itself (docs/hosts.md)."""
+"""By model_type, why vLLM can't load it; `benchmarks/engines.py --families` asks vLLM itself (docs/targets.md)."""
 
 
 def why_not_vllm(config: Mapping[str, Any], rope: str | None = None) -> str:

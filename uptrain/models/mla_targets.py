@@ -1,4 +1,4 @@
-"""Which class holds a latent: one frozen entry a host, tried in the order the family names them. Data only."""
+"""Which class holds a latent: one entry per target class, tried in the order the family names them. Data only."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.mla_projections import LatentLayout
 from uptrain.architectures.rope_parameters import WORDS
 from uptrain.architectures.schema import Architecture
-from uptrain.models.target import Host
-from uptrain.models.targets import HOSTS, host_config
+from uptrain.models.target import TargetClass
+from uptrain.models.targets import TARGET_CLASSES, target_config
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class LatentHost:
+class MLATargetClass:
     """A class that can hold a latent, and what a source needs for it.
 
     `ropes` are the rotary forms it has, the first its default; `biased` says whether queries and the latent may have
     biases; `refuses` maps a source config key to the values (None: any but null) it can't hold. `engines` are those
     that load it, and with which forms. `keep` names the source config's keys to take over, None for all.
     `rms_norm_eps` is what the config must say for all engines to agree, and `rescaled` the modules whose output joins
-    the residual stream, embeddings included: scaling the stream keeps every other norm as it was. `untied` hosts get
+    the residual stream, embeddings included: scaling the stream keeps every other norm as it was. `untied` classes get
     a head of their own where the source's is tied to its embedding.
     """
 
-    host: Host
+    target: TargetClass
     layout: LatentLayout
     ropes: tuple[str, ...]
     biased: bool = True
@@ -44,8 +44,8 @@ class LatentHost:
 
     @property
     def architecture(self) -> Architecture:
-        """Return the host's own table entry."""
-        return self.host.architecture
+        """Return the target class's own family."""
+        return self.target.architecture
 
 
 _KEPT = (
@@ -55,10 +55,10 @@ _KEPT = (
     "num_labels", "id2label", "label2id", "problem_type", "classifier_dropout",
 )  # fmt: skip
 
-LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
+MLA_TARGET_CLASSES: Mapping[str, MLATargetClass] = MappingProxyType(
     {
-        "deepseek_v3": LatentHost(
-            Host(
+        "deepseek_v3": MLATargetClass(
+            TargetClass(
                 DEEPSEEK_V3,
                 fill={"hidden_act": "silu", "tie_word_embeddings": False},
                 # Every layer is dense; experts keep small valid numbers, because the class checks them all the same.
@@ -83,14 +83,14 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
             # vLLM's class never ties its head: tied, it would compute nonsense there without a word.
             untied=True,
         ),
-        "uptrain_llama_mla": LatentHost(
-            HOSTS["uptrain_llama_mla"],
+        "uptrain_llama_mla": MLATargetClass(
+            TARGET_CLASSES["uptrain_llama_mla"],
             LatentLayout(),
             ropes=("grid", "longrope", "re-rotate"),
             engines={"any": ("grid", "longrope", "re-rotate")},
         ),
-        "uptrain_gpt2_mla": LatentHost(
-            HOSTS["uptrain_gpt2_mla"],
+        "uptrain_gpt2_mla": MLATargetClass(
+            TARGET_CLASSES["uptrain_gpt2_mla"],
             LatentLayout(output="c_proj", output_transposed=True),
             ropes=("free",),
             engines={"any": ("free",)},
@@ -99,14 +99,14 @@ LATENT_HOSTS: Mapping[str, LatentHost] = MappingProxyType(
 )  # fmt: skip
 
 
-def latent_config(entry: LatentHost, source: ModelDescription) -> dict[str, Any]:
-    """Return the source's config rewritten for a latent host, its attention sizes and rotation not yet set.
+def latent_config(entry: MLATargetClass, source: ModelDescription) -> dict[str, Any]:
+    """Return the source's config rewritten for a MLA target class, its attention sizes and rotation not yet set.
 
-    Where the source is silent, its own family's default is written: the host's may be another.
+    Where the source is silent, its own family's default is written: the target class's may be another.
     """
     said = {**source.family.defaults, **source.config}
     kept = said if entry.keep is None else {key: said[key] for key in entry.keep if key in said}
-    config = host_config(entry.host, kept)
+    config = target_config(entry.target, kept)
     for key in WORDS:
         config.pop(key, None)
     if entry.rms_norm_eps is not None:

@@ -1,4 +1,4 @@
-"""The words a host is written in: a class that holds results, and how a source's checkpoint becomes one. Types only."""
+"""The type of a target class: a class that holds results, and how a source's checkpoint becomes one. Types only."""
 
 from __future__ import annotations
 
@@ -18,23 +18,31 @@ REMOTE_CODE = Path(__file__).parent / "remote_code"
 
 
 @dataclass(frozen=True)
-class Host:
+class TargetClass:
     """A class that can hold a result, and how a checkpoint of the source family becomes one of its own.
 
-    Of the config: `requires` lists source values the class is exact under; `config_names` gives the source's words
-    their new names; `multiples` fills a value, where the source has none, with a multiple of another; `fill` gives
-    values where the source is silent (the two families' defaults differ); `fix` always; `drop` removes. `rotary` has
-    the rotation written out; `older_ropes` are the rope types that its class in transformers 4 reads.
+    Of the config:
 
-    Of tensors outside attention, by module inside a layer or the model: `transposes` names the linears that change
-    between (in, out) and (out, in); `renames` gives the host's names; `folds` maps a linear to the norm before it whose
-    weight and bias move into it, and `attention_norm` is the one that moves into queries, keys and values, leaving
-    behind a norm without effect that serves all; `zeros` are tensors of zeros, one for each row of the token embedding,
-    that the host has and the source lacks; `shifts` says what is added to a norm's weight, for classes that add one
-    themselves; with `biased` all of the attention's linears have biases.
+    - `requires`: source values under which the class is exact.
+    - `config_names`: the source's keys, by their new names here.
+    - `multiples`: fills a value, where the source has none, with a multiple of another.
+    - `fill`: values where the source is silent, since the two families' defaults differ.
+    - `fix`: values that always hold; `drop`: keys that are removed.
+    - `rotary`: the rotation is written out; `older_ropes`: the rope types that this class in transformers 4 reads.
 
-    `purposes` are the endings of its classes beside the language model's, with the source family's names of tensors.
-    `remote_code` is the modelling file shipped inside the checkpoint, with `auto_classes`, when no stock class serves.
+    Of tensors outside attention, by module inside a layer or the model:
+
+    - `transposes`: the linears that change between (in, out) and (out, in).
+    - `renames`: the names in this class.
+    - `folds`: a linear to the norm before it, whose weight and bias move into it.
+    - `attention_norm`: the norm that moves into queries, keys and values; a norm without effect stays behind for all.
+    - `zeros`: tensors of zeros, one per row of the token embedding, that this class has and the source lacks.
+    - `shifts`: what is added to a norm's weight, for classes that add one themselves.
+    - `biased`: all of the attention's linears have biases.
+
+    Of classes: `purposes` are the endings of those with another head than the language model's, under the source
+    family's names of tensors. `remote_code` is the modelling file that goes into the checkpoint, with `auto_classes`,
+    where no stock class serves.
     """
 
     architecture: Architecture
@@ -59,5 +67,5 @@ class Host:
 
     @property
     def name(self) -> str:
-        """Return the host's model_type."""
+        """Return the target class's model_type."""
         return self.architecture.model_type

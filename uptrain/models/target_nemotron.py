@@ -1,4 +1,4 @@
-"""The stock `nemotron` class as a host for families with LayerNorms and the MLP after attention. Data only."""
+"""The stock `nemotron` class as a target for families with LayerNorms and the MLP after attention. Data only."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from uptrain.architectures.decoders import ARCHITECTURES
-from uptrain.models.target import Host
+from uptrain.models.target import TargetClass
 
-NEMOTRON_HOSTS: Mapping[str, Host] = MappingProxyType(
+NEMOTRON_TARGETS: Mapping[str, TargetClass] = MappingProxyType(
     {
-        "nemotron_of_gpt_neox": Host(
+        "nemotron_of_gpt_neox": TargetClass(
             ARCHITECTURES["nemotron"],
             # hidden_dropout goes: this class drops nothing between layers.
             config_names={"layer_norm_eps": "norm_eps"},

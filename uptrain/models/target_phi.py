@@ -1,4 +1,4 @@
-"""The stock `phi` class as a host for families whose attention and MLP read the same input side by side. Data only."""
+"""The stock `phi` class as a target for families whose attention and MLP read the same input. Data only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from uptrain.architectures.decoders import PHI
-from uptrain.models.target import Host
+from uptrain.models.target import TargetClass
 
-_GPTJ = Host(
+_GPTJ = TargetClass(
     PHI,
     config_names={
         "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
@@ -32,7 +32,7 @@ _GPTJ = Host(
     biased=True,
 )  # fmt: skip
 
-_GPT_NEOX = Host(
+_GPT_NEOX = TargetClass(
     PHI,
     requires={"use_parallel_residual": True},
     config_names={"hidden_dropout": "resid_pdrop"},
@@ -56,4 +56,4 @@ _GPT_NEOX = Host(
     biased=True,
 )  # fmt: skip
 
-PHI_HOSTS: Mapping[str, Host] = MappingProxyType({"phi_of_gpt_neox": _GPT_NEOX, "phi_of_gptj": _GPTJ})
+PHI_TARGETS: Mapping[str, TargetClass] = MappingProxyType({"phi_of_gpt_neox": _GPT_NEOX, "phi_of_gptj": _GPTJ})

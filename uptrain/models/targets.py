@@ -1,4 +1,4 @@
-"""Which class holds a result: one frozen entry a host, tried in the order the family names them. Data only."""
+"""Which class holds a result: one entry per target class, tried in the order the family names them. Data only."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from uptrain.architectures.model_class import class_named, is_language_model, st
 from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.errors import UsageError
-from uptrain.models.target import Host
-from uptrain.models.target_nemotron import NEMOTRON_HOSTS
-from uptrain.models.target_phi import PHI_HOSTS
+from uptrain.models.target import TargetClass
+from uptrain.models.target_nemotron import NEMOTRON_TARGETS
+from uptrain.models.target_phi import PHI_TARGETS
 
 OF_THE_FOLDER = ("auto_map", EXPLICIT)
 """Config keys that name code or weight files of the source's own folder."""
 
 
-def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> Host:
-    """Return a host whose modelling file, with these classes, ships inside the checkpoint."""
-    return Host(
+def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> TargetClass:
+    """Return a target class whose modelling file, with these classes, ships inside the checkpoint."""
+    return TargetClass(
         architecture,
         remote_code=f"modeling_{architecture.model_type}.py",
         auto_classes={"AutoConfig": config, "AutoModel": model, architecture.auto_class: architecture.class_name},
@@ -32,11 +32,11 @@ def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -
     )
 
 
-HOSTS: Mapping[str, Host] = MappingProxyType(
+TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
     {
-        **PHI_HOSTS,
-        **NEMOTRON_HOSTS,
-        "gpt_bigcode": Host(
+        **PHI_TARGETS,
+        **NEMOTRON_TARGETS,
+        "gpt_bigcode": TargetClass(
             GPT_BIGCODE,
             requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
             fill={"activation_function": "gelu_new"},
@@ -83,61 +83,61 @@ HOSTS: Mapping[str, Host] = MappingProxyType(
 )
 
 
-def host_of(source: ModelDescription, target: str, same: bool) -> Host:
-    """Return the first host that holds `target` exactly for this source; the source's own class where it can.
+def choose_target(source: ModelDescription, kind: str, same: bool) -> TargetClass:
+    """Return the first target class that holds `kind` (gqa, mqa) exactly for this source; its own class where it can.
 
     `same` says that the result has as many key/value heads as the source.
     """
-    for name in source.family.hosts.get(target, ()):
-        host = HOSTS[name]
-        if not same and all(source.config.get(key, value) == value for key, value in host.requires.items()):
-            return host
-    return own_host(source.family)
+    for name in source.family.targets.get(kind, ()):
+        target = TARGET_CLASSES[name]
+        if not same and all(source.config.get(key, value) == value for key, value in target.requires.items()):
+            return target
+    return own_target(source.family)
 
 
-def own_host(architecture: Architecture) -> Host:
-    """Return the family's own class as a host, with its modelling file where that is ours."""
-    known = HOSTS.get(architecture.model_type)
+def own_target(architecture: Architecture) -> TargetClass:
+    """Return the family's own class as a target class, with its modelling file where that is ours."""
+    known = TARGET_CLASSES.get(architecture.model_type)
     if known is None or known.architecture is not architecture or not known.remote_code:
-        return Host(architecture)
-    return Host(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
+        return TargetClass(architecture)
+    return TargetClass(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 
-def result_class(host: Host, source: ModelDescription) -> str:
-    """Return the class that a result's config.json names: the host's, for the same purpose as the source's class.
+def result_class(target: TargetClass, source: ModelDescription) -> str:
+    """Return the class that a result's config.json names: the target's, for the same purpose as the source's class.
 
-    `host` is the class that holds the result as a language model.
+    `target` is the class that holds the result as a language model.
 
     Raises:
-        UsageError: the host has no class for that purpose.
+        UsageError: the target class has no class for that purpose.
     """
     named = class_named(source.config)
     if named is None or is_language_model(source.config):
-        return host.architecture.class_name
-    if host.architecture is source.family:
+        return target.architecture.class_name
+    if target.architecture is source.family:
         return named
     purpose = named.removeprefix(stem(source.family.class_name))
-    if purpose not in host.purposes:
+    if purpose not in target.purposes:
         raise UsageError(
-            f"{source.name} is a {named}, and {host.name}, which would hold the result, has no such class.",
+            f"{source.name} is a {named}, and {target.name}, which would hold the result, has no such class.",
             "Use another --to, for which its own family has a class.",
         )
-    return stem(host.architecture.class_name) + purpose
+    return stem(target.architecture.class_name) + purpose
 
 
-def host_config(host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the source's config rewritten for `host`, its attention sizes still the source's."""
-    kept = {key: value for key, value in source.items() if key not in (*host.drop, *OF_THE_FOLDER)}
-    config = {host.config_names.get(key, key): value for key, value in kept.items()}
-    for key, value in host.fill.items():
+def target_config(target: TargetClass, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the source's config rewritten for `target`, its attention sizes still the source's."""
+    kept = {key: value for key, value in source.items() if key not in (*target.drop, *OF_THE_FOLDER)}
+    config = {target.config_names.get(key, key): value for key, value in kept.items()}
+    for key, value in target.fill.items():
         config.setdefault(key, value)
-    for key, (other, factor) in host.multiples.items():
+    for key, (other, factor) in target.multiples.items():
         if config.get(key) is None:
             config[key] = factor * config[other]
-    config.update(host.fix)
-    config["model_type"] = host.name
-    config["architectures"] = [host.architecture.class_name]  # a language model's; see `result_class`
-    if host.remote_code:
-        module = host.remote_code.removesuffix(".py")
-        config["auto_map"] = {auto: f"{module}.{name}" for auto, name in host.auto_classes.items()}
+    config.update(target.fix)
+    config["model_type"] = target.name
+    config["architectures"] = [target.architecture.class_name]  # a language model's; see `result_class`
+    if target.remote_code:
+        module = target.remote_code.removesuffix(".py")
+        config["auto_map"] = {auto: f"{module}.{name}" for auto, name in target.auto_classes.items()}
     return config

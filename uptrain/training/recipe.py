@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from uptrain.data.sources import Source, Strict, Teacher, has_chats, is_stream
+from uptrain.data.sources import ParsedSource, Strict, TeacherText, has_chats, is_stream
 
 
 class TokenizerSpec(Strict):
@@ -54,8 +54,8 @@ class Recipe(Strict):
     overwrite: bool = False
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
-    data: list[Source] = Field(min_length=1)
-    held_out: list[Source] = Field([])
+    data: list[ParsedSource] = Field(min_length=1)
+    held_out: list[ParsedSource] = Field([])
     held_out_tokens: int = Field(65_536, gt=0)
     held_out_block_size: int | None = Field(None, gt=1)
     """Unless set, `block_size`: short blocks train well, but a model is judged at the length it is used at."""
@@ -131,13 +131,13 @@ class Recipe(Strict):
             raise ValueError("held_out is read in order, so its sources have no weight; weights belong in data")
         if isinstance(self.tokenizer, TokenizerSpec) and any(map(has_chats, [*self.data, *self.held_out])):
             raise ValueError("chat_field needs a tokenizer with a chat template, and one trained on the data has none")
-        if any(isinstance(source, Teacher) for source in self.held_out):
+        if any(isinstance(source, TeacherText) for source in self.held_out):
             raise ValueError("held_out must be real text: what the teacher writes says nothing about other text")
-        if isinstance(self.tokenizer, TokenizerSpec) and any(isinstance(source, Teacher) for source in self.data):
+        if isinstance(self.tokenizer, TokenizerSpec) and any(isinstance(source, TeacherText) for source in self.data):
             raise ValueError("a tokenizer can't be trained on the teacher's text, which has the teacher's own tokens")
-        alone = [source for source in self.data if isinstance(source, Teacher) or is_stream(source)]
+        alone = [source for source in self.data if isinstance(source, TeacherText) or is_stream(source)]
         if alone and len(self.data) > 1 and not all(weighted):
-            kind = "the teacher" if isinstance(alone[0], Teacher) else "a streamed dataset"
+            kind = "the teacher" if isinstance(alone[0], TeacherText) else "a streamed dataset"
             raise ValueError(f"{kind} must be the only source in data, or every source needs a weight")
         return self
 

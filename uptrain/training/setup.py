@@ -10,8 +10,8 @@ import torch
 from uptrain.architectures.quantization import check_trainable, quantisation_in
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.data.documents import pieces
-from uptrain.data.reading import TokenText, read_tokens
-from uptrain.data.sources import Teacher
+from uptrain.data.sources import TeacherText
+from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.models import loading, neutral_norm
 from uptrain.training.new_tokenizer import new_tokenizer
@@ -58,7 +58,7 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
         model = loading.load_model(source, attn_implementation=recipe.attn_implementation)
         dtype = loading.dtype_named(recipe.dtype) or model.dtype
         loading.check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")
-        if model.config.is_encoder_decoder and any(isinstance(each, Teacher) for each in recipe.data):
+        if model.config.is_encoder_decoder and any(isinstance(each, TeacherText) for each in recipe.data):
             raise UsageError(
                 f"{source.name} has an encoder, and a teacher of its kind can't write text from nothing.",
                 "Name text instead of `source: teacher`.",

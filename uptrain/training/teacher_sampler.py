@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from uptrain.data.block_reader import Tokens
 from uptrain.data.documents import pieces
-from uptrain.data.sources import Teacher
+from uptrain.data.sources import TeacherText
 from uptrain.data.token_text import encode, renderer_for, separator_of
 from uptrain.errors import UsageError
 from uptrain.models import devices
@@ -22,7 +22,7 @@ from uptrain.models import devices
 class Sampler:
     """The teacher with a source's options: what it writes in a batch depends on the seed and the batch's index."""
 
-    def __init__(self, model: Any, tokenizer: Any, source: Teacher, block_size: int, seed: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, source: TeacherText, block_size: int, seed: int) -> None:
         self.model, self.tokenizer, self.source, self.seed = model, tokenizer, source, seed
         self.separator = separator_of(tokenizer)
         self.start = self._start()

@@ -18,7 +18,7 @@ from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.data.content_digest import content_digest, tokenizer_digest
-from uptrain.data.sources import Teacher
+from uptrain.data.sources import TeacherText
 from uptrain.data.token_file import TokenCount, TokenFile
 from uptrain.data.token_text import dtype_of
 from uptrain.errors import UptrainError
@@ -29,7 +29,7 @@ _VERSION = 1
 
 
 def generate_tokens(
-    model: Any, tokenizer: Any, source: Teacher, block_size: int, seed: int, folder: Path,
+    model: Any, tokenizer: Any, source: TeacherText, block_size: int, seed: int, folder: Path,
     on_tokens: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """Sample `source.tokens` tokens from `model` into `folder`, documents of at most `block_size` tokens.
@@ -50,7 +50,7 @@ def generate_tokens(
         _write(Sampler(model, tokenizer, source, block_size, seed), folder, key, on_tokens or (lambda count: None))
 
 
-def teacher_digest(model: Any, tokenizer: Any, source: Teacher, block_size: int, seed: int) -> str:
+def teacher_digest(model: Any, tokenizer: Any, source: TeacherText, block_size: int, seed: int) -> str:
     """Return a hex digest of all that the teacher's text depends on: its weights, the prompts' content and options.
 
     Raises:

@@ -16,9 +16,9 @@ import torch
 from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out, staged
-from uptrain.data.block_reader import Tokens
-from uptrain.data.reading import BlockReader, build_tokens, counts_of, open_reader
-from uptrain.data.sources import Teacher
+from uptrain.data.block_reader import BlockReader, Tokens
+from uptrain.data.readers import build_tokens, counts_of, open_reader
+from uptrain.data.sources import TeacherText
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.models import devices, loading
 from uptrain.models.peak_memory import memory_bytes
@@ -154,7 +154,7 @@ class _Run:
             )
         return open_reader(recipe.data, self.tokenizer, tokens, recipe.block_size, recipe.seed)
 
-    def _teacher_text(self, source: Teacher, folder: Path) -> None:
+    def _teacher_text(self, source: TeacherText, folder: Path) -> None:
         recipe = self.recipe
         # A teacher whose weights are shared out can't write on one process alone.
         model = None if self.spread.sharded else self.spread.objective.teacher

@@ -22,8 +22,8 @@ from uptrain.conversion.calibration.rope_pairs import slots_by_text
 from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
-from uptrain.data.reading import TokenText, read_tokens
 from uptrain.data.sources import parse_source
+from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.methods.mla_conversion import latent_shape
 from uptrain.models import devices, loading

@@ -60,11 +60,11 @@ def writes_rotation(plan: Plan) -> bool:
     """Tell whether a plan writes the result's rotary parameters instead of leaving them as they are."""
     if plan.latent is not None:
         return plan.latent.target.form != "free"
-    return plan.host.rotary
+    return plan.target.rotary
 
 
 def _as_planned(plan: Plan, source: Mapping[str, Table], results: Sequence[Mapping[str, Table]]) -> bool:
-    if plan.latent is None and not plan.host.rotary:
+    if plan.latent is None and not plan.target.rotary:
         dims = {2 * len(table.short) for table in source.values()}
         rotated = {spec.rotary_ndims or spec.head_dim for spec in plan.before if spec.rotary_ndims != 0}
         return rotated <= dims

@@ -35,7 +35,7 @@ def check_method(source: CheckpointDescription, request: Request) -> None:
     Raises:
         UsageError: it isn't.
     """
-    if request.target == "mla" and not source.family.hosts.get("mla"):
+    if request.target == "mla" and not source.family.targets.get("mla"):
         return  # that no class holds it is what to say
     why = source.why_pool_only
     if why and "q" in CHANGED_PARTS[request.method]:
@@ -68,15 +68,15 @@ def check_inside(source: CheckpointDescription, request: Request) -> None:
         )
 
 
-def check_groups(source: CheckpointDescription, host: Architecture, groups: int) -> None:
-    """Refuse a number of key/value heads that the host's class can't have.
+def check_groups(source: CheckpointDescription, target: Architecture, groups: int) -> None:
+    """Refuse a number of key/value heads that the target class can't have.
 
     Raises:
         UsageError: it can't.
     """
-    if not source.as_family(host).holds_groups(groups):
+    if not source.as_family(target).holds_groups(groups):
         raise UsageError(
-            f"{source.name} can't keep {groups} key/value heads: without {host.keys.grouped} "
+            f"{source.name} can't keep {groups} key/value heads: without {target.keys.grouped} "
             f"{source.family.model_type} has one or all.",
             "Use --to mqa.",
         )

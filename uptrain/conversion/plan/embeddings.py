@@ -8,28 +8,28 @@ from dataclasses import replace
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.conversion.plan.operations import OutputTensor
-from uptrain.models.target import Host
+from uptrain.models.target import TargetClass
 
 
 def shared_outputs(
     source: CheckpointDescription,
-    host: Host,
+    target: TargetClass,
     untied: bool,
     passed: Callable[[str, TensorInfo], OutputTensor],
 ) -> dict[str, list[OutputTensor]]:
     """Map the one tensor that a source stores for embedding and head to what it becomes; empty where it stores two.
 
-    The result stores the embedding, because not every reader takes a head for it, and a copy as head in hosts that
-    tie nothing.
+    The result stores the embedding, because not every reader takes a head for it. Target classes that tie nothing get a
+    copy as head.
 
     Args:
         source: the checkpoint.
-        host: the result's class.
+        target: the result's class.
         untied: whether that class needs a head of its own.
         passed: gives what becomes of a tensor outside attention, by its name and header.
     """
     embeddings = source.embeddings
-    stored, names = embeddings.table, host.architecture.vocabulary
+    stored, names = embeddings.table, target.architecture.vocabulary
     if not embeddings.tied or not stored or stored != embeddings.head or names.more:
         return {}
     info = source.tensors[stored]

@@ -15,7 +15,7 @@ from uptrain.architectures.rope_parameters import EVERY, write_rotation
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.request import Request
 from uptrain.errors import UsageError
-from uptrain.models.mla_targets import LATENT_HOSTS, LatentHost, latent_config
+from uptrain.models.mla_targets import MLA_TARGET_CLASSES, MLATargetClass, latent_config
 
 ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
 
@@ -31,7 +31,7 @@ class LatentPlan:
     stream's factor. With `own_slots` the target's slots are still to be chosen, by what unrotated pairs would cost.
     """
 
-    entry: LatentHost
+    entry: MLATargetClass
     target: LatentTarget
     stored: Stored
     after: tuple[AttentionSpec, ...]
@@ -62,10 +62,10 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
     biased = any(module.endswith(".bias") and module != f"{output}.bias" for module in modules)
     output_bias = f"{output}.bias" in modules
     rope = _rope(request, source)
-    entry = _host(source, request, rope, biased or output_bias)
+    entry = _target_class(source, request, rope, biased or output_bias)
     if any(layer.sliding_window for layer in source.attention):
         raise UsageError(
-            f"{source.name} has sliding windows, which no latent host holds yet.", "Use --to gqa or --to mqa."
+            f"{source.name} has sliding windows, which no MLA target class holds yet.", "Use --to gqa or --to mqa."
         )
     parameters, frequencies = _source_rotation(source, rope)
     rank, rotary = _sizes(request, source, rope)
@@ -73,7 +73,7 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
     dtype = _dtype(source, request)
     if dtype not in entry.dtypes:
         raise UsageError(
-            f"{entry.host.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
+            f"{entry.target.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
             "Add --dtype bfloat16 or float32.",
         )
     alpha, scales = _rescale(entry, config)
@@ -123,10 +123,10 @@ def _source_rotation(source: CheckpointDescription, rope: str) -> tuple[dict[str
     return parameters, source_frequencies(parameters, source.config, spec.head_dim, source.name)
 
 
-def _host(source: CheckpointDescription, request: Request, rope: str, biased: bool) -> LatentHost:
+def _target_class(source: CheckpointDescription, request: Request, rope: str, biased: bool) -> MLATargetClass:
     why = f"uptrain has no class that holds a latent of {source.family.model_type} yet"
-    for key in source.family.hosts.get("mla", ()):
-        entry = LATENT_HOSTS[key]
+    for key in source.family.targets.get("mla", ()):
+        entry = MLA_TARGET_CLASSES[key]
         refused = [word for word, values in entry.refuses.items() if source.config.get(word) in values]
         if rope not in entry.ropes:
             why = f"{key} can't hold --rope {rope}"
@@ -199,10 +199,10 @@ def _dtype(source: CheckpointDescription, request: Request) -> str:
     return next(info.dtype for name, info in source.tensors.items() if name.startswith(base))
 
 
-def _rescale(entry: LatentHost, config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+def _rescale(entry: MLATargetClass, config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
     """Return what the residual stream is multiplied by, and the tensors that do it.
 
-    RMSNorm(αx; α²ε) = RMSNorm(x; ε), so every norm stays what it was under the ε that the host needs.
+    RMSNorm(αx; α²ε) = RMSNorm(x; ε), so every norm stays what it was under the ε that the target class needs.
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, section 4 (re-scaling invariance).
     """
     own = float(config.get("rms_norm_eps", 1e-6))
@@ -215,24 +215,24 @@ def _rescale(entry: LatentHost, config: Mapping[str, Any]) -> tuple[float, dict[
     return alpha, scales
 
 
-def _q_lora_rank(request: Request, entry: LatentHost, source: CheckpointDescription) -> int | None:
+def _q_lora_rank(request: Request, entry: MLATargetClass, source: CheckpointDescription) -> int | None:
     hidden = source.hidden_size
     rank = hidden if request.engine == "llama.cpp" and request.q_lora_rank is None else request.q_lora_rank
     if rank is None:
         return None
     if not entry.layout.neutral:
-        raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.host.name} has whole queries.")
+        raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.target.name} has whole queries.")
     if rank > hidden:
         raise UsageError(f"--q-lora-rank {rank} is more than {source.name}'s hidden_size {hidden}.")
     return rank
 
 
 def _neutral() -> list[str]:
-    return [name for name, entry in LATENT_HOSTS.items() if entry.layout.neutral]
+    return [name for name, entry in MLA_TARGET_CLASSES.items() if entry.layout.neutral]
 
 
 def _attention_config(
-    entry: LatentHost, source: CheckpointDescription, target: LatentTarget, heads: int, biases: tuple[bool, bool],
+    entry: MLATargetClass, source: CheckpointDescription, target: LatentTarget, heads: int, biases: tuple[bool, bool],
     q_lora_rank: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     keys, spec = entry.architecture.keys, source.attention[0]
@@ -258,7 +258,7 @@ def _attention_config(
 
 
 def _check_grid(target: LatentTarget, written: ModelDescription) -> None:
-    """Refuse a shared rotary key whose table the host would make another of; yarn's ramp ends with the dims."""
+    """Refuse a shared rotary key whose table the target would make another of; yarn's ramp ends with the dims."""
     if target.form != "grid":
         return
     parameters = written.rope[EVERY]

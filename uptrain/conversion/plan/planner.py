@@ -25,13 +25,13 @@ from uptrain.conversion.plan.embeddings import shared_outputs
 from uptrain.conversion.plan.mla import LatentPlan, plan_latent
 from uptrain.conversion.plan.norms import pooled_norms
 from uptrain.conversion.plan.operations import OutputTensor
-from uptrain.conversion.plan.quantized import check_host, check_quantised
+from uptrain.conversion.plan.quantized import check_quantised, check_target
 from uptrain.conversion.plan.sharding import into_shards
-from uptrain.conversion.plan.target_tensors import Rehost, rotate_as_before
+from uptrain.conversion.plan.target_tensors import TargetTensors, rotate_as_before
 from uptrain.conversion.request import Request, resolve_groups
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import Host
-from uptrain.models.targets import OF_THE_FOLDER, host_config, host_of, own_host, result_class
+from uptrain.models.target import TargetClass
+from uptrain.models.targets import OF_THE_FOLDER, choose_target, own_target, result_class, target_config
 
 PLAN_FORMAT = 2
 """Raised whenever the same request would give other bytes, so that no run resumes across the change."""
@@ -43,7 +43,7 @@ class Plan:
 
     request: Request
     source: CheckpointDescription
-    host: Host
+    target: TargetClass
     after: tuple[AttentionSpec, ...]
     config: dict[str, Any]
     """The config of the language model in the result."""
@@ -64,7 +64,7 @@ class Plan:
     def result(self) -> ModelDescription:
         """Return what the config of the language model in the result says."""
         return ModelDescription(
-            family=self.host.architecture, config=self.config, name=f"the result of {self.source.name}"
+            family=self.target.architecture, config=self.config, name=f"the result of {self.source.name}"
         )
 
     @property
@@ -78,7 +78,7 @@ class Plan:
     @property
     def holder(self) -> str:
         """Return the model type that the result's config.json names."""
-        return self.source.wrapped_in or self.host.name
+        return self.source.wrapped_in or self.target.name
 
     @property
     def total_bytes(self) -> int:
@@ -143,50 +143,50 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
     check_effects(request, groups, before[0].num_key_value_heads, name)
-    host = host_of(source, "mqa" if groups == 1 else "gqa", same)
+    target = choose_target(source, "mqa" if groups == 1 else "gqa", same)
     if not same:
-        check_groups(source, host.architecture, groups)
-    check_host(source, host, False)
+        check_groups(source, target.architecture, groups)
+    check_target(source, target, False)
     after = tuple(spec.grouped(groups) for spec in before)
     if request.grouping != "contiguous" and not same:
         check_order(source)
-    config = host_config(host, source.config) if host.architecture is not source.family or not same else None
-    config = _as_it_is(host, source.config) if config is None else config
-    if not same or host.architecture is not source.family:
-        write_groups(host.architecture, config, groups)
-        config["architectures"] = [result_class(host, source)]
-    if host.rotary:
-        rotate_as_before(config, host, source)
+    config = target_config(target, source.config) if target.architecture is not source.family or not same else None
+    config = _as_it_is(target, source.config) if config is None else config
+    if not same or target.architecture is not source.family:
+        write_groups(target.architecture, config, groups)
+        config["architectures"] = [result_class(target, source)]
+    if target.rotary:
+        rotate_as_before(config, target, source)
     if request.dtype:
         _set_dtype(config, request.dtype)
-    declare(config, source.embeddings, source.family, host.architecture)
-    planner = _Planner(source, request, host, after, same)
+    declare(config, source.embeddings, source.family, target.architecture)
+    planner = _Planner(source, request, target, after, same)
     shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
-    plan = Plan(request, source, host, after, config, shards, "")
+    plan = Plan(request, source, target, after, config, shards, "")
     return replace(plan, digest=plan_digest(plan, checkpoint))
 
 
-def _as_it_is(host: Host, config: Mapping[str, Any]) -> dict[str, Any]:
+def _as_it_is(target: TargetClass, config: Mapping[str, Any]) -> dict[str, Any]:
     # A name of code or weights that the source gives doesn't go along, as its file doesn't.
-    own = host_config(host, config)
+    own = target_config(target, config)
     kept = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
     return {**kept, "auto_map": own["auto_map"]} if "auto_map" in own else kept
 
 
 def _latent_plan(source: CheckpointDescription, request: Request) -> Plan:
     latent = plan_latent(source, request)
-    config, host = dict(latent.config), latent.entry.host
-    check_host(source, host, True)
-    config["architectures"] = [result_class(host, source)]
+    config, target = dict(latent.config), latent.entry.target
+    check_target(source, target, True)
+    config["architectures"] = [result_class(target, source)]
     if request.dtype:
         _set_dtype(config, request.dtype)
-    declare(config, source.embeddings, source.family, host.architecture, latent.entry.untied)
+    declare(config, source.embeddings, source.family, target.architecture, latent.entry.untied)
     # Classes for other purposes have no head to make of the embedding.
     untied = latent.entry.untied and is_language_model(source.config)
-    planner = _Planner(source, request, host, latent.after, False, latent, untied)
+    planner = _Planner(source, request, target, latent.after, False, latent, untied)
     shards = into_shards(list(planner.outputs()), source.checkpoint, request.max_shard_size)
     copied = untied and source.embeddings.tied
-    plan = Plan(request, source, host, latent.after, config, shards, "", latent, copied)
+    plan = Plan(request, source, target, latent.after, config, shards, "", latent, copied)
     return replace(plan, digest=plan_digest(plan, source.checkpoint))
 
 
@@ -194,7 +194,7 @@ def _latent_plan(source: CheckpointDescription, request: Request) -> Plan:
 class _Planner:
     source: CheckpointDescription
     request: Request
-    host: Host
+    target: TargetClass
     after: tuple[AttentionSpec, ...]
     same: bool
     latent: LatentPlan | None = None
@@ -202,9 +202,9 @@ class _Planner:
 
     def outputs(self) -> Iterator[OutputTensor]:
         """Yield the result's tensors in the order of the source's bytes."""
-        attention, norms, rehosted = self._attention(), self._norms(), self._rehost().outputs(self._dtype)
-        zeros = self._rehost().zeros(self._dtype)
-        shared = shared_outputs(self.source, self.host, self.untied, self._passed)
+        attention, norms, moved = self._attention(), self._norms(), self._target_tensors().outputs(self._dtype)
+        zeros = self._target_tensors().zeros(self._dtype)
+        shared = shared_outputs(self.source, self.target, self.untied, self._passed)
         placed: set[int] = set()
         for name, info in self.source.tensors.items():
             if any(name.endswith(f".{buffer}") for buffer in self.source.family.buffers):
@@ -213,8 +213,8 @@ class _Planner:
                 norm = norms[name]
                 yield from [norm] if norm else []
                 continue
-            if name in rehosted:
-                yield from rehosted[name]
+            if name in moved:
+                yield from moved[name]
                 continue
             if name not in attention:
                 yield from shared.get(name) or [self._passed(name, info)]
@@ -228,8 +228,8 @@ class _Planner:
 
     def _attention(self) -> dict[str, tuple[int, list[OutputTensor]]]:
         """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
-        source, host = self.source.family, self.host.architecture
-        moved = source.projections != host.projections or self.latent is not None
+        source, target = self.source.family, self.target.architecture
+        moved = source.projections != target.projections or self.latent is not None
         parts = frozenset("qkvo") if moved else self.request.changed_parts
         out: dict[str, tuple[int, list[OutputTensor]]] = {}
         for layer, (before, after) in enumerate(zip(self.source.attention, self.after, strict=True)):
@@ -247,8 +247,8 @@ class _Planner:
             out.update(dict.fromkeys(names, (layer, outputs)))
         return out
 
-    def _rehost(self) -> Rehost:
-        return Rehost(self.source, self.host)
+    def _target_tensors(self) -> TargetTensors:
+        return TargetTensors(self.source, self.target)
 
     def _norms(self) -> dict[str, OutputTensor | None]:
         """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
@@ -264,22 +264,22 @@ class _Planner:
     def _layer_outputs(
         self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
     ) -> Iterator[OutputTensor]:
-        source, host = self.source.family, self.host.architecture
-        base = host.attention(self._rehost().prefix, layer)
-        for module in modules_of(host.projections, parts):
-            part = next(part for part in "qkvo" if module_of(host.projections, part) == module)
+        source, target = self.source.family, self.target.architecture
+        base = target.attention(self._target_tensors().prefix, layer)
+        for module in modules_of(target.projections, parts):
+            part = next(part for part in "qkvo" if module_of(target.projections, part) == module)
             origin = module_of(source.projections, part)
-            rows, columns = module_shape(host.projections, spec, module, self.source.hidden_size)
-            out_features = columns if host.projections.transposed else rows
+            rows, columns = module_shape(target.projections, spec, module, self.source.hidden_size)
+            out_features = columns if target.projections.transposed else rows
             first = self.source.attention_name(layer) + origin + ".weight"
             dtype = self._dtype(self.source.tensors[first].dtype)
-            for kind in ("weight", "bias") if self.host.biased else present[origin]:
+            for kind in ("weight", "bias") if self.target.biased else present[origin]:
                 shape = (rows, columns) if kind == "weight" else (out_features,)
                 info = TensorInfo(f"{base}{module}.{kind}", dtype, shape, "", -1, -1)
                 yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
 
     def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[OutputTensor]:
-        base = self.host.architecture.attention(self.source.prefix, layer)
+        base = self.target.architecture.attention(self.source.prefix, layer)
         origin = module_of(self.source.family.projections, "k")
         first = self.source.attention_name(layer) + origin + ".weight"
         dtype = self._dtype(self.source.tensors[first].dtype)
@@ -306,11 +306,11 @@ class _Planner:
         return ["weight"] if bias is None else ["weight", "bias"]
 
     def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
-        turned = any(name.endswith(f"{module}.weight") for module in self.host.transposes)
+        turned = any(name.endswith(f"{module}.weight") for module in self.target.transposes)
         if len(info.shape) != 2:
             turned = False
         shape = info.shape[::-1] if turned else info.shape
-        new = TensorInfo(self._rehost().named(name), self._dtype(info.dtype), shape, "", -1, -1)
+        new = TensorInfo(self._target_tensors().named(name), self._dtype(info.dtype), shape, "", -1, -1)
         scales = self.latent.scales if self.latent else {}
         for ending, factor in scales.items():
             if name == ending or name.endswith(f".{ending}"):
@@ -334,7 +334,7 @@ def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
     material = {
         "format": PLAN_FORMAT,
         "request": plan.request.recorded(),
-        "host": plan.host.name,
+        "host": plan.target.name,
         "config": plan.whole_config,
         "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "shards": {name: [_row(tensor) for tensor in tensors] for name, tensors in plan.shards.items()},
@@ -349,7 +349,7 @@ def _row(tensor: OutputTensor) -> Iterable[Any]:
     )  # fmt: skip
 
 
-def result_attention(checkpoint: Checkpoint, name: str) -> tuple[Host, tuple[AttentionSpec, ...]]:
-    """Return the host and attention of a checkpoint as it stands."""
+def result_attention(checkpoint: Checkpoint, name: str) -> tuple[TargetClass, tuple[AttentionSpec, ...]]:
+    """Return the target class and attention of a checkpoint as it stands."""
     source = describe_checkpoint(checkpoint, name)
-    return own_host(source.family), source.attention
+    return own_target(source.family), source.attention

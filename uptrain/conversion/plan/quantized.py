@@ -7,7 +7,7 @@ from uptrain.architectures.projections import PARTS, modules_of
 from uptrain.architectures.quantization import ORIGINAL, Quantisation, check_declared
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import Host
+from uptrain.models.target import TargetClass
 
 
 def check_attention(source: CheckpointDescription) -> Quantisation | None:
@@ -68,15 +68,17 @@ def check_quantised(source: CheckpointDescription, request: Request) -> None:
         )
 
 
-def check_host(source: CheckpointDescription, host: Host, latent: bool) -> None:
+def check_target(source: CheckpointDescription, target: TargetClass, latent: bool) -> None:
     """Refuse a class whose modules have other names, or other weights, than quantization_config speaks of.
 
     Raises:
         UsageError: codes would have to be folded, turned or scaled, or lists of modules wouldn't fit any more.
     """
-    own, other = source.family, host.architecture
+    own, other = source.family, target.architecture
     renamed = latent or (own.projections, own.layer, own.prefixes) != (other.projections, other.layer, other.prefixes)
-    changed = host.renames or host.folds or host.transposes or host.shifts or host.zeros or host.attention_norm
+    changed = (
+        target.renames or target.folds or target.transposes or target.shifts or target.zeros or target.attention_norm
+    )
     if not renamed and not changed:
         return
     found = source.quantization
@@ -86,7 +88,7 @@ def check_host(source: CheckpointDescription, host: Host, latent: bool) -> None:
     if not found.tensors:
         hint += " If these weights aren't quantised, remove quantization_config from config.json."
     raise UsageError(
-        f"{source.name} has parts that are quantised with {found.describe()}, and as a {host.name} its modules have "
+        f"{source.name} has parts that are quantised with {found.describe()}, and as a {target.name} its modules have "
         "other names or weights than its quantization_config speaks of.",
         hint,
     )

@@ -13,30 +13,30 @@ from uptrain.architectures.rope_parameters import EVERY, TYPES, rotated_dims, wr
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.conversion.plan.operations import OutputTensor
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import Host
+from uptrain.models.target import TargetClass
 
 
 @dataclass(frozen=True)
-class Rehost:
-    """Says what the source's tensors outside attention become in `host`."""
+class TargetTensors:
+    """Says what the source's tensors outside attention become in `target`."""
 
     source: CheckpointDescription
-    host: Host
+    target: TargetClass
 
     @property
     def prefix(self) -> str:
-        """Return the prefix of the body's names in the host."""
+        """Return the prefix of the body's names in the target class."""
         family, prefix = self.source.family, self.source.prefix
-        if self.host.architecture is family:
+        if self.target.architecture is family:
             return prefix
-        return self.host.architecture.prefixes[family.prefixes.index(prefix)]
+        return self.target.architecture.prefixes[family.prefixes.index(prefix)]
 
     def named(self, name: str) -> str:
-        """Return the host's name of a tensor outside attention."""
+        """Return the target class's name of a tensor outside attention."""
         if self.source.prefix and name.startswith(self.source.prefix):
             name = self.prefix + name.removeprefix(self.source.prefix)
         dotted = f".{name}"
-        for old, new in self.host.renames.items():
+        for old, new in self.target.renames.items():
             dotted = dotted.replace(f".{old}.", f".{new}.")
         return dotted[1:]
 
@@ -47,16 +47,16 @@ class Rehost:
             CheckpointError: a norm that moves into a linear, or that linear, is missing.
         """
         out: dict[str, list[OutputTensor]] = {}
-        for module, addend in self.host.shifts.items():
+        for module, addend in self.target.shifts.items():
             for name, info in self.source.tensors.items():
                 if f".{name}".endswith(f".{module}.weight"):
                     new = TensorInfo(self.named(name), dtype(info.dtype), info.shape, "", -1, -1)
                     out[name] = [OutputTensor(new, "shift", name, factor=addend)]
         for block in (self._block(layer) for layer in range(len(self.source.attention))):
-            for linear, norm in self.host.folds.items():
+            for linear, norm in self.target.folds.items():
                 out.update(self._folded(block + linear, block + norm, dtype))
-            if self.host.attention_norm:
-                out.update(self._neutral(block + self.host.attention_norm, dtype))
+            if self.target.attention_norm:
+                out.update(self._neutral(block + self.target.attention_norm, dtype))
         return out
 
     def zeros(self, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
@@ -66,7 +66,7 @@ class Rehost:
             CheckpointError: the embedding is missing.
         """
         headed = is_language_model(self.source.config)
-        needed = [zero for zero in self.host.zeros if headed or not zero.startswith("lm_head.")]
+        needed = [zero for zero in self.target.zeros if headed or not zero.startswith("lm_head.")]
         missing = [zero for zero in needed if zero not in self.source.tensors]
         if not missing:
             return {}
@@ -105,8 +105,8 @@ class Rehost:
         return info
 
 
-def rotate_as_before(config: dict[str, Any], host: Host, source: CheckpointDescription) -> None:
-    """Write the rotation of a source's config into the config of a host of another family.
+def rotate_as_before(config: dict[str, Any], target: TargetClass, source: CheckpointDescription) -> None:
+    """Write the rotation of a source's config into the config of a target class of another family.
 
     Raises:
         UsageError: an odd number of dims is rotated, which classes round differently, or an unknown rope type.
@@ -115,7 +115,7 @@ def rotate_as_before(config: dict[str, Any], host: Host, source: CheckpointDescr
     spec = source.attention[0]
     if parameters["rope_type"] not in TYPES:
         raise UsageError(
-            f"{source.name} has rope_type {parameters['rope_type']}, which {host.architecture.class_name} doesn't "
+            f"{source.name} has rope_type {parameters['rope_type']}, which {target.architecture.class_name} doesn't "
             "know.",
             f"It knows {', '.join(TYPES)}.",
         )
@@ -123,7 +123,7 @@ def rotate_as_before(config: dict[str, Any], host: Host, source: CheckpointDescr
     if source.family.keys.rotary_ndims:
         rotated = spread = spec.rotary_ndims or spec.head_dim
     parameters = partly_rotated(parameters, rotated or spec.head_dim, spread, spec.head_dim)
-    write_rotation(config, parameters, host.older_ropes)
+    write_rotation(config, parameters, target.older_ropes)
 
 
 def _constant(info: TensorInfo, source: str, value: int) -> OutputTensor:

@@ -341,8 +341,8 @@ def _resumable() -> Iterator[None]:
 
 def _write_companions(checkpoint: Checkpoint, plan: Plan, beside: Sidecars, partial: Path) -> None:
     carry(checkpoint.path, beside, partial)
-    if plan.host.remote_code:
-        shutil.copyfile(REMOTE_CODE / plan.host.remote_code, partial / plan.host.remote_code)
+    if plan.target.remote_code:
+        shutil.copyfile(REMOTE_CODE / plan.target.remote_code, partial / plan.target.remote_code)
     whole = plan.whole_config
     code = {**reading_code(checkpoint.config), **whole.get("auto_map", {})}
     config = {**whole, "auto_map": code} if code else whole
@@ -377,7 +377,7 @@ def _stage(
         },
         **_latent_stage(plan),
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
-        "host": {"model_type": plan.holder, "remote_code": bool(plan.host.remote_code)},
+        "host": {"model_type": plan.holder, "remote_code": bool(plan.target.remote_code)},
         "plan": plan.digest,
     }
 

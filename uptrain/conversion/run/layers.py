@@ -1,4 +1,4 @@
-"""Make one layer's changed attention tensors: read, split into heads, pool, join as the host stores them."""
+"""Make one layer's changed attention tensors: read, split into heads, pool, join as the target class stores them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class LayerMaker:
 
     def _make(self, layer: int) -> dict[str, Array]:
         plan, projections = self.plan, self.plan.source.family.projections
-        moved = projections != plan.host.architecture.projections
+        moved = projections != plan.target.architecture.projections
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
         base = plan.source.attention_name(layer)
         heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
@@ -105,20 +105,20 @@ class LayerMaker:
         groups = plan.after[layer].num_key_value_heads
         if groups != plan.before[layer].num_key_value_heads:
             heads = self._shared(heads, groups, layer)
-        heads = self._rehosted(heads, layer, base)
-        out = join(plan.host.architecture.projections, plan.after[layer], heads)
+        heads = self._for_target(heads, layer, base)
+        out = join(plan.target.architecture.projections, plan.after[layer], heads)
         return {name: self._finish(layer, base, name, array) for name, array in out.items()}
 
-    def _rehosted(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
-        """Fit heads as the source's class sees them to the host's."""
-        source, host, spec = self.plan.source.family, self.plan.host, self.plan.before[layer]
-        if host.attention_norm:
-            norm = f"{base.removesuffix('.').rpartition('.')[0]}.{host.attention_norm}"
+    def _for_target(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
+        """Fit heads as the source's class sees them to the target class's."""
+        source, target, spec = self.plan.source.family, self.plan.target, self.plan.before[layer]
+        if target.attention_norm:
+            norm = f"{base.removesuffix('.').rpartition('.')[0]}.{target.attention_norm}"
             scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
             heads = rewrites.fold_into_heads(heads, scale, shift)
-        if source.position is Position.ROTARY_INTERLEAVED and host.architecture.position is Position.ROTARY:
+        if source.position is Position.ROTARY_INTERLEAVED and target.architecture.position is Position.ROTARY:
             heads = rewrites.half_split(heads, spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims)
-        return rewrites.with_biases(heads) if host.biased else heads
+        return rewrites.with_biases(heads) if target.biased else heads
 
     def _shared(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
         request = self.plan.request

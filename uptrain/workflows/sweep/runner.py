@@ -15,8 +15,8 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.source import Source
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.run.convert import run_plan
-from uptrain.data.reading import read_tokens
-from uptrain.data.sources import DataSource
+from uptrain.data.sources import TextSource
+from uptrain.data.token_text import read_tokens
 from uptrain.errors import needing
 from uptrain.evaluation.contexts import CONTEXT, check_stride, chosen_contexts
 from uptrain.evaluation.evaluate import HELD_OUT, Evaluation, evaluate, text_name, write_evaluation
@@ -42,7 +42,7 @@ class Task:
 class Measuring:
     """How every arm is measured, as `evaluate` takes it."""
 
-    text: Sequence[DataSource] = (HELD_OUT,)
+    text: Sequence[TextSource] = (HELD_OUT,)
     context: int | None = None
     stride: int | None = None
     tokens: int = 32_768

@@ -1,10 +1,13 @@
-"""Lay the table of families out: for a terminal, as JSON, and as the Markdown of docs/families.md."""
+"""`uptrain families`: its options, its call, and the table for a terminal, as JSON and as docs/families.md."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import click
+
 from uptrain.cli import console
+from uptrain.cli.options import json_option
 from uptrain.conversion.family_table import Family, Holder, alike
 from uptrain.conversion.request import CHANGED_PARTS
 
@@ -14,7 +17,24 @@ POOLING = [name for name, parts in CHANGED_PARTS.items() if "q" not in parts]
 NOTE = f"pooling: `--method` {', '.join(POOLING)}"
 
 
-def table(found: Sequence[Family], as_json: bool) -> None:
+@click.command()
+@json_option
+@click.option("--markdown", is_flag=True, help="Print the table of docs/families.md.")
+def families(as_json: bool, markdown: bool) -> None:
+    """List the model families that can be converted, and the class that holds each result.
+
+    Where several classes are named, the first that is exact for the checkpoint takes it. A class marked * ships its
+    own modelling file inside the checkpoint.
+    """
+    from uptrain.conversion.family_table import families as known
+
+    if markdown:
+        console.result(_markdown(known()))
+        return
+    _show(known(), as_json)
+
+
+def _show(found: Sequence[Family], as_json: bool) -> None:
     """Show every family that can be converted."""
     if as_json:
         console.result_json([family.to_dict() for family in found])
@@ -23,7 +43,7 @@ def table(found: Sequence[Family], as_json: bool) -> None:
     console.result(f"* {REMOTE_CODE}; {NOTE}.".replace("`", ""))
 
 
-def markdown(found: Sequence[Family]) -> str:
+def _markdown(found: Sequence[Family]) -> str:
     """Return the table of docs/families.md; families that differ in nothing but their name share a row."""
     rows = [(", ".join(family.model_type for family in group), *_cells(group[0])) for group in alike(found)]
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]

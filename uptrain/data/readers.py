@@ -12,28 +12,21 @@ from uptrain.checkpoint.writer import write_atomic
 from uptrain.data.block_reader import BlockReader
 from uptrain.data.content_digest import content_digest
 from uptrain.data.mixture import Mixture
-from uptrain.data.sources import Dataset, DataSource, Teacher, is_stream
+from uptrain.data.sources import Dataset, TeacherText, TextSource, is_stream
 from uptrain.data.token_cache import tokens_folder
-from uptrain.data.token_file import TokenCount, TokenFile
+from uptrain.data.token_file import TokenFile
 from uptrain.data.token_stream import TokenStream
-from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 
-__all__ = [
-    "BlockReader", "Mixture", "TokenCount", "TokenFile", "TokenStream", "TokenText", "build_tokens", "counts_of",
-    "open_reader",
-    "read_tokens",
-]  # fmt: skip
 
-
-def _parts(sources: Sequence[DataSource]) -> list[list[DataSource]]:
+def _parts(sources: Sequence[TextSource]) -> list[list[TextSource]]:
     """Return the sources that share a reader: each its own where they have weights, else all together."""
     return [list(sources)] if sources[0].weight is None else [[source] for source in sources]
 
 
 def build_tokens(
-    sources: Sequence[DataSource], tokenizer: Any, folder: Path, first: bool = True,
-    generate: Callable[[Teacher, Path], None] | None = None,
+    sources: Sequence[TextSource], tokenizer: Any, folder: Path, first: bool = True,
+    generate: Callable[[TeacherText, Path], None] | None = None,
 ) -> list[Path | None]:  # fmt: skip
     """Tokenise a recipe's `data`, unless the cache has its tokens; return the folder of each part, None for a stream.
 
@@ -47,14 +40,14 @@ def build_tokens(
     parts = _parts(sources)
     known = folder / "digests.json"
     if first:
-        made = [None if is_stream(part[0]) or isinstance(part[0], Teacher) else content_digest(part, tokenizer)
+        made = [None if is_stream(part[0]) or isinstance(part[0], TeacherText) else content_digest(part, tokenizer)
                 for part in parts]  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(known, json.dumps(made))
     found: list[Path | None] = []
     for index, (part, digest) in enumerate(zip(parts, json.loads(known.read_text()), strict=True)):
         source = part[0]
-        if isinstance(source, Teacher):
+        if isinstance(source, TeacherText):
             if generate is None:
                 raise UsageError("data has text from the teacher, but the run has no teacher.", "Give it one.")
             found.append(folder / f"teacher-{index}")
@@ -71,7 +64,7 @@ def counts_of(reader: BlockReader) -> list[dict[str, Any]]:
 
 
 def open_reader(
-    sources: Sequence[DataSource], tokenizer: Any, folders: Sequence[Path | None], block_size: int, seed: int
+    sources: Sequence[TextSource], tokenizer: Any, folders: Sequence[Path | None], block_size: int, seed: int
 ) -> BlockReader:
     """Return the reader of a recipe's `data`, whose tokens `build_tokens` put into `folders`.
 

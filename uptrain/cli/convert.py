@@ -1,117 +1,174 @@
-"""Lay results out for people, or as JSON for programs; printing itself is the console's."""
+"""`uptrain convert`: its options, its call, and the plan and the result it prints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from uptrain.architectures.attention import cross_bytes_per_token
 from uptrain.architectures.model_class import is_language_model
 from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
-from uptrain.cli.console import size
-from uptrain.formatting import typed
+from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
+from uptrain.cli.options import Command, check_device, device_option, json_option, source_options
+from uptrain.cli.types import Share, Size
+from uptrain.formatting import size, typed
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.sidecars import Sidecars
     from uptrain.checkpoint.source import Source
-    from uptrain.conversion.inspection import Inspection
     from uptrain.conversion.plan.mla import LatentPlan
     from uptrain.conversion.plan.planner import Plan
     from uptrain.conversion.run.convert import Conversion
-    from uptrain.conversion.suggestion import Suggestion
 
-EXPANDED = "{} caches a copy for every query head; memory is saved by engines that cache the heads themselves"
-CROSS = "{} of that, for each token that the encoder read; the rest for each token of the decoder's"
+_LATENT_OPTIONS = (
+    click.option("--cache", type=Share(), help="Of --to mla: share of MODEL's cache to keep, e.g. 25%."),
+    click.option("--kv-lora-rank", type=int, help="Of --to mla: values a token in the latent, instead of --cache."),
+    click.option("--qk-rope-head-dim", type=int, help="Of --to mla: rotary values a token beside it."),
+    click.option(
+        "--rope",
+        help="Of --to mla, how keys carry positions: grid (the highest frequencies in a shared rotary key; stock "
+        "deepseek_v3, any engine; the default), longrope (a table of the model's own; transformers only), or "
+        "re-rotate (all keys in the latent, rotated when read; own class, decoding re-expands the context).",
+    ),
+    click.option("--q-lora-rank", type=int, help="Of --to mla: low-rank queries. Default: whole ones."),
+    click.option(
+        "--engine",
+        default="any",
+        show_default=True,
+        help="Of --to mla: any (transformers, vLLM) or llama.cpp, which wants queries in two factors.",
+    ),
+    click.option("--key-weight", type=float, help="Of --to mla: how much more keys count than values. Default: tried."),
+)
 
 
-def inspection(found: Inspection, as_json: bool) -> None:
-    """Show an inspection."""
-    if as_json:
-        console.result_json(found.to_dict())
-        return
-    rope = ", ".join(f"{key} {value}" for key, value in found.rope.items())
-    window = f"{found.sliding_window} tokens in {found.sliding_layers} of {found.num_hidden_layers} layers"
-    inside = f" in a {found.wrapped_in}" if found.wrapped_in else ""
-    kinds = {"mha": "MHA", "gqa": "GQA", "mqa": "MQA", "mla": "MLA"}
-    console.facts(
-        found.name,
-        [
-            ("source", found.origin),
-            ("family", f"{found.model_type}{inside}, {kinds[found.attention]}, {found.num_hidden_layers} layers"),
-            (
-                "heads",
-                f"num_attention_heads {found.num_attention_heads}, num_key_value_heads "
-                f"{found.num_key_value_heads}, head_dim {found.head_dim}, hidden_size {found.hidden_size}",
-            ),
-            *(
-                [("latent", f"kv_lora_rank {found.kv_lora_rank}, qk_rope_head_dim {found.qk_rope_head_dim}")]
-                if found.kv_lora_rank
-                else []
-            ),
-            ("position", found.position + (f" ({rope})" if rope else "")),
-            ("sliding window", window if found.sliding_window else "none"),
-            ("attention biases", found.biases),
-            ("weights", f"{found.parameters:,} parameters, {found.dtype}, {size(found.weight_bytes)}"),
-            *([("quantised", found.quantised)] if found.quantised else []),
-            ("shards", str(found.shards)),
-            ("cache", f"{size(found.cache_bytes_per_token)} per token"),
-            *_cross(found.cross_bytes_per_token),
-            *([("in transformers", EXPANDED.format("its class"))] if found.cache_expanded else []),
-            *((f"  at {context // 1024} K", size(count)) for context, count in found.cache_bytes.items()),
-        ],
+def _latent_options(command: Command) -> Command:
+    for option in reversed(_LATENT_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", required=False)
+@click.option("--to", "target", default="gqa", show_default=True, help="Target attention: gqa, mqa or mla.")
+@click.option("--groups", type=int, help="Key/value heads to keep; must divide those there are.")
+@_latent_options
+@click.option(
+    "--method",
+    help="How heads become one: mean (average, Ainslie et al. 2023; the default); svd (align and factor, far closer "
+    "to MODEL before uptraining; needs torch; the default of --to mla); calibrated (svd weighted by what text makes "
+    "the model use, and repaired; the default with --calibrate); first; random (fresh heads, for ablations).",
+)
+@click.option(
+    "--grouping",
+    default="contiguous",
+    show_default=True,
+    help="Which heads share: contiguous (neighbours, as in the paper) or similar (least loss; heads are moved).",
+)
+@click.option("--seed", type=int, help="For --method random or calibrated and --grouping similar. Default: 0.")
+@click.option(
+    "--calibrate",
+    help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
+    metavar="TEXT",
+)
+@click.option(
+    "--calibration-tokens", type=int, help="Of --method calibrated: how much of that text to use. Default: 65536."
+)
+@click.option(
+    "--repair-steps", type=int, help="Of --method calibrated: gradient steps a layer afterwards; 0 for none. Default: "
+    "40.",
+)  # fmt: skip
+@click.option(
+    "--memory",
+    type=Size(),
+    help="Of --method calibrated; activations that this leaves no room for go to files beside OUT. Default: 4GiB.",
+)
+@device_option
+@click.option("--dtype", help="Store floating weights as bfloat16, float16, float32 or float64. Default: as they are.")
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Keep NaN and infinite values of MODEL; in attention, with --method mean or first.",
+)
+@click.option("--max-shard-size", type=Size(), help="Split weights, e.g. 5GB. Default: as MODEL is split.")
+@source_options
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists (only once the new one is whole).")
+@click.option(
+    "--join",
+    is_flag=True,
+    help="Share the work with every process that runs this same command, here or on machines that see the same OUT.",
+)
+@click.option(
+    "--diagnose",
+    is_flag=True,
+    help="Also measure each layer: the energy that each method keeps, and how similar the heads are that share.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
+@json_option
+def convert(model: str, out: str | None, **options: Any) -> None:
+    """Convert MODEL to fewer key/value heads, or a latent, and write it to OUT.
+
+    OUT is ./NAME-gqa4, ./NAME-mqa or ./NAME-mla128, after what was asked for, if it isn't named.
+
+    Weights stream through: memory stays at a few layers whatever the model's size. A run that was cut off
+    resumes when the same command is repeated. OUT appears only when it is whole.
+
+    \b
+    uptrain convert demo --to gqa --groups 4
+    uptrain convert demo --to mqa --method svd
+    uptrain convert ./llama --to mqa --calibrate text.txt
+    uptrain convert demo --to mla --cache 25%
+    uptrain convert ./llama --to mla --kv-lora-rank 512 --calibrate text.txt
+    uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
+    uptrain convert org/llama --to gqa --groups 8 --dry-run
+    """
+    from uptrain.conversion.request import Request
+    from uptrain.conversion.run.convert import check_memory, default_out, plan_conversion, run_plan, sidecars
+
+    names = (
+        "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
+        "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight",
+        "allow_nonfinite",
+    )  # fmt: skip
+    method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
+    request = Request(method=method, **{name: options[name] for name in names})
+    check_memory(options["memory"], request)
+    check_device(request.method == "calibrated")
+    source, checkpoint, plan = plan_conversion(
+        model,
+        request,
+        revision=options["revision"],
+        allow_pickle=options["allow_pickle"],
+        dry=options["dry_run"],
     )
-    if found.unreadable:
-        console.result(found.unreadable)
+    folder = Path(out) if out else default_out(source, plan)
+    if options["dry_run"]:
+        beside = sidecars(source, checkpoint, dry=True)
+        _show_plan(source, plan, beside, folder, options["as_json"])
         return
-    if not found.options:
-        kept = "a latent" if found.kv_lora_rank else "one key/value head"
-        console.result(f"It keeps {kept} already: there is nothing left to share.")
-        return
-    rows = [
-        (
-            f"--to {option.target}"
-            + (f" --groups {option.num_key_value_heads}" if option.target == "gqa" else "")
-            + (f" --cache {option.cache:.0%}" if option.cache else ""),
-            size(option.cache_bytes_per_token),
-            f"{option.cache_bytes_per_token / found.cache_bytes_per_token:.1%}",
-            option.host,
-            "yes" if option.remote_code else "no",
+    console.note(f"Reading {source.describe()}")
+    settings = {
+        "overwrite": options["overwrite"],
+        "join": options["join"],
+        "diagnose": options["diagnose"],
+        "memory": options["memory"],
+        "on_note": console.note,
+    }
+    with console.bytes_progress("Converting", plan.total_bytes) as advance:
+        done = run_plan(
+            source, checkpoint, plan, folder, on_progress=advance, on_layer=console.layer_progress(), **settings
         )
-        for option in found.options
-    ]
-    console.table("Can become", ("convert", "cache/token", "kept", "class", "remote code"), rows)
-
-
-def _cross(count: int) -> list[tuple[str, str]]:
-    return [("cross-attention", CROSS.format(size(count)))] if count else []
-
-
-def suggestions(found: Inspection, suggested: list[Suggestion], as_json: bool) -> None:
-    """Show what fits a cache budget, the smallest cache first."""
-    if as_json:
-        console.result_json({**found.to_dict(), "suggestions": [each.to_dict() for each in suggested]})
-        return
-    rows = [
-        (each.options, size(each.cache_bytes_per_token), f"{each.cache:.1%}", f"{each.keys:.1%}", f"{each.values:.1%}")
-        for each in suggested
-    ]
-    console.table(f"What {found.name} can become", ("convert", "cache/token", "of it", "keys", "values"), rows)
-    layers = ", ".join(map(str, suggested[0].layers))
-    console.note(
-        f"keys, values: energy kept before any training, the mean of layers {layers}, without text. "
-        "--calibrate TEXT weighs it by what text makes each layer use."
-    )
-    # The same cache can be had in several forms: what keeps most of its weaker side is the one to try.
-    best = max(suggested, key=lambda each: min(each.keys, each.values))
-    console.note(f"Keeps most: uptrain convert {typed(found.name)} {best.options}")
+    _show(done, options["as_json"])
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
     return {
         "model_type": plan.source.family.model_type,
         "host": plan.holder,
-        "remote_code": bool(plan.host.remote_code),
+        "remote_code": bool(plan.target.remote_code),
         "num_attention_heads": plan.before[0].num_attention_heads,
         "num_key_value_heads": {
             "before": plan.before[0].num_key_value_heads,
@@ -128,7 +185,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def dry_run(source: Source, plan: Plan, beside: Sidecars, out: Path, as_json: bool) -> None:
+def _show_plan(source: Source, plan: Plan, beside: Sidecars, out: Path, as_json: bool) -> None:
     """Show a plan that isn't run, and which files beside the weights it would take along."""
     if as_json:
         facts = {"source": source.describe(), "out": str(out), **_plan_facts(plan)}
@@ -189,12 +246,12 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
     expanded = plan.result.expands_cache
-    code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.host.remote_code else ""
+    code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.target.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
         *_cross_facts(plan),
-        *([("in transformers", EXPANDED.format(plan.host.architecture.class_name))] if expanded else []),
-        ("class", f"{plan.holder} · {plan.host.architecture.class_name}{code}"),
+        *([expanded_in_transformers(plan.target.architecture.class_name)] if expanded else []),
+        ("class", f"{plan.holder} · {plan.target.architecture.class_name}{code}"),
     ]
 
 
@@ -202,10 +259,10 @@ def _cross_facts(plan: Plan) -> list[tuple[str, str]]:
     before, after = (cross_bytes_per_token(layers, plan.itemsize) for layers in (plan.before, plan.after))
     if not before:
         return []
-    return [("cross-attention", CROSS.format(f"{size(before)} → {size(after)}")), ("encoder", "left as it is")]
+    return [cross_attention(f"{size(before)} → {size(after)}"), ("encoder", "left as it is")]
 
 
-def conversion(done: Conversion, as_json: bool) -> None:
+def _show(done: Conversion, as_json: bool) -> None:
     """Show a finished conversion, the energy it kept, and what to type next."""
     if as_json:
         extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.kept}

@@ -1,0 +1,49 @@
+"""`uptrain demo`: its options, its call and the table it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from uptrain.cli import console
+from uptrain.cli.evaluate import how_measured, models_table
+from uptrain.cli.options import device_option, json_option
+
+if TYPE_CHECKING:
+    from uptrain.workflows.demo.run import Demo
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("uptrain-demo"), show_default=True,
+              help="Folder for the two checkpoints.")  # fmt: skip
+@device_option
+@json_option
+def demo(out: Path, as_json: bool) -> None:
+    """Show the whole way on the embedded demo model, in about two minutes on two cores.
+
+    Converts it to 4 key/value heads, uptrains that briefly, and compares both with the original. Downloads nothing.
+    """
+    from uptrain.training import recipes
+    from uptrain.workflows.demo.run import RECIPE, UPTRAINED_ON, run
+
+    recipe = recipes.load(RECIPE, (f"tokens={UPTRAINED_ON}",))
+    with console.training_progress(recipe.total_steps) as show:
+        found = run(out, console.note, show)
+    _show(found, as_json)
+
+
+def _show(found: Demo, as_json: bool) -> None:
+    """Show the demo's three models in one table."""
+    if as_json:
+        console.result_json(found.to_dict())
+        return
+    shown = [
+        ("original", found.original, None),
+        ("GQA-4 converted", found.converted.model, found.converted),
+        ("GQA-4 uptrained", found.uptrained.model, found.uptrained),
+    ]
+    console.table("", *models_table(shown))
+    console.note(how_measured(found.uptrained))
+    console.note(f"The checkpoints are in {found.folder}. Next: uptrain inspect MODEL, uptrain convert MODEL --to gqa")

@@ -1,0 +1,49 @@
+"""`uptrain recipes`: list, show and copy the recipes that come with uptrain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from uptrain.cli import console
+from uptrain.errors import UsageError
+from uptrain.formatting import typed
+
+
+@click.group()
+def recipes() -> None:
+    """List, show or copy the recipes that come with uptrain."""
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """Name every shipped recipe and what it is for."""
+    from uptrain.training import recipes
+
+    console.facts("", [(name, recipes.summary(path)) for name, path in recipes.shipped().items()])
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """Print a recipe."""
+    from uptrain.training import recipes
+
+    console.result(recipes.find(name).read_text(encoding="utf-8").rstrip())
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("to", required=False, type=click.Path(path_type=Path))
+def copy_recipe(name: str, to: Path | None) -> None:
+    """Copy a shipped recipe to TO (default ./NAME.yaml), to edit it."""
+    from uptrain.training import recipes
+
+    source = recipes.find(name)
+    target = to or Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise UsageError(f"{target} exists already.", "Name another file.")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    console.result(f"Wrote {target}. Edit it, then: uptrain train {typed(target)}")
