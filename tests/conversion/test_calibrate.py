@@ -73,9 +73,9 @@ def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch
     """Run the source's class with the layers' heads, shared ones repeated, in place of its own."""
     _, target = opened(folder, 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    path, _, attention = target.architecture.layer.removeprefix("{prefix}").partition(".{layer}.")
+    path, _, attention = target.source.family.layer.removeprefix("{prefix}").partition(".{layer}.")
     for module, layer, spec in zip(model.base_model.get_submodule(path), heads, target.before, strict=True):
-        weights = ModuleWeights(target.architecture.projections, spec).parameters(maps_of(layer))
+        weights = ModuleWeights(target.source.family.projections, spec).parameters(maps_of(layer))
         own = module.get_submodule(attention.removesuffix("."))
         own.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
     return model(blocks).logits
@@ -110,7 +110,7 @@ def test_heads_become_the_modules_own_parameters_and_probabilities_are_transform
     model = LayeredModel(target.source, torch.device("cpu"))
     block = next(iter(list(model.embed(tokens(2)))))
     heads = [heads for _, heads, _ in calibrate(checkpoint, target, tokens(2), QUICK)]
-    weights = ModuleWeights(target.architecture.projections, target.before[0]).parameters(maps_of(heads[0]))
+    weights = ModuleWeights(target.source.family.projections, target.before[0]).parameters(maps_of(heads[0]))
     with model.layer(0) as layer, torch.no_grad():
         same = layer.run(block, {name: value.float() for name, value in weights.items()})
         torch.testing.assert_close(same, layer.run(block), rtol=1e-6, atol=1e-6)
