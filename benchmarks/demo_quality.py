@@ -17,7 +17,7 @@ from uptrain.checkpoint.source import DEMO
 from uptrain.data.sources import Builtin
 from uptrain.data.stdlib_text import documents
 from uptrain.data.token_text import read_tokens
-from uptrain.evaluation.evaluate import HELD_OUT, evaluate
+from uptrain.evaluation.run import HELD_OUT, evaluate
 from uptrain.models.loading import load_tokenizer
 
 TRAIN = Builtin(builtin="python-stdlib")

@@ -24,7 +24,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tally = Path(folder) / "tally.json"
         environment = {**os.environ, "UPTRAIN_FAULTS_TALLY": str(tally), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "tests/faults"]
+        command = [sys.executable, "-m", "pytest", "-m", "", "-n", "0", "-q", "tests/faults"]
         code = subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
         found: dict[str, list[int]] = json.loads(tally.read_text()) if tally.exists() else {}
     print("\n| fault | injected | survived | bytes lost |\n|---|---:|---:|---:|")

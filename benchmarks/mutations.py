@@ -96,7 +96,7 @@ def survives(guard: Guard, folder: Path, tests: tuple[str, ...]) -> bool:
 def passes(folder: Path, tests: tuple[str, ...]) -> bool:
     """Tell whether tests pass in a copy of the repository."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", "-q", "-x", *tests]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", "-n", "0", "-q", "-x", *tests]
     try:
         done = subprocess.run(command, env=environment, cwd=folder, timeout=SECONDS, capture_output=True, check=False)
     except subprocess.TimeoutExpired:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,8 +153,28 @@ def auto_class(model_type: str) -> Any:
     return getattr(transformers, ARCHITECTURES[model_type].auto_class)
 
 
+_BUILT: dict[tuple[object, ...], tuple[PreTrainedModel, torch.Tensor]] = {}
+"""Each tiny model that this process has built, and the state in which building it left torch's random numbers."""
+
+
 def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
-    """Build a float32 model with random weights of realistic scale, biases and norms included."""
+    """Return a float32 model with random weights of realistic scale, biases and norms included.
+
+    A model that was asked for before is copied, not built again: the tests ask about 900 times for the same 55.
+    """
+    key = _key(config, seed)
+    if key not in _BUILT:
+        _BUILT[key] = (_build(config, seed), torch.get_rng_state())
+    model, state = _BUILT[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+def _key(config: Any, seed: int) -> tuple[object, ...]:
+    return type(config), config.to_json_string(use_diff=False), config._attn_implementation, seed
+
+
+def _build(config: Any, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = auto_class(config.model_type).from_config(config)
     with torch.no_grad():
@@ -162,6 +187,38 @@ def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
             # Drawn with a deviation of 1 and tied, they would make models that say their input again.
             model.get_input_embeddings().weight.mul_(0.05)
     return model.float().eval()
+
+
+_SAVED: dict[tuple[object, ...], Path] = {}
+
+
+def save_model(
+    folder: Path, config: Any, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB"
+) -> Path:
+    """Save `tiny_model(config, seed)` as `dtype` to `folder`, from a copy on disk where an equal one was saved."""
+    model = tiny_model(config, seed)
+    key = (*_key(config, seed), dtype, max_shard_size)
+    if key not in _SAVED:
+        _SAVED[key] = _store() / str(len(_SAVED))
+        model.to(dtype).save_pretrained(_SAVED[key], max_shard_size=max_shard_size)
+    return Path(shutil.copytree(_SAVED[key], folder, dirs_exist_ok=True))
+
+
+@functools.cache
+def _store() -> Path:
+    """Return a folder of this process that goes away with it."""
+    folder = tempfile.mkdtemp(prefix="uptrain-tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that need the package registry, except where `-m` names their marker."""
+    asked = config.option.markexpr or ""
+    left_out = [name for name in ("real", "wheel") if name not in asked]
+    apart = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    config.hook.pytest_deselected(items=apart)
+    items[:] = [item for item in items if item not in apart]
 
 
 @pytest.fixture(autouse=True)
@@ -182,10 +239,8 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
         model_type: str, num_key_value_heads: int | None = None, *, name: str = "src", seed: int = 0,
         dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes: Any,
     ) -> Path:  # fmt: skip
-        folder = tmp_path / name
-        model = tiny_model(tiny_config(model_type, num_key_value_heads, **changes), seed)
-        model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-        return folder
+        config = tiny_config(model_type, num_key_value_heads, **changes)
+        return save_model(tmp_path / name, config, seed, dtype, max_shard_size)
 
     return save
 

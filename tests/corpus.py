@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.conftest import tiny_config, tiny_model
+from tests.conftest import save_model, tiny_config
 from uptrain.training.new_tokenizer import new_tokenizer
 from uptrain.training.recipe import TokenizerSpec
 
@@ -30,7 +32,12 @@ def sentences(count: int, seed: int = 0) -> str:
 
 
 def tokenizer(vocab_size: int = 300) -> Any:
-    """Train a byte-level BPE tokenizer on the words above."""
+    """Return a byte-level BPE tokenizer trained on the words above, a copy of its own."""
+    return copy.deepcopy(_tokenizer(vocab_size))
+
+
+@functools.cache
+def _tokenizer(vocab_size: int) -> Any:
     return new_tokenizer(TokenizerSpec(vocab_size=vocab_size), iter([sentences(50)]))
 
 
@@ -42,7 +49,7 @@ def checkpoint(folder: Path, model_type: str = "gpt2", dtype: torch.dtype = torc
     words = tokenizer()
     special = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = tiny_config(model_type, **{"initializer_range": 0.05, **special, **changes})
-    tiny_model(config).to(dtype).save_pretrained(folder)
+    save_model(folder, config, dtype=dtype)
     words.save_pretrained(folder)
     return folder
 

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from uptrain.conversion.request import Request as Request
     from uptrain.conversion.run.convert import convert as convert
     from uptrain.errors import UptrainError as UptrainError
-    from uptrain.evaluation.evaluate import evaluate as evaluate
+    from uptrain.evaluation.run import evaluate as evaluate
     from uptrain.models.loading import load as load
     from uptrain.publishing.hub.push import push as push
     from uptrain.training.trainer import train as train
-    from uptrain.workflows.sweep.sweep import sweep as sweep
+    from uptrain.workflows.sweeps.run import sweep as sweep
 
 _PUBLIC = {
     "Request": "uptrain.conversion.request",
     "UptrainError": "uptrain.errors",
     "convert": "uptrain.conversion.run.convert",
-    "evaluate": "uptrain.evaluation.evaluate",
+    "evaluate": "uptrain.evaluation.run",
     "inspect": "uptrain.conversion.inspection",
     "load": "uptrain.models.loading",
     "push": "uptrain.publishing.hub.push",
-    "sweep": "uptrain.workflows.sweep.sweep",
+    "sweep": "uptrain.workflows.sweeps.run",
     "train": "uptrain.training.trainer",
     "verify": "uptrain.checkpoint.manifest",
 }

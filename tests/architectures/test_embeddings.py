@@ -116,6 +116,7 @@ def test_the_flag_decides_about_more_than_the_head_where_the_table_says_so(model
     assert words.more == (words.always or len(tied) > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gptj", "gpt_neox", "opt", "t5"])
 def test_sharing_heads_leaves_embedding_and_head_as_the_class_loads_them(
     model_type: str, save_tiny: Save, tmp_path: Path
@@ -143,6 +144,7 @@ LATENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", LATENTS)
 def test_latents_have_the_source_s_embedding_and_head(target: str, save_tiny: Save, tmp_path: Path) -> None:
     model_type, changes, request = LATENTS[target]
@@ -201,6 +203,7 @@ def test_a_model_whose_embedding_is_stored_as_its_head_calibrates(tmp_path: Path
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "kind"),
     [

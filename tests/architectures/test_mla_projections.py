@@ -126,6 +126,7 @@ def test_a_target_class_computes_what_the_heads_mean(name: str, size: Mapping[st
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9 * (1 + np.abs(wanted).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 @given(size=sizes, scale=st.sampled_from([1.0, 0.25]), low=st.booleans())
 def test_the_plan_s_shapes_are_those_of_the_tensors(

@@ -22,7 +22,7 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import plan_conversion
 from uptrain.data.sources import parse_source
 from uptrain.errors import CheckpointError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.training.recipe import Recipe
 from uptrain.training.trainer import train
 

@@ -137,6 +137,7 @@ STORED_AS = {
 """A family of each packing with what its config calls its sizes: separate, concatenated, grouped, in blocks."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", STORED_AS)
 @given(
     st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3]), st.sampled_from([4, 8, 12]), st.integers(1, 3),

@@ -161,6 +161,7 @@ def quantise_mlp(folder: Path, part: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "part"), [("llama", ".mlp."), ("qwen2", ".mlp."), ("opt", ".fc")])
 @pytest.mark.parametrize("method", ["mean", "first"])
 def test_the_result_is_what_transformers_makes_of_the_pooled_source(

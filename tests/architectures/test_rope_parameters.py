@@ -74,6 +74,7 @@ def tables(config: dict[str, Any]) -> dict[str, tuple[torch.Tensor, float]]:
     return {kind: (getattr(rotary, f"{kind}_inv_freq"), getattr(rotary, f"{kind}_attention_scaling")) for kind in kinds}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.rope_scaling. is deprecated:FutureWarning")
 @pytest.mark.parametrize("model_type", ROTATING)
 def test_every_spelling_is_read_as_the_family_s_own_classes_read_it(model_type: str) -> None:
@@ -137,6 +138,7 @@ REWRITTEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gpt_neox+no_use_parallel_residual"])
 @pytest.mark.parametrize("name", [name for name in REWRITTEN if "by type" not in name and name != "proportional"])
 def test_another_family_s_class_rotates_as_the_source_s(
@@ -172,6 +174,7 @@ UNREADABLE = ("by type of layer", "by type of layer, one silent", "by type of la
               "proportional", "share of an old section", "longrope", "longrope by its first name")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 @pytest.mark.parametrize("rope", LATENTS)
 @pytest.mark.parametrize("name", [name for name in SPELLINGS if name not in UNREADABLE])
@@ -237,6 +240,7 @@ def test_a_latent_s_own_table_is_asked_about_once_it_is_chosen(
     assert asked == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_child_process_gives_the_same_answer() -> None:
     configs = [sizes("llama"), {**sizes("llama"), **SPELLINGS["unknown type"]}, {"model_type": "nobody's"}]
     command = [sys.executable, "-m", "uptrain.models.rotary_tables"]

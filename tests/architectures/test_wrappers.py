@@ -28,7 +28,7 @@ from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.models import loading
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
@@ -36,7 +36,7 @@ from uptrain.publishing.hub.subject import Subject
 from uptrain.publishing.page.subjects import subjects_in
 from uptrain.training.recipe import Recipe
 from uptrain.training.trainer import train
-from uptrain.workflows.sweep.sweep import sweep
+from uptrain.workflows.sweeps.run import sweep
 
 THREE = ("gemma3", "llava", "mistral3")
 NEAR = 1e-5
@@ -105,6 +105,7 @@ def test_a_section_that_is_silent_means_what_the_class_makes_of_it(model_type: s
     assert layers[0].num_key_value_heads == made.num_key_value_heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(WRAPPERS))
 def test_a_result_is_the_wrapper_pooled_in_place(model_type: str, tmp_path: Path) -> None:
     source = save_wrapper(tmp_path / "s", model_type)
@@ -122,6 +123,7 @@ def test_a_result_is_the_wrapper_pooled_in_place(model_type: str, tmp_path: Path
     assert done.plan.cache_after * 4 == done.plan.cache_before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llava", "mistral3", "idefics3"])
 def test_svd_loses_nothing_where_heads_are_the_same(model_type: str, tmp_path: Path) -> None:
     model = pool_language_model(tiny_wrapper(model_type), 4)
@@ -131,6 +133,7 @@ def test_svd_loses_nothing_where_heads_are_the_same(model_type: str, tmp_path: P
     assert away(load(tmp_path / "o"), model, **picture_of(model)) <= 2 * NEAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gemma3", "llava", "llava_onevision", "idefics3"])
 def test_names_as_the_class_has_them_are_read_too(model_type: str, tmp_path: Path) -> None:
     tiny_wrapper(model_type).save_pretrained(tmp_path / "s", save_original_format=False, max_shard_size="200KB")
@@ -156,6 +159,7 @@ def test_a_body_without_a_head_stays_one(tmp_path: Path) -> None:
     assert float((states[0] - states[1]).abs().max()) <= NEAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ["beside", "inside", "nowhere"])
 @pytest.mark.parametrize("head", ["absent", "equal", "different", "alone"])
 @pytest.mark.parametrize("model_type", THREE)
@@ -211,6 +215,7 @@ def test_inspect_says_what_the_language_model_is(tmp_path: Path) -> None:
     assert {each.host for each in found.options} == {"gemma3"}
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_transformers_is_needed_to_plan_and_pool(tmp_path: Path) -> None:
     source = save_wrapper(tmp_path / "s", "mistral3")
     program = """
@@ -343,6 +348,7 @@ def test_the_processor_goes_along_and_the_card_names_it(tmp_path: Path) -> None:
     assert "It wants transformers 5" in card
 
 
+@pytest.mark.slow
 def test_a_wrapper_on_the_hub_is_looked_at_by_its_headers(
     tmp_path: Path, uptrain_against: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

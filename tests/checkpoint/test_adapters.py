@@ -106,6 +106,7 @@ def test_an_encoder_decoder_s_adapter_names_its_own_class(save_tiny: Save, tmp_p
     assert (pair[0] - pair[1]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", [True, False], ids=["beside", "alone"])
 def test_every_command_refuses_it(beside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = checkpoint(tmp_path / "plain", **NO_DROPOUT)
@@ -145,6 +146,7 @@ def test_an_adapter_put_into_a_result_is_not_pushed(
     assert "adapter" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", [True, False], ids=["beside", "alone"])
 def test_an_adapter_on_the_hub_is_named_by_its_id(
     beside: bool, save_tiny: Save, tmp_path: Path, uptrain_against: Callable[..., Any]

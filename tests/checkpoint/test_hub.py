@@ -17,6 +17,7 @@ from uptrain.conversion.run.convert import convert
 Save = Callable[..., Path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["single", "sharded"])
 def test_looking_downloads_headers_only_and_converting_gives_the_local_bytes(
     shard_size: str, save_tiny: Save, tmp_path: Path, uptrain_against: Callable[..., subprocess.CompletedProcess[str]]

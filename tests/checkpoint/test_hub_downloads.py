@@ -64,6 +64,7 @@ def asked_for(log: list[tuple[str, str, int]]) -> set[str]:
     return {parts[5] for parts in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 def test_one_set_of_weights_is_downloaded_and_what_goes_along(shards: int, tmp_path: Path, client: Run) -> None:
     source = save_small(tmp_path / "src", shards)
@@ -96,6 +97,7 @@ def test_one_set_of_weights_is_downloaded_and_what_goes_along(shards: int, tmp_p
     assert {name for name in there if there[name] != here[name]} == {"uptrain.json"}
 
 
+@pytest.mark.slow
 def test_pickles_are_downloaded_where_there_is_nothing_else(tmp_path: Path, client: Run) -> None:
     source = tmp_path / "src"
     model = tiny_model(tiny_config("llama"), 0)
@@ -108,6 +110,7 @@ def test_pickles_are_downloaded_where_there_is_nothing_else(tmp_path: Path, clie
     assert {name for name in asked_for(log) if name.endswith(".bin")} == {"pytorch_model.bin"}
 
 
+@pytest.mark.slow
 def test_code_that_a_tokenizer_names_is_downloaded_with_what_it_imports(tmp_path: Path, client: Run) -> None:
     source = save_small(tmp_path / "src")
     add(source, ("tokenization_mine.py",), "from .inner.words import split\n")
@@ -147,6 +150,7 @@ def filled(request: Any, tmp_path: Path, client: Run) -> tuple[dict[str, str], P
     return environment, hub / "models--org--tiny" / "snapshots" / SHA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", ["0", "1"], ids=["no network", "HF_HUB_OFFLINE"])
 def test_a_whole_cache_needs_no_network(offline: str, filled: tuple[dict[str, str], Path], client: Run) -> None:
     environment = {**filled[0], "HF_HUB_OFFLINE": offline}
@@ -160,6 +164,7 @@ def test_a_whole_cache_needs_no_network(offline: str, filled: tuple[dict[str, st
     assert (filled[1].parents[3] / "out" / "USE_POLICY.md").is_file()
 
 
+@pytest.mark.slow
 def test_evaluating_and_training_need_no_network(client: Run, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "src", "llama")
     add(source, ("USE_POLICY.md",))
@@ -182,6 +187,7 @@ def test_evaluating_and_training_need_no_network(client: Run, tmp_path: Path) ->
     assert (tmp_path / "trained" / "USE_POLICY.md").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("inspect", "org/tiny"), ("convert", "org/tiny", "out", "--groups", "2")])
 @pytest.mark.parametrize("offline", ["0", "1"], ids=["no network", "HF_HUB_OFFLINE"])
 def test_what_is_missing_in_a_cache_is_named(
@@ -202,6 +208,7 @@ def test_what_is_missing_in_a_cache_is_named(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_with_a_list_of_files_but_not_all_of_them_says_which_stay(client: Run, tmp_path: Path) -> None:
     source = save_small(tmp_path / "src")
     add(source, ("LICENSE",))
@@ -218,6 +225,7 @@ def test_a_cache_with_a_list_of_files_but_not_all_of_them_says_which_stay(client
     assert looked.returncode == 1 and "model.safetensors" in looked.stderr and "HF_HUB_OFFLINE" in looked.stderr
 
 
+@pytest.mark.slow
 def test_headers_on_the_hub_are_those_of_the_files_that_would_be_downloaded(tmp_path: Path, client: Run) -> None:
     source = save_small(tmp_path / "src", 2)
     add(source, ("consolidated.safetensors", "pytorch_model.bin"))

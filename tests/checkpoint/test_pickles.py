@@ -116,6 +116,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path, str]:
     return source, tmp_path / "mqa", str(corpus(tmp_path / "text.txt"))
 
 
+@pytest.mark.slow
 def test_a_pickled_source_is_baseline_teacher_and_student_with_permission(
     pair: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,7 @@ def test_an_index_can_only_name_files_beside_it(name: Any, tmp_path: Path) -> No
         open_checkpoint(path)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=30))
 def test_accepted_shard_names_stay_inside_the_folder(name: str) -> None:
     try:

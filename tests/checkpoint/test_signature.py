@@ -175,6 +175,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], push.Prepared]:
     return lambda folder: push.prepare(folder, "me/demo", license="apache-2.0", dry=True)
 
 
+@pytest.mark.slow
 def test_push_takes_the_signature_along_and_refuses_a_stale_one(
     signed: Path, made: Path, keys: Path, prepare: Callable[[Path], push.Prepared]
 ) -> None:

@@ -225,6 +225,7 @@ def test_transformers_order_is_ours() -> None:
         assert find_weights(set(names[first:]), {}, "x", True).file == names[first]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("put", ["a stale index and its shards", "a shard in a subfolder"])
 def test_headers_on_the_hub_are_of_the_same_files(
     put: str, save_tiny: Save, uptrain_against: Callable[..., Any]

@@ -30,6 +30,7 @@ def test_recipes_are_listed_shown_and_copied(
     assert capsys.readouterr().out.strip() == (tmp_path / "gqa-uptrain.yaml").read_text().strip()
 
 
+@pytest.mark.slow
 def test_train_then_eval_on_ones_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = checkpoint(tmp_path / "model", **NO_DROPOUT)
     text = str(corpus(tmp_path / "text.txt"))
@@ -61,6 +62,7 @@ def test_a_log_file_gets_a_line_at_every_tenth_and_nothing_else(
     assert [line.partition(":")[0] for line in lines] == [f"Step {step} of 20" for step in told]
 
 
+@pytest.mark.slow
 def test_plot_draws_the_run_and_belongs_to_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 

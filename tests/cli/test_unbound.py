@@ -96,6 +96,7 @@ def test_an_unfinished_conversion_says_what_it_is_of(join: bool, here: Path) -> 
         convert(str(source), here / "out", MQA, join=join)
 
 
+@pytest.mark.slow
 def test_a_calibrated_layer_is_work_that_binds(here: Path) -> None:
     settings: dict[str, Any] = {"method": "calibrated", "calibration_tokens": 2048, "repair_steps": 0}
 
@@ -131,6 +132,7 @@ def recipe(here: Path) -> Callable[..., Any]:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "typo",
     [{"data": ["txet.txt"]}, {"block_size": 4096}, {"held_out": ["txet.txt"]}, {"distill": {"teacher": "./nobody"}}],
@@ -154,6 +156,7 @@ def test_a_run_without_a_checkpoint_binds_nobody(recipe: Callable[..., Any], her
     assert done is not None and done.resumed_from == 0
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_says_how_its_recipe_differs(recipe: Callable[..., Any], here: Path) -> None:
     def killed(step: Any) -> None:
         if step.step == 2:
@@ -169,6 +172,7 @@ def test_an_unfinished_run_says_how_its_recipe_differs(recipe: Callable[..., Any
     assert done is not None and done.resumed_from == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "typo", [["--text", "txet.txt"], ["--calibrate", "txet.txt"], ["--text", "empty.txt"], ["--stride", "999999"]]
 )
@@ -185,6 +189,7 @@ def test_a_typo_in_a_sweep_binds_nobody(typo: list[str], here: Path) -> None:
     assert run(again) == 0, sys.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("right", [False, True])
 def test_training_deletes_no_folder_that_somebody_else_made(

@@ -185,6 +185,7 @@ def parts_of(value: Any) -> list[Any]:
     return [part for part in (vars(value).values() if hasattr(value, "__dict__") else [value]) if part is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_layers_made_earlier_are_run_and_not_made_again(tmp_path, model_type):
     as_if_all_were_made(*opened(save(tmp_path, model_type), 2), replace(QUICK, repair_steps=3))

@@ -61,6 +61,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "shape"), SHAPES)
 def test_layers_made_earlier_are_run_and_not_made_again(tmp_path, model_type, shape):
     as_if_all_were_made(*prepared(tmp_path, model_type, shape), replace(QUICK, repair_steps=3))

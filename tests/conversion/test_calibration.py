@@ -22,7 +22,7 @@ from uptrain.checkpoint.source import DEMO
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 
 SHORT: dict[str, Any] = {"calibration_tokens": 2048, "repair_steps": 0}
 
@@ -44,6 +44,7 @@ def stage(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_it_is_closer_than_svd_and_says_what_it_did() -> None:
     calibrated = mqa("calibrated")
     convert("demo", "svd", Request("mqa", method="svd"))
@@ -59,6 +60,7 @@ def test_it_is_closer_than_svd_and_says_what_it_did() -> None:
     assert not Path("calibrated.uptrain-calibration").exists()
 
 
+@pytest.mark.slow
 def test_twice_gives_the_same_logits_and_files_for_activations_change_nothing() -> None:
     one, two = mqa("one"), mqa("two", memory=1)
     assert stage(one)["calibration"]["text"] == stage(two)["calibration"]["text"]
@@ -67,6 +69,7 @@ def test_twice_gives_the_same_logits_and_files_for_activations_change_nothing() 
         torch.testing.assert_close(load(one)(tokens).logits, load(two)(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory", "told"), [(1, True), (2**40, False)])
 def test_it_says_when_one_layer_alone_takes_more_than_it_may_hold(memory: int, told: bool) -> None:
     notes: list[str] = []
@@ -75,6 +78,7 @@ def test_it_says_when_one_layer_alone_takes_more_than_it_may_hold(memory: int, t
     assert any("more than the 1 B of --memory" in note for note in notes) == told
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's peak")
 def test_what_it_says_it_will_hold_is_what_it_holds() -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 1, "vocab_size": 4096}
@@ -101,6 +105,7 @@ def test_as_many_groups_as_heads_is_the_source() -> None:
     assert all(torch.equal(source[name], same[name]) for name in source)
 
 
+@pytest.mark.slow
 def test_a_finished_calibration_is_not_repeated_when_writing_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
         raise RuntimeError("cut off")
@@ -132,6 +137,7 @@ def test_text_that_will_not_do_is_one_sentence(content: bytes, says: str, capsys
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_another_script_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").write_text("漢字仮名交じり文を書く。" * 400, encoding="utf-8")
     arguments = ["--calibrate", "text.txt", "--calibration-tokens", "2048", "--repair-steps", "0", "--json"]

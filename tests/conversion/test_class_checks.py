@@ -29,7 +29,7 @@ from uptrain.conversion.plan import planner
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.models import class_keys
 from uptrain.models.class_fit import Fit
 from uptrain.models.loading import load_model
@@ -136,6 +136,7 @@ def test_nothing_is_written_where_a_weight_is_missing(save_tiny: Save, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["transformer.ln_f.weight", "transformer.h.1.mlp.c_proj.bias"])
 def test_eval_and_train_refuse_what_lacks_a_weight(missing: str, tmp_path: Path) -> None:
     whole, source = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "src")
@@ -197,6 +198,7 @@ def question(folder: Path) -> weights.Question:
     return weights.Question(found.config, {name: info.shape for name, info in found.tensors.items()})
 
 
+@pytest.mark.slow
 def test_a_child_process_answers_as_this_one_does(save_tiny: Save) -> None:
     whole = question(save_tiny("gemma2"))
     cut = weights.Question(whole.config, {**whole.shapes, "model.norm.weight": (7,)})

@@ -165,6 +165,7 @@ def test_a_bin_checkpoint_converts_like_its_safetensors(save_tiny: Save, tmp_pat
     assert safe.keys() == pickled.keys() and all(torch.equal(safe[name], pickled[name]) for name in safe)
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_hold_the_model(tmp_path: Path) -> None:
     """200 MB of weights in 8 shards pass through a process that grows by far less."""
     source = tmp_path / "src"

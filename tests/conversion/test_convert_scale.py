@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import convert_scale
 from benchmarks.convert_scale import Shape, make_sparse
 
@@ -21,6 +23,7 @@ def peak(folder: Path, layers: int) -> int:
     return int(found["peak_rss_bytes"])
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     few, many = peak(tmp_path / "few", 12), peak(tmp_path / "many", 72)
     assert many - few < 3 * LAYER

@@ -26,13 +26,13 @@ from uptrain.checkpoint.reader import read_config
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES
 from uptrain.models.register import own_class, register
 from uptrain.models.targets import TARGET_CLASSES
 from uptrain.training.recipes import load as load_recipe
 from uptrain.training.trainer import train
-from uptrain.workflows.sweep.sweep import sweep
+from uptrain.workflows.sweeps.run import sweep
 
 EXACT = Request("mla", rope="longrope", kv_lora_rank=48, qk_rope_head_dim=48)
 SEQUENTIAL = {"use_parallel_residual": False}

@@ -20,7 +20,7 @@ from uptrain.checkpoint.manifest import read_manifest
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 
 Save = Callable[..., Path]
 
@@ -43,6 +43,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(TOKENS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "groups"),
     [(name, groups) for name, heads, groups in TARGETS if heads == 4 and name in DECODERS and name not in NORMED],
@@ -79,6 +80,7 @@ def test_the_same_command_twice_gives_the_same_bytes(save_tiny: Save, tmp_path: 
     assert one == two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "method"),
     [(name, "mean" if name in NORMED else "svd") for name in DECODERS if name not in (*FIXED, *UNGROUPED)]
@@ -147,6 +149,7 @@ def test_heads_with_a_norm_a_slope_or_a_gate_of_their_own_are_not_moved(model_ty
         plan_conversion(str(save_tiny(model_type)), Request("gqa", 2, grouping="similar"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [4, 1])
 def test_on_the_demo_it_stays_closer_than_mean_before_any_training(groups: int, tmp_path: Path) -> None:
     divergence = {}

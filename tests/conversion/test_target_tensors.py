@@ -49,6 +49,7 @@ def rewrite_config(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> N
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MOVED)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_tensor_of_the_stock_class_is_there_and_no_other(
@@ -64,6 +65,7 @@ def test_norms_and_linears_in_different_shards_still_meet(model_type: str, save_
     assert_pooled(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt_neox", SEQUENTIAL])
 def test_a_neox_config_from_before_transformers_5_keeps_its_rotation(
     model_type: str, save_tiny: Save, tmp_path: Path
@@ -83,6 +85,7 @@ def test_scaled_rotations_carry_over(save_tiny: Save, tmp_path: Path) -> None:
     assert_pooled(save_tiny("gpt_neox", rope_parameters=scaled), tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -99,6 +102,7 @@ def test_settings_keep_their_meaning_under_the_target_s_names(
     assert_pooled(save_tiny(model_type, **changes), tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MOVED)
 def test_what_an_old_config_leaves_out_is_the_source_class_own_default(
     model_type: str, save_tiny: Save, tmp_path: Path
@@ -123,6 +127,7 @@ def test_a_neox_checkpoint_of_the_hub_s_form(save_tiny: Save, tmp_path: Path) ->
     assert_pooled(source, tmp_path / "out", groups=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MOVED)
 def test_bfloat16_stays_bfloat16_and_near(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
     source = save_tiny(model_type, dtype=torch.bfloat16)
@@ -191,6 +196,7 @@ def test_a_missing_norm_is_named(save_tiny: Save) -> None:
         plan_conversion(str(source), request(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MOVED)
 def test_calibrated_heads_land_in_the_target_too(model_type: str, tmp_path: Path) -> None:
     """Heads that are one in disguise are found on text as well, and give the source's logits back."""

@@ -135,6 +135,7 @@ def test_a_position_in_another_mixture_is_refused() -> None:
         mixture([1, 2], 0).load_state_dict(mixture([1, 1], 0).state_dict())
 
 
+@pytest.mark.slow
 def test_a_mixed_run_that_was_cut_off_and_lost_its_cache_ends_at_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_both_ways_to_say_it_at_once_are_refused(here: Path) -> None:
     assert run(["eval", "mqa", "--baseline", "source", "--no-baseline"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["other weights", "the result itself"])
 def test_what_is_not_the_source_any_more_is_no_teacher(
     how: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from tests.corpus import checkpoint, corpus
 from uptrain.checkpoint.manifest import verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.cli.app import run
-from uptrain.evaluation.tasks import TaskFigure
+from uptrain.evaluation.tasks import TaskMetric
 from uptrain.publishing.hub.figures import read_figures
 
 DOCS = Path(__file__).parents[2] / "docs/evaluation.md"
@@ -53,7 +53,7 @@ def test_every_key_is_documented_and_every_documented_key_is_there(
     assert keys_of(whole) == set(found)
     assert keys_of(each) == set(found["model"]) == set(found["baseline"])
     assert all(keys_of(rows) == set(row) for row in found["rows"])
-    assert keys_of(tasks) == {field.name for field in fields(TaskFigure)} | {"run"}
+    assert keys_of(tasks) == {field.name for field in fields(TaskMetric)} | {"run"}
     assert len(found["runs"]) == 1 and keys_of(runs) == set(found["runs"][0])
     assert len(found["needle"]) == 5 and all(keys_of(needle) == set(cell) for cell in found["needle"])
     assert len(found["samples"]) == 4 and all(keys_of(samples) == set(each) for each in found["samples"])

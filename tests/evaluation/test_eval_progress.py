@@ -12,8 +12,8 @@ import pytest
 from tests.corpus import checkpoint, corpus
 from uptrain.cli import console
 from uptrain.data.sources import Files
-from uptrain.evaluation.evaluate import evaluate
-from uptrain.evaluation.needle import Needles
+from uptrain.evaluation import evaluate
+from uptrain.evaluation.needle import NeedleSettings
 
 
 @pytest.mark.parametrize("stride", [None, 16])
@@ -23,7 +23,7 @@ def test_each_part_counts_up_to_all_of_it(tmp_path: Path, stride: int | None) ->
     seen: list[tuple[str, int, int]] = []
     found = evaluate(
         folder, folder, texts, context=[16, 32], stride=stride, tokens=100, speed_context=[8, 20], speed_batch=2,
-        decode_tokens=2, repeats=1, needle=Needles((120,), (0.0, 1.0), 2), samples=1, sample_tokens=3,
+        decode_tokens=2, repeats=1, needle=NeedleSettings((120,), (0.0, 1.0), 2), samples=1, sample_tokens=3,
         on_progress=lambda *told: seen.append(told),
     )  # fmt: skip
     parts = {what: [told[1:] for told in each] for what, each in groupby(seen, key=lambda told: told[0])}

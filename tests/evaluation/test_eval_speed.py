@@ -15,8 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tests.corpus import checkpoint, corpus
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation import speed
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate, speed
 from uptrain.evaluation.speed import time_cell
 
 

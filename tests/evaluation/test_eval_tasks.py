@@ -16,8 +16,8 @@ import torch
 from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
-from uptrain.evaluation.evaluate import evaluate as run_eval
-from uptrain.evaluation.tasks import Tasks
+from uptrain.evaluation.run import evaluate as run_eval
+from uptrain.evaluation.tasks import TaskSettings
 from uptrain.models import loading
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs uptrain[eval]")
@@ -118,7 +118,7 @@ def test_two_local_tasks_give_what_transformers_gives(
 @needs_harness
 def test_every_answer_is_counted(folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    tasks = Tasks((str(folder / "choosing.yaml"), str(folder / "going_on.yaml")), limit=3)
+    tasks = TaskSettings((str(folder / "choosing.yaml"), str(folder / "going_on.yaml")), limit=3)
     text = Files(files=str(folder / "text.txt"))
     run_eval("demo", "demo", [text], context=32, tokens=40, repeats=0, tasks=tasks,
              on_progress=lambda *told: seen.append(told))  # fmt: skip

@@ -18,8 +18,8 @@ from tests.corpus import checkpoint, corpus, tokenizer
 from uptrain.architectures.attention import AttentionSpec, cache_bytes_per_token
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation.evaluate import Evaluation, evaluate, windows
 from uptrain.evaluation.intervals import interval
+from uptrain.evaluation.run import Evaluation, evaluate, windows
 from uptrain.models.register import register
 
 

@@ -177,6 +177,7 @@ def test_the_report_says_that_other_weights_were_measured(here: Path) -> None:
     assert subject.evaluation is None
 
 
+@pytest.mark.slow
 def test_a_card_has_nothing_of_other_weights(here: Path) -> None:
     measure(here, "--no-speed")
     prepared = prepare(here / "mqa", "me/small", license="mit", dry=True)
@@ -188,6 +189,7 @@ def test_a_card_has_nothing_of_other_weights(here: Path) -> None:
     assert any("other weights" in note for note in prepared.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [None, "none", {"speed_contexts": 3}])
 def test_what_another_hand_has_broken_costs_no_measurement(settings: Any, here: Path) -> None:
     found = measure(here, "--speed-context", "8")

@@ -18,7 +18,7 @@ from tests.oracle import pool_model
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation.evaluate import Evaluation, evaluate, windows
+from uptrain.evaluation.run import Evaluation, evaluate, windows
 
 SEQ2SEQ = {"initializer_factor": 1.0, "decoder_start_token_id": 0}
 

@@ -142,6 +142,7 @@ def test_killed_at_any_boundary(overwrite: bool, join: bool, world: World) -> No
             world.check_ends_well(overwrite)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overwrite", "error", "says", "join"),
     [

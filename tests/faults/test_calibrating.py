@@ -96,6 +96,7 @@ def world(tmp_path: Path, request: pytest.FixtureRequest) -> World:
     return World(tmp_path, request.param)
 
 
+@pytest.mark.slow
 def test_killed_at_any_boundary(world: World) -> None:
     """A latent's files are written as those of heads are, so of its layers one will do."""
     boundaries = world.boundaries()
@@ -112,6 +113,7 @@ def middle(boundaries: list[tuple[int, Call]]) -> list[tuple[int, Call]]:
     return boundaries[third : 2 * third + 1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_a_layer_is_kept(tmp_path: Path) -> None:
     world = World(tmp_path, "heads")
     for number, _ in middle(world.boundaries()):
@@ -125,6 +127,7 @@ def cut_off(world: World, layers: int, memory: int = 2**40) -> None:
     world.disturbed(killed_at(notes[layers - 1] + 1), Killed, memory)
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_used_and_cleared(world: World) -> None:
     """Its activations lie in files, whose order of calls is another; the next run has memory for them."""
     made = 0
@@ -147,6 +150,7 @@ def test_what_a_killed_run_left_is_used_and_cleared(world: World) -> None:
     assert notes == [f"Going on after 2 of {LAYERS} layers, which an earlier run calibrated."]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "gone", "notes gone", "notes cut", "notes of another form"])
 def test_damaged_layers_are_made_again(damage: str, world: World) -> None:
     cut_off(world, 2)
@@ -165,6 +169,7 @@ def test_damaged_layers_are_made_again(damage: str, world: World) -> None:
     world.check_ends_well({LAYERS if "notes" in damage else LAYERS - 1})
 
 
+@pytest.mark.slow
 def test_another_text_starts_over(world: World) -> None:
     cut_off(world, 2)
     old = world.text.read_text(encoding="utf-8")
@@ -177,6 +182,7 @@ def test_another_text_starts_over(world: World) -> None:
     world.check_ends_well({LAYERS})
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_similar_name_is_left_alone(world: World) -> None:
     world.fresh()
     mine = world.out.with_name("out.calibration")

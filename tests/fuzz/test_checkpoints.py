@@ -79,6 +79,7 @@ def converted(place: Path, request: Request) -> Path | None:
     return out
 
 
+@pytest.mark.slow
 @given(config=as_json(damaged(RICH, KEYS) | damaged(CONFIG, KEYS, 1)), request_=st.sampled_from(REQUESTS))
 @inputs(350)
 @example(config=b'{"model_type": ["llama"]}', request_=Request())  # was a TypeError
@@ -165,6 +166,7 @@ KEYS_OF_ONE = "model.layers.1.self_attn.k_proj.weight"
 POOLED = [request for request in REQUESTS if request.target != "mla" and request.method != "svd"]
 
 
+@pytest.mark.slow
 @given(tensors=strange(), request_=st.sampled_from(POOLED))
 @inputs(120)
 @example(tensors={**TENSORS, KEYS_OF_ONE: np.full((8, 8), 1e38, np.float32)}, request_=Request("mqa"))
@@ -187,6 +189,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @inputs(150)
 def test_a_manifest_says_anything(data: st.DataObject, result: Path) -> None:
@@ -218,6 +221,7 @@ def test_manifests_that_once_were_not_refused(manifest: str, tmp_path: Path) -> 
     assert attempt(verify, tmp_path)[1]
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @inputs(150)
 def test_an_unfinished_run_says_anything(data: st.DataObject, result: Path) -> None:

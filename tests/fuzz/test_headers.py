@@ -121,6 +121,7 @@ maps = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(index=as_json(damaged(INDEX, ("weight_map",)) | maps.map(lambda weight_map: {"weight_map": weight_map})))
 @inputs(350)
 @example(index=b'{"weight_map": {"a": "one.safetensors", "b": "' + b"x" * 300 + b'.safetensors"}}')

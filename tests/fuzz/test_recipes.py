@@ -30,6 +30,7 @@ PIECES = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.slow
 @given(text=st.lists(PIECES | st.text(max_size=5), max_size=8).map("".join))
 @inputs(150)
 @example(text="when: 2001-99-99")  # was a ValueError
@@ -48,6 +49,7 @@ def test_yaml_is_plain_values_or_refused(text: str, tmp_path: Path, monkeypatch:
     assert {entry.name for entry in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
+@pytest.mark.slow
 @given(changed=damaged(BASE, KEYS), where=st.sampled_from(KEYS), value=values)
 @inputs(200)
 @example(changed=BASE, where="data", value=["x" * 5000])

@@ -27,6 +27,7 @@ def downloaded(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments", "text"),
     [
@@ -45,6 +46,7 @@ def test_what_lies_where_a_user_stands_is_not_imported(
     assert not (downloaded.parent / "ran").exists()
 
 
+@pytest.mark.slow
 def test_converting_inside_a_downloaded_folder_runs_none_of_its_code(downloaded: Path) -> None:
     command = [sys.executable, "-P", "-m", "uptrain", "convert", "demo", "../out", "--to", "gqa", "--groups", "4"]
     paths = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

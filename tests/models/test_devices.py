@@ -24,15 +24,15 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation.evaluate import evaluate
-from uptrain.evaluation.needle import Needles
+from uptrain.evaluation import evaluate
+from uptrain.evaluation.needle import NeedleSettings
 from uptrain.models import devices
 from uptrain.training import recipes
 from uptrain.training.engine import seed_own
 from uptrain.training.losses import IGNORED, token_losses
 from uptrain.training.recipe import Distill
 from uptrain.training.trainer import train
-from uptrain.workflows.sweep.sweep import sweep
+from uptrain.workflows.sweeps.run import sweep
 
 training = importlib.import_module("uptrain.training.trainer")
 
@@ -255,8 +255,8 @@ def test_a_full_memory_ends_training_in_a_sentence_and_the_run_goes_on(
     [
         ("uptrain.evaluation.quality.predicted", {}, "--context"),
         ("uptrain.evaluation.samples.greedy", {"samples": 1, "sample_tokens": 4}, "--sample-tokens"),
-        ("uptrain.evaluation.evaluate.cache_bytes_per_token", {}, "--dtype"),
-        ("needle", {"needle": Needles((120,), (0.5,), 1)}, "--needle-lengths"),
+        ("uptrain.evaluation.run.cache_bytes_per_token", {}, "--dtype"),
+        ("needle", {"needle": NeedleSettings((120,), (0.5,), 1)}, "--needle-lengths"),
     ],
 )
 def test_a_full_memory_ends_each_part_of_eval_in_a_sentence(
@@ -355,6 +355,7 @@ def test_sums_have_one_order(top_k: int | None) -> None:
     assert not adds.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ends", ["whole", "failing"])
 def test_models_are_freed_when_training_ends_without_a_garbage_collection(

@@ -76,6 +76,7 @@ def test_padded_sources_and_both_kernels_agree_with_the_oracle(model_type: str, 
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "changes"), [("t5", GATED), ("umt5", {}), ("bart", {"tie_word_embeddings": False})]
 )
@@ -195,6 +196,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_converted_folders_load_without_uptrain(save_tiny: Save, tmp_path: Path) -> None:
     ids, wanted = torch.tensor([[5, 7, 11, 2]]), []
     for number, (model_type, changes) in enumerate(REMOTE_CODE):

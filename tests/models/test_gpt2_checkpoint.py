@@ -89,6 +89,7 @@ assert AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)(ids).
 """
 
 
+@pytest.mark.slow
 def test_a_saved_folder_carries_its_own_code(tmp_path: Path) -> None:
     model = grouped(2)
     model.save_pretrained(tmp_path / "saved")
@@ -122,6 +123,7 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [TRANSFORMERS_LATER, TRANSFORMERS_FIRST], ids=["later", "first"])
 def test_registration_works_whichever_is_imported_first(code: str, tmp_path: Path) -> None:
     grouped(2).save_pretrained(tmp_path / "saved")

@@ -24,6 +24,7 @@ print(type(model).__module__, out[0].tolist())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "trust", "module"),
     [

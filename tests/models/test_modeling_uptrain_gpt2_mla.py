@@ -169,6 +169,7 @@ def test_output_attentions_has_one_map_per_query_head() -> None:
     check.attention_maps_have_one_per_head(low_rank("eager"), HEADS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_saved_folder_carries_its_own_code(tied: bool, tmp_path: Path) -> None:
     model = low_rank(tie_word_embeddings=tied)

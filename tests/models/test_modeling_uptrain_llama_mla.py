@@ -276,6 +276,7 @@ def test_output_attentions_has_one_map_per_query_head(mode: str) -> None:
     check.attention_maps_have_one_per_head(narrow(mode, "eager"), HEADS)
 
 
+@pytest.mark.slow
 @both_modes
 def test_a_saved_folder_carries_its_own_code(mode: str, tmp_path: Path) -> None:
     check.loads_in_a_process_without_uptrain(narrow(mode), tmp_path)

@@ -111,6 +111,7 @@ assert AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)(ids).
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", OWN)
 def test_a_converted_folder_loads_without_uptrain(model_type: str, save_tiny: Save, tmp_path: Path) -> None:
     convert(str(save_tiny(model_type)), tmp_path / "out", request(2))

@@ -230,6 +230,7 @@ def on_two_machines(folder: str, at: Path, requests: str, units: Mapping[str, st
     assert there.returncode == 0
 
 
+@pytest.mark.slow
 def test_threads_change_no_byte(tmp_path: Path) -> None:
     """Against a process of four threads, on layers large enough for their sums to be shared out among them."""
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
@@ -239,6 +240,7 @@ def test_threads_change_no_byte(tmp_path: Path) -> None:
         assert digests(tmp_path / f"here-{name}") == digests(tmp_path / f"there-{name}"), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", ["avx2", "default"])
 def test_torchs_vector_units_change_no_byte(units: str, tmp_path: Path) -> None:
     """As models are stored; on a processor with AVX-512, "avx2" leaves that out and "default" all."""
@@ -249,6 +251,7 @@ def test_torchs_vector_units_change_no_byte(units: str, tmp_path: Path) -> None:
         assert digests(tmp_path / f"here-{name}") == digests(tmp_path / f"there-{name}"), name
 
 
+@pytest.mark.slow
 def test_other_linear_algebra_changes_no_byte_of_pooled_weights(tmp_path: Path) -> None:
     """Against a process where MKL too uses no vector units; factored weights may round otherwise."""
     sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
@@ -263,6 +266,7 @@ def test_other_linear_algebra_changes_no_byte_of_pooled_weights(tmp_path: Path) 
             torch.testing.assert_close(tensor, found[key], rtol=1e-3, atol=1e-5 * float(tensor.abs().max()) + 1e-12)
 
 
+@pytest.mark.slow
 def test_threads_and_vector_units_change_what_calibrated_weights_compute_by_a_rounding(tmp_path: Path) -> None:
     """Their factors may differ, for many are right; what the model says of text it was not calibrated on may not."""
     sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}

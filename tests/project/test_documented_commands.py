@@ -31,6 +31,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", documents())
 def test_what_a_document_tells_to_type(document: str, here: Path) -> None:
     for words in commands(ROOT / document):

@@ -49,6 +49,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden", "refused"),
     [

@@ -61,6 +61,7 @@ def test_spectra_are_the_stack_s_singular_values(heads: int) -> None:
     assert energy_numpy.spectrum(rows) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 def test_inspect_draws_a_picture(
     family: str, save_tiny: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -83,6 +84,7 @@ def test_what_cannot_be_drawn_is_refused(save_tiny: Save, tmp_path: Path, capsys
     assert not (tmp_path / "heads.png").exists()
 
 
+@pytest.mark.slow
 def test_neither_inspect_nor_its_picture_loads_torch(save_tiny: Save, tmp_path: Path) -> None:
     source = save_tiny("llama")
     for options in ([], ["--plot", str(tmp_path / "heads.png")]):

@@ -18,11 +18,11 @@ from uptrain.checkpoint.reader import read_config
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError
-from uptrain.evaluation.evaluate import Evaluation, Measured
 from uptrain.evaluation.needle import NeedleCell
-from uptrain.evaluation.quality import Row
+from uptrain.evaluation.quality import QualityRow
+from uptrain.evaluation.run import Evaluation, ModelMetrics
 from uptrain.evaluation.speed import SpeedCell
-from uptrain.evaluation.tasks import TaskFigure
+from uptrain.evaluation.tasks import TaskMetric
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.figures import read_figures
 from uptrain.publishing.hub.licence import Licence, read_card
@@ -42,8 +42,8 @@ def text_of(folder: Path, base: str | None = None, **changes: Any) -> str:
 
 
 def evaluation(**changes: Any) -> Evaluation:
-    ours = Measured("/home/me/small", 12.3456789, 1.5, 2048, 1000.0, 100.0)
-    theirs = Measured("/home/me/large", 11.25, 1.4, 4096, 990.0, 80.0)
+    ours = ModelMetrics("/home/me/small", 12.3456789, 1.5, 2048, 1000.0, 100.0)
+    theirs = ModelMetrics("/home/me/large", 11.25, 1.4, 4096, 990.0, 80.0)
     values = {"kl": 0.0123, "top1_agreement": 0.9, "tokens": 4000, "context": 512, "stride": 256, "speed_context": 64,
               "speed_dtype": "float32"}  # fmt: skip
     return Evaluation(ours, theirs, **{**values, "dtype": "float32", "device": "cpu", **changes})
@@ -74,7 +74,7 @@ def test_measurements_stand_in_the_table_and_in_the_metadata(tmp_path: Path) -> 
 def test_contexts_tasks_retrieval_and_speeds_are_told_where_they_were_measured(tmp_path: Path) -> None:
     folder = convert("demo", tmp_path / "out", Request("gqa", 2)).out
     rows = [
-        Row("a|b.txt", context, context // 2, 100, 3, 12.5, 10.0, 1.5, kl=0.25, top1_agreement=0.5)
+        QualityRow("a|b.txt", context, context // 2, 100, 3, 12.5, 10.0, 1.5, kl=0.25, top1_agreement=0.5)
         for context in (256, 512)
     ]
     speeds = [
@@ -82,8 +82,8 @@ def test_contexts_tasks_retrieval_and_speeds_are_told_where_they_were_measured(t
         for context in (64, 512)
     ]
     tasks = [
-        TaskFigure("piqa", "acc", "none", True, 1838, 0.6125, 0.0114, 0.6834, 0.0109, (-0.09, -0.05)),
-        TaskFigure("gsm8k", "exact_match", "strict-match", True, 10, 0.25, None, 0.5, None),
+        TaskMetric("piqa", "acc", "none", True, 1838, 0.6125, 0.0114, 0.6834, 0.0109, (-0.09, -0.05)),
+        TaskMetric("gsm8k", "exact_match", "strict-match", True, 10, 0.25, None, 0.5, None),
     ]
     cells = [NeedleCell(512, 0.5, 10, 0.75, (0.5, 0.9), -1.5, None, 1.0, (0.8, 1.0), -0.25)]
     found = evaluation(rows=tuple(rows), speeds=tuple(speeds), tasks=tuple(tasks), needle=tuple(cells))

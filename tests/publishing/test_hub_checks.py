@@ -33,6 +33,7 @@ def remade(folder: Path) -> None:
     append_stage(folder, folder, {"stage": "edit"})
 
 
+@pytest.mark.slow
 def test_a_converted_folder_passes_and_all_its_weights_are_looked_at(folder: Path) -> None:
     seen: list[int] = []
     checkpoint, manifest = check_folder(folder, seen.append)
@@ -55,6 +56,7 @@ def test_a_missing_file_is_a_mismatch(folder: Path, name: str) -> None:
         check_folder(folder)
 
 
+@pytest.mark.slow
 def test_a_folder_whose_manifest_never_had_a_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     remade(folder)
@@ -62,6 +64,7 @@ def test_a_folder_whose_manifest_never_had_a_tokenizer_is_refused(folder: Path) 
         check_folder(folder)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_load_or_knows_no_word_is_refused(folder: Path) -> None:
     whole = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(whole[:2000])
@@ -75,6 +78,7 @@ def test_a_tokenizer_that_does_not_load_or_knows_no_word_is_refused(folder: Path
         check_folder(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer_config.json", "preprocessor_config.json"])
 def test_code_that_a_tokenizer_or_processor_names_must_be_there_and_is_not_run(kind: str, folder: Path) -> None:
     auto = "AutoTokenizer" if kind == "tokenizer_config.json" else "AutoProcessor"
@@ -129,6 +133,7 @@ def test_folders_that_uptrain_did_not_write_are_refused(folder: Path, tmp_path: 
         check_folder(folder)
 
 
+@pytest.mark.slow
 def test_nan_in_a_folder_is_refused_with_the_tensor_named(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     name = sorted(tensors)[3]

@@ -92,6 +92,7 @@ def python(code: str, environment: dict[str, str], cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_from_hub_to_hub_and_back(hub: tuple[str, Hub], run: Run, environment: dict[str, str], tmp_path: Path) -> None:
     """Converted by id, pushed, loaded by stock classes with the same logits, and converted again by id."""
     source = checkpoint(tmp_path / "source", "llama")
@@ -129,6 +130,7 @@ def test_from_hub_to_hub_and_back(hub: tuple[str, Hub], run: Run, environment: d
     assert (again["base_model"], again["license"]) == ("me/half", "mit")
 
 
+@pytest.mark.slow
 def test_what_arrives_verifies_and_the_card_s_own_words_load_it(
     hub: tuple[str, Hub], run: Run, environment: dict[str, str], demo: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_what_arrives_verifies_and_the_card_s_own_words_load_it(
     assert python(blocked + snippet, environment, tmp_path).startswith("The")
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_card_and_files_and_sends_nothing(hub: tuple[str, Hub], run: Run, demo: Path) -> None:
     (demo / "notes.txt").write_text("mine")
     done = run("push", "demo-gqa4", "me/demo", "--dry-run")
@@ -155,6 +158,7 @@ def test_a_dry_run_shows_card_and_files_and_sends_nothing(hub: tuple[str, Hub], 
     assert run("push", "demo-gqa4", "me/demo", "--dry-run", HF_HUB_OFFLINE="1").stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_what_the_history_names_is_asked_about_and_said(hub: tuple[str, Hub], run: Run, demo: Path) -> None:
     manifest = json.loads((demo / "uptrain.json").read_text())
     source = {"name": "org/base", "origin": "hub", "revision": "c0ffee", "files": {}}
@@ -175,6 +179,7 @@ def test_what_the_history_names_is_asked_about_and_said(hub: tuple[str, Hub], ru
     assert "uptrain convert org/base ./demo-step1 --to gqa --groups 4 --method mean --revision c0ffee" in text
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_refused(refused: Callable[..., str], demo: Path) -> None:
     path = demo / "model.safetensors"
     whole = path.read_bytes()
@@ -197,6 +202,7 @@ def test_a_damaged_folder_is_refused(refused: Callable[..., str], demo: Path) ->
     assert "uptrain.json has a history with parts missing" in refused("demo-gqa4", "me/demo", code=1)
 
 
+@pytest.mark.slow
 def test_terms_that_are_missing_or_closed_are_refused(
     hub: tuple[str, Hub], refused: Callable[..., str], run: Run, tmp_path: Path
 ) -> None:
@@ -214,6 +220,7 @@ def test_terms_that_are_missing_or_closed_are_refused(
     assert (card["base_model"], card["license"]) == ("org/closed", "mit")
 
 
+@pytest.mark.slow
 def test_tokens_and_rights(hub: tuple[str, Hub], refused: Callable[..., str], demo: Path) -> None:
     says = refused("demo-gqa4", "me/demo", code=1, HF_TOKEN="hf_wrong_and_secret")
     assert "does not accept the token" in says and "hf auth login" in says
@@ -225,6 +232,7 @@ def test_tokens_and_rights(hub: tuple[str, Hub], refused: Callable[..., str], de
     assert "no rights for Bearer ***" in refused("demo-gqa4", "me/demo", code=1)
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_or_is_not_there(hub: tuple[str, Hub], refused: Callable[..., str], demo: Path) -> None:
     hub[1].failures.append(("POST", "create", 503, "down for repair"))
     says = refused("demo-gqa4", "me/demo", code=1)
@@ -233,6 +241,7 @@ def test_a_server_that_fails_or_is_not_there(hub: tuple[str, Hub], refused: Call
     assert "127.0.0.1:9 can't be reached" in says and "HF_ENDPOINT" in says
 
 
+@pytest.mark.slow
 def test_what_has_arrived_is_not_sent_twice(hub: tuple[str, Hub], run: Run, demo: Path) -> None:
     hub[1].failures.append(("POST", "/commit/", 500, ""))
     assert run("push", "demo-gqa4", "me/demo").returncode == 1
@@ -247,6 +256,7 @@ def test_what_has_arrived_is_not_sent_twice(hub: tuple[str, Hub], run: Run, demo
     assert len(hub[1].repositories["me/demo"].commits) == 2, "pushing the same again makes no commit"
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(hub: tuple[str, Hub], environment: dict[str, str], demo: Path) -> None:
     hub[1].storage_open.clear()
     running = subprocess.Popen(
@@ -269,6 +279,7 @@ def test_the_same_from_python(hub: tuple[str, Hub], environment: dict[str, str],
     assert said.strip() == hub[1].repositories["me/demo"].branches["main"] and hub[1].repositories["me/demo"].private
 
 
+@pytest.mark.slow
 def test_looking_needs_no_torch(environment: dict[str, str], demo: Path) -> None:
     script = (
         "import sys; from uptrain.cli.app import run; code = run(['push', 'demo-gqa4', 'me/demo', '--dry-run'])\n"
@@ -277,6 +288,7 @@ def test_looking_needs_no_torch(environment: dict[str, str], demo: Path) -> None
     python(script, environment, demo.parent)
 
 
+@pytest.mark.slow
 def test_private_stays_private(hub: tuple[str, Hub], run: Run, demo: Path) -> None:
     assert run("push", "demo-gqa4", "me/demo", "--private").returncode == 0
     assert hub[1].repositories["me/demo"].private
@@ -286,6 +298,7 @@ def test_private_stays_private(hub: tuple[str, Hub], run: Run, demo: Path) -> No
     assert hub[1].files("me/open") == {"x": b""}
 
 
+@pytest.mark.slow
 def test_branches_and_pull_requests_leave_main_alone(hub: tuple[str, Hub], run: Run, demo: Path) -> None:
     hub[1].add("org/theirs", {"README.md": b"theirs"})
     done = run("push", "demo-gqa4", "org/theirs", "--create-pr", "--json")
@@ -299,6 +312,7 @@ def test_branches_and_pull_requests_leave_main_alone(hub: tuple[str, Hub], run: 
     assert 'revision="v1"' in hub[1].files("me/demo", "v1")["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_weights_of_an_older_push_do_not_stay_beside_the_new(hub: tuple[str, Hub], run: Run, demo: Path) -> None:
     """transformers prefers model.safetensors to an index, so a left-over one would be loaded; an adapter on top."""
     hub[1].add("me/demo", {"uptrain.json.sig": b"of other weights", "adapter_config.json": b"{}"})
@@ -313,6 +327,7 @@ def test_weights_of_an_older_push_do_not_stay_beside_the_new(hub: tuple[str, Hub
     assert "model.safetensors" not in hub[1].files("me/demo")
 
 
+@pytest.mark.slow
 def test_the_author_s_own_readme_is_kept(hub: tuple[str, Hub], run: Run, demo: Path) -> None:
     (demo / "README.md").write_text("---\nlanguage: en\nlicense: mit\ntags: [mine]\n---\n# By hand\n\nRead me.\n")
     assert run("push", "demo-gqa4", "me/demo").returncode == 0

@@ -152,6 +152,7 @@ GRID: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tasks_retrieval_contexts_and_speeds_stand_on_the_page(
     converted: Path, page: Callable[..., tuple[Document, str]]
 ) -> None:
@@ -184,6 +185,7 @@ def test_tasks_retrieval_contexts_and_speeds_stand_on_the_page(
     assert any(says.startswith("Perplexity over the original") for says in pictures)
 
 
+@pytest.mark.slow
 def test_lists_of_another_shape_still_give_a_page(converted: Path, page: Callable[..., tuple[Document, str]]) -> None:
     odd = [{}, "x", {"task": None, "value": "a", "depth": [], "batch": {}, "context": 512, "decode_range": [1]}]
     broken = dict(zip(GRID, (odd, 7, odd, odd), strict=True))
@@ -193,6 +195,7 @@ def test_lists_of_another_shape_still_give_a_page(converted: Path, page: Callabl
     assert "against the context, by batch" not in text, "one context makes no line"
 
 
+@pytest.mark.slow
 def test_a_manifest_that_knows_no_head_similarity_gives_a_page_without(
     converted: Path, page: Callable[..., tuple[Document, str]]
 ) -> None:
@@ -206,6 +209,7 @@ def test_a_manifest_that_knows_no_head_similarity_gives_a_page_without(
         (converted / "uptrain.json").write_text(whole)
 
 
+@pytest.mark.slow
 def test_samples_stand_side_by_side_as_they_were_written(
     converted: Path, page: Callable[..., tuple[Document, str]]
 ) -> None:
@@ -219,6 +223,7 @@ def test_samples_stand_side_by_side_as_they_were_written(
     assert "Samples" not in page()[0].words
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_is_said_and_not_drawn(
     converted: Path, page: Callable[..., tuple[Document, str]]
 ) -> None:
@@ -232,6 +237,7 @@ def test_what_was_not_measured_is_said_and_not_drawn(
     assert document.tables[0][1][3:] == ["–"] * 5
 
 
+@pytest.mark.slow
 def test_a_browser_needs_nothing_but_the_file(converted: Path, page: Callable[..., tuple[Document, str]]) -> None:
     (converted / "eval.json").write_text(json.dumps({**EVALUATION, **GRID}))
     document, text = page()
@@ -248,6 +254,7 @@ def test_a_browser_needs_nothing_but_the_file(converted: Path, page: Callable[..
     assert "#1c2430" not in drawn and "var(--ink)" in drawn and "prefers-color-scheme" in text
 
 
+@pytest.mark.slow
 def test_a_request_s_memory_is_the_definition_s(page: Callable[..., tuple[Document, str]]) -> None:
     """Four heads of 12 dims in two layers of float32, keys and values; DeepSeek-V2: 4 heads' dims and half a head's."""
     document, _ = page()
@@ -260,6 +267,7 @@ def test_a_request_s_memory_is_the_definition_s(page: Callable[..., tuple[Docume
             assert float(count) * units[unit] == pytest.approx(values * 2 * 4 * tokens * 1024, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_several_are_compared_and_pictures_lie_beside_the_page(
     converted: Path, tmp_path: Path, page: Callable[..., tuple[Document, str]]
 ) -> None:

@@ -22,6 +22,7 @@ from uptrain.publishing.hub.subject import Subject
 TEXT = "the quick brown fox ✓ — ąę"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "request_"), [("gpt2", Request("gqa", 2)), ("gpt2", Request("mla", cache=0.5)),
                                                   ("bloom", Request("gqa", 2))])  # fmt: skip
 def test_the_tokenizer_of_a_card_loads_without_a_question(family: str, request_: Request, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def assert_alike(one: Path, other: Path) -> None:
         torch.testing.assert_close(after[name], tensor, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "precision"), [("ddp", "fp32"), ("fsdp2", "fp32"), ("fsdp2", "bf16")])
 def test_two_processes_learn_what_one_learns(recipe: Make, config: str, precision: str) -> None:
     alone = train(recipe("one", precision=precision))
@@ -100,6 +101,7 @@ def test_two_processes_learn_what_one_learns(recipe: Make, config: str, precisio
     torch.testing.assert_close(torch.tensor(losses(alone.out)), torch.tensor(losses(two.output)), atol=3e-2, rtol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["", "ddp"])
 def test_the_launch_lines_of_the_readme_train_on_two_processes_with_every_default(
     config: str, recipe: Make, tmp_path: Path
@@ -120,6 +122,7 @@ def test_the_launch_lines_of_the_readme_train_on_two_processes_with_every_defaul
     assert two["held_out_loss"] == pytest.approx(alone.held_out_loss, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_a_latent_is_sharded_and_written_whole(recipe: Make, tmp_path: Path) -> None:
     convert(str(tmp_path / "original"), tmp_path / "latent", Request("mla", kv_lora_rank=16, qk_rope_head_dim=6))
     values = {"model": str(tmp_path / "latent"), "learning_rate": 1e-3}
@@ -130,6 +133,7 @@ def test_a_latent_is_sharded_and_written_whole(recipe: Make, tmp_path: Path) -> 
     assert_alike(alone.out, two.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "fsdp"), [(2, 1, True), (1, 2, False)])
 def test_a_killed_run_goes_on_with_another_number_of_processes(
     recipe: Make, before: int, after: int, fsdp: bool

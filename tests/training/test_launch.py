@@ -86,6 +86,7 @@ def test_an_incomplete_launch_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
         launch.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ["", "false"])
 def test_a_variable_that_does_not_say_yes_trains_all_the_same(
     said: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +166,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_fails_on_all_exits_by_its_kind_on_all_and_is_said_once(recipe: Path) -> None:
     port = free_port()
     both = [start(rank, port, str(recipe), "batch_size=3") for rank in (0, 1)]
@@ -174,6 +176,7 @@ def test_what_fails_on_all_exits_by_its_kind_on_all_and_is_said_once(recipe: Pat
     assert "batch_size" not in said[1]
 
 
+@pytest.mark.slow
 def test_what_fails_on_another_alone_is_said_by_it_and_the_first_ends_too(recipe: Path, tmp_path: Path) -> None:
     port = free_port()
     first, other = start(0, port, str(recipe)), start(1, port, str(recipe))

@@ -58,6 +58,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, factor: float, calls: range) -> None:
     monkeypatch.setattr(Objective, "forward", forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "spike", "words"), [(float("nan"), None, "became nan"), (50.0, 3.0, "rose to")])
 def test_a_bad_step_is_left_out_and_named(
     recipe: Make, monkeypatch: pytest.MonkeyPatch, factor: float, spike: float | None, words: str, tmp_path: Path
@@ -88,6 +89,7 @@ def test_steps_that_all_go_wrong_stop_even_a_patient_run(recipe: Make, monkeypat
         train(recipe(on_bad_loss="skip"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = recipe(output=str(recipe().output) + "-whole")
     train(undisturbed)
@@ -113,6 +115,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(recipe: Make, monkeypatch:
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, keep: str) -> None:
     # Twenty sentences over and over: what is learnt by heart soon gets worse on others.
@@ -136,6 +139,7 @@ def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, ke
     assert (done.best_step is not None) == (keep == "best")
 
 
+@pytest.mark.slow
 def test_the_best_so_far_can_be_used_while_the_run_goes_on(recipe: Make, tmp_path: Path) -> None:
     seen: list[float] = []
 
@@ -152,6 +156,7 @@ def test_the_best_so_far_can_be_used_while_the_run_goes_on(recipe: Make, tmp_pat
     assert max(map(abs, seen)) < 1e-4
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_sequence(tmp_path: Path) -> None:
     """At a large vocabulary, logits of a whole batch would dwarf the model: peak memory must not depend on them."""
     code = """

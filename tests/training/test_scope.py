@@ -35,6 +35,7 @@ def recipe(tmp_path: Path) -> Callable[..., recipes.Recipe]:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "inside"), [("gpt2", "attn.c_"), ("llama", "self_attn.")])
 def test_attention_alone_moves(family: str, inside: str, recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
     checkpoint(tmp_path / "model", family, **(NO_DROPOUT if family == "gpt2" else {}))
@@ -55,6 +56,7 @@ def test_attention_may_have_a_rate_of_its_own(recipe: Callable[..., recipes.Reci
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
 def test_lora_trains_adapters_and_writes_a_plain_checkpoint(
     recipe: Callable[..., recipes.Recipe], tmp_path: Path, precision: str, tolerance: float
@@ -83,6 +85,7 @@ def test_lora_trains_adapters_and_writes_a_plain_checkpoint(
         assert abs(lm_loss(model, ids).item() - (done.held_out_loss or 0)) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "apart"), [("bloom", False), ("llama", True)])
 def test_a_class_that_ignores_positions_is_not_trusted_with_packed_documents(
     family: str, apart: bool, recipe: Callable[..., recipes.Recipe], tmp_path: Path

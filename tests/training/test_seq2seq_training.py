@@ -16,7 +16,7 @@ from uptrain.checkpoint.manifest import verify
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.training.batches import batch_of
 from uptrain.training.distillation import Objective
 from uptrain.training.recipe import Distill, Recipe
@@ -69,6 +69,7 @@ def test_divergence_and_hidden_distance_are_those_of_the_decoder() -> None:
     torch.testing.assert_close(sums[3], sum(far) / len(far), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_converted_model_learns_back_what_its_source_says(tmp_path: Path) -> None:
     text = corpus(tmp_path / "text.txt", 200)
     source = checkpoint(tmp_path / "source", "t5", **SEQ2SEQ, dropout_rate=0.0)
@@ -86,6 +87,7 @@ def test_a_converted_model_learns_back_what_its_source_says(tmp_path: Path) -> N
     assert model.config.num_key_value_heads == 1 and model.shared.weight is model.lm_head.weight
 
 
+@pytest.mark.slow
 def test_what_can_not_be_trained_is_refused_in_a_sentence(tmp_path: Path) -> None:
     text = corpus(tmp_path / "text.txt", 30)
     source = checkpoint(tmp_path / "source", "t5", **SEQ2SEQ)

@@ -19,6 +19,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.shipped())
 def test_two_steps_of_it_on_the_demo(name: str, tmp_path: Path) -> None:
     text = corpus(tmp_path / "text.txt", 150)

@@ -38,6 +38,7 @@ def test_measuring_and_calibrating_name_the_token(
     assert "70000" in said and "4096" in said and "Traceback" not in said and not out.exists()
 
 
+@pytest.mark.slow
 def test_training_names_the_token(strange: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = [f"model={strange}", f"output={tmp_path / 'up'}", "tokens=2048", "batch_size=1", "block_size=1024"]
     assert run(["train", "gqa-uptrain", *values, "data=[python-stdlib]", "distill=null"]) == 2

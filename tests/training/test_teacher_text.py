@@ -91,6 +91,7 @@ def split(ids: list[int], separator: int) -> list[list[int]]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("torn", [b"\x01", b"\x01\x00" * 50], ids=["half a token", "tokens"])
 def test_a_killed_run_ends_with_the_same_tokens_and_samples_no_batch_twice(

@@ -112,6 +112,7 @@ def test_it_is_the_textbook_loop(
         torch.testing.assert_close(actual, expected, atol=5e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "uptrain_gpt2"])
 def test_the_result_is_the_source_with_other_weights(
     recipe: Callable[..., recipes.Recipe], tmp_path: Path, model_type: str
@@ -149,6 +150,7 @@ def test_the_result_is_the_source_with_other_weights(
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.slow
 def test_a_new_model_learns_from_nothing(recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32}
     made = recipe(model=None, config=config, tokenizer={"vocab_size": 300}, steps=40, dtype="bfloat16",
@@ -178,6 +180,7 @@ def interrupt_at(number: int) -> Callable[[Step], None]:
     return on_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ctrl_c_saves_and_the_same_call_ends_at_the_same_bits(
     recipe: Callable[..., recipes.Recipe], tmp_path: Path, precision: str
@@ -204,6 +207,7 @@ def test_ctrl_c_saves_and_the_same_call_ends_at_the_same_bits(
     assert losses(made.output) == losses(undisturbed.output)
 
 
+@pytest.mark.slow
 def test_a_streamed_run_resumes_to_the_same_bits(recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     rows.mkdir()
@@ -229,6 +233,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_and_the_same_command_end_at_the_same_bits(
     recipe: Callable[..., recipes.Recipe], tmp_path: Path
 ) -> None:
@@ -251,6 +256,7 @@ def test_kill_9_at_random_moments_and_the_same_command_end_at_the_same_bits(
     assert same(made.output, undisturbed.output)
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_same_mathematics_as_one(recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
     held = {"held_out": [str(tmp_path / "held.txt")], "gradient_accumulation": 2}
     one = recipe(output=str(tmp_path / "one"), **held)
@@ -274,6 +280,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(recipe: Callable[...,
         train(recipe(learning_rate=1e38, warmup=0))
 
 
+@pytest.mark.slow
 def test_requests_that_cannot_be_carried_out(recipe: Callable[..., recipes.Recipe], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="64 positions"):
         train(recipe(block_size=65))
@@ -310,6 +317,7 @@ def test_held_out_text_is_scored_in_blocks_of_its_own_length(
     assert done.held_out_loss == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_latent_trains_without_its_norm_and_is_written_with_it(
     recipe: Callable[..., recipes.Recipe], tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from uptrain.checkpoint.source import DEMO
 from uptrain.data.stdlib_text import documents, is_held_out
 from uptrain.training import recipes
 from uptrain.training.trainer import Step
-from uptrain.workflows.demo.run import run
+from uptrain.workflows import run_demo
 
 
 def test_train_and_held_out_text_share_no_document() -> None:
@@ -40,17 +40,19 @@ def test_the_checkpoint_is_small_whole_and_made_by_its_recipe() -> None:
     assert (DEMO / "train_log.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_it_has_learnt_more_than_counting_or_compressing_gives() -> None:
     found = quality(tokens=16_384)
     assert found["model"] < 0.7 * found["unigram"]
     assert found["model"] < found["gzip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [20_480])
 def test_the_whole_way_ends_nearer_to_the_original_than_it_began(tmp_path: Path, tokens: int) -> None:
     stages: list[str] = []
     steps: list[Step] = []
-    found = run(tmp_path, stages.append, steps.append, tokens=4096, overrides=(f"tokens={tokens}",))
+    found = run_demo(tmp_path, stages.append, steps.append, tokens=4096, overrides=(f"tokens={tokens}",))
     assert len(stages) == 4
     assert len(steps) == recipes.load("demo-uptrain", [f"tokens={tokens}"]).total_steps
     assert found.converted.model.cache_bytes_per_token * 2 == found.original.cache_bytes_per_token

@@ -21,10 +21,10 @@ from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.sources import Files
-from uptrain.evaluation.evaluate import evaluate
+from uptrain.evaluation import evaluate
 from uptrain.evaluation.sweep_results import pareto
-from uptrain.workflows.sweep import runner
-from uptrain.workflows.sweep.targets import parse_target
+from uptrain.workflows.sweeps import trials as runner
+from uptrain.workflows.sweeps.targets import parse_target
 
 CONVERT = import_module("uptrain.conversion.run.convert")
 DOCS = Path(__file__).parents[2] / "docs/sweep.md"
@@ -144,6 +144,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["before measuring", "while converting"])
 def test_a_sweep_cut_off_ends_as_if_it_had_not_been(
     cut: str, here: Path, done: dict[str, Any], counted: dict[str, int], monkeypatch: pytest.MonkeyPatch
@@ -168,6 +169,7 @@ def test_a_sweep_cut_off_ends_as_if_it_had_not_been(
     assert plain(read(here / out)) == plain(done)
 
 
+@pytest.mark.slow
 def test_the_source_runs_once_where_memory_holds_it(here: Path, counted: dict[str, int]) -> None:
     layers, blocks = 2, 256 // 64
     calibrated = ("--methods", "calibrated", "--keep", "none")
@@ -179,6 +181,7 @@ def test_the_source_runs_once_where_memory_holds_it(here: Path, counted: dict[st
     assert plain(read(here / "apart"))["arms"] == plain(read(here / "shared"))["arms"]
 
 
+@pytest.mark.slow
 def test_only_what_is_to_stay_stays(here: Path) -> None:
     for keep, methods in (("best", "first,svd"), ("none", "first,svd")):
         assert run(command(here, keep, "--methods", methods, "--keep", keep)) == 0
@@ -223,6 +226,7 @@ def test_a_folder_elsewhere_is_never_deleted(here: Path, done: dict[str, Any], t
     assert (tmp_path / "mine").is_dir()
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew(here: Path) -> None:
     assert run(command(here, "anew", "--methods", "first")) == 0
     assert run(command(here, "anew", "--methods", "mean", "--tokens", "200", "--overwrite")) == 0
@@ -253,6 +257,7 @@ def test_every_key_is_documented_and_the_other_way_round(done: dict[str, Any]) -
     assert documented == [set(done), set(done["arms"][0])]
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_arm_and_why_others_are_not(here: Path, done: dict[str, Any], tmp_path: Path) -> None:
     assert run(["report", str(here / "done"), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()

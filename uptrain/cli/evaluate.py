@@ -13,15 +13,15 @@ from uptrain.cli.options import check_belongs, device_option, json_option, texts
 from uptrain.cli.types import Sizes
 from uptrain.errors import UsageError
 from uptrain.evaluation import tables
-from uptrain.evaluation.tables import Table
+from uptrain.evaluation.tables import MetricTable
 from uptrain.formatting import number, size
 
 if TYPE_CHECKING:
-    from uptrain.evaluation.evaluate import Evaluation, Measured
-    from uptrain.evaluation.needle import Needles
+    from uptrain.evaluation.needle import NeedleSettings
     from uptrain.evaluation.reference import Reference
+    from uptrain.evaluation.run import Evaluation, ModelMetrics
     from uptrain.evaluation.samples import Sample
-    from uptrain.evaluation.tasks import Tasks
+    from uptrain.evaluation.tasks import TaskSettings
 
 
 @click.command()
@@ -115,8 +115,8 @@ def evaluate(directory: str, **options: Any) -> None:
     uptrain eval ./llama-gqa4 --baseline ./llama --needle --needle-lengths 1024,4096,16384
     uptrain eval ./llama-gqa4 --baseline ./llama --speed-batch 1,8 --speed-context 512,4096,16384
     """
-    from uptrain.evaluation.evaluate import evaluate as run
-    from uptrain.evaluation.evaluate import save_place, write_evaluation
+    from uptrain.evaluation.run import evaluate as run
+    from uptrain.evaluation.run import save_place, write_evaluation
 
     _check_options(options)
     texts = texts_of(options.pop("texts"))
@@ -138,23 +138,23 @@ def evaluate(directory: str, **options: Any) -> None:
         console.note(" ".join([f"Wrote {place}.", *notes]))
 
 
-def _tasks(options: dict[str, Any]) -> Tasks | None:
+def _tasks(options: dict[str, Any]) -> TaskSettings | None:
     """Take out of `options` what is said of tasks, and return it; None without --task."""
-    from uptrain.evaluation.tasks import Tasks
+    from uptrain.evaluation.tasks import TaskSettings
 
     listed, folder, limit = (options.pop(name) for name in ("tasks", "include_path", "task_limit"))
     names = tuple(name.strip() for part in listed for name in part.split(",") if name.strip())
-    return Tasks(names, folder, limit) if names else None
+    return TaskSettings(names, folder, limit) if names else None
 
 
-def _needles(options: dict[str, Any]) -> Needles | None:
+def _needles(options: dict[str, Any]) -> NeedleSettings | None:
     """Take out of `options` what is said of the pass key, and return it; None without --needle."""
-    from uptrain.evaluation.needle import Needles
+    from uptrain.evaluation.needle import NeedleSettings
 
     lengths, depths, trials = (options.pop(f"needle_{name}") for name in ("lengths", "depths", "trials"))
     if not options.pop("needle"):
         return None
-    return Needles(lengths or (), tuple(percent / 100 for percent in depths), trials)
+    return NeedleSettings(lengths or (), tuple(percent / 100 for percent in depths), trials)
 
 
 def _baseline(directory: str, named: str | None, none: bool, allow_pickle: bool) -> str | Reference | None:
@@ -208,7 +208,7 @@ def _show(found: Evaluation, as_json: bool) -> None:
 
 
 def models_table(
-    models: list[tuple[str, Measured, Evaluation | None]],
+    models: list[tuple[str, ModelMetrics, Evaluation | None]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return columns, one a model, and rows, one a figure; an evaluation says how far the model is from another."""
     names, measured, against = zip(*models, strict=True)
@@ -230,11 +230,11 @@ def models_table(
     return ("", *names), [row for row in rows if set(row[1:]) != {"–"}]
 
 
-def _loss(measured: Measured) -> str:
+def _loss(measured: ModelMetrics) -> str:
     return f"{math.log(measured.perplexity):.4f}" if measured.cross_bytes_per_token else "–"
 
 
-def _cross(measured: Measured) -> str:
+def _cross(measured: ModelMetrics) -> str:
     return size(measured.cross_bytes_per_token) if measured.cross_bytes_per_token else "–"
 
 
@@ -263,7 +263,7 @@ def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     return columns, [(*name, *each) for name, each in zip(names, figures, strict=True)]
 
 
-def _shown(title: str, table: Table) -> None:
+def _shown(title: str, table: MetricTable) -> None:
     console.table(title, table.columns, table.rows)
 
 

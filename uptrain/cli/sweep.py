@@ -13,7 +13,7 @@ from uptrain.cli.types import Size, Words
 from uptrain.formatting import size, typed
 
 if TYPE_CHECKING:
-    from uptrain.evaluation.sweep_results import Arm, Sweep
+    from uptrain.evaluation.sweep_results import Sweep, Trial
 
 
 @click.command()
@@ -61,8 +61,8 @@ def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...],
     uptrain sweep ./llama --to gqa:8,mqa,mla:25% --calibrate text.txt --text heldout.txt --keep best
     uptrain report demo-sweep
     """
-    from uptrain.workflows.sweep.sweep import Measuring
-    from uptrain.workflows.sweep.sweep import sweep as run
+    from uptrain.workflows.sweeps.run import Measuring
+    from uptrain.workflows.sweeps.run import sweep as run
 
     measuring = {name: options.pop(name) for name in ("context", "stride", "tokens", "dtype")}
     how = Measuring(texts_of(texts), **measuring)
@@ -72,17 +72,17 @@ def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...],
 
 
 def _show(folder: Path, found: Sweep, as_json: bool) -> None:
-    """Show a sweep's arms, the smallest cache first, and what could not be made."""
+    """Show a sweep's trials, the smallest cache first, and what could not be made."""
     if as_json:
         console.result_json({"out": str(folder), **found.to_dict()})
         return
     rows = [
         (
-            ("* " if arm.pareto else "  ") + arm.target, arm.method, size(arm.cache_bytes_per_token),
-            f"{100 * arm.share:.3g}%", f"{arm.perplexity:.2f}", _divergence(arm), f"{arm.top1_agreement:.1%}",
-            f"{(arm.convert_seconds or 0) + arm.evaluate_seconds:,.0f}",
+            ("* " if trial.pareto else "  ") + trial.target, trial.method, size(trial.cache_bytes_per_token),
+            f"{100 * trial.share:.3g}%", f"{trial.perplexity:.2f}", _divergence(trial), f"{trial.top1_agreement:.1%}",
+            f"{(trial.convert_seconds or 0) + trial.evaluate_seconds:,.0f}",
         )
-        for arm in found.arms
+        for trial in found.trials
     ]  # fmt: skip
     cache, perplexity = size(found.original["cache_bytes_per_token"]), f"{found.original['perplexity']:.2f}"
     rows.append((f"  {found.source['name']}", "–", cache, "100%", perplexity, "–", "–", "–"))
@@ -99,6 +99,6 @@ def _show(folder: Path, found: Sweep, as_json: bool) -> None:
     console.note(f"Wrote {folder}. Next: uptrain report {typed(folder)}")
 
 
-def _divergence(arm: Arm) -> str:
+def _divergence(trial: Trial) -> str:
     # The lower end is cut at zero, so the upper one tells the width.
-    return f"{arm.kl:.3g}" + (f" ± {arm.kl_interval[1] - arm.kl:.2g}" if arm.kl_interval else "")
+    return f"{trial.kl:.3g}" + (f" ± {trial.kl_interval[1] - trial.kl:.2g}" if trial.kl_interval else "")

@@ -22,7 +22,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class Needles:
+class NeedleSettings:
     """Which prompts to ask: `trials` for each length in tokens (empty: the contexts) and depth (0 to 1)."""
 
     lengths: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ def prompts(tokenizer: Any, filler: Sequence[int], length: int, depth: float, tr
     return found
 
 
-def check_needles(tokenizer: Any, wanted: Needles, longest: int) -> None:
+def check_needles(tokenizer: Any, wanted: NeedleSettings, longest: int) -> None:
     """Refuse lengths that can't be asked, before anything is measured.
 
     Raises:
@@ -107,7 +107,11 @@ def check_needles(tokenizer: Any, wanted: Needles, longest: int) -> None:
 
 
 def find_needles(
-    loaded: Sequence[Any], tokenizer: Any, filler: Sequence[int], wanted: Needles, on_progress: Progress | None = None
+    loaded: Sequence[Any],
+    tokenizer: Any,
+    filler: Sequence[int],
+    wanted: NeedleSettings,
+    on_progress: Progress | None = None,
 ) -> Iterator[NeedleCell]:
     """Yield a cell for each length and depth of one or two models, the first one's figures first."""
     lengths = sorted({*wanted.lengths})

@@ -22,7 +22,7 @@ TOP = 5
 
 
 @dataclass(frozen=True)
-class Window:
+class WindowSums:
     """Sums over one window's scored tokens: each model's nats, and how the first differs from the second."""
 
     tokens: int
@@ -34,7 +34,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Row:
+class QualityRow:
     """Quality on one text, or on `all` of them, at one context; what needs a baseline is None without one.
 
     Intervals are (low, high) at 95 %, blocked over windows, None where there is only one. `top5_agreement` is the
@@ -64,7 +64,7 @@ class Row:
     baseline_perplexity_interval: tuple[float, float] | None = None
 
 
-def make_row(text: str, context: int, stride: int, found: Sequence[Window], tokens_per_byte: float) -> Row:
+def make_row(text: str, context: int, stride: int, found: Sequence[WindowSums], tokens_per_byte: float) -> QualityRow:
     """Return the figures of `found`, the windows of a text or of several."""
     tokens = sum(window.tokens for window in found)
     nats = [sum(each) / tokens for each in zip(*(window.nats for window in found), strict=True)]
@@ -74,9 +74,9 @@ def make_row(text: str, context: int, stride: int, found: Sequence[Window], toke
     spread = [_exp_interval(interval(each, counts)) for each in zip(*(window.nats for window in found), strict=True)]
     alone = (text, context, stride, tokens, len(found), _exp(nats[0]))
     if len(nats) == 1:
-        return Row(*alone, None, bits[0], perplexity_interval=spread[0])
+        return QualityRow(*alone, None, bits[0], perplexity_interval=spread[0])
     apart = interval([window.divergence for window in found], counts)
-    return Row(
+    return QualityRow(
         *alone,
         _exp(nats[1]),
         bits[0],
@@ -138,7 +138,7 @@ def score(
     context: int,
     stride: int,
     on_tokens: Callable[[int], None] | None = None,
-) -> list[Window]:
+) -> list[WindowSums]:
     """Run a model, and what it is compared with, over `ids` (tokens,); return what each window's scored tokens sum to.
 
     Where there is an encoder, it reads what of a window isn't scored: context − stride tokens, or half of a shorter
@@ -161,7 +161,7 @@ def score(
     return found
 
 
-def _window(logits: Sequence[Tensor], targets: Tensor) -> Window:
+def _window(logits: Sequence[Tensor], targets: Tensor) -> WindowSums:
     """Sum over logits (tokens, vocabulary) that predict `targets` (tokens,), a few rows at a time."""
     nats = [0.0] * len(logits)
     divergence, top1, top5, flips = 0.0, 0, 0.0, 0
@@ -179,4 +179,4 @@ def _window(logits: Sequence[Tensor], targets: Tensor) -> Window:
             likeliest = [each.topk(min(TOP, each.shape[-1])).indices for each in logs]
             shared = (likeliest[0][:, :, None] == likeliest[1][:, None]).sum()
             top5 += float(shared) / likeliest[0].shape[1]
-    return Window(len(targets), tuple(nats), divergence, top1, top5, flips)
+    return WindowSums(len(targets), tuple(nats), divergence, top1, top5, flips)

@@ -16,16 +16,16 @@ from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation.merge import PARTS, merged
 from uptrain.evaluation.needle import NeedleCell
-from uptrain.evaluation.quality import Row
+from uptrain.evaluation.quality import QualityRow
 from uptrain.evaluation.samples import Sample
 from uptrain.evaluation.speed import SpeedCell
-from uptrain.evaluation.tasks import TaskFigure
+from uptrain.evaluation.tasks import TaskMetric
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelMetrics:
     """One model's figures: perplexity per token, bits per byte of text, cache bytes per token, tokens per second.
 
     Speeds are medians; `decode_range` is the slowest and the fastest run. `cross_bytes_per_token` is what of the cache
@@ -43,7 +43,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Run:
+class EvaluationRun:
     """What a measurement was of and how it was taken, so that later ones can be put beside it.
 
     `weights` digests the model's weights and config as they were then, `baseline` has the baseline's name and digest.
@@ -67,16 +67,16 @@ class Evaluation:
 
     `rows` has them by text and context. The others are those of all texts at the longest context: `kl` is the mean
     of KL(baseline ‖ model) in nats per token; `top1_agreement` the share of tokens at which both rank the same one
-    first; the rest as in `Row`. `dtype` is what these and perplexity were computed in; cache and speed are measured
-    in each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in float32 on a
-    device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole measurement's, with
-    both models loaded: the accelerator's, or on a CPU the process's. `tasks` (lm-eval's),
+    first; the rest as in `QualityRow`. `dtype` is what these and perplexity were computed in; cache and speed are
+    measured in each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in
+    float32 on a device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole
+    measurement's, with both models loaded: the accelerator's, or on a CPU the process's. `tasks` (lm-eval's),
     `needle` (retrieval) and `samples` (continuations) are in the dtype of quality.
     `speeds` are by batch and context; those of each model are of one sequence at `speed_context`, the first.
     """
 
-    model: Measured
-    baseline: Measured | None
+    model: ModelMetrics
+    baseline: ModelMetrics | None
     kl: float | None
     top1_agreement: float | None
     tokens: int
@@ -95,12 +95,12 @@ class Evaluation:
     flip_rate: float | None = None
     speed_repeats: int = 0
     peak_memory_bytes: int | None = None
-    rows: tuple[Row, ...] = ()
-    tasks: tuple[TaskFigure, ...] = ()
+    rows: tuple[QualityRow, ...] = ()
+    tasks: tuple[TaskMetric, ...] = ()
     needle: tuple[NeedleCell, ...] = ()
     samples: tuple[Sample, ...] = ()
     speeds: tuple[SpeedCell, ...] = ()
-    run: Run | None = None
+    run: EvaluationRun | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; docs/evaluation.md says what each means."""

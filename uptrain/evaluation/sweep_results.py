@@ -17,10 +17,10 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Arm:
+class Trial:
     """One target by one method, measured against the source.
 
-    `share` is its cache over the source's; `pareto` says that no other arm, nor the source, has as little cache and
+    `share` is its cache over the source's; `pareto` says that no other trial, nor the source, has as little cache and
     as little KL with less of one. `kept` says that the checkpoint is in the folder `name`; `plan` is the digest of
     its conversion. `convert_seconds` is None where an earlier run converted it and was cut off.
     """
@@ -46,7 +46,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedTrial:
     """A target and method that can't be, and why, in one sentence."""
 
     target: str
@@ -58,27 +58,28 @@ class Refused:
 class Sweep:
     """A sweep as far as it got: the source, what was asked, how all was measured, and what became of each.
 
-    `measured` and `original` are empty until the first arm is measured.
+    `measured` and `original` are empty until the first trial is measured.
     """
 
     source: Mapping[str, Any]
     settings: Mapping[str, Any]
     measured: Mapping[str, Any]
     original: Mapping[str, Any]
-    arms: tuple[Arm, ...]
-    refused: tuple[Refused, ...]
+    trials: tuple[Trial, ...]
+    refused: tuple[RefusedTrial, ...]
 
-    def with_arm(self, arm: Arm) -> Sweep:
-        """Return the sweep with one more arm, by cache and divergence, and with every arm's `pareto` renewed."""
-        arms = sorted((*self.arms, arm), key=lambda each: (each.cache_bytes_per_token, each.kl))
-        points = [(float(each.cache_bytes_per_token), each.kl) for each in arms]
+    def with_trial(self, trial: Trial) -> Sweep:
+        """Return the sweep with one more trial, by cache and divergence, and with every trial's `pareto` renewed."""
+        trials = sorted((*self.trials, trial), key=lambda each: (each.cache_bytes_per_token, each.kl))
+        points = [(float(each.cache_bytes_per_token), each.kl) for each in trials]
         best = pareto([*points, (float(self.original["cache_bytes_per_token"]), 0.0)])
-        marked = (replace(each, pareto=one) for each, one in zip(arms, best, strict=False))
-        return replace(self, arms=tuple(marked))
+        marked = (replace(each, pareto=one) for each, one in zip(trials, best, strict=False))
+        return replace(self, trials=tuple(marked))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"format": FORMAT, **asdict(self)}
+        values = {"arms" if name == "trials" else name: value for name, value in asdict(self).items()}
+        return {"format": FORMAT, **values}
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -111,18 +112,18 @@ def read_sweep(folder: Path) -> Sweep | None:
         if value["format"] != FORMAT:
             raise ValueError
         parts = {name: dict(value[name]) for name in ("source", "settings", "measured", "original")}
-        arms = tuple(_row(Arm, each) for each in value["arms"])
+        trials = tuple(_row(Trial, each) for each in value["arms"])
         # Folders are deleted by these names.
-        if any(Path(arm.name).name != arm.name or arm.name == ".." for arm in arms):
+        if any(Path(trial.name).name != trial.name or trial.name == ".." for trial in trials):
             raise ValueError
-        return Sweep(**parts, arms=arms, refused=tuple(_row(Refused, each) for each in value["refused"]))
+        return Sweep(**parts, trials=trials, refused=tuple(_row(RefusedTrial, each) for each in value["refused"]))
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{path} is not a sweep of format {FORMAT}.", "Sweep again, into another folder."
         ) from None
 
 
-Row = TypeVar("Row", Arm, Refused)
+Row = TypeVar("Row", Trial, RefusedTrial)
 
 
 def _row(kind: type[Row], value: Mapping[str, Any]) -> Row:

@@ -17,7 +17,7 @@ _PARTS = ("rows", "tasks", "needle", "samples", "speeds")
 
 
 @dataclass(frozen=True)
-class Table:
+class MetricTable:
     """The names of columns, and rows of as many cells."""
 
     columns: tuple[str, ...]
@@ -30,19 +30,19 @@ def rows_of(found: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any
     return [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list | tuple) else []
 
 
-def figure(row: Mapping[str, Any], name: str) -> float | None:
+def number_in(row: Mapping[str, Any], name: str) -> float | None:
     """Return a number of a row, None where there is none that is finite."""
     value = row.get(name)
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if usable else None
 
 
-def pair(row: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+def interval_in(row: Mapping[str, Any], name: str) -> tuple[float, float] | None:
     """Return an interval or a range of a row, likewise."""
     ends = row.get(name)
     if not isinstance(ends, list | tuple) or len(ends) != 2:
         return None
-    low, high = (figure({"": end}, "") for end in ends)
+    low, high = (number_in({"": end}, "") for end in ends)
     return None if low is None or high is None else (low, high)
 
 
@@ -66,7 +66,7 @@ def stale_parts(found: Mapping[str, Any] | None) -> list[str]:
     return [part for part in _PARTS if isinstance(stale, Mapping) and rows_of(stale, part)]
 
 
-def by_text(found: Mapping[str, Any]) -> Table:
+def by_text(found: Mapping[str, Any]) -> MetricTable:
     """Return a row for each text and context, of the model beside its baseline."""
     columns: tuple[str, ...] = ("text", "context", "perplexity", "original's", "KL, nats", "top-1", "top-5", "flips")
     rows: list[tuple[str, ...]] = [
@@ -83,38 +83,38 @@ def by_text(found: Mapping[str, Any]) -> Table:
     if len({*places}) < len(places):  # one text and context, measured in more than one way
         columns = (*columns[:2], "tokens, stride", *columns[2:])
         rows = [(*row[:2], said, *row[2:]) for row, said in zip(rows, conditions, strict=True)]
-    return Table(columns, rows)
+    return MetricTable(columns, rows)
 
 
 def _conditions(row: Mapping[str, Any]) -> str:
     return f"{_whole(row, 'tokens')}, {_whole(row, 'stride')}"
 
 
-def tasks(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:
+def tasks(found: Mapping[str, Any], model: str, baseline: str | None) -> MetricTable:
     """Return a row for each metric of each task, with standard errors; the columns of scores have the names given."""
     alone = [
-        (str(row.get("task", "")), metric_of(row), _whole(row, "samples"), _with_error(row, "value", "stderr"))
+        (str(row.get("task", "")), task_metric_name(row), _whole(row, "samples"), _with_error(row, "value", "stderr"))
         for row in rows_of(found, "tasks")
     ]
     if baseline is None:
-        return Table(("task", "metric", "samples", model), list(alone))
+        return MetricTable(("task", "metric", "samples", model), list(alone))
     against = [
-        (_with_error(row, "baseline_value", "baseline_stderr"), _between(pair(row, "difference_interval")))
+        (_with_error(row, "baseline_value", "baseline_stderr"), _between(interval_in(row, "difference_interval")))
         for row in rows_of(found, "tasks")
     ]
     rows: list[tuple[str, ...]] = [
         (*row[:3], base, row[3], apart) for row, (base, apart) in zip(alone, against, strict=True)
     ]
-    return Table(("task", "metric", "samples", baseline, model, "difference, 95 %"), rows)
+    return MetricTable(("task", "metric", "samples", baseline, model, "difference, 95 %"), rows)
 
 
-def metric_of(row: Mapping[str, Any]) -> str:
+def task_metric_name(row: Mapping[str, Any]) -> str:
     """Return what a task's metric is called, with the filter that an answer went through if there was one."""
     metric, chosen = str(row.get("metric", "")), str(row.get("filter") or "none")
     return metric if chosen == "none" else f"{metric}, {chosen}"
 
 
-def needle(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:
+def needle(found: Mapping[str, Any], model: str, baseline: str | None) -> MetricTable:
     """Return a row for each length and depth: keys found, with their interval, and nats per token of the key."""
     columns: tuple[str, ...] = ("length", "depth", "samples")
     rows: list[tuple[str, ...]] = [
@@ -129,10 +129,10 @@ def needle(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:
                  _plain(cell, f"{of}log_probability", "{:.2f}"))
                 for row, cell in zip(rows, rows_of(found, "needle"), strict=True)
             ]  # fmt: skip
-    return Table(columns, rows)
+    return MetricTable(columns, rows)
 
 
-def speeds(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:
+def speeds(found: Mapping[str, Any], model: str, baseline: str | None) -> MetricTable:
     """Return a row for each batch and context: medians of tokens per second of all sequences, slowest to fastest."""
     places: list[tuple[str, ...]] = []
     for row in rows_of(found, "speeds"):
@@ -145,24 +145,26 @@ def speeds(found: Mapping[str, Any], model: str, baseline: str | None) -> Table:
             cells.append(_ranged(row, "decode_ratio", "{:.2f}", "decode_ratio_range"))
         places.append(tuple(cells))
     if baseline is None:
-        return Table(("batch", "context", "prefill", "decode"), places)
-    return Table(("batch", "context", f"prefill: {baseline}", model, f"decode: {baseline}", model, "times it"), places)
+        return MetricTable(("batch", "context", "prefill", "decode"), places)
+    return MetricTable(
+        ("batch", "context", f"prefill: {baseline}", model, f"decode: {baseline}", model, "times it"), places
+    )
 
 
 def _plain(row: Mapping[str, Any], name: str, form: str) -> str:
-    return number(figure(row, name), form)
+    return number(number_in(row, name), form)
 
 
 def _whole(row: Mapping[str, Any], name: str) -> str:
-    return number(figure(row, name), "{:,.0f}")
+    return number(number_in(row, name), "{:,.0f}")
 
 
 def _ranged(row: Mapping[str, Any], name: str, form: str, ends: str) -> str:
-    return number(figure(row, name), form, pair(row, ends))
+    return number(number_in(row, name), form, interval_in(row, ends))
 
 
 def _with_error(row: Mapping[str, Any], name: str, error: str) -> str:
-    stderr = figure(row, error)
+    stderr = number_in(row, error)
     return _plain(row, name, "{:.4g}") + ("" if stderr is None else f" ± {stderr:.2g}")
 
 

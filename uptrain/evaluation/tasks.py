@@ -26,7 +26,7 @@ _BATCH = 8
 
 
 @dataclass(frozen=True)
-class Tasks:
+class TaskSettings:
     """Which tasks to run: names that lm-eval knows, or paths of task YAML files.
 
     `include_path` is a folder of more task files; `limit` takes only so many documents of each task.
@@ -38,7 +38,7 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class TaskFigure:
+class TaskMetric:
     """One metric of one task: of the model, and of the baseline on the same documents.
 
     `samples` counts documents; `stderr` is lm-eval's, None for metrics that it knows none for. `difference_interval`
@@ -57,7 +57,7 @@ class TaskFigure:
     difference_interval: tuple[float, float] | None = None
 
 
-def load_tasks(wanted: Tasks) -> Any:
+def load_tasks(wanted: TaskSettings) -> Any:
     """Return the tasks with their documents, as lm-eval's own dictionary.
 
     Raises:
@@ -111,7 +111,7 @@ class _Answers:
 @devices.enough_memory("Running tasks", "Compute in a smaller --dtype, or on --device cpu.")
 def run_tasks(
     loaded: Sequence[Any], tokenizers: Sequence[Any], tasks: Any, limit: int | None, on_progress: Progress | None = None
-) -> list[TaskFigure]:
+) -> list[TaskMetric]:
     """Run tasks from `load_tasks` on one or two models and return every metric, the first model's as `value`.
 
     Raises:
@@ -133,7 +133,7 @@ def run_tasks(
     return list(_figures(found))
 
 
-def _figures(found: Sequence[Any]) -> Iterator[TaskFigure]:
+def _figures(found: Sequence[Any]) -> Iterator[TaskMetric]:
     first = found[0]
     for name, metrics in _metrics(first).items():
         parts = first["group_subtasks"].get(name) or [name]
@@ -145,7 +145,7 @@ def _figures(found: Sequence[Any]) -> Iterator[TaskFigure]:
             if not chosen or metric.endswith("_stderr") or values[0] is None:
                 continue
             errors = [_number(_metrics(each)[name].get(f"{metric}_stderr,{chosen}")) for each in found]
-            alone = TaskFigure(name, metric, chosen, higher.get(metric), samples, values[0], errors[0])
+            alone = TaskMetric(name, metric, chosen, higher.get(metric), samples, values[0], errors[0])
             if len(found) == 1:
                 yield alone
                 continue

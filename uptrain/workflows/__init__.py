@@ -1,0 +1,30 @@
+"""Work of several steps: a sweep over targets and methods, and the demo."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uptrain.workflows.demo.run import run_demo as run_demo
+    from uptrain.workflows.sweeps.run import sweep as sweep
+
+_PUBLIC = {
+    "run_demo": "uptrain.workflows.demo.run",
+    "sweep": "uptrain.workflows.sweeps.run",
+}
+
+__all__ = ["run_demo", "sweep"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that importing this package costs nothing."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

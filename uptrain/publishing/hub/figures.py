@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.manifest import EVALUATION
 from uptrain.errors import CheckpointError
-from uptrain.evaluation.tables import Table, by_text, figure, metric_of, needle, rows_of, speeds, tasks, weights_of
+from uptrain.evaluation.tables import (
+    MetricTable,
+    by_text,
+    needle,
+    number_in,
+    rows_of,
+    speeds,
+    task_metric_name,
+    tasks,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -72,7 +82,7 @@ class Figures:
     rows: tuple[Figure, ...]
     text: str
     conditions: str
-    tables: tuple[tuple[str, Table], ...] = ()
+    tables: tuple[tuple[str, MetricTable], ...] = ()
     scores: tuple[Score, ...] = ()
     weights: str = ""
 
@@ -111,14 +121,14 @@ def read_figures(directory: Path) -> Figures | None:
         raise CheckpointError(error.message, "Run `uptrain eval` again, or remove it.") from None
     model, baseline = _mapping(found.get("model")), _mapping(found.get("baseline"))
     rows = [
-        Figure(name, metric, value, figure(baseline, key), form)
+        Figure(name, metric, value, number_in(baseline, key), form)
         for name, key, form, metric in _OF_EACH
-        if (value := figure(model, key)) is not None
+        if (value := number_in(model, key)) is not None
     ]
     rows += [
         Figure(name, metric, value, None, form)
         for name, key, form, metric in _OF_BOTH
-        if (value := figure(found, key)) is not None
+        if (value := number_in(found, key)) is not None
     ]
     if not rows:
         return None
@@ -126,7 +136,7 @@ def read_figures(directory: Path) -> Figures | None:
     return Figures(tuple(rows), _text(found), _conditions(found), tables, scores, weights_of(found))
 
 
-def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, MetricTable]]:
     """Yield a title and a table for what was measured in more than one place."""
     baseline = "original" if _mapping(found.get("baseline")) else None
     made = (
@@ -140,9 +150,9 @@ def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
 
 def _scores(found: Mapping[str, Any]) -> Iterator[Score]:
     for row in rows_of(found, "tasks"):
-        value = figure(row, "value")
+        value = number_in(row, "value")
         if value is not None and row.get("task") and row.get("metric"):
-            yield Score(str(row["task"]), str(row["metric"]), metric_of(row), value)
+            yield Score(str(row["task"]), str(row["metric"]), task_metric_name(row), value)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -159,13 +169,13 @@ def _text(found: Mapping[str, Any]) -> str:
 
 
 def _conditions(found: Mapping[str, Any]) -> str:
-    tokens = figure(found, "tokens")
+    tokens = number_in(found, "tokens")
     words = [f"{tokens:,.0f} tokens" if tokens is not None else ""]
     for key in ("context", "stride"):
-        size = figure(found, key)
+        size = number_in(found, key)
         words.append(f"{key} {size:,.0f}" if size is not None else "")
     if isinstance(found.get("dtype"), str):
         words.append(f"{found['dtype']} on {found.get('device', 'an unknown device')}")
-    if speed := figure(found, "speed_context"):
+    if speed := number_in(found, "speed_context"):
         words.append(f"speed of one sequence at {speed:,.0f} tokens")
     return ", ".join(filter(None, words))

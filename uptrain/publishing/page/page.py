@@ -40,7 +40,7 @@ def write_page(directory: Path, out: Path | None = None) -> Page:
     if swept is None:
         subjects = find_subjects(directory)
     else:
-        subjects = subjects_in([directory / arm.name for arm in swept.arms])
+        subjects = subjects_in([directory / trial.name for trial in swept.trials])
     path = out or directory / PAGE
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"{path} can't be written.", "Name a file in a folder that exists.")
@@ -60,7 +60,7 @@ def write_page(directory: Path, out: Path | None = None) -> Page:
     if swept is None:
         title, head = _title(directory, len(subjects), "checkpoints"), summary(subjects)
     else:
-        title, head = _title(directory, len(swept.arms), "conversions"), sweep_summary(swept)
+        title, head = _title(directory, len(swept.trials), "conversions"), sweep_summary(swept)
     write_atomic(path, _render(title=title, summary=head, shown=shown))
     return Page(path, tuple(pictures), tuple(_missing(found)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from uptrain.evaluation.tables import by_text, figure, pair
+from uptrain.evaluation.tables import by_text, interval_in, number_in
 from uptrain.formatting import typed
 from uptrain.publishing.page import charts
 from uptrain.publishing.page.section import Chart, Section
@@ -66,7 +66,7 @@ def _lines(subjects: Sequence[Subject]) -> Iterator[Line]:
     for subject in subjects:
         texts: dict[str, list[Mapping[str, Any]]] = {}
         for row in subject.rows("rows"):
-            if figure(row, "perplexity_ratio") is not None and figure(row, "context") is not None:
+            if number_in(row, "perplexity_ratio") is not None and number_in(row, "context") is not None:
                 texts.setdefault(str(row.get("text", "")), []).append(row)
         if len(subjects) > 1:
             whole = texts.get(ALL) or next(iter(texts.values()), [])
@@ -83,7 +83,7 @@ def contexts_chart(lines: Sequence[Line]) -> Figure:
         colour = SERIES[number % len(SERIES)]
         rows = sorted(rows, key=lambda row: int(row["context"]))
         heights = [float(row["perplexity_ratio"]) for row in rows]
-        ends = [pair(row, "perplexity_ratio_interval") or (height, height)
+        ends = [interval_in(row, "perplexity_ratio_interval") or (height, height)
                 for row, height in zip(rows, heights, strict=True)]  # fmt: skip
         away = ([height - low for (low, _), height in zip(ends, heights, strict=True)],
                 [high - height for (_, high), height in zip(ends, heights, strict=True)])  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uptrain.evaluation.tables import figure, needle
+from uptrain.evaluation.tables import needle, number_in
 from uptrain.publishing.page.section import ORIGINAL, Chart, Section
 from uptrain.publishing.page.style import INK, MUTED, SERIES, WIDTH
 from uptrain.publishing.page.subjects import Subject, table_of
@@ -31,7 +31,7 @@ def retrieval(subjects: list[Subject]) -> Iterator[Section]:
     if not panels:
         return
     samples = sorted({f"{each:,.0f}" for subject in asked for row in subject.rows("needle")
-                      if (each := figure(row, "samples")) is not None})  # fmt: skip
+                      if (each := number_in(row, "samples")) is not None})  # fmt: skip
     found = any(exact for panel in panels for exact, _ in panel.cells.values())
     text = (
         "A pass key is hidden in text, after so much of it, and asked for at the end of a prompt of so many tokens. In "
@@ -61,8 +61,8 @@ def _panels(subjects: Sequence[Subject]) -> Iterator[Panel]:
 
 def _cells(rows: Sequence[Mapping[str, Any]], of: str) -> Iterator[tuple[tuple[int, float], tuple[float, float]]]:
     for row in rows:
-        length, depth = figure(row, "length"), figure(row, "depth")
-        exact, nats = figure(row, f"{of}exact_match"), figure(row, f"{of}log_probability")
+        length, depth = number_in(row, "length"), number_in(row, "depth")
+        exact, nats = number_in(row, f"{of}exact_match"), number_in(row, f"{of}log_probability")
         if length is not None and depth is not None and exact is not None and nats is not None:
             yield (int(length), depth), (exact, nats)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from uptrain.evaluation.tables import figure, pair, run_of, speeds
+from uptrain.evaluation.tables import interval_in, number_in, run_of, speeds
 from uptrain.formatting import number, typed
 from uptrain.publishing.page import charts
 from uptrain.publishing.page.section import ORIGINAL, Chart, Section, slug
@@ -37,7 +37,7 @@ def speed(subjects: list[Subject]) -> Section:
     )
     drawn = [Chart("speed", charts.speed(timed), "Decoded tokens per second of each result and of its original.")]
     for subject in timed:
-        if len({figure(row, "context") for row in subject.rows("speeds")} - {None}) > 1:
+        if len({number_in(row, "context") for row in subject.rows("speeds")} - {None}) > 1:
             says = f"Decoded tokens per second of {subject.name} and of its original against the context, by batch."
             drawn.append(
                 Chart(f"decode-{slug(subject.name)}", decode_chart(subject), says, subject.name * (len(timed) > 1))
@@ -52,16 +52,16 @@ def decode_chart(subject: Subject) -> Figure:
     """Draw decoded tokens per second against the context: a colour a model, a dash a batch, slowest to fastest."""
     found, axes = new_figure(3.4)
     rows = subject.rows("speeds")
-    batches = sorted({each for row in rows if (each := figure(row, "batch")) is not None})
-    contexts = sorted({each for row in rows if (each := figure(row, "context")) is not None})
+    batches = sorted({each for row in rows if (each := number_in(row, "batch")) is not None})
+    contexts = sorted({each for row in rows if (each := number_in(row, "context")) is not None})
     heights: list[float] = []
     for batch, dash in zip(batches, _DASHES * len(batches), strict=False):
-        mine = sorted((row for row in rows if figure(row, "batch") == batch and figure(row, "context") is not None),
-                      key=lambda row: float(row["context"]))  # fmt: skip
+        own = [row for row in rows if number_in(row, "batch") == batch and number_in(row, "context") is not None]
+        mine = sorted(own, key=lambda row: float(row["context"]))
         # A little apart, or the bars of one context would lie on each other.
         for name, of, colour, aside in ((ORIGINAL, "baseline_", MUTED, 1.0), (subject.name, "", SERIES[0], 1.03)):
-            points = list(_points([(row["context"] * aside, figure(row, f"{of}decode_tokens_per_second"),
-                                    pair(row, f"{of}decode_range")) for row in mine]))  # fmt: skip
+            points = list(_points([(row["context"] * aside, number_in(row, f"{of}decode_tokens_per_second"),
+                                    interval_in(row, f"{of}decode_range")) for row in mine]))  # fmt: skip
             if not points:
                 continue
             at, values, low, high = zip(*points, strict=True)

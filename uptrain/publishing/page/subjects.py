@@ -16,7 +16,7 @@ from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
 from uptrain.checkpoint.reader import open_checkpoint, read_config
 from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.evaluation.tables import Table, figure, pair, rows_of, stale_parts, weights_of
+from uptrain.evaluation.tables import MetricTable, interval_in, number_in, rows_of, stale_parts, weights_of
 
 LOG = "train_log.jsonl"
 
@@ -71,12 +71,12 @@ class Subject:
 
     def figure(self, name: str, of: str = "") -> float | None:
         """Return a number of eval.json, or of its `model` or `baseline`; None where it has none."""
-        value = figure(self._part(of), name)
+        value = number_in(self._part(of), name)
         return None if value is None else float(value)
 
     def pair(self, name: str, of: str = "") -> tuple[float, float] | None:
         """Return an interval or a range of eval.json, likewise."""
-        return pair(self._part(of), name)
+        return interval_in(self._part(of), name)
 
     def rows(self, name: str) -> list[Mapping[str, Any]]:
         """Return what eval.json lists as `name`; empty where it has no such list."""
@@ -87,11 +87,11 @@ class Subject:
         return _mapping(found.get(of)) if of else found
 
 
-def table_of(subjects: Sequence[Subject], make: Callable[[Mapping[str, Any]], Table]) -> Table:
+def table_of(subjects: Sequence[Subject], make: Callable[[Mapping[str, Any]], MetricTable]) -> MetricTable:
     """Return what `make` tells of each subject's eval.json as one table, after a column of their names."""
     made = [(subject.name, make(subject.evaluation or {})) for subject in subjects]
     rows: list[tuple[str, ...]] = [(name, *row) for name, table in made for row in table.rows]
-    return Table(("checkpoint", *made[0][1].columns), rows)
+    return MetricTable(("checkpoint", *made[0][1].columns), rows)
 
 
 def find_subjects(directory: Path) -> list[Subject]:

@@ -1,4 +1,4 @@
-"""A sweep on the page: a table of all arms, and divergence against cache bytes with the Pareto front."""
+"""A sweep on the page: a table of all trials, and divergence against cache bytes with the Pareto front."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _RANK = tuple(CHANGED_PARTS)
 
 
 def sweep_summary(found: Sweep) -> Section:
-    """Return the table at the top: a row for each arm, the smallest cache first, then the source's."""
+    """Return the table at the top: a row for each trial, the smallest cache first, then the source's."""
     columns = (
         "● Pareto front", "method", "cache per token", "kept", "perplexity", "times the original's", "KL, nats",
         "top-1", "flips",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
         (
-            ("● " if arm.pareto else "") + arm.target, arm.method, size(arm.cache_bytes_per_token),
-            f"{100 * arm.share:.3g} %", f"{arm.perplexity:.2f}",
-            number(arm.perplexity_ratio, "{:.3f}", arm.perplexity_ratio_interval),
-            number(arm.kl, "{:#.3g}", arm.kl_interval), f"{arm.top1_agreement:.1%}", f"{arm.flip_rate:.2%}",
+            ("● " if trial.pareto else "") + trial.target, trial.method, size(trial.cache_bytes_per_token),
+            f"{100 * trial.share:.3g} %", f"{trial.perplexity:.2f}",
+            number(trial.perplexity_ratio, "{:.3f}", trial.perplexity_ratio_interval),
+            number(trial.kl, "{:#.3g}", trial.kl_interval), f"{trial.top1_agreement:.1%}", f"{trial.flip_rate:.2%}",
         )
-        for arm in found.arms
+        for trial in found.trials
     ]  # fmt: skip
     if found.original:
         cache, perplexity = size(found.original["cache_bytes_per_token"]), f"{found.original['perplexity']:.2f}"
@@ -45,9 +45,9 @@ def sweep_summary(found: Sweep) -> Section:
 
 
 def sweep_sections(found: Sweep, subjects: list[Subject]) -> list[Section]:
-    """Return the sections below the table, to be called inside `style.drawing`; `subjects` are the kept arms."""
+    """Return the sections below the table, to be called inside `style.drawing`; `subjects` are the kept trials."""
     missing = [f"{each.target} by {each.method}: {each.why}" for each in found.refused]
-    if not found.arms:
+    if not found.trials:
         return [Section("Quality against cache", "", missing=[*missing, "Nothing was measured yet: sweep again."])]
     measured = found.measured
     text = (
@@ -62,32 +62,32 @@ def sweep_sections(found: Sweep, subjects: list[Subject]) -> list[Section]:
 
 
 def pareto_chart(found: Sweep) -> Figure:
-    """Draw each arm's KL against its cache bytes a token, both logarithmic, and the Pareto front.
+    """Draw each trial's KL against its cache bytes a token, both logarithmic, and the Pareto front.
 
     A colour is a method; shared heads are circles, named right of them, latents diamonds, named left.
     """
     figure, axes = new_figure(4.2)
-    # An arm that is its source has no divergence, and a logarithm has no zero.
-    floor = min((arm.kl for arm in found.arms if arm.kl > 0), default=1.0) / 3
-    methods = list(dict.fromkeys(sorted((arm.method for arm in found.arms), key=_RANK.index)))
-    for arm in found.arms:
-        cache, height = arm.cache_bytes_per_token, max(arm.kl, floor)
-        colour = SERIES[methods.index(arm.method) % len(SERIES)]
-        low, high = arm.kl_interval or (height, height)
+    # A trial that is its source has no divergence, and a logarithm has no zero.
+    floor = min((trial.kl for trial in found.trials if trial.kl > 0), default=1.0) / 3
+    methods = list(dict.fromkeys(sorted((trial.method for trial in found.trials), key=_RANK.index)))
+    for trial in found.trials:
+        cache, height = trial.cache_bytes_per_token, max(trial.kl, floor)
+        colour = SERIES[methods.index(trial.method) % len(SERIES)]
+        low, high = trial.kl_interval or (height, height)
         ends = ([height - max(min(low, height), floor)], [max(high, height) - height])
         axes.errorbar(cache, height, yerr=ends, color=colour, capsize=3, linewidth=1.2)
-        latent = arm.target.startswith("mla")
+        latent = trial.target.startswith("mla")
         axes.plot(cache, height, "D" if latent else "o", color=colour, markersize=6 if latent else 7)
-        axes.annotate(arm.target, (cache, height), (-8 if latent else 8, 0), textcoords="offset points", va="center",
-                      ha="right" if latent else "left", color=INK if arm.pareto else MUTED, fontsize=8)  # fmt: skip
-    best = [(arm.cache_bytes_per_token, max(arm.kl, floor)) for arm in found.arms if arm.pareto]
+        axes.annotate(trial.target, (cache, height), (-8 if latent else 8, 0), textcoords="offset points", va="center",
+                      ha="right" if latent else "left", color=INK if trial.pareto else MUTED, fontsize=8)  # fmt: skip
+    best = [(trial.cache_bytes_per_token, max(trial.kl, floor)) for trial in found.trials if trial.pareto]
     axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=1, linestyle="--", zorder=1, label="Pareto front")
     for place, method in enumerate(methods):
         axes.plot([], [], "s", color=SERIES[place % len(SERIES)], label=method)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     whole = found.original["cache_bytes_per_token"]
-    caches = sorted({arm.cache_bytes_per_token for arm in found.arms} | {whole})
+    caches = sorted({trial.cache_bytes_per_token for trial in found.trials} | {whole})
     axes.set_xticks(caches, [size(cache) for cache in caches])
     axes.xaxis.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")

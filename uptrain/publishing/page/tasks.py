@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uptrain.evaluation.tables import figure, metric_of, tasks
+from uptrain.evaluation.tables import number_in, task_metric_name, tasks
 from uptrain.publishing.page.section import ORIGINAL, Chart, Section
 from uptrain.publishing.page.style import INK, SERIES, new_figure
 from uptrain.publishing.page.subjects import Subject, table_of
@@ -53,9 +53,9 @@ def _scores(subjects: Sequence[Subject]) -> Iterator[Score]:
     listed: dict[tuple[str, str], list[Score]] = {}
     for subject in subjects:
         for row in subject.rows("tasks"):
-            key = (str(row.get("task", "")), metric_of(row))
+            key = (str(row.get("task", "")), task_metric_name(row))
             for name, of in ((ORIGINAL, "baseline_"), (subject.name, "")):
-                value, stderr = figure(row, f"{of}value"), figure(row, f"{of}stderr")
+                value, stderr = number_in(row, f"{of}value"), number_in(row, f"{of}stderr")
                 if value is not None and row.get("higher_is_better") is not False:
                     score = Score(*key, name, value, _NORMAL * (stderr or 0.0))
                     found = listed.setdefault(key, [])

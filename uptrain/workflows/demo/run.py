@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.evaluation.evaluate import Evaluation, Measured, evaluate
+from uptrain.evaluation.run import Evaluation, ModelMetrics, evaluate
 from uptrain.training import recipes
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ UPTRAINED_ON = 204_800
 class Demo:
     """The three models' figures; both evaluations are against the original on the same held-out tokens."""
 
-    original: Measured
+    original: ModelMetrics
     converted: Evaluation
     uptrained: Evaluation
     folder: Path
@@ -41,7 +41,7 @@ class Demo:
         }
 
 
-def run(
+def run_demo(
     out: Path,
     on_stage: Callable[[str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,

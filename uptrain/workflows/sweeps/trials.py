@@ -1,4 +1,4 @@
-"""Convert and measure one arm of a sweep after another."""
+"""Convert and measure one trial of a sweep after another."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from uptrain.data.sources import TextSource
 from uptrain.data.token_text import read_tokens
 from uptrain.errors import needing
 from uptrain.evaluation.contexts import CONTEXT, check_stride, chosen_contexts
-from uptrain.evaluation.evaluate import HELD_OUT, Evaluation, evaluate, text_name, write_evaluation
 from uptrain.evaluation.reference import Reference
-from uptrain.evaluation.sweep_results import Arm, Sweep, write_sweep
+from uptrain.evaluation.run import HELD_OUT, Evaluation, evaluate, text_name, write_evaluation
+from uptrain.evaluation.sweep_results import Sweep, Trial, write_sweep
 from uptrain.formatting import size
 from uptrain.models import loading
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Task:
-    """An arm before it is run: its folder's name, the target as typed, and the plan."""
+class PlannedTrial:
+    """A trial before it is run: its folder's name, the target as typed, and the plan."""
 
     name: str
     target: str
@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How every arm is measured, as `evaluate` takes it."""
+    """How every trial is measured, as `evaluate` takes it."""
 
     text: Sequence[TextSource] = (HELD_OUT,)
     context: int | None = None
@@ -55,7 +55,7 @@ class Measuring:
 
 
 class Runner:
-    """Converts and measures arms one after another; what they share stays in memory."""
+    """Converts and measures trials one after another; what they share stays in memory."""
 
     def __init__(
         self, source: Source, checkpoint: Checkpoint, folder: Path, how: Measuring, keep: str, memory: int,
@@ -68,7 +68,7 @@ class Runner:
         self._shared: SharedCalibration | None = None
 
     def check_measuring(self) -> None:
-        """Read what arms will be measured on and how, so that what won't do is said before any arm is made.
+        """Read what trials will be measured on and how, so that what won't do is said before any trial is made.
 
         Raises:
             UsageError: it won't do.
@@ -81,8 +81,8 @@ class Runner:
         most = max(len(read_tokens([each], tokenizer, how.tokens).ids) for each in how.text)
         check_stride(how.stride, min(context, most))
 
-    def read_calibration(self, tasks: Sequence[Task]) -> None:
-        """Read the text that arms are calibrated on, so that one that won't do is said before any arm is made.
+    def read_calibration(self, tasks: Sequence[PlannedTrial]) -> None:
+        """Read the text that trials are calibrated on, so that one that won't do is said before any trial is made.
 
         Raises:
             UsageError: it won't do.
@@ -91,8 +91,8 @@ class Runner:
         if calibrated:
             self._sharing().text(self._checkpoint, calibrated[0].plan)
 
-    def run(self, task: Task, found: Sweep, where: str) -> Sweep:
-        """Run one arm and return the sweep with it, as it stands in sweep.json too."""
+    def run(self, task: PlannedTrial, found: Sweep, where: str) -> Sweep:
+        """Run one trial and return the sweep with it, as it stands in sweep.json too."""
         place = self._folder / task.name
         converting = self._convert(task, place, where)
         began = time.monotonic()
@@ -100,18 +100,18 @@ class Runner:
         evaluation = evaluate(str(place), self._reference, self._how.text, repeats=0, **options)
         write_evaluation(evaluation, place / EVALUATION)
         seconds = round(time.monotonic() - began, 1)
-        found = _measured(found, evaluation).with_arm(_arm(task, evaluation, converting, seconds))
+        found = _measured(found, evaluation).with_trial(_trial(task, evaluation, converting, seconds))
         found = self._tidied(found)
         write_sweep(found, self._folder)
-        arm = next(arm for arm in found.arms if arm.name == task.name)
+        trial = next(trial for trial in found.trials if trial.name == task.name)
         self._note(
-            f"{where}: {size(arm.cache_bytes_per_token)} a token, perplexity {arm.perplexity:.2f}, KL {arm.kl:.4g}, "
-            f"{(converting or 0) + seconds:,.0f} s"
+            f"{where}: {size(trial.cache_bytes_per_token)} a token, perplexity {trial.perplexity:.2f}, "
+            f"KL {trial.kl:.4g}, {(converting or 0) + seconds:,.0f} s"
         )
         return found
 
-    def _convert(self, task: Task, place: Path, where: str) -> float | None:
-        """Convert the arm into `place` and return the seconds it took, None if an earlier run did."""
+    def _convert(self, task: PlannedTrial, place: Path, where: str) -> float | None:
+        """Convert the trial into `place` and return the seconds it took, None if an earlier run did."""
         manifest = read_manifest(place)
         if manifest is not None and any(stage.get("plan") == task.plan.digest for stage in manifest["stages"][-1:]):
             return None
@@ -136,13 +136,13 @@ class Runner:
 
     def _tidied(self, found: Sweep) -> Sweep:
         """Delete the checkpoints that aren't to stay; what is beaten once stays beaten."""
-        arms = []
-        for arm in found.arms:
-            stays = self._keep == "all" or (self._keep == "best" and arm.pareto)
-            if arm.kept and not stays:
-                shutil.rmtree(self._folder / arm.name, ignore_errors=True)
-            arms.append(replace(arm, kept=arm.kept and stays))
-        return replace(found, arms=tuple(arms))
+        trials = []
+        for trial in found.trials:
+            stays = self._keep == "all" or (self._keep == "best" and trial.pareto)
+            if trial.kept and not stays:
+                shutil.rmtree(self._folder / trial.name, ignore_errors=True)
+            trials.append(replace(trial, kept=trial.kept and stays))
+        return replace(found, trials=tuple(trials))
 
 
 def _measured(found: Sweep, evaluation: Evaluation) -> Sweep:
@@ -157,14 +157,14 @@ def _measured(found: Sweep, evaluation: Evaluation) -> Sweep:
     )
 
 
-def _arm(task: Task, found: Evaluation, converting: float | None, evaluating: float) -> Arm:
+def _trial(task: PlannedTrial, found: Evaluation, converting: float | None, evaluating: float) -> Trial:
     assert found.baseline is not None
     names = (
         "perplexity_ratio", "perplexity_ratio_interval", "kl", "kl_interval", "top1_agreement", "top5_agreement",
         "flip_rate",
     )  # fmt: skip
     cache = found.model.cache_bytes_per_token
-    return Arm(
+    return Trial(
         task.name, task.target, task.plan.request.method, cache, cache / found.baseline.cache_bytes_per_token,
         found.model.perplexity, **{name: getattr(found, name) for name in names}, convert_seconds=converting,
         evaluate_seconds=evaluating, pareto=False, kept=True, plan=task.plan.digest,

@@ -20,7 +20,7 @@ _FORMS = {
 
 
 @dataclass(frozen=True)
-class Target:
+class SweepTarget:
     """A form to convert to: the word it was named by, and its part of a `Request`."""
 
     word: str
@@ -32,7 +32,7 @@ class Target:
         return self.word.replace(":", "").replace("%", "pct")
 
 
-def parse_target(word: str) -> Target:
+def parse_target(word: str) -> SweepTarget:
     """Return the target that gqa, gqa:4, mqa, mla, mla:128, mla:128+32 or mla:25% names.
 
     Raises:
@@ -48,7 +48,7 @@ def parse_target(word: str) -> Target:
     for name, value in (match.groupdict() if match else {}).items():
         if value is not None:
             options[name] = float(value) / 100 if name == "cache" else int(value)
-    return Target(word, options)
+    return SweepTarget(word, options)
 
 
 def parse_methods(words: Sequence[str]) -> list[str]:

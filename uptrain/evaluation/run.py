@@ -18,19 +18,28 @@ from uptrain.data.sources import HELD_OUT, Builtin, Dataset, Files, TextSource
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.evaluation.contexts import CONTEXT, SPEED_CONTEXT, check_stride, chosen_contexts
-from uptrain.evaluation.needle import Needles, check_needles, find_needles
+from uptrain.evaluation.needle import NeedleSettings, check_needles, find_needles
 from uptrain.evaluation.progress import Progress, counted
-from uptrain.evaluation.quality import Row, Window, make_row, score, scored_tokens, windows
+from uptrain.evaluation.quality import QualityRow, WindowSums, make_row, score, scored_tokens, windows
 from uptrain.evaluation.reading import has_encoder
 from uptrain.evaluation.reference import Reference
-from uptrain.evaluation.result import Evaluation, Measured, Run, save_place, write_evaluation
+from uptrain.evaluation.result import Evaluation, EvaluationRun, ModelMetrics, save_place, write_evaluation
 from uptrain.evaluation.samples import check_samples, write_samples
 from uptrain.evaluation.speed import SpeedCell, cache_bytes_per_token, time_cells
-from uptrain.evaluation.tasks import Tasks, load_tasks, run_tasks
+from uptrain.evaluation.tasks import TaskSettings, load_tasks, run_tasks
 from uptrain.models import devices, loading
 from uptrain.models.peak_memory import memory_bytes
 
-__all__ = ["HELD_OUT", "Evaluation", "Measured", "Row", "evaluate", "save_place", "windows", "write_evaluation"]
+__all__ = [
+    "HELD_OUT",
+    "Evaluation",
+    "ModelMetrics",
+    "QualityRow",
+    "evaluate",
+    "save_place",
+    "windows",
+    "write_evaluation",
+]
 
 ALL = "all"
 """What the row of several texts together is called."""
@@ -51,8 +60,8 @@ def evaluate(
     decode_tokens: int = 32,
     repeats: int = 5,
     dtype: str | None = None,
-    tasks: Tasks | None = None,
-    needle: Needles | None = None,
+    tasks: TaskSettings | None = None,
+    needle: NeedleSettings | None = None,
     samples: int = 0,
     sample_tokens: int = 48,
     allow_pickle: bool = False,
@@ -154,7 +163,7 @@ def evaluate(
         "decode_tokens": decode_tokens,
     }  # fmt: skip
     of = {"name": names[1], "weights": reference.weights()} if reference else None
-    run = Run(
+    run = EvaluationRun(
         digest, of, quality_dtype, str(device), _name(loaded[0]), repeats, memory_bytes(device), settings, versions()
     )
     return Evaluation(
@@ -180,15 +189,15 @@ def _check_reading(names: Sequence[str], loaded: Sequence[Any], more: bool) -> N
 
 
 def _measured(
-    names: Sequence[str], head: Row, cache: Sequence[tuple[int, int]], first: SpeedCell | None
-) -> list[Measured]:
+    names: Sequence[str], head: QualityRow, cache: Sequence[tuple[int, int]], first: SpeedCell | None
+) -> list[ModelMetrics]:
     """Return each model's own figures: quality of the row `head`, speed of the cell `first`."""
     found = []
     for name, (held, cross), of in zip(names, cache, ("", "baseline_"), strict=False):
         own = {key: getattr(head, f"{of}{key}") for key in ("perplexity", "bits_per_byte")}
         for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_range"):
             own[key] = None if first is None else getattr(first, f"{of}{key}")
-        found.append(Measured(name, cache_bytes_per_token=held, cross_bytes_per_token=cross, **own))
+        found.append(ModelMetrics(name, cache_bytes_per_token=held, cross_bytes_per_token=cross, **own))
     return found
 
 
@@ -217,9 +226,9 @@ def _digests(texts: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 def _rows(
     model: Any, reference: Reference | None, texts: dict[str, TokenText], context: int, stride: int,
     on_tokens: Callable[[int], None],
-) -> list[Row]:  # fmt: skip
+) -> list[QualityRow]:  # fmt: skip
     """Return a row of each text at one context and, where there are several, one of all."""
-    found: dict[str, list[Window]] = {}
+    found: dict[str, list[WindowSums]] = {}
     for name, text in texts.items():
         found[name] = score(model, reference, torch.from_numpy(text.ids), context, stride, on_tokens)
     rows = [make_row(name, context, stride, found[name], len(text.ids) / text.bytes) for name, text in texts.items()]

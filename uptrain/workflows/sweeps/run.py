@@ -18,12 +18,12 @@ from uptrain.conversion.plan.planner import make_plan
 from uptrain.conversion.request import BUILTIN, CALIBRATION_FIELDS, CALIBRATION_TOKENS, Request
 from uptrain.conversion.run.convert import MEMORY
 from uptrain.errors import CheckpointError, UptrainError, UsageError
-from uptrain.evaluation.sweep_results import Refused, Sweep, read_sweep, write_sweep
+from uptrain.evaluation.sweep_results import RefusedTrial, Sweep, read_sweep, write_sweep
 from uptrain.publishing.page.style import drawing, png
 from uptrain.publishing.page.sweep import pareto_chart
 from uptrain.training import plots
-from uptrain.workflows.sweep.runner import Measuring, Runner, Task
-from uptrain.workflows.sweep.targets import parse_methods, parse_target
+from uptrain.workflows.sweeps.targets import parse_methods, parse_target
+from uptrain.workflows.sweeps.trials import Measuring, PlannedTrial, Runner
 
 __all__ = ["Measuring", "sweep"]
 
@@ -77,8 +77,8 @@ def sweep(
     checkpoint = open_checkpoint(source.path, allow_pickle)
     check_unwrapped(checkpoint.config, source.name, "sweep")
     check_language_model(checkpoint.config, source.name)
-    tasks: list[Task] = []
-    refused: list[Refused] = []
+    tasks: list[PlannedTrial] = []
+    refused: list[RefusedTrial] = []
     errors: list[UptrainError] = []
     for target in asked[0]:
         for method in asked[1]:
@@ -87,10 +87,10 @@ def sweep(
                 plan = make_plan(checkpoint, Request(method=method, **options), source.name)
                 plan = replace(plan, notes=check_classes(checkpoint, plan, source.name))
             except (UsageError, CheckpointError) as error:
-                refused.append(Refused(target.word, method, error.message))
+                refused.append(RefusedTrial(target.word, method, error.message))
                 errors.append(error)
             else:
-                tasks.append(Task(f"{target.folder}-{method}", target.word, plan))
+                tasks.append(PlannedTrial(f"{target.folder}-{method}", target.word, plan))
     if not tasks and errors and isinstance(errors[0], CheckpointError):
         raise errors[0]
     if not tasks:
@@ -103,7 +103,7 @@ def sweep(
     fresh = Sweep(named, {**how.to_dict(), "repair_steps": None, **used}, {}, {}, (), tuple(refused))
     found = _to_go_on_with(folder, source, fresh, tasks, overwrite)
     runner = Runner(source, checkpoint, folder, how, keep, memory, overwrite, on_note, on_layers)
-    done = {arm.name for arm in found.arms}
+    done = {trial.name for trial in found.trials}
     runner.check_measuring()
     runner.read_calibration([task for task in tasks if task.name not in done])
     _begin(folder, found)
@@ -129,7 +129,7 @@ def _check_calibration(given: dict[str, Any], methods: Sequence[str]) -> None:
             )
 
 
-def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[Task], overwrite: bool) -> Sweep:
+def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[PlannedTrial], overwrite: bool) -> Sweep:
     """Return the sweep to go on with: what `folder` holds of the same one, else a fresh one.
 
     Raises:
@@ -139,7 +139,7 @@ def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[T
     earlier = read_sweep(folder)
     if earlier is None and folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists already and holds no sweep.", "Choose another --out.")
-    if overwrite or (earlier is not None and not earlier.arms):
+    if overwrite or (earlier is not None and not earlier.trials):
         earlier = None
     if earlier is not None:
         plans = {task.name: task.plan.digest for task in tasks}
@@ -149,7 +149,7 @@ def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[T
             changed = [name for name in changed if name not in CALIBRATION_FIELDS]
         if earlier.source != fresh.source:
             changed = ["source"]
-        elif not changed and any(plans.get(arm.name, arm.plan) != arm.plan for arm in earlier.arms):
+        elif not changed and any(plans.get(trial.name, trial.plan) != trial.plan for trial in earlier.trials):
             changed = ["source's files"]
         if changed:
             differences = ", ".join(_difference(key, earlier.settings, settings) for key in changed)
@@ -164,10 +164,10 @@ def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[T
 
 
 def _calibrated(found: Sweep) -> bool:
-    return any(arm.method == "calibrated" for arm in found.arms)
+    return any(trial.method == "calibrated" for trial in found.trials)
 
 
-def _settings(earlier: Sweep, fresh: Sweep, tasks: Sequence[Task]) -> dict[str, Any]:
+def _settings(earlier: Sweep, fresh: Sweep, tasks: Sequence[PlannedTrial]) -> dict[str, Any]:
     """Return the settings of this run; where it calibrates nothing, what an earlier one said of calibration stays."""
     if any(task.plan.request.method == "calibrated" for task in tasks):
         return dict(fresh.settings)
@@ -181,11 +181,11 @@ def _difference(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 def _begin(folder: Path, found: Sweep) -> None:
-    """Write the sweep to go on with, and delete the arms of one that it replaces."""
+    """Write the sweep to go on with, and delete the trials of one that it replaces."""
     earlier = read_sweep(folder)
-    going_on = {arm.name for arm in found.arms}
-    for arm in earlier.arms if earlier is not None else ():
-        if arm.name not in going_on:
-            shutil.rmtree(folder / arm.name, ignore_errors=True)
+    going_on = {trial.name for trial in found.trials}
+    for trial in earlier.trials if earlier is not None else ():
+        if trial.name not in going_on:
+            shutil.rmtree(folder / trial.name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_sweep(found, folder)
