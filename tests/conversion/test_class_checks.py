@@ -189,6 +189,7 @@ def test_a_trained_model_is_not_written_without_all_its_weights() -> None:
 def test_a_source_that_is_quantised_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
     _, found, planned = plan_conversion(str(save_tiny("llama")), Request("mqa"))
     quantised = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
+    planned = replace(planned, source=replace(planned.source, checkpoint=quantised))
     (note,) = weights.check_classes(quantised, planned, "it")
     assert "quantised" in note
 
