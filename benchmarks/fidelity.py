@@ -30,12 +30,13 @@ from uptrain.architectures.description import describe_checkpoint
 from uptrain.architectures.projections import read_layer
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
-from uptrain.conversion.request import CHANGED_PARTS, Request
+from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.documents import pieces
 from uptrain.data.sources import parse_source
-from uptrain.methods.head_conversion import maps_of, position_of
+from uptrain.methods.head_conversion import maps_of, rotary_of
 from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.registry import METHODS, TARGETS
 from uptrain.models.register import register
 
 BASELINES = ("renormed", "procrustes", "procrustes-renormed")
@@ -99,7 +100,7 @@ def pool_in_place(folder: Path, groups: int, method: str) -> Any:
     for number, spec in enumerate(source.attention):
         base = source.attention_name(number)
         maps = maps_of(read_layer(checkpoint, projections, spec, base))
-        position = position_of(source.family, spec)
+        position = rotary_of(source.family.position, spec)
         if method == "renormed":
             pooled = baselines.mean_renormed(maps, groups, None)
         else:
@@ -175,7 +176,11 @@ def latents(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 
 
 def methods_for(arguments: argparse.Namespace, target: str) -> list[str]:
-    known = ["svd", "calibrated"] if target.startswith("mla") else [*CHANGED_PARTS, *BASELINES]
+    latent = target.startswith("mla")
+    known = [
+        *(method.name for method in METHODS.values() if method.serves(TARGETS["mla" if latent else "gqa"])),
+        *(() if latent else BASELINES),
+    ]
     return [name for name in (arguments.methods or ",".join(known)).split(",") if name in known]
 
 

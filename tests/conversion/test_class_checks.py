@@ -33,8 +33,8 @@ from uptrain.evaluation import evaluate
 from uptrain.models import class_keys
 from uptrain.models.class_fit import Fit
 from uptrain.models.loading import load_model
+from uptrain.training.export import assemble, gather
 from uptrain.training.recipes import load as load_recipe
-from uptrain.training.result import assemble, gather
 from uptrain.training.trainer import train
 
 Save = Callable[..., Path]

@@ -12,6 +12,7 @@ from uptrain.architectures.model_class import is_language_model
 from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
 from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
+from uptrain.cli.method_help import grouping_help, method_help, seed_help
 from uptrain.cli.options import Command, check_device, device_option, json_option, source_options
 from uptrain.cli.types import Share, Size
 from uptrain.formatting import size, typed
@@ -58,17 +59,15 @@ def _latent_options(command: Command) -> Command:
 @_latent_options
 @click.option(
     "--method",
-    help="How heads become one: mean (average, Ainslie et al. 2023; the default); svd (align and factor, far closer "
-    "to MODEL before uptraining; needs torch; the default of --to mla); calibrated (svd weighted by what text makes "
-    "the model use, and repaired; the default with --calibrate); first; random (fresh heads, for ablations).",
+    help=method_help(),
 )
 @click.option(
     "--grouping",
     default="contiguous",
     show_default=True,
-    help="Which heads share: contiguous (neighbours, as in the paper) or similar (least loss; heads are moved).",
+    help=grouping_help(),
 )
-@click.option("--seed", type=int, help="For --method random or calibrated and --grouping similar. Default: 0.")
+@click.option("--seed", type=int, help=seed_help())
 @click.option(
     "--calibrate",
     help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
@@ -136,7 +135,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
     check_memory(options["memory"], request)
-    check_device(request.method == "calibrated")
+    check_device(request.chosen_method.needs_text)
     source, checkpoint, plan = plan_conversion(
         model,
         request,

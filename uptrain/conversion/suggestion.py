@@ -102,7 +102,7 @@ def _plans(checkpoint: Checkpoint, budget: float, name: str) -> list[Plan]:
 
 def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> Suggestion:
     request, groups = plan.request, plan.after[0].num_key_value_heads
-    if request.method == "mean":
+    if not request.chosen_method.mixes_dims:
         shares = [_pooled(checkpoint, plan, layer, groups) for layer in layers]
     else:
         maker = LayerMaker(checkpoint, plan)
@@ -110,7 +110,7 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
             maker.make(layer)
         shares = [(kept["svd"]["keys"], kept["svd"]["values"]) for kept in maker.kept.values()]
     if plan.latent is None:
-        options = f"--to {request.target}" + (f" --groups {groups}" if request.target == "gqa" else "")
+        options = f"--to {request.target}" + (f" --groups {groups}" if request.kind.takes_groups else "")
         options += f" --method {request.method}"
     else:
         spec = plan.after[0]

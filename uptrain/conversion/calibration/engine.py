@@ -22,8 +22,8 @@ from uptrain.conversion.calibration.layer_runner import Layer, LayeredModel
 from uptrain.conversion.calibration.layer_search import Choice, LayerTask
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.methods.energy import Shares
-from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of, position_of
+from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of, rotary_of
+from uptrain.methods.method import ExplainedEnergy
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.mla_conversion import heads_of_latent, maps_of_latent
 from uptrain.methods.mla_layer import LatentMaps
@@ -60,7 +60,7 @@ class LayerReport:
     """Tell what was done to a layer: the energy each method keeps, the choices made, and the seconds it took."""
 
     layer: int
-    kept: dict[str, Shares]
+    kept: dict[str, ExplainedEnergy]
     choice: Choice | None
     seconds: float
 
@@ -90,7 +90,7 @@ def calibrate(
     """
     if target.latent is None and target.groups == target.before[0].num_key_value_heads:
         for layer in range(len(target.before)):
-            kept = dict.fromkeys(("calibrated", "svd", "mean"), Shares(1.0, 1.0))
+            kept = dict.fromkeys(("calibrated", "svd", "mean"), ExplainedEnergy(1.0, 1.0))
             report = LayerReport(layer, kept, None, 0.0)
             yield layer, read_heads(checkpoint, target, layer), report
         return
@@ -164,7 +164,7 @@ def _trace(layer: Layer, streams: Streams, device: torch.device, index: int) -> 
 
 def _heads_form(target: Target, spec: AttentionSpec, source: LayerHeads, device: torch.device) -> SharedHeads:
     architecture = target.source.family
-    weights, position = ModuleWeights(architecture.projections, spec), position_of(architecture, spec)
+    weights, position = ModuleWeights(architecture.projections, spec), rotary_of(architecture.position, spec)
     return SharedHeads(source, weights, position, target.groups, device)
 
 
@@ -176,7 +176,7 @@ def _latent_form(
     device: torch.device,
     output_bias: Tensor | None,
 ) -> Form[LatentMaps]:
-    position = position_of(target.source.family, spec)
+    position = rotary_of(target.source.family.position, spec)
     key_weights = KEY_WEIGHTS if target.key_weight is None else (target.key_weight,)
     frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
     if shape.form == "decoupled":

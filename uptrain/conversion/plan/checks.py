@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.schema import Architecture
-from uptrain.conversion.request import CALIBRATION_FIELDS, CHANGED_PARTS, Request
+from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
+from uptrain.methods.registry import method_options
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
 _INNER_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -35,20 +36,21 @@ def check_method(source: CheckpointDescription, request: Request) -> None:
     Raises:
         UsageError: it isn't.
     """
-    if request.target == "mla" and not source.family.targets.get("mla"):
+    if request.kind.latent and not source.family.targets.get("mla"):
         return  # that no class holds it is what to say
     why = source.why_pool_only
-    if why and "q" in CHANGED_PARTS[request.method]:
+    if why and request.chosen_method.mixes_dims:
         raise UsageError(
             f"--method {request.method} can't be used on {source.name}: {why}.",
             "Use --method mean and uptrain the result.",
         )
-    if source.family.uncalibrated and request.method == "calibrated":
+    if source.family.uncalibrated and request.chosen_method.needs_text:
         raise UsageError(
-            f"--method calibrated can't be used on {source.name}: {source.family.uncalibrated}.", "Use --method svd."
+            f"--method {request.method} can't be used on {source.name}: {source.family.uncalibrated}.",
+            "Use --method svd.",
         )
     why = source.why_fixed_order
-    if why and request.grouping != "contiguous":
+    if why and request.chosen_grouping.moves:
         raise UsageError(
             f"--grouping {request.grouping} can't be used on {source.name}: {why}.", "Leave --grouping out."
         )
@@ -60,7 +62,7 @@ def check_inside(source: CheckpointDescription, request: Request) -> None:
     Raises:
         UsageError: it does.
     """
-    if source.wrapped_in and request.target == "mla":
+    if source.wrapped_in and request.kind.latent:
         raise UsageError(
             f"--to mla can't be used on {source.name}: a latent needs a class of its own, which has no place in a "
             f"{source.wrapped_in}.",
@@ -88,13 +90,13 @@ def check_effects(request: Request, groups: int, heads: int, name: str) -> None:
     Raises:
         UsageError: there is one.
     """
-    given = [option for option in (*CALIBRATION_FIELDS, "seed") if getattr(request, option) is not None]
-    given += ["grouping"] if request.grouping != "contiguous" else []
+    given = [option for option in method_options() if getattr(request, option) is not None]
+    given += ["grouping"] if request.chosen_grouping.moves else []
     if given and groups == heads:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(
             f"{option} has no effect: {name} keeps all its {heads} key/value heads.",
             f"Ask for fewer --groups, or leave {option} out.",
         )
-    if groups == 1 and request.grouping != "contiguous":
+    if groups == 1 and request.chosen_grouping.moves:
         raise UsageError(f"--grouping {request.grouping} has no effect: all heads share one.", "Leave --grouping out.")

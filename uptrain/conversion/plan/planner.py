@@ -138,7 +138,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
     check_quantised(source, request)
-    if request.target == "mla":
+    if request.kind.latent:
         return _latent_plan(source, request)
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
@@ -148,7 +148,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         check_groups(source, target.architecture, groups)
     check_target(source, target, False)
     after = tuple(spec.grouped(groups) for spec in before)
-    if request.grouping != "contiguous" and not same:
+    if request.chosen_grouping.moves and not same:
         check_order(source)
     config = target_config(target, source.config) if target.architecture is not source.family or not same else None
     config = _as_it_is(target, source.config) if config is None else config

@@ -56,9 +56,9 @@ def check_quantised(source: CheckpointDescription, request: Request) -> None:
             "their values mean nothing without their scales.",
             "Leave --dtype out.",
         )
-    if request.method == "calibrated":
+    if request.chosen_method.needs_text:
         raise UsageError(
-            f"--method calibrated can't be used on {name}, parts of which are quantised with {found.describe()}: "
+            f"--method {request.method} can't be used on {name}, parts of which are quantised with {found.describe()}: "
             "its layers can't be run from codes.",
             "Use --method svd.",
         )

@@ -91,7 +91,7 @@ def check_memory(memory: int | None, request: Request) -> None:
     Raises:
         UsageError: as said.
     """
-    if memory is not None and request.method != "calibrated":
+    if memory is not None and not request.chosen_method.needs_text:
         raise UsageError(
             f"--memory is for --method calibrated, not {request.method}.",
             "Leave it out: other methods hold a few layers at a time, as --dry-run says.",
@@ -315,9 +315,9 @@ def _calibrated(
     on_note: Callable[[str], None],
     shared: SharedCalibration | None,
 ) -> CalibratedLayers | None:
-    if plan.request.method != "calibrated" or plan.before == plan.after:
+    if not plan.request.chosen_method.needs_text or plan.before == plan.after:
         return None
-    with needing("--method calibrated"):
+    with needing(f"--method {plan.request.method}"):
         from uptrain.conversion.calibration.run import calibrate_plan
     return calibrate_plan(checkpoint, plan, _calibration_of(out), memory, on_layer, on_note, shared)
 

@@ -87,7 +87,7 @@ class Runner:
         Raises:
             UsageError: it won't do.
         """
-        calibrated = [task for task in tasks if task.plan.request.method == "calibrated"]
+        calibrated = [task for task in tasks if task.plan.request.chosen_method.needs_text]
         if calibrated:
             self._sharing().text(self._checkpoint, calibrated[0].plan)
 
@@ -116,7 +116,7 @@ class Runner:
         if manifest is not None and any(stage.get("plan") == task.plan.digest for stage in manifest["stages"][-1:]):
             return None
         self._note(f"{where}: converting")
-        calibrated = task.plan.request.method == "calibrated"
+        calibrated = task.plan.request.chosen_method.needs_text
         began = time.monotonic()
         run_plan(
             self._source, self._checkpoint, task.plan, place, overwrite=self._overwrite,
