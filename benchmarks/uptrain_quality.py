@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import resolve
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
@@ -29,7 +30,9 @@ from uptrain.data.sources import Files, parse_source
 from uptrain.data.token_text import read_tokens
 from uptrain.models import loading
 from uptrain.training import recipes
-from uptrain.training.trainer import Step, lm_loss, train
+from uptrain.training.losses import lm_loss
+from uptrain.training.metrics import TrainingStep
+from uptrain.training.trainer import train
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,14 @@ def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, d
     })  # fmt: skip
     began = time.monotonic()
 
-    def on_step(step: Step) -> None:
+    def on_step(step: TrainingStep) -> None:
         if step.held_out_loss is not None:
             seen.append((step.tokens, step.held_out_loss))
             print(f"{target} {start} {objective} {step.tokens} tokens: perplexity "
                   f"{math.exp(step.held_out_loss):.3f}, {step.tokens_per_second:.0f} tokens/s",
                   file=sys.stderr, flush=True)  # fmt: skip
 
-    done = train(recipe, on_step, restart=True)
+    done = train(recipe, restart=True, events=Events(step=on_step))
     assert done is not None
     assert done.held_out_loss is not None
     seen.append((done.tokens, done.held_out_loss))

@@ -50,9 +50,9 @@ def build(job: Job, work: Begun) -> tuple[Plan, Energy | None]:
 def calibrate(job: Job) -> CalibratedLayers | None:
     """Calibrate the job's layers; return None where its method needs no text or no layer changes."""
     plan = job.plan
-    if plan.request.method != "calibrated" or plan.before == plan.after:
+    if not plan.request.chosen_method.needs_text or plan.before == plan.after:
         return None
-    with needing("--method calibrated"):
+    with needing(f"--method {plan.request.method}"):
         from uptrain.conversion.calibration.run import calibrate_plan
     memory, shared = job.options.calibration_memory, job.options.shared
     return calibrate_plan(job.checkpoint, plan, job.calibration, memory, job.events, shared)
@@ -71,7 +71,7 @@ def _finish(job: Job, plan: Plan, work: Begun, calibrated: CalibratedLayers | No
     """Write all but the shards, and refuse a source that changed meanwhile."""
     folder, state, checkpoint = work.state.path.parent, work.state, job.checkpoint
     write_companions(checkpoint, plan, job.sidecars, folder)
-    move_indices(checkpoint, plan.architecture, plan.before, by_layer(state.orders), folder)
+    move_indices(plan.source, by_layer(state.orders), folder)
     stage = stage_of(job, plan, state)
     if calibrated is not None:
         stage["calibration"] = {"text": calibrated.text, "layers": calibrated.notes}
@@ -84,7 +84,7 @@ def _check_unchanged(checkpoint: Checkpoint, plan: Plan) -> None:
         same = plan_digest(plan, checkpoint) == plan.digest
     except FileNotFoundError:
         same = False
-    if not same or read_config(checkpoint.path) != checkpoint.whole_config:
+    if not same or read_config(checkpoint.path) != checkpoint.config:
         raise CheckpointError(
             f"{checkpoint.path} changed while it was converted, so the result would be of neither.",
             "Run the same command again once nothing writes there.",

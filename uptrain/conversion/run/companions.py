@@ -23,10 +23,10 @@ def write_companions(checkpoint: Checkpoint, plan: Plan, sidecars: Sidecars, fol
     - `folder`: where the result is written, OUT.partial.
     """
     carry(checkpoint.path, sidecars, folder)
-    if plan.target.remote_code:
-        shutil.copyfile(REMOTE_CODE / plan.target.remote_code, folder / plan.target.remote_code)
+    for name in plan.target.code_files:
+        shutil.copyfile(REMOTE_CODE / name, folder / name)
     whole = plan.whole_config
-    code = {**reading_code(checkpoint.whole_config), **whole.get("auto_map", {})}
+    code = {**reading_code(checkpoint.config), **whole.get("auto_map", {})}
     config = {**whole, "auto_map": code} if code else whole
     write_atomic(folder / "config.json", dump_json(config, allow_nan=True))
     if len(plan.shards) > 1:

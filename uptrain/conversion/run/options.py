@@ -46,7 +46,7 @@ class RunOptions:
             raise UsageError(
                 "--diagnose compares heads that come to share one, and --to mla has none.", "Leave --diagnose out."
             )
-        if self.memory is not None and request.method != "calibrated":
+        if self.memory is not None and not request.chosen_method.needs_text:
             raise UsageError(
                 f"--memory is for --method calibrated, not {request.method}.",
                 "Leave it out: other methods hold a few layers at a time, as --dry-run says.",

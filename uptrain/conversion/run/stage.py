@@ -70,7 +70,7 @@ def _source(job: Job, read: dict[str, str]) -> dict[str, Any]:
         "name": source.name,
         "origin": source.origin,
         "revision": source.revision,
-        "model_type": str(checkpoint.whole_config["model_type"]),
+        "model_type": str(checkpoint.config["model_type"]),
         "files": dict(sorted(files.items())),
     }
 
