@@ -24,17 +24,17 @@ from torch.nn import functional
 
 from benchmarks import baselines
 from benchmarks.common import options, peak_memory, settings_of, timed, write_json
-from uptrain.architectures.description import architecture_of, attention_layers
-from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.description import describe_checkpoint
 from uptrain.architectures.projections import read_layer
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
-from uptrain.conversion.request import CHANGED_PARTS, Request
+from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.documents import pieces
 from uptrain.data.sources import parse_source
-from uptrain.methods.head_conversion import maps_of, position_of
+from uptrain.methods.head_conversion import maps_of, rotary_of
 from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.registry import METHODS, TARGETS
 from uptrain.models.register import register
 
 BASELINES = ("renormed", "procrustes", "procrustes-renormed")
@@ -93,17 +93,17 @@ def score(model: Any, original: Any, blocks: torch.Tensor) -> tuple[float, float
 def pool_in_place(folder: Path, groups: int, method: str) -> Any:
     """Return the source's own class with its heads pooled by a baseline and repeated."""
     model, checkpoint = load(folder), open_checkpoint(folder)
-    architecture = architecture_of(checkpoint.config, str(folder))
-    prefix = find_prefix(architecture, checkpoint, str(folder))
-    for number, spec in enumerate(attention_layers(architecture, checkpoint.config, str(folder))):
-        base = architecture.layer.format(prefix=prefix, layer=number)
-        maps = maps_of(read_layer(checkpoint, architecture.projections, spec, base))
-        position = position_of(architecture, spec)
+    source = describe_checkpoint(checkpoint, str(folder))
+    projections = source.family.projections
+    for number, spec in enumerate(source.attention):
+        base = source.attention_name(number)
+        maps = maps_of(read_layer(checkpoint, projections, spec, base))
+        position = rotary_of(source.family.position, spec)
         if method == "renormed":
             pooled = baselines.mean_renormed(maps, groups, None)
         else:
             pooled = baselines.procrustes(maps, groups, position, None, renorm=method.endswith("renormed"))
-        write_heads(model.get_submodule(base.rstrip(".")), architecture.projections, pooled, spec.num_key_value_heads)
+        write_heads(model.get_submodule(base.rstrip(".")), projections, pooled, spec.num_key_value_heads)
     return model
 
 
@@ -124,7 +124,7 @@ def measure(arguments: argparse.Namespace) -> tuple[float, list[Row]]:
     blocks = token_blocks(source.path, arguments.text, arguments.blocks, min(1024, limit))
     base, _, _ = score(original, original, blocks)
     checkpoint = open_checkpoint(source.path)
-    heads = attention_layers(architecture_of(checkpoint.config, "source"), checkpoint.config, "source")[0]
+    heads = describe_checkpoint(checkpoint, "source").attention[0]
     rows = []
     for target, shape in targets(arguments):
         for method in methods_for(arguments, target):
@@ -173,7 +173,11 @@ def latents(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 
 
 def methods_for(arguments: argparse.Namespace, target: str) -> list[str]:
-    known = ["svd", "calibrated"] if target.startswith("mla") else [*CHANGED_PARTS, *BASELINES]
+    latent = target.startswith("mla")
+    known = [
+        *(method.name for method in METHODS.values() if method.serves(TARGETS["mla" if latent else "gqa"])),
+        *(() if latent else BASELINES),
+    ]
     return [name for name in (arguments.methods or ",".join(known)).split(",") if name in known]
 
 

@@ -35,6 +35,7 @@ def now() -> Moment:
 
 def run_uptrain(args: argparse.Namespace, folder: Path) -> list[Moment]:
     """Return the moment at which each step ended."""
+    from uptrain.checkpoint.events import Events
     from uptrain.training import recipes
     from uptrain.training.trainer import train
 
@@ -44,7 +45,7 @@ def run_uptrain(args: argparse.Namespace, folder: Path) -> list[Moment]:
         "save_every": 10**6, "log_every": 10**6,
     })  # fmt: skip
     ends: list[Moment] = []
-    train(recipe, lambda step: ends.append(now()))
+    train(recipe, events=Events(step=lambda step: ends.append(now())))
     return ends
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import options, timed, write_json
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import resolve
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
@@ -28,7 +29,9 @@ from uptrain.data.sources import Files, parse_source
 from uptrain.data.token_text import read_tokens
 from uptrain.models import loading
 from uptrain.training import recipes
-from uptrain.training.trainer import Step, lm_loss, train
+from uptrain.training.losses import lm_loss
+from uptrain.training.metrics import TrainingStep
+from uptrain.training.trainer import train
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def run_trial(args: argparse.Namespace, target: str, start: str, objective: str,
         "train": args.train, "seed": 1, "save_every": 10**6, **distill,
     })  # fmt: skip
 
-    def on_step(step: Step) -> None:
+    def on_step(step: TrainingStep) -> None:
         if step.held_out_loss is not None:
             seen.append((step.tokens, step.held_out_loss))
             print(f"{target} {start} {objective} {step.tokens} tokens: perplexity "
@@ -92,7 +95,7 @@ def run_trial(args: argparse.Namespace, target: str, start: str, objective: str,
                   file=sys.stderr, flush=True)  # fmt: skip
 
     with timed() as timer:
-        done = train(recipe, on_step, restart=True)
+        done = train(recipe, restart=True, events=Events(step=on_step))
     assert done is not None
     assert done.held_out_loss is not None
     seen.append((done.tokens, done.held_out_loss))

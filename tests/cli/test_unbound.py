@@ -14,6 +14,7 @@ import pytest
 from tests.corpus import checkpoint, corpus
 from tests.faults.boundaries import Killed, killed_at, watched
 from tests.small import digests, save_small, small_tensors
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import DEMO
 from uptrain.checkpoint.writer import STATE, partial_of
 from uptrain.cli.app import run
@@ -150,7 +151,7 @@ def test_a_run_without_a_checkpoint_binds_nobody(recipe: Callable[..., Any], her
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(save_every=100, log_every=1), killed)
+        train(recipe(save_every=100, log_every=1), events=Events(step=killed))
     assert (here / "trained.run/recipe.json").is_file()
     done = train(recipe(learning_rate=2e-3))
     assert done is not None and done.resumed_from == 0
@@ -163,7 +164,7 @@ def test_an_unfinished_run_says_how_its_recipe_differs(recipe: Callable[..., Any
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(), killed)
+        train(recipe(), events=Events(step=killed))
     with pytest.raises(UsageError, match="learning_rate") as caught:
         train(recipe(learning_rate=2e-3))
     assert "0.001" in caught.value.message and "0.002" in caught.value.message

@@ -28,7 +28,7 @@ from uptrain.evaluation import evaluate
 from uptrain.evaluation.needle import NeedleSettings
 from uptrain.models import devices
 from uptrain.training import recipes
-from uptrain.training.engine import seed_own
+from uptrain.training.accelerator import seed_own
 from uptrain.training.losses import IGNORED, token_losses
 from uptrain.training.recipe import Distill
 from uptrain.training.trainer import train

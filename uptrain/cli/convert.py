@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.architectures.attention import cross_bytes_per_token
-from uptrain.architectures.description import expands_cache, position_of_config
 from uptrain.architectures.model_class import is_language_model
 from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
 from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
+from uptrain.cli.method_help import grouping_help, method_help, seed_help
 from uptrain.cli.options import Command, check_device, device_option, json_option, source_options
 from uptrain.cli.types import Share, Size
 from uptrain.formatting import size, typed
@@ -59,17 +59,15 @@ def _latent_options(command: Command) -> Command:
 @_latent_options
 @click.option(
     "--method",
-    help="How heads become one: mean (average, Ainslie et al. 2023; the default); svd (align and factor, far closer "
-    "to MODEL before uptraining; needs torch; the default of --to mla); calibrated (svd weighted by what text makes "
-    "the model use, and repaired; the default with --calibrate); first; random (fresh heads, for ablations).",
+    help=method_help(),
 )
 @click.option(
     "--grouping",
     default="contiguous",
     show_default=True,
-    help="Which heads share: contiguous (neighbours, as in the paper) or similar (least loss; heads are moved).",
+    help=grouping_help(),
 )
-@click.option("--seed", type=int, help="For --method random or calibrated and --grouping similar. Default: 0.")
+@click.option("--seed", type=int, help=seed_help())
 @click.option(
     "--calibrate",
     help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
@@ -137,7 +135,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
     check_memory(options["memory"], request)
-    check_device(request.method == "calibrated")
+    check_device(request.chosen_method.needs_text)
     source, checkpoint, plan = plan_conversion(
         model,
         request,
@@ -167,7 +165,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
     return {
-        "model_type": plan.architecture.model_type,
+        "model_type": plan.source.family.model_type,
         "host": plan.holder,
         "remote_code": bool(plan.target.remote_code),
         "num_attention_heads": plan.before[0].num_attention_heads,
@@ -246,7 +244,7 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
-    expanded = expands_cache(plan.target.architecture, plan.config)
+    expanded = plan.result.expands_cache
     code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.target.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
@@ -273,7 +271,7 @@ def _show(done: Conversion, as_json: bool) -> None:
     if done.resumed:
         pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
     pairs += _left_out(done.sidecars)
-    method, place = done.plan.request.method, done.plan.architecture.place
+    method, place = done.plan.request.method, done.plan.source.family.place
     if len(done.kept) > 1:
         methods = list(next(iter(done.kept.values())))
         rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
@@ -292,8 +290,8 @@ def _show(done: Conversion, as_json: bool) -> None:
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
-    if done.plan.tower is not None:
-        loader = done.plan.tower.wrapper.auto_class
+    if done.plan.source.tower is not None:
+        loader = done.plan.source.tower.wrapper.auto_class
         console.note(f"Load it with transformers.{loader}: uptrain can't evaluate or train wrappers yet.")
     elif is_language_model(done.plan.config):
         trusted = " --allow-pickle" if done.source.allow_pickle else ""
@@ -301,8 +299,8 @@ def _show(done: Conversion, as_json: bool) -> None:
 
 
 def _wants_text(plan: Plan) -> bool:
-    rotary = position_of_config(plan.architecture, plan.config).rotates
-    return rotary and not plan.architecture.uncalibrated
+    rotary = plan.source.position.rotates
+    return rotary and not plan.source.family.uncalibrated
 
 
 def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:

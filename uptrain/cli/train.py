@@ -15,8 +15,8 @@ from uptrain.formatting import typed
 from uptrain.models import devices
 
 if TYPE_CHECKING:
+    from uptrain.training.metrics import TrainingResult
     from uptrain.training.recipe import Recipe
-    from uptrain.training.trainer import Training
 
 
 @click.command()
@@ -45,10 +45,11 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
         loaded = recipes.load(recipe, overrides)
         if first:
             console.note(f"Training {loaded.model or 'a new model'} for {loaded.total_steps:,} steps → {loaded.output}")
+        from uptrain.checkpoint.events import Events
         from uptrain.training.trainer import train as run
 
         with console.training_progress(loaded.total_steps, hidden=not first) as show:
-            done = run(loaded, show, restart, plot)
+            done = run(loaded, restart=restart, plot=plot, events=Events(step=show))
     except UptrainError as error:
         _say_once(error)
     if done is not None:
@@ -70,7 +71,7 @@ def _say_once(error: UptrainError) -> NoReturn:
     raise error
 
 
-def _show(done: Training, recipe: Recipe, as_json: bool) -> None:
+def _show(done: TrainingResult, recipe: Recipe, as_json: bool) -> None:
     """Show a finished run and what to type next."""
     if as_json:
         console.result_json(done.to_dict())

@@ -8,7 +8,7 @@ from typing import Any
 
 from uptrain.architectures.decoders import ARCHITECTURES
 from uptrain.architectures.schema import Architecture, Position
-from uptrain.conversion.request import CHANGED_PARTS
+from uptrain.methods.registry import METHODS
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES
 from uptrain.models.target import TargetClass
 from uptrain.models.targets import TARGET_CLASSES, own_target
@@ -71,7 +71,11 @@ def _other(family: Family, target: str) -> list[Holder | str]:
 
 def _family(entry: Architecture) -> Family:
     pooled = entry.key_norm is not None and not entry.key_norm.flag
-    methods = [name for name, parts in CHANGED_PARTS.items() if not (pooled and "q" in parts)]
+    methods = [
+        method.name
+        for method in METHODS.values()
+        if not (pooled and method.mixes_dims) and not (entry.uncalibrated and method.needs_text)
+    ]
     flags = [entry.key_norm.flag] if entry.key_norm is not None and entry.key_norm.flag else []
     return Family(
         model_type=entry.model_type,
@@ -80,7 +84,7 @@ def _family(entry: Architecture) -> Family:
         gqa=_holders(entry, "gqa"),
         mqa=_holders(entry, "mqa"),
         mla=tuple(_holder(MLA_TARGET_CLASSES[name].target) for name in entry.targets.get("mla", ())),
-        methods=tuple(name for name in methods if name != "calibrated" or not entry.uncalibrated),
+        methods=tuple(methods),
         pool_only_with=(*flags, *entry.pool_only),
     )
 

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from uptrain.methods.energy import Shares, output_energy, rotated_energy, weighted_energy
+from uptrain.methods.energy import output_energy, rotated_energy, weighted_energy
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import damped, factor, gram, matrix_root
+from uptrain.methods.method import ExplainedEnergy
 from uptrain.methods.mla_layer import LatentMaps
 from uptrain.methods.rotary import Rotary, apply_factor, to_complex
 from uptrain.methods.shared_heads import DAMPING
@@ -81,7 +82,7 @@ def mean_turn(frequencies: Tensor, distances: Tensor) -> Tensor:
 
 def factor_latent(
     layer: HeadMaps, shape: LatentShape, position: Rotary | None, weights: LatentWeights, key_weight: float = KEY_WEIGHT
-) -> tuple[LatentMaps, Shares]:
+) -> tuple[LatentMaps, ExplainedEnergy]:
     """Convert a layer to a latent, minimising what its logits and output feel under `weights`; and what is kept.
 
     Exact when the latent is as wide as what it holds and every rotary component has a slot, or none is needed.
@@ -258,7 +259,7 @@ def _joint(
 def _shares(
     layer: HeadMaps, rest: Tensor, by_head: Tensor, weights: LatentWeights, position: Rotary | None,
     shape: LatentShape, found: tuple[Tensor, list[Tensor], list[Tensor]],
-) -> Shares:  # fmt: skip
+) -> ExplainedEnergy:  # fmt: skip
     down, k_ups, v_ups = found
     sigma = weights.second_moment
     values = torch.stack([up @ down for up in v_ups])
@@ -269,7 +270,7 @@ def _shares(
     if shape.form == "decoupled" and position is not None and shape.nope:
         cost, _ = _pair_energies(layer, position, weights)
         lost_keys += _pairs_energy(to_complex(rest, position), cost, sigma)
-    return Shares(_share(lost_keys, total_keys), _share(lost_values, total_values))
+    return ExplainedEnergy(_share(lost_keys, total_keys), _share(lost_values, total_values))
 
 
 def _share(lost: float, total: float) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor
 from uptrain.architectures.mla_projections import LatentHeads, LatentTarget
 from uptrain.architectures.projections import LayerHeads
 from uptrain.checkpoint.dtypes import Array
-from uptrain.methods.energy import Shares
 from uptrain.methods.head_conversion import maps_of
+from uptrain.methods.method import Converted
 from uptrain.methods.mla import KEY_WEIGHT, LatentShape, choose_slots, factor_latent, plain_weights, rotary_savings
 from uptrain.methods.mla_layer import LatentMaps
 from uptrain.methods.rotary import Rotary
@@ -27,15 +27,13 @@ def latent_shape(target: LatentTarget) -> LatentShape:
     return LatentShape(form, target.kv_lora_rank, target.slots, target.qk_nope_head_dim > 0, target.rotary_factor)
 
 
-def latent_layer(
-    heads: LayerHeads, target: LatentTarget, position: Rotary | None
-) -> tuple[LatentHeads, dict[str, Shares]]:
-    """Return the layer as a latent by the data-free factorisation, in float64, and what it keeps."""
+def latent_layer(heads: LayerHeads, target: LatentTarget, position: Rotary | None) -> Converted[LatentHeads]:
+    """Return the layer as a latent by the data-free factorisation, in float64."""
     maps = maps_of(heads)
     weights = plain_weights(maps, frequencies_of(target))
     weight = KEY_WEIGHT if target.key_weight is None else target.key_weight
     found, kept = factor_latent(maps, latent_shape(target), position, weights, weight)
-    return heads_of_latent(found, heads.part("o").bias), {"svd": kept}
+    return Converted(heads_of_latent(found, heads.part("o").bias), {"svd": kept})
 
 
 def slots_by_weights(layers: Iterable[LayerHeads], target: LatentTarget, position: Rotary | None) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ from uptrain.conversion.calibration.attention_probabilities import Reached
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.calibration.refit import Maps
 from uptrain.conversion.calibration.statistics import gather_moments, latent_weights, share_layer
-from uptrain.methods.energy import Shares
 from uptrain.methods.head_conversion import ModuleWeights, maps_of
 from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.method import ExplainedEnergy
 from uptrain.methods.mla import LatentShape, factor_latent
 from uptrain.methods.mla_layer import Angles, LatentMaps, mix_heads
 from uptrain.methods.rotary import Rotary
@@ -32,7 +32,7 @@ class Made(Generic[M]):
     """A way to hold a layer: its float32 maps, and the shares of energy that methods keep, in the same weights."""
 
     maps: M
-    kept: dict[str, Shares]
+    kept: dict[str, ExplainedEnergy]
 
 
 class Form(Protocol[Maps]):

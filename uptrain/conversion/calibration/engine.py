@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.mla_projections import LatentHeads
 from uptrain.architectures.projections import LayerHeads, read_layer
-from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.dtypes import as_float32
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.activation_cache import SourceRun
@@ -22,8 +22,8 @@ from uptrain.conversion.calibration.layer_runner import Layer, LayeredModel
 from uptrain.conversion.calibration.layer_search import Choice, LayerTask
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.errors import CheckpointError, UsageError
-from uptrain.methods.energy import Shares
-from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of, position_of
+from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of, rotary_of
+from uptrain.methods.method import ExplainedEnergy
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.mla_conversion import heads_of_latent, maps_of_latent
 from uptrain.methods.mla_layer import LatentMaps
@@ -34,16 +34,14 @@ Result = LayerHeads | LatentHeads
 
 @dataclass(frozen=True)
 class Target:
-    """Say what is converted: a family's layers under `prefix`, `before` as they are, to `groups` heads or a latent.
+    """Say what is converted: the layers of `source`, to `groups` heads or a latent.
 
     `frequencies` are the source's rotary ones, (pairs,) radians a token, and `rotary_factor` what its tables are
     multiplied by; `key_weight` is tried alone where it is given. `arrange` may put a layer's heads in another order
     first, as long as it changes no output.
     """
 
-    architecture: Architecture
-    prefix: str
-    before: tuple[AttentionSpec, ...]
+    source: CheckpointDescription
     groups: int
     latent: LatentShape | None = None
     frequencies: tuple[float, ...] = ()
@@ -51,13 +49,18 @@ class Target:
     key_weight: float | None = None
     arrange: Callable[[LayerHeads], LayerHeads] | None = None
 
+    @property
+    def before(self) -> tuple[AttentionSpec, ...]:
+        """Return the attention of the source's layers."""
+        return self.source.attention
+
 
 @dataclass(frozen=True)
 class LayerReport:
     """Tell what was done to a layer: the energy each method keeps, the choices made, and the seconds it took."""
 
     layer: int
-    kept: dict[str, Shares]
+    kept: dict[str, ExplainedEnergy]
     choice: Choice | None
     seconds: float
 
@@ -87,14 +90,14 @@ def calibrate(
     """
     if target.latent is None and target.groups == target.before[0].num_key_value_heads:
         for layer in range(len(target.before)):
-            kept = dict.fromkeys(("calibrated", "svd", "mean"), Shares(1.0, 1.0))
+            kept = dict.fromkeys(("calibrated", "svd", "mean"), ExplainedEnergy(1.0, 1.0))
             report = LayerReport(layer, kept, None, 0.0)
             yield layer, read_heads(checkpoint, target, layer), report
         return
     if len(blocks) < 2:
         raise UsageError("Calibration needs at least two blocks of text, one of them to check on.", "Give more text.")
     device = devices.device()
-    model = LayeredModel(checkpoint, target.architecture, target.prefix, device)
+    model = LayeredModel(target.source, device)
     shape = (*blocks.shape, model.config.hidden_size)
     with open_streams(shape, settings.memory, settings.folder) as streams:
         for index, hidden in enumerate(model.embed(blocks)):
@@ -160,8 +163,8 @@ def _trace(layer: Layer, streams: Streams, device: torch.device, index: int) -> 
 
 
 def _heads_form(target: Target, spec: AttentionSpec, source: LayerHeads, device: torch.device) -> SharedHeads:
-    architecture = target.architecture
-    weights, position = ModuleWeights(architecture.projections, spec), position_of(architecture, spec)
+    architecture = target.source.family
+    weights, position = ModuleWeights(architecture.projections, spec), rotary_of(architecture.position, spec)
     return SharedHeads(source, weights, position, target.groups, device)
 
 
@@ -173,13 +176,13 @@ def _latent_form(
     device: torch.device,
     output_bias: Tensor | None,
 ) -> Form[LatentMaps]:
-    position = position_of(target.architecture, spec)
+    position = rotary_of(target.source.family.position, spec)
     key_weights = KEY_WEIGHTS if target.key_weight is None else (target.key_weight,)
     frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
     if shape.form == "decoupled":
         factor = target.rotary_factor
         return DecoupledLatent(source, position, shape, frequencies, device, output_bias, factor, key_weights)
-    weights = ModuleWeights(target.architecture.projections, spec)
+    weights = ModuleWeights(target.source.family.projections, spec)
     known = frequencies if target.frequencies else None
     return PlainLatent(source, weights, position, shape, known, device, key_weights)
 
@@ -191,5 +194,5 @@ def _gain(model: LayeredModel) -> float:
 
 def read_heads(checkpoint: Checkpoint, target: Target, layer: int) -> LayerHeads:
     """Return one layer's heads, as the checkpoint stores them."""
-    base = target.architecture.attention(target.prefix, layer)
-    return read_layer(checkpoint, target.architecture.projections, target.before[layer], base)
+    base = target.source.attention_name(layer)
+    return read_layer(checkpoint, target.source.family.projections, target.before[layer], base)

@@ -14,7 +14,7 @@ from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.calibration.refit import Check, Maps, Regression, best_dampings, gradient_steps, ridge
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.malloc import give_back
-from uptrain.methods.energy import Shares
+from uptrain.methods.method import ExplainedEnergy
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Choice:
 @dataclass(frozen=True)
 class _Candidate(Generic[Maps]):
     maps: Maps
-    kept: dict[str, Shares]
+    kept: dict[str, ExplainedEnergy]
     moments: str
     refit: str | None = None
     drift: float = 0.0
@@ -67,7 +67,7 @@ class LayerTask(Generic[Maps]):
         self._check = held_out(count, self.settings.held_out)
         self._fit = [block for block in range(count) if block not in self._check]
 
-    def convert(self) -> tuple[Maps, dict[str, Shares], Choice]:
+    def convert(self) -> tuple[Maps, dict[str, ExplainedEnergy], Choice]:
         """Return the layer's new float32 maps, what each method keeps, and the choices; moves the converted stream."""
         unfitted: list[tuple[float, _Candidate[Maps]]] = [self._made(kind) for kind in self._moment_kinds()]
         best = min(unfitted, key=_first)

@@ -9,7 +9,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.engine import Target, read_heads
 from uptrain.conversion.calibration.layer_runner import LayeredModel
 from uptrain.conversion.calibration.statistics import latent_weights
-from uptrain.methods.head_conversion import maps_of, position_of
+from uptrain.methods.head_conversion import maps_of, rotary_of
 from uptrain.methods.mla import choose_slots, rotary_savings
 from uptrain.models import devices
 
@@ -20,12 +20,12 @@ def slots_by_text(checkpoint: Checkpoint, target: Target, blocks: Tensor, slots:
 
     Source: the cost of an unrotated component, summed over layers; see `rotary_savings`.
     """
-    model = LayeredModel(checkpoint, target.architecture, target.prefix, devices.device())
+    model = LayeredModel(target.source, devices.device())
     states = list(model.embed(blocks))
     frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
     savings = []
     for index, spec in enumerate(target.before):
-        position = position_of(target.architecture, spec)
+        position = rotary_of(target.source.family.position, spec)
         if position is None:
             raise ValueError("only rotary keys have slots to choose")
         maps = maps_of(read_heads(checkpoint, target, index))

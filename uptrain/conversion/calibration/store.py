@@ -21,6 +21,7 @@ from uptrain.checkpoint.dtypes import Array
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.writer import remove, write_atomic
 from uptrain.errors import CheckpointError
+from uptrain.methods.method import ExplainedEnergy
 
 NOTES = "calibration.json"
 
@@ -104,10 +105,9 @@ class CalibratedLayers:
             latent = "down" in stored.files
         return self.read_latent(layer) if latent else self.read(layer)
 
-    def kept(self, layer: int) -> dict[str, dict[str, float]]:
-        """Return the share of key and value energy that calibrated, svd and mean keep in one layer."""
-        found: dict[str, dict[str, float]] = self.notes[layer]["kept"]
-        return found
+    def explained(self, layer: int) -> dict[str, ExplainedEnergy]:
+        """Return the energy that calibrated, svd and mean explain in one layer."""
+        return {name: ExplainedEnergy(**shares) for name, shares in self.notes[layer]["kept"].items()}
 
 
 class _Notes(BaseModel):

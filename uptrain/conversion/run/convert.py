@@ -91,7 +91,7 @@ def check_memory(memory: int | None, request: Request) -> None:
     Raises:
         UsageError: as said.
     """
-    if memory is not None and request.method != "calibrated":
+    if memory is not None and not request.chosen_method.needs_text:
         raise UsageError(
             f"--memory is for --method calibrated, not {request.method}.",
             "Leave it out: other methods hold a few layers at a time, as --dry-run says.",
@@ -246,7 +246,7 @@ def _build(
         if not needed:
             return filled, None
         _write_companions(checkpoint, filled, beside, folder)
-        move_indices(checkpoint, filled.architecture, filled.before, _by_layer(state.orders), folder)
+        move_indices(filled.source, _by_layer(state.orders), folder)
         notes = {"energy_kept": _kept(state), "head_similarity": _by_layer(state.similarity)}
         if state.orders:
             notes["head_order"] = _by_layer(state.orders)
@@ -299,7 +299,7 @@ def _check_unchanged(checkpoint: Checkpoint, plan: Plan) -> None:
         same = plan_digest(plan, checkpoint) == plan.digest
     except FileNotFoundError:
         same = False
-    if not same or read_config(checkpoint.path) != checkpoint.whole_config:
+    if not same or read_config(checkpoint.path) != checkpoint.config:
         raise CheckpointError(
             f"{checkpoint.path} changed while it was converted, so the result would be of neither.",
             "Run the same command again once nothing writes there.",
@@ -315,9 +315,9 @@ def _calibrated(
     on_note: Callable[[str], None],
     shared: SharedCalibration | None,
 ) -> CalibratedLayers | None:
-    if plan.request.method != "calibrated" or plan.before == plan.after:
+    if not plan.request.chosen_method.needs_text or plan.before == plan.after:
         return None
-    with needing("--method calibrated"):
+    with needing(f"--method {plan.request.method}"):
         from uptrain.conversion.calibration.run import calibrate_plan
     return calibrate_plan(checkpoint, plan, _calibration_of(out), memory, on_layer, on_note, shared)
 
@@ -341,10 +341,10 @@ def _resumable() -> Iterator[None]:
 
 def _write_companions(checkpoint: Checkpoint, plan: Plan, beside: Sidecars, partial: Path) -> None:
     carry(checkpoint.path, beside, partial)
-    if plan.target.remote_code:
-        shutil.copyfile(REMOTE_CODE / plan.target.remote_code, partial / plan.target.remote_code)
+    for name in plan.target.code_files:
+        shutil.copyfile(REMOTE_CODE / name, partial / name)
     whole = plan.whole_config
-    code = {**reading_code(checkpoint.whole_config), **whole.get("auto_map", {})}
+    code = {**reading_code(checkpoint.config), **whole.get("auto_map", {})}
     config = {**whole, "auto_map": code} if code else whole
     write_atomic(partial / "config.json", dump_json(config, allow_nan=True))
     if len(plan.shards) > 1:
@@ -366,7 +366,7 @@ def _stage(
             "name": source.name,
             "origin": source.origin,
             "revision": source.revision,
-            "model_type": str(checkpoint.whole_config["model_type"]),
+            "model_type": str(checkpoint.config["model_type"]),
             "files": dict(sorted(files.items())),
         },
         "request": plan.request.recorded(plan.before != plan.after),

@@ -25,9 +25,9 @@ from uptrain.conversion.malloc import give_back
 from uptrain.conversion.plan.operations import OutputTensor, unchanged_spans
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.plan.rewrites import folded_bias, folded_weight
-from uptrain.conversion.run.layers import Calibrated, LayerMaker
+from uptrain.conversion.run.layers import LayerMaker
 from uptrain.errors import Interrupted
-from uptrain.methods.pooling import POOLS, pool_norm
+from uptrain.methods.method import CalibratedSource
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just finished."""
@@ -47,7 +47,7 @@ class Pipeline:
         partial: Path,
         state: State,
         on_progress: Progress,
-        calibrated: Calibrated | None = None,
+        calibrated: CalibratedSource | None = None,
         party: Alone | Joint | None = None,
         diagnose: bool = False,
     ) -> None:
@@ -58,7 +58,7 @@ class Pipeline:
         self.stop = threading.Event()
         self.layers = LayerMaker(checkpoint, plan, calibrated, diagnose)
         self.followers = _followers(checkpoint, plan)
-        pooled = plan.request.method in POOLS
+        pooled = plan.request.chosen_method.pools
         self.room = threading.Semaphore(max(1, POOLED_AT_ONCE // plan.peak_memory) if pooled else _workers())
 
     def run(self) -> None:
@@ -132,9 +132,10 @@ class Pipeline:
             self.state.shards[shard] = checksum.text()
             if file:
                 self.state.sources[file] = digest
-            self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.items()})
-            self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.items()})
-            self.state.orders.update({str(layer): order for layer, order in self.layers.orders.items()})
+            # Copies: other threads add layers meanwhile.
+            self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.copy().items()})
+            self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.copy().items()})
+            self.state.orders.update({str(layer): order for layer, order in self.layers.orders.copy().items()})
             self.state.save()
 
     def _advance(self, count: int) -> None:
@@ -177,9 +178,16 @@ class Pipeline:
             read = as_float32(read) * np.float32(tensor.factor)
         if tensor.norm is not None:
             read = np.concatenate([self.checkpoint.read(name) for name in tensor.norm.sources])
-            read = pool_norm(read, tensor.norm.heads, tensor.norm.groups, self.plan.request.method)
+            read = self._pooled_norm(read, tensor.norm.heads, tensor.norm.groups)
         array = cast(read, tensor.info.dtype, tensor.source)
         yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
+
+    def _pooled_norm(self, weight: Array, heads: int, groups: int) -> Array:
+        method = self.plan.request.chosen_method
+        if method.pool_norm is None:
+            raise ValueError(f"--method {method.name} pools no key norm")
+        pooled: Array = method.pool_norm(weight, heads, groups)
+        return pooled
 
     def _folded(self, tensor: OutputTensor) -> Array:
         weight = self.checkpoint.read(f"{tensor.linear}.weight")

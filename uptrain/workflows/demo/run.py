@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uptrain.checkpoint.events import Events
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.evaluation.run import Evaluation, ModelMetrics, evaluate
 from uptrain.training import recipes
 
 if TYPE_CHECKING:
-    from uptrain.training.trainer import Step
+    pass
 
 RECIPE = "demo-uptrain"
 GROUPS = 4
@@ -43,21 +43,24 @@ class Demo:
 
 def run_demo(
     out: Path,
-    on_stage: Callable[[str], None] | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    *,
     tokens: int = TOKENS,
     overrides: tuple[str, ...] = (),
+    events: Events = Events(),
 ) -> Demo:
     """Convert the demo into `out`, uptrain it by the shipped recipe, and measure both against the original.
 
-    `overrides` are `key=value` of the recipe, after the demo's own.
+    - `out`: the folder of both checkpoints.
+    - `tokens`: how many held-out tokens each evaluation scores.
+    - `overrides`: `key=value` of the recipe, applied after the demo's own.
+    - `events`: `note` receives each stage as a sentence, `step` each training step.
 
     Raises:
         UptrainError: as `convert`, `train` and `evaluate`.
     """
     from uptrain.training.trainer import train
 
-    say = on_stage or (lambda text: None)
+    say = events.note
     converted, uptrained = out / f"demo-gqa{GROUPS}", out / f"demo-gqa{GROUPS}-uptrained"
     say(f"Converting demo (8 key/value heads) to {GROUPS} with mean pooling → {converted}")
     convert("demo", converted, Request(target="gqa", groups=GROUPS), overwrite=True)
@@ -65,7 +68,7 @@ def run_demo(
     before = evaluate(str(converted), "demo", tokens=tokens)
     say(f"Uptraining it with recipes/{RECIPE}.yaml → {uptrained}")
     given = (f"model={converted}", f"output={uptrained}", "overwrite=true", "held_out=[]", f"tokens={UPTRAINED_ON}")
-    train(recipes.load(RECIPE, (*given, *overrides)), on_step, restart=True)
+    train(recipes.load(RECIPE, (*given, *overrides)), restart=True, events=Events(step=events.step))
     say("Measuring the result")
     after = evaluate(str(uptrained), "demo", tokens=tokens)
     assert before.baseline is not None

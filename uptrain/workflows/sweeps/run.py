@@ -15,10 +15,11 @@ from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out
 from uptrain.conversion.class_checks.weights import check_classes
 from uptrain.conversion.plan.planner import make_plan
-from uptrain.conversion.request import BUILTIN, CALIBRATION_FIELDS, CALIBRATION_TOKENS, Request
+from uptrain.conversion.request import BUILTIN, CALIBRATION_TOKENS, Request
 from uptrain.conversion.run.convert import MEMORY
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.evaluation.sweep_results import RefusedTrial, Sweep, read_sweep, write_sweep
+from uptrain.methods.registry import needs_text, text_options
 from uptrain.publishing.page.style import drawing, png
 from uptrain.publishing.page.sweep import pareto_chart
 from uptrain.training import plots
@@ -28,14 +29,14 @@ from uptrain.workflows.sweeps.trials import Measuring, PlannedTrial, Runner
 __all__ = ["Measuring", "sweep"]
 
 KEEP = ("all", "best", "none")
-METHODS = ("mean", "svd", "calibrated")
+DEFAULT_METHODS = ("mean", "svd", "calibrated")
 PICTURE = "pareto.png"
 
 
 def sweep(
     model: str,
     to: Sequence[str],
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = DEFAULT_METHODS,
     out: str | Path | None = None,
     *,
     calibrate: str | None = None,
@@ -75,7 +76,7 @@ def sweep(
     _check_calibration(calibration, asked[1])
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
-    check_unwrapped(checkpoint.whole_config, source.name, "sweep")
+    check_unwrapped(checkpoint.config, source.name, "sweep")
     check_language_model(checkpoint.config, source.name)
     tasks: list[PlannedTrial] = []
     refused: list[RefusedTrial] = []
@@ -146,7 +147,7 @@ def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[P
         settings = _settings(earlier, fresh, tasks)
         changed = [name for name, value in settings.items() if earlier.settings.get(name) != value]
         if not _calibrated(earlier):
-            changed = [name for name in changed if name not in CALIBRATION_FIELDS]
+            changed = [name for name in changed if name not in text_options()]
         if earlier.source != fresh.source:
             changed = ["source"]
         elif not changed and any(plans.get(trial.name, trial.plan) != trial.plan for trial in earlier.trials):
@@ -164,14 +165,14 @@ def _to_go_on_with(folder: Path, source: Source, fresh: Sweep, tasks: Sequence[P
 
 
 def _calibrated(found: Sweep) -> bool:
-    return any(trial.method == "calibrated" for trial in found.trials)
+    return any(needs_text(trial.method) for trial in found.trials)
 
 
 def _settings(earlier: Sweep, fresh: Sweep, tasks: Sequence[PlannedTrial]) -> dict[str, Any]:
     """Return the settings of this run; where it calibrates nothing, what an earlier one said of calibration stays."""
-    if any(task.plan.request.method == "calibrated" for task in tasks):
+    if any(task.plan.request.chosen_method.needs_text for task in tasks):
         return dict(fresh.settings)
-    said = {name: earlier.settings[name] for name in CALIBRATION_FIELDS if name in earlier.settings}
+    said = {name: earlier.settings[name] for name in text_options() if name in earlier.settings}
     return {**fresh.settings, **said}
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from uptrain.conversion.request import CHANGED_PARTS, TARGETS
 from uptrain.errors import UsageError, did_you_mean
+from uptrain.methods.registry import METHODS, TARGETS
 
 _EXAMPLES = "Write gqa:4, mqa, mla:128, mla:128+32 or mla:25%."
 
@@ -58,7 +58,7 @@ def parse_methods(words: Sequence[str]) -> list[str]:
         UsageError: one of them is none.
     """
     for word in words:
-        if word not in CHANGED_PARTS:
-            known = ", ".join(CHANGED_PARTS)
-            raise UsageError(f"--methods {word} is not known. Use {known}.", did_you_mean(word, CHANGED_PARTS))
+        if word not in METHODS:
+            known = ", ".join(METHODS)
+            raise UsageError(f"--methods {word} is not known. Use {known}.", did_you_mean(word, METHODS))
     return list(dict.fromkeys(words))
