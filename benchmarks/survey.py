@@ -36,7 +36,7 @@ from uptrain.architectures.description import ModelDescription
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import UptrainError
-from uptrain.models.register import OWN_CLASSES
+from uptrain.models.register import own_class
 
 LIMIT = 1e-5
 HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -168,9 +168,7 @@ def saved(name: str, setting: Setting, folder: Path) -> None:
 def loaded(folder: Path) -> PreTrainedModel:
     """Load a checkpoint in the class that its config names."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    classes = [getattr(sys.modules.get(f"uptrain.models.remote_code.{module}"), name, None) for module in OWN_CLASSES]
-    own = next((found for found in classes if found is not None), None)
-    model = (own or getattr(transformers, name)).from_pretrained(folder, dtype=torch.float32)
+    model = (own_class(name) or getattr(transformers, name)).from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 

@@ -27,7 +27,8 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluation.reading import cache_of, with_cache
-from uptrain.models.register import auto_class_of, register
+from uptrain.models.auto_class import auto_class_of
+from uptrain.models.register import register
 from uptrain.models.targets import TARGET_CLASSES
 
 
