@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.architectures.attention import cross_bytes_per_token
-from uptrain.architectures.description import expands_cache, position_of_config
 from uptrain.architectures.model_class import is_language_model
 from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
@@ -125,8 +124,11 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """
+    from uptrain.checkpoint.events import Events
     from uptrain.conversion.request import Request
-    from uptrain.conversion.run.convert import check_memory, default_out, plan_conversion, run_plan, sidecars
+    from uptrain.conversion.run.convert import run_plan
+    from uptrain.conversion.run.options import RunOptions
+    from uptrain.conversion.run.prepare import default_out, plan_conversion, sidecars
 
     names = (
         "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
@@ -135,38 +137,32 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
-    check_memory(options["memory"], request)
+    running = RunOptions(join=options["join"], diagnose=options["diagnose"], memory=options["memory"])
+    running.check(request)
     check_device(request.chosen_method.needs_text)
-    source, checkpoint, plan = plan_conversion(
+    planned = plan_conversion(
         model,
         request,
         revision=options["revision"],
         allow_pickle=options["allow_pickle"],
         dry=options["dry_run"],
     )
+    source, checkpoint, plan = planned
     folder = Path(out) if out else default_out(source, plan)
     if options["dry_run"]:
         beside = sidecars(source, checkpoint, dry=True)
         _show_plan(source, plan, beside, folder, options["as_json"])
         return
     console.note(f"Reading {source.describe()}")
-    settings = {
-        "overwrite": options["overwrite"],
-        "join": options["join"],
-        "diagnose": options["diagnose"],
-        "memory": options["memory"],
-        "on_note": console.note,
-    }
     with console.bytes_progress("Converting", plan.total_bytes) as advance:
-        done = run_plan(
-            source, checkpoint, plan, folder, on_progress=advance, on_layer=console.layer_progress(), **settings
-        )
+        events = Events(bytes=advance, layer=console.layer_progress(), note=console.note)
+        done = run_plan(planned, folder, overwrite=options["overwrite"], options=running, events=events)
     _show(done, options["as_json"])
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
     return {
-        "model_type": plan.architecture.model_type,
+        "model_type": plan.source.family.model_type,
         "host": plan.holder,
         "remote_code": bool(plan.target.remote_code),
         "num_attention_heads": plan.before[0].num_attention_heads,
@@ -245,7 +241,7 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
-    expanded = expands_cache(plan.target.architecture, plan.config)
+    expanded = plan.result.expands_cache
     code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.target.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
@@ -272,7 +268,7 @@ def _show(done: Conversion, as_json: bool) -> None:
     if done.resumed:
         pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
     pairs += _left_out(done.sidecars)
-    method, place = done.plan.request.method, done.plan.architecture.place
+    method, place = done.plan.request.method, done.plan.source.family.place
     if len(done.kept) > 1:
         methods = list(next(iter(done.kept.values())))
         rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
@@ -291,8 +287,8 @@ def _show(done: Conversion, as_json: bool) -> None:
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
-    if done.plan.tower is not None:
-        loader = done.plan.tower.wrapper.auto_class
+    if done.plan.source.tower is not None:
+        loader = done.plan.source.tower.wrapper.auto_class
         console.note(f"Load it with transformers.{loader}: uptrain can't evaluate or train wrappers yet.")
     elif is_language_model(done.plan.config):
         trusted = " --allow-pickle" if done.source.allow_pickle else ""
@@ -300,8 +296,8 @@ def _show(done: Conversion, as_json: bool) -> None:
 
 
 def _wants_text(plan: Plan) -> bool:
-    rotary = position_of_config(plan.architecture, plan.config).rotates
-    return rotary and not plan.architecture.uncalibrated
+    rotary = plan.source.position.rotates
+    return rotary and not plan.source.family.uncalibrated
 
 
 def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:

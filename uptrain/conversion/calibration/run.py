@@ -12,12 +12,13 @@ import torch
 
 from uptrain import formatting
 from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.nonfinite import ALLOW, finite
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.activation_cache import SourceRun
 from uptrain.conversion.calibration.activations import stream_bytes
 from uptrain.conversion.calibration.engine import LayerReport, Target, calibrate
-from uptrain.conversion.calibration.memory import held_bytes, hidden_size_of, working_bytes
+from uptrain.conversion.calibration.memory import held_bytes, working_bytes
 from uptrain.conversion.calibration.rope_pairs import slots_by_text
 from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration_settings import CalibrationSettings
@@ -67,14 +68,13 @@ def calibrate_plan(
     plan: Plan,
     folder: Path,
     memory: int,
-    on_layer: Callable[[int, int], None],
-    on_note: Callable[[str], None],
+    events: Events,
     shared: SharedCalibration | None = None,
 ) -> CalibratedLayers:
     """Calibrate every layer of `plan` but those that an earlier run of it, on the same text, left in `folder`.
 
     `memory` is what this process may hold, in bytes; activations for which that leaves no room go to files beside the
-    layers. `on_layer` is called with the layers done and all; `on_note` with a sentence worth the user's attention.
+    layers. `events` receives `layer` and `note`.
     `shared` is what other calibrations of the same source leave for this one.
 
     Raises:
@@ -82,18 +82,18 @@ def calibrate_plan(
     """
     done = CalibratedLayers.left(folder, plan.digest)
     if done is not None and len(done) == len(plan.before):
-        on_note("Calibration was finished by an earlier run.")
+        events.note("Calibration was finished by an earlier run.")
         return done
     if done is None and not plan.request.allow_nonfinite:
-        _refuse_nonfinite(checkpoint, on_note)
+        _refuse_nonfinite(checkpoint, events.note)
     loading.quiet()
     text = calibration_text(checkpoint, plan) if shared is None else shared.text(checkpoint, plan)
     if text.bytes and len(text.ids) / text.bytes > STRANGE:
-        on_note(
+        events.note(
             f"The calibration text takes {len(text.ids) / text.bytes:.2f} tokens a byte: it may be of a script or kind "
             "this model was not trained on, and fit it badly."
         )
-    longest = checkpoint.config.get(plan.architecture.keys.max_position_embeddings)
+    longest = plan.source.config.get(plan.source.family.keys.max_position_embeddings)
     length = min(BLOCK, longest if isinstance(longest, int) else BLOCK)
     count = len(text.ids) // length
     if count < 2:
@@ -102,13 +102,13 @@ def calibrate_plan(
             "Give more text, or raise --calibration-tokens.",
         )
     blocks = torch.from_numpy(text.ids[: count * length]).view(count, length)
-    done = _begun(folder, plan, blocks, done, on_note)
+    done = _begun(folder, plan, blocks, done, events.note)
     target, run = _target(plan), None if shared is None else shared.run
     give_back()  # What the tokenizer has done with.
     working = working_bytes(checkpoint, target, length, count)
     room = memory - held_bytes() - working + (run.nbytes if run else 0)
     if room < 0:
-        on_note(
+        events.note(
             f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
             f"{formatting.size(memory)} of --memory."
         )
@@ -116,17 +116,17 @@ def calibrate_plan(
     if plan.request.repair_steps is not None:
         settings = replace(settings, repair_steps=plan.request.repair_steps)
     # Where all that may be kept in memory leaves no room for what the C library keeps of what is freed.
-    all_kept = stream_bytes((*blocks.shape, hidden_size_of(checkpoint, target)), 0 if run is None else len(plan.before))
+    all_kept = stream_bytes((*blocks.shape, target.source.hidden_size), 0 if run is None else len(plan.before))
     with giving_back() if room < all_kept + working else nullcontext():
         if plan.latent is not None and plan.latent.own_slots:
             if not done.slots:
-                on_note("Choosing which rotary frequencies to keep.")
+                events.note("Choosing which rotary frequencies to keep.")
                 pairs = plan.latent.target.qk_rope_head_dim // 2
                 done.slots = slots_by_text(checkpoint, target, blocks[:SLOT_BLOCKS], pairs)
             target = _target(replace(plan, latent=plan.latent.with_slots(done.slots)))
         for _, heads, report in calibrate(checkpoint, target, blocks, settings, run=run, made=done.made):
             done.add(heads, _noted(report))
-            on_layer(len(done), len(plan.before))
+            events.layer(len(done), len(plan.before))
     return done
 
 
@@ -157,7 +157,7 @@ def _begun(
 
 
 def _target(plan: Plan) -> Target:
-    target = Target(plan.architecture, plan.prefix, plan.before, plan.after[0].num_key_value_heads)
+    target = Target(plan.source, plan.after[0].num_key_value_heads)
     if plan.latent is None:
         return target
     wanted = plan.latent.target

@@ -67,7 +67,7 @@ def sweep(
     settings.check_calibration()
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
-    check_unwrapped(checkpoint.whole_config, source.name, "sweep")
+    check_unwrapped(checkpoint.config, source.name, "sweep")
     check_language_model(checkpoint.config, source.name)
     planned, refused = _plan_trials(checkpoint, source.name, targets, settings)
     folder = Path(out) if out is not None else Path(f"{source.short_name}-sweep")

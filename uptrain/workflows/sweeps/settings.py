@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uptrain.conversion.request import BUILTIN, CALIBRATION_TOKENS
-from uptrain.conversion.run.convert import MEMORY
+from uptrain.conversion.run.options import MEMORY
 from uptrain.data.sources import HELD_OUT, TextSource
 from uptrain.errors import UsageError
 from uptrain.evaluation.contexts import CONTEXT

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uptrain.architectures.description import family_of
+from uptrain.architectures.description import describe
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.source import Source
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.run.convert import run_plan
+from uptrain.conversion.run.options import RunOptions
+from uptrain.conversion.run.prepare import Planned
 from uptrain.data.token_text import read_tokens
 from uptrain.errors import needing
 from uptrain.evaluation import evaluate
@@ -77,9 +79,8 @@ class TrialRunner:
             UsageError: a text or a size is wrong.
         """
         settings, name = self._settings, self._source.name
-        family = family_of(self._checkpoint, name)
-        key = family.keys.max_position_embeddings
-        positions = self._checkpoint.config.get(key, family.defaults.get(key))
+        description = describe(self._checkpoint.config, name)
+        positions = description.value(description.family.keys.max_position_embeddings)
         limit = PositionLimit(positions=positions if isinstance(positions, int) else _UNLIMITED, name=name)
         (context,) = choose_contexts("--context", settings.context, CONTEXT, limit, self._events.note)
         tokenizer = loading.load_tokenizer(self._source.path)
@@ -124,12 +125,14 @@ class TrialRunner:
         if planned.needs_text:
             self._events.layer(0, len(plan.before))
         began = time.monotonic()
-        run_plan(
-            self._source, self._checkpoint, plan, folder, overwrite=self._overwrite, diagnose=plan.latent is None,
+        options = RunOptions(
+            diagnose=plan.latent is None,
             memory=self._settings.memory + self._reference.nbytes if planned.needs_text else None,
-            on_layer=self._events.layer, on_note=self._events.note,
             shared=self._sharing() if planned.needs_text else None,
-        )  # fmt: skip
+        )
+        conversion = Planned(self._source, self._checkpoint, plan)
+        events = Events(layer=self._events.layer, note=self._events.note)
+        run_plan(conversion, folder, overwrite=self._overwrite, options=options, events=events)
         return round(time.monotonic() - began, 1)
 
     def _sharing(self) -> SharedCalibration:
