@@ -144,7 +144,7 @@ class DecoupledLatent:
         raise RuntimeError("the layer never reached its attention")
 
     def _mixed(self, layer: Layer, x: Tensor, mask: Tensor | None, maps: LatentMaps) -> Tensor:
-        angles = Angles.at(self.frequencies[list(self.shape.slots)], len(x), self.factor)
+        angles = Angles.at(self.frequencies[list(self.shape.pairs)], len(x), self.factor)
         return mix_heads(maps, x, angles, mask, layer.scale)
 
 

@@ -10,7 +10,7 @@ from uptrain.conversion.calibration.engine import Target, read_heads
 from uptrain.conversion.calibration.layer_runner import LayeredModel
 from uptrain.conversion.calibration.statistics import latent_weights
 from uptrain.methods.head_conversion import maps_of, rotary_of
-from uptrain.methods.mla import choose_slots, rotary_savings
+from uptrain.methods.mla_energy import choose_rope_pairs, rotary_savings
 from uptrain.models import devices
 
 
@@ -32,4 +32,4 @@ def slots_by_text(checkpoint: Checkpoint, target: Target, blocks: Tensor, slots:
         with model.layer(index) as layer:
             savings.append(rotary_savings(maps, position, latent_weights(layer, maps, states, frequencies)))
             states = [layer.run(hidden) for hidden in states]
-    return choose_slots(savings, slots)
+    return choose_rope_pairs(savings, slots)
