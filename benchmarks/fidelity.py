@@ -26,8 +26,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import baselines
-from uptrain.architectures.description import architecture_of, attention_layers
-from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.description import describe_checkpoint
 from uptrain.architectures.projections import read_layer
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
@@ -96,17 +95,17 @@ def score(model: Any, original: Any, blocks: torch.Tensor) -> tuple[float, float
 def pool_in_place(folder: Path, groups: int, method: str) -> Any:
     """Return the source's own class with its heads pooled by a baseline and repeated."""
     model, checkpoint = load(folder), open_checkpoint(folder)
-    architecture = architecture_of(checkpoint.config, str(folder))
-    prefix = find_prefix(architecture, checkpoint, str(folder))
-    for number, spec in enumerate(attention_layers(architecture, checkpoint.config, str(folder))):
-        base = architecture.layer.format(prefix=prefix, layer=number)
-        maps = maps_of(read_layer(checkpoint, architecture.projections, spec, base))
-        position = rotary_of(architecture.position, spec)
+    source = describe_checkpoint(checkpoint, str(folder))
+    projections = source.family.projections
+    for number, spec in enumerate(source.attention):
+        base = source.attention_name(number)
+        maps = maps_of(read_layer(checkpoint, projections, spec, base))
+        position = rotary_of(source.family.position, spec)
         if method == "renormed":
             pooled = baselines.mean_renormed(maps, groups, None)
         else:
             pooled = baselines.procrustes(maps, groups, position, None, renorm=method.endswith("renormed"))
-        write_heads(model.get_submodule(base.rstrip(".")), architecture.projections, pooled, spec.num_key_value_heads)
+        write_heads(model.get_submodule(base.rstrip(".")), projections, pooled, spec.num_key_value_heads)
     return model
 
 
@@ -127,7 +126,7 @@ def measure(arguments: argparse.Namespace) -> tuple[float, list[Row]]:
     blocks = token_blocks(source.path, arguments.text, arguments.blocks, min(1024, limit))
     base, _, _ = score(original, original, blocks)
     checkpoint = open_checkpoint(source.path)
-    heads = attention_layers(architecture_of(checkpoint.config, "source"), checkpoint.config, "source")[0]
+    heads = describe_checkpoint(checkpoint, "source").attention[0]
     rows = []
     for target, shape in targets(arguments):
         for method in methods_for(arguments, target):

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel  # noqa: E402
 from tests.conftest import tiny_config, tiny_model  # noqa: E402
 from tests.conversion.test_families import FAMILIES, TOKENS, family, read  # noqa: E402
 from tests.oracle import pool_model  # noqa: E402
-from uptrain.architectures.description import attention_layers, position_of_config  # noqa: E402
+from uptrain.architectures.description import ModelDescription  # noqa: E402
 from uptrain.conversion.request import Request  # noqa: E402
 from uptrain.conversion.run.convert import convert  # noqa: E402
 from uptrain.errors import UptrainError  # noqa: E402
@@ -135,7 +135,8 @@ def fits(name: str, setting: Setting) -> bool:
     """Tell whether a family has what a setting is about."""
     entry, config = family(name), tiny_config(name)
     said = getattr(config, "rope_parameters", None)
-    rotates = position_of_config(entry, config.to_dict()).rotates and isinstance(said, dict) and "rope_theta" in said
+    described = ModelDescription(family=entry, config=config.to_dict(), name=name)
+    rotates = described.position.rotates and isinstance(said, dict) and "rope_theta" in said
     if setting.name.startswith("rope"):
         return rotates
     if setting.key_value_heads != 4:
@@ -201,10 +202,11 @@ def requests(name: str, setting: Setting, folder: Path) -> Iterator[tuple[str, R
     if not entry.targets.get("mla"):
         return
     config = json.loads((folder / "config.json").read_text())
-    spec = attention_layers(entry, config, name)[0]
+    described = ModelDescription(family=entry, config=config, name=name)
+    spec = described.attention[0]
     # One value more than the input has: a latent so wide holds every key and value, their biases too.
     rank = min(2 * spec.num_key_value_heads * spec.head_dim, int(config.get("hidden_size", 48)) + 1)
-    rope = "re-rotate" if position_of_config(entry, config).rotates else None
+    rope = "re-rotate" if described.position.rotates else None
     yield "mla", Request("mla", kv_lora_rank=rank, **({"rope": rope} if rope else {})), None
 
 

@@ -19,8 +19,7 @@ from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_families import SOURCES, family
 from tests.conversion.test_svd import NORMED
 from tests.gauge import scatter_heads
-from uptrain.architectures.description import architecture_of, attention_layers
-from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.description import describe_checkpoint
 from uptrain.architectures.projections import LayerHeads
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.conversion.calibration import activations as streams_module
@@ -57,9 +56,7 @@ def save(folder: Path, model_type: str, *, scattered: int = 0, **changes: Any) -
 
 def opened(folder: Path, groups: int) -> tuple[Checkpoint, Target]:
     checkpoint = open_checkpoint(folder)
-    architecture = architecture_of(checkpoint.config, "tiny")
-    before = attention_layers(architecture, checkpoint.config, "tiny")
-    return checkpoint, Target(architecture, find_prefix(architecture, checkpoint, "tiny"), before, groups)
+    return checkpoint, Target(describe_checkpoint(checkpoint, "tiny"), groups)
 
 
 def tokens(blocks: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
@@ -76,9 +73,9 @@ def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch
     """Run the source's class with the layers' heads, shared ones repeated, in place of its own."""
     _, target = opened(folder, 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    path, _, attention = target.architecture.layer.removeprefix("{prefix}").partition(".{layer}.")
+    path, _, attention = target.source.family.layer.removeprefix("{prefix}").partition(".{layer}.")
     for module, layer, spec in zip(model.base_model.get_submodule(path), heads, target.before, strict=True):
-        weights = ModuleWeights(target.architecture.projections, spec).parameters(maps_of(layer))
+        weights = ModuleWeights(target.source.family.projections, spec).parameters(maps_of(layer))
         own = module.get_submodule(attention.removesuffix("."))
         own.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
     return model(blocks).logits
@@ -88,8 +85,8 @@ def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch
 def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_type):
     shallow = model_type in ("gpt2", "gptj", "codegen", "bloom", "mpt", "gpt_neo")
     folder = save(tmp_path, model_type) if shallow else save(tmp_path, model_type, num_hidden_layers=3)
-    checkpoint, target = opened(folder, 1)
-    model = LayeredModel(checkpoint, target.architecture, target.prefix, torch.device("cpu"))
+    _, target = opened(folder, 1)
+    model = LayeredModel(target.source, torch.device("cpu"))
     blocks = tokens(3)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -110,10 +107,10 @@ def test_heads_become_the_modules_own_parameters_and_probabilities_are_transform
     monkeypatch.setattr(attention_probabilities, "VALUES", 4 * 24 * 5)  # five queries of four heads
     folder = save(tmp_path, model_type)
     checkpoint, target = opened(folder, 4)
-    model = LayeredModel(checkpoint, target.architecture, target.prefix, torch.device("cpu"))
+    model = LayeredModel(target.source, torch.device("cpu"))
     block = next(iter(list(model.embed(tokens(2)))))
     heads = [heads for _, heads, _ in calibrate(checkpoint, target, tokens(2), QUICK)]
-    weights = ModuleWeights(target.architecture.projections, target.before[0]).parameters(maps_of(heads[0]))
+    weights = ModuleWeights(target.source.family.projections, target.before[0]).parameters(maps_of(heads[0]))
     with model.layer(0) as layer, torch.no_grad():
         same = layer.run(block, {name: value.float() for name, value in weights.items()})
         torch.testing.assert_close(same, layer.run(block), rtol=1e-6, atol=1e-6)
@@ -227,12 +224,12 @@ def test_the_next_layers_weights_are_read_ahead_while_one_is_converted(tmp_path,
 
 
 def test_of_the_table_of_tokens_only_the_rows_of_the_text_are_read(tmp_path, monkeypatch):
-    checkpoint, target = opened(save(tmp_path, "llama", vocab_size=4096), 1)
+    _, target = opened(save(tmp_path, "llama", vocab_size=4096), 1)
     read = Checkpoint.read
     names: list[str] = []
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: names.append(name) or read(self, name))
     blocks = tokens(3)
-    embedded = list(LayeredModel(checkpoint, target.architecture, target.prefix, torch.device("cpu")).embed(blocks))
+    embedded = list(LayeredModel(target.source, torch.device("cpu")).embed(blocks))
     table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     torch.testing.assert_close(torch.stack(embedded), table[blocks], rtol=0, atol=0)
     assert names and "model.embed_tokens.weight" not in names

@@ -19,6 +19,7 @@ import uptrain
 from tests.conftest import auto_class, tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
 from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import resolve
@@ -188,6 +189,7 @@ def test_a_trained_model_is_not_written_without_all_its_weights() -> None:
 def test_a_source_that_is_quantised_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
     _, found, planned = plan_conversion(str(save_tiny("llama")), Request("mqa"))
     quantised = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
+    planned = replace(planned, source=replace(planned.source, checkpoint=quantised))
     (note,) = weights.check_classes(quantised, planned, "it")
     assert "quantised" in note
 
@@ -291,4 +293,6 @@ def test_names_alone_refuse_no_whole_checkpoint(model_type: str) -> None:
         if name not in tied
     }
     values = json.loads(config.to_json_string(use_diff=False))
-    check_kin(Checkpoint(Path(), values, tensors), ARCHITECTURES[model_type], model_type)
+    checkpoint = Checkpoint(Path(), values, tensors)
+    family = ARCHITECTURES[model_type]
+    check_kin(CheckpointDescription(family=family, config=values, name=model_type, checkpoint=checkpoint))

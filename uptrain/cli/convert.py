@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.architectures.attention import cross_bytes_per_token
-from uptrain.architectures.description import expands_cache, position_of_config
 from uptrain.architectures.model_class import is_language_model
 from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
@@ -166,7 +165,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
     return {
-        "model_type": plan.architecture.model_type,
+        "model_type": plan.source.family.model_type,
         "host": plan.holder,
         "remote_code": bool(plan.target.remote_code),
         "num_attention_heads": plan.before[0].num_attention_heads,
@@ -245,7 +244,7 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
-    expanded = expands_cache(plan.target.architecture, plan.config)
+    expanded = plan.result.expands_cache
     code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.target.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
@@ -272,7 +271,7 @@ def _show(done: Conversion, as_json: bool) -> None:
     if done.resumed:
         pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
     pairs += _left_out(done.sidecars)
-    method, place = done.plan.request.method, done.plan.architecture.place
+    method, place = done.plan.request.method, done.plan.source.family.place
     if len(done.kept) > 1:
         methods = list(next(iter(done.kept.values())))
         rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
@@ -291,8 +290,8 @@ def _show(done: Conversion, as_json: bool) -> None:
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
-    if done.plan.tower is not None:
-        loader = done.plan.tower.wrapper.auto_class
+    if done.plan.source.tower is not None:
+        loader = done.plan.source.tower.wrapper.auto_class
         console.note(f"Load it with transformers.{loader}: uptrain can't evaluate or train wrappers yet.")
     elif is_language_model(done.plan.config):
         trusted = " --allow-pickle" if done.source.allow_pickle else ""
@@ -300,8 +299,8 @@ def _show(done: Conversion, as_json: bool) -> None:
 
 
 def _wants_text(plan: Plan) -> bool:
-    rotary = position_of_config(plan.architecture, plan.config).rotates
-    return rotary and not plan.architecture.uncalibrated
+    rotary = plan.source.position.rotates
+    return rotary and not plan.source.family.uncalibrated
 
 
 def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:

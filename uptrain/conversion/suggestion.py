@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from uptrain.architectures.description import attention_layers, family_of, why_pool_only
+from uptrain.architectures.description import describe_checkpoint
 from uptrain.architectures.projections import read_layer
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.checkpoint.source import resolve
@@ -74,9 +74,9 @@ def sample(layers: int, most: int = SAMPLE) -> tuple[int, ...]:
 
 def _plans(checkpoint: Checkpoint, budget: float, name: str) -> list[Plan]:
     """Return a plan for every form that fits; what no class holds is left out."""
-    architecture = family_of(checkpoint, name)
-    pooled = bool(why_pool_only(architecture, checkpoint.config))
-    before = attention_layers(architecture, checkpoint.config, name)
+    source = describe_checkpoint(checkpoint, name)
+    pooled = bool(source.why_pool_only)
+    before = source.attention
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Ask about the model it was made from.")
     heads = before[0].num_key_value_heads
@@ -118,14 +118,14 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
         options += f" --qk-rope-head-dim {spec.qk_rope_head_dim}" if spec.qk_rope_head_dim else ""
     keys, values = (sum(each) / len(shares) for each in zip(*shares, strict=True))
     kept = plan.cache_after / plan.cache_before
-    numbers = tuple(dict.fromkeys(layer // len(plan.architecture.attentions) for layer in layers))
+    numbers = tuple(dict.fromkeys(layer // len(plan.source.family.attentions) for layer in layers))
     return Suggestion(
         request.target, options, request.method, plan.cache_after, kept, keys, values, numbers, plan.holder
     )
 
 
 def _pooled(checkpoint: Checkpoint, plan: Plan, layer: int, groups: int) -> tuple[float, float]:
-    base = plan.architecture.attention(plan.prefix, layer)
-    heads = read_layer(checkpoint, plan.architecture.projections, plan.before[layer], base, frozenset("kv"))
+    base = plan.source.attention_name(layer)
+    heads = read_layer(checkpoint, plan.source.family.projections, plan.before[layer], base, frozenset("kv"))
     keys, values = (energy_numpy.kept_by_mean(energy_numpy.rows_of(heads.part(part)), groups) for part in "kv")
     return keys, values

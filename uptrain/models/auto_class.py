@@ -29,7 +29,7 @@ def check_loadable(source: Source, opened: Checkpoint | None = None) -> None:
             raise refuse_wrapper(config, source.name, "load")
         return
     if opened is not None:
-        refuse_foreign(architecture, opened, source.name)
+        refuse_foreign(architecture, opened.tensors, source.name)
 
 
 def _has_class(source: Source, model_type: str) -> bool:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.decoders import DEEPSEEK_V3
+from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.mla_projections import LatentLayout
 from uptrain.architectures.rope_parameters import WORDS
 from uptrain.architectures.schema import Architecture
@@ -98,12 +99,12 @@ MLA_TARGET_CLASSES: Mapping[str, MLATargetClass] = MappingProxyType(
 )  # fmt: skip
 
 
-def latent_config(entry: MLATargetClass, source: Mapping[str, Any], family: Architecture) -> dict[str, Any]:
-    """Return the source's config rewritten for an MLA target class, its attention sizes and rotation not yet set.
+def latent_config(entry: MLATargetClass, source: ModelDescription) -> dict[str, Any]:
+    """Return the source's config rewritten for a MLA target class, its attention sizes and rotation not yet set.
 
     Where the source is silent, its own family's default is written: the target class's may be another.
     """
-    said = {**family.defaults, **source}
+    said = {**source.family.defaults, **source.config}
     kept = said if entry.keep is None else {key: said[key] for key in entry.keep if key in said}
     config = target_config(entry.target, kept)
     for key in WORDS:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.decoders import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_UMT5, UPTRAIN_WHISPER
 from uptrain.architectures.mha_only import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
 from uptrain.architectures.model_class import class_named, is_language_model, stem
@@ -82,16 +83,16 @@ TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
 )
 
 
-def choose_target(architecture: Architecture, kind: str, config: Mapping[str, Any], same: bool) -> TargetClass:
-    """Return the first target class that holds `kind` (gqa, mqa) exactly for this source config; itself where it can.
+def choose_target(source: ModelDescription, kind: str, same: bool) -> TargetClass:
+    """Return the first target class that holds `kind` (gqa, mqa) exactly for this source; its own class where it can.
 
     `same` says that the result has as many key/value heads as the source.
     """
-    for name in architecture.targets.get(kind, ()):
+    for name in source.family.targets.get(kind, ()):
         target = TARGET_CLASSES[name]
-        if not same and all(config.get(key, value) == value for key, value in target.requires.items()):
+        if not same and all(source.config.get(key, value) == value for key, value in target.requires.items()):
             return target
-    return own_target(architecture)
+    return own_target(source.family)
 
 
 def own_target(architecture: Architecture) -> TargetClass:
@@ -102,27 +103,23 @@ def own_target(architecture: Architecture) -> TargetClass:
     return TargetClass(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 
-def result_class(target: TargetClass, architecture: Architecture, config: Mapping[str, Any], name: str) -> str:
+def result_class(target: TargetClass, source: ModelDescription) -> str:
     """Return the class that a result's config.json names: the target's, for the same purpose as the source's class.
 
-    Args:
-        target: the class that holds the result as a language model.
-        architecture: the source's family.
-        config: the source's config.
-        name: what the user called the source.
+    `target` is the class that holds the result as a language model.
 
     Raises:
         UsageError: the target class has no class for that purpose.
     """
-    named = class_named(config)
-    if named is None or is_language_model(config):
+    named = class_named(source.config)
+    if named is None or is_language_model(source.config):
         return target.architecture.class_name
-    if target.architecture is architecture:
+    if target.architecture is source.family:
         return named
-    purpose = named.removeprefix(stem(architecture.class_name))
+    purpose = named.removeprefix(stem(source.family.class_name))
     if purpose not in target.purposes:
         raise UsageError(
-            f"{name} is a {named}, and {target.name}, which would hold the result, has no such class.",
+            f"{source.name} is a {named}, and {target.name}, which would hold the result, has no such class.",
             "Use another --to, for which its own family has a class.",
         )
     return stem(target.architecture.class_name) + purpose

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.mla_projections import LatentHeads
 from uptrain.architectures.projections import LayerHeads, read_layer
-from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.dtypes import as_float32
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.activation_cache import SourceRun
@@ -34,22 +34,25 @@ Result = LayerHeads | LatentHeads
 
 @dataclass(frozen=True)
 class Target:
-    """Say what is converted: a family's layers under `prefix`, `before` as they are, to `groups` heads or a latent.
+    """Say what is converted: the layers of `source`, to `groups` heads or a latent.
 
     `frequencies` are the source's rotary ones, (pairs,) radians a token, and `rotary_factor` what its tables are
     multiplied by; `key_weight` is tried alone where it is given. `arrange` may put a layer's heads in another order
     first, as long as it changes no output.
     """
 
-    architecture: Architecture
-    prefix: str
-    before: tuple[AttentionSpec, ...]
+    source: CheckpointDescription
     groups: int
     latent: LatentShape | None = None
     frequencies: tuple[float, ...] = ()
     rotary_factor: float = 1.0
     key_weight: float | None = None
     arrange: Callable[[LayerHeads], LayerHeads] | None = None
+
+    @property
+    def before(self) -> tuple[AttentionSpec, ...]:
+        """Return the attention of the source's layers."""
+        return self.source.attention
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def calibrate(
     if len(blocks) < 2:
         raise UsageError("Calibration needs at least two blocks of text, one of them to check on.", "Give more text.")
     device = devices.device()
-    model = LayeredModel(checkpoint, target.architecture, target.prefix, device)
+    model = LayeredModel(target.source, device)
     shape = (*blocks.shape, model.config.hidden_size)
     with open_streams(shape, settings.memory, settings.folder) as streams:
         for index, hidden in enumerate(model.embed(blocks)):
@@ -160,7 +163,7 @@ def _trace(layer: Layer, streams: Streams, device: torch.device, index: int) -> 
 
 
 def _heads_form(target: Target, spec: AttentionSpec, source: LayerHeads, device: torch.device) -> SharedHeads:
-    architecture = target.architecture
+    architecture = target.source.family
     weights, position = ModuleWeights(architecture.projections, spec), rotary_of(architecture.position, spec)
     return SharedHeads(source, weights, position, target.groups, device)
 
@@ -173,13 +176,13 @@ def _latent_form(
     device: torch.device,
     output_bias: Tensor | None,
 ) -> Form[LatentMaps]:
-    position = rotary_of(target.architecture.position, spec)
+    position = rotary_of(target.source.family.position, spec)
     key_weights = KEY_WEIGHTS if target.key_weight is None else (target.key_weight,)
     frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
     if shape.form == "decoupled":
         factor = target.rotary_factor
         return DecoupledLatent(source, position, shape, frequencies, device, output_bias, factor, key_weights)
-    weights = ModuleWeights(target.architecture.projections, spec)
+    weights = ModuleWeights(target.source.family.projections, spec)
     known = frequencies if target.frequencies else None
     return PlainLatent(source, weights, position, shape, known, device, key_weights)
 
@@ -191,5 +194,5 @@ def _gain(model: LayeredModel) -> float:
 
 def read_heads(checkpoint: Checkpoint, target: Target, layer: int) -> LayerHeads:
     """Return one layer's heads, as the checkpoint stores them."""
-    base = target.architecture.attention(target.prefix, layer)
-    return read_layer(checkpoint, target.architecture.projections, target.before[layer], base)
+    base = target.source.attention_name(layer)
+    return read_layer(checkpoint, target.source.family.projections, target.before[layer], base)

@@ -26,11 +26,6 @@ def held_bytes() -> int:
     return held
 
 
-def hidden_size_of(checkpoint: Checkpoint, target: Target) -> int:
-    """Return the size of the hidden states between a model's layers."""
-    return int(checkpoint.config[target.architecture.keys.hidden_size])
-
-
 def working_bytes(checkpoint: Checkpoint, target: Target, tokens: int, blocks: int) -> int:
     """Estimate the most bytes that converting one layer on `blocks` blocks of `tokens` tokens takes at a time.
 
@@ -38,8 +33,8 @@ def working_bytes(checkpoint: Checkpoint, target: Target, tokens: int, blocks: i
     group in float64, with the probabilities they are gathered from and the heads in both precisions, or the equations
     of the refit in float64 and the blocks that it is checked on. The counts are those that peaks of real runs fit.
     """
-    base = f"{target.prefix}{target.architecture.inside()[0]}.0."
-    spec, hidden_size = target.before[0], hidden_size_of(checkpoint, target)
+    base = f"{target.source.prefix}{target.source.family.inside()[0]}.0."
+    spec, hidden_size = target.before[0], target.source.hidden_size
     weights = _values(info for name, info in checkpoint.tensors.items() if name.startswith(base))
     mixed = spec.num_attention_heads * (spec.v_head_dim or spec.head_dim)
     square = 8 * max(hidden_size + 1, mixed) ** 2

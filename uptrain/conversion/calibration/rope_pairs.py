@@ -20,12 +20,12 @@ def slots_by_text(checkpoint: Checkpoint, target: Target, blocks: Tensor, slots:
 
     Source: the cost of an unrotated component, summed over layers; see `rotary_savings`.
     """
-    model = LayeredModel(checkpoint, target.architecture, target.prefix, devices.device())
+    model = LayeredModel(target.source, devices.device())
     states = list(model.embed(blocks))
     frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
     savings = []
     for index, spec in enumerate(target.before):
-        position = rotary_of(target.architecture.position, spec)
+        position = rotary_of(target.source.family.position, spec)
         if position is None:
             raise ValueError("only rotary keys have slots to choose")
         maps = maps_of(read_heads(checkpoint, target, index))

@@ -17,7 +17,7 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.activation_cache import SourceRun
 from uptrain.conversion.calibration.activations import stream_bytes
 from uptrain.conversion.calibration.engine import LayerReport, Target, calibrate
-from uptrain.conversion.calibration.memory import held_bytes, hidden_size_of, working_bytes
+from uptrain.conversion.calibration.memory import held_bytes, working_bytes
 from uptrain.conversion.calibration.rope_pairs import slots_by_text
 from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration_settings import CalibrationSettings
@@ -93,7 +93,7 @@ def calibrate_plan(
             f"The calibration text takes {len(text.ids) / text.bytes:.2f} tokens a byte: it may be of a script or kind "
             "this model was not trained on, and fit it badly."
         )
-    longest = checkpoint.config.get(plan.architecture.keys.max_position_embeddings)
+    longest = plan.source.config.get(plan.source.family.keys.max_position_embeddings)
     length = min(BLOCK, longest if isinstance(longest, int) else BLOCK)
     count = len(text.ids) // length
     if count < 2:
@@ -116,7 +116,7 @@ def calibrate_plan(
     if plan.request.repair_steps is not None:
         settings = replace(settings, repair_steps=plan.request.repair_steps)
     # Where all that may be kept in memory leaves no room for what the C library keeps of what is freed.
-    all_kept = stream_bytes((*blocks.shape, hidden_size_of(checkpoint, target)), 0 if run is None else len(plan.before))
+    all_kept = stream_bytes((*blocks.shape, target.source.hidden_size), 0 if run is None else len(plan.before))
     with giving_back() if room < all_kept + working else nullcontext():
         if plan.latent is not None and plan.latent.own_slots:
             if not done.slots:
@@ -157,7 +157,7 @@ def _begun(
 
 
 def _target(plan: Plan) -> Target:
-    target = Target(plan.architecture, plan.prefix, plan.before, plan.after[0].num_key_value_heads)
+    target = Target(plan.source, plan.after[0].num_key_value_heads)
     if plan.latent is None:
         return target
     wanted = plan.latent.target

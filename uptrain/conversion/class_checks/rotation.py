@@ -33,10 +33,10 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
     """
     writes, mixes = writes_rotation(plan), plan.request.chosen_method.mixes_dims
     moves = plan.before != plan.after and mixes and any(spec.rotary_ndims != 0 for spec in plan.before)
-    if not plan.architecture.position.rotates or not (writes or moves) or not _installed():
+    if not plan.source.family.position.rotates or not (writes or moves) or not _installed():
         return
     chosen = plan.latent is None or not plan.latent.own_slots
-    configs = [checkpoint.config, *([plan.config] if writes and chosen else [])]
+    configs = [plan.source.config, *([plan.config] if writes and chosen else [])]
     tables = _ask(configs, here=plan.latent is not None or mixes)
     for config, found in zip(configs, tables, strict=True):
         if isinstance(found, str):
@@ -49,7 +49,7 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
         return  # this transformers doesn't know the class
     if not _as_planned(plan, source, results):
         raise CheckpointError(
-            f"{name} has rotary parameters of which {_class(checkpoint.config)} and {_class(plan.config)} make other "
+            f"{name} has rotary parameters of which {_class(plan.source.config)} and {_class(plan.config)} make other "
             "frequencies than uptrain reads.",
             "Report it with its config.json; nothing was converted.",
         )

@@ -246,7 +246,7 @@ def _build(
         if not needed:
             return filled, None
         _write_companions(checkpoint, filled, beside, folder)
-        move_indices(checkpoint, filled.architecture, filled.before, _by_layer(state.orders), folder)
+        move_indices(filled.source, _by_layer(state.orders), folder)
         notes = {"energy_kept": _kept(state), "head_similarity": _by_layer(state.similarity)}
         if state.orders:
             notes["head_order"] = _by_layer(state.orders)
@@ -299,7 +299,7 @@ def _check_unchanged(checkpoint: Checkpoint, plan: Plan) -> None:
         same = plan_digest(plan, checkpoint) == plan.digest
     except FileNotFoundError:
         same = False
-    if not same or read_config(checkpoint.path) != checkpoint.whole_config:
+    if not same or read_config(checkpoint.path) != checkpoint.config:
         raise CheckpointError(
             f"{checkpoint.path} changed while it was converted, so the result would be of neither.",
             "Run the same command again once nothing writes there.",
@@ -344,7 +344,7 @@ def _write_companions(checkpoint: Checkpoint, plan: Plan, beside: Sidecars, part
     if plan.target.remote_code:
         shutil.copyfile(REMOTE_CODE / plan.target.remote_code, partial / plan.target.remote_code)
     whole = plan.whole_config
-    code = {**reading_code(checkpoint.whole_config), **whole.get("auto_map", {})}
+    code = {**reading_code(checkpoint.config), **whole.get("auto_map", {})}
     config = {**whole, "auto_map": code} if code else whole
     write_atomic(partial / "config.json", dump_json(config, allow_nan=True))
     if len(plan.shards) > 1:
@@ -366,7 +366,7 @@ def _stage(
             "name": source.name,
             "origin": source.origin,
             "revision": source.revision,
-            "model_type": str(checkpoint.whole_config["model_type"]),
+            "model_type": str(checkpoint.config["model_type"]),
             "files": dict(sorted(files.items())),
         },
         "request": plan.request.recorded(plan.before != plan.after),

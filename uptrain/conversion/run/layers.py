@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from uptrain.architectures.description import initializer_std, why_pool_only
 from uptrain.architectures.mla_projections import LatentHeads, join_latent
 from uptrain.architectures.projections import LayerHeads, join, read_layer
 from uptrain.architectures.schema import Position
@@ -58,7 +57,7 @@ class LayerMaker:
         self.orders: dict[int, list[int]] = {}
         self._uses_torch = plan.request.needs_torch
         self._sample = len(plan.before) // 2
-        self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
+        self._pool_only = bool(plan.source.why_pool_only)
         self._dtypes = {
             (tensor.layer, tensor.module): tensor.info.dtype
             for shard in plan.shards.values()
@@ -85,10 +84,10 @@ class LayerMaker:
             return self._make(layer)
 
     def _make(self, layer: int) -> dict[str, Array]:
-        plan, projections = self.plan, self.plan.architecture.projections
+        plan, projections = self.plan, self.plan.source.family.projections
         moved = projections != plan.target.architecture.projections
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
-        base = plan.architecture.attention(plan.prefix, layer)
+        base = plan.source.attention_name(layer)
         heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
         if plan.latent is not None:
             out = join_latent(self._latent(heads, layer, plan.latent), plan.latent.stored, plan.before[layer].head_dim)
@@ -102,7 +101,7 @@ class LayerMaker:
 
     def _for_target(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
         """Fit heads as the source's class sees them to the target class's."""
-        source, target, spec = self.plan.architecture, self.plan.target, self.plan.before[layer]
+        source, target, spec = self.plan.source.family, self.plan.target, self.plan.before[layer]
         if target.attention_norm:
             norm = f"{base.removesuffix('.').rpartition('.')[0]}.{target.attention_norm}"
             scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
@@ -112,13 +111,13 @@ class LayerMaker:
         return rewrites.with_biases(heads) if target.biased else heads
 
     def _context(self, layer: int) -> LayerContext:
-        architecture, config = self.plan.architecture, self.checkpoint.config
+        source = self.plan.source
         return LayerContext(
             index=layer,
-            position=architecture.position,
+            position=source.family.position,
             spec=self.plan.before[layer],
             seed=self.plan.request.chosen_seed,
-            initializer_std=lambda: initializer_std(architecture, config),
+            initializer_std=lambda: source.initializer_std,
             calibrated=self.calibrated,
         )
 
@@ -151,7 +150,7 @@ class LayerMaker:
     def _compare(self, heads: LayerHeads, groups: int, layer: int) -> None:
         """Record how alike the heads are that come to share, where this is asked for."""
         if self.diagnose and _all_measurable(heads, groups):
-            spec, position = self.plan.before[layer], self.plan.architecture.position
+            spec, position = self.plan.before[layer], self.plan.source.family.position
             self.similarity[layer] = head_similarity.head_similarity(heads, groups, position, spec, not self._pool_only)
 
     def _estimate(self, heads: LayerHeads, groups: int, layer: int) -> None:
@@ -165,7 +164,7 @@ class LayerMaker:
                 spec.num_key_value_heads // groups, spec.head_dim, heads.part("k").weight.shape[-1]
             )
             measured = min(groups, int(budget // each))
-        found = _estimated(heads, groups, measured, self.plan.architecture.position, spec.rotary_ndims)
+        found = _estimated(heads, groups, measured, self.plan.source.family.position, spec.rotary_ndims)
         if found:
             self.kept[layer] = found
 
@@ -192,12 +191,11 @@ class LayerMaker:
         return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
 
     def _not_finite(self, layer: int) -> CheckpointError:
-        architecture = self.plan.architecture
-        base = architecture.attention(self.plan.prefix, layer)
+        base = self.plan.source.attention_name(layer)
         names = [name for name in self.checkpoint.tensors if name.startswith(base)]
         found = [name for name in names if not np.isfinite(as_float32(self.checkpoint.read(name))).all()]
         return CheckpointError(
-            f"Layer {architecture.place(layer)} of the source has NaN or infinite values in "
+            f"Layer {self.plan.source.family.place(layer)} of the source has NaN or infinite values in "
             f"{', '.join(found) or 'its attention'}.",
             "Download the checkpoint again, or keep them with --allow-nonfinite and --method mean or first.",
         )
@@ -210,9 +208,9 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
     with needing(NEEDS_TORCH):
         from uptrain.methods.head_conversion import rotary_of
         from uptrain.methods.mla_conversion import rope_pairs_by_weights
-    architecture = plan.architecture
+    architecture = plan.source.family
     layers = (
-        read_layer(checkpoint, architecture.projections, spec, architecture.attention(plan.prefix, layer))
+        read_layer(checkpoint, architecture.projections, spec, plan.source.attention_name(layer))
         for layer, spec in enumerate(plan.before)
     )
     return rope_pairs_by_weights(layers, plan.latent.target, rotary_of(architecture.position, plan.before[0]))

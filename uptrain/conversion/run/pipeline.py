@@ -132,9 +132,10 @@ class Pipeline:
             self.state.shards[shard] = checksum.text()
             if file:
                 self.state.sources[file] = digest
-            self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.items()})
-            self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.items()})
-            self.state.orders.update({str(layer): order for layer, order in self.layers.orders.items()})
+            # Copies: other threads add layers meanwhile.
+            self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.copy().items()})
+            self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.copy().items()})
+            self.state.orders.update({str(layer): order for layer, order in self.layers.orders.copy().items()})
             self.state.save()
 
     def _advance(self, count: int) -> None:

@@ -76,7 +76,7 @@ def sweep(
     _check_calibration(calibration, asked[1])
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
-    check_unwrapped(checkpoint.whole_config, source.name, "sweep")
+    check_unwrapped(checkpoint.config, source.name, "sweep")
     check_language_model(checkpoint.config, source.name)
     tasks: list[PlannedTrial] = []
     refused: list[RefusedTrial] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uptrain.architectures.description import family_of
+from uptrain.architectures.description import describe
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.source import Source
@@ -73,10 +73,8 @@ class Runner:
         Raises:
             UsageError: it won't do.
         """
-        config, how = self._checkpoint.config, self._how
-        entry = family_of(self._checkpoint, self._source.name)
-        key = entry.keys.max_position_embeddings
-        longest = config.get(key, entry.defaults.get(key))
+        how, model = self._how, describe(self._checkpoint.config, self._source.name)
+        longest = model.value(model.family.keys.max_position_embeddings)
         longest = longest if isinstance(longest, int) else 2**31
         (context,) = chosen_contexts("--context", how.context, CONTEXT, longest, self._source.name, on_note=self._note)
         tokenizer = loading.load_tokenizer(self._source.path)
