@@ -15,7 +15,7 @@ from tests.faults.boundaries import At, Call, Killed, failing_at, killed_at, wat
 from tests.faults.tally import KILLED, struck
 from tests.small import digests
 from uptrain.checkpoint.source import DEMO
-from uptrain.conversion.calibration.layer_search import LayerTask
+from uptrain.conversion.calibration.layer_search import LayerSearch
 from uptrain.conversion.calibration.store import NOTES
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import Conversion, convert
@@ -55,14 +55,14 @@ class World:
 
     def run(self, memory: int = 2**40, **more: Any) -> Conversion:
         """Convert, counting the layers that are calibrated."""
-        self.made, convert_layer = 0, LayerTask.convert
+        self.made, convert_layer = 0, LayerSearch.convert
 
-        def counted(task: LayerTask[Any]) -> Any:
+        def counted(task: LayerSearch[Any]) -> Any:
             self.made += 1
             return convert_layer(task)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LayerTask, "convert", counted)
+            patch.setattr(LayerSearch, "convert", counted)
             settings = {"calibrate": str(self.text), "calibration_tokens": 768, "repair_steps": 2}
             request = Request(**{**self.form, "method": "calibrated", "dtype": "float32", **settings})
             return convert(str(self.source), self.out, request, memory=memory, **more)

@@ -37,7 +37,9 @@ def latent_layer(heads: LayerHeads, target: LatentTarget, position: Rotary | Non
     return Converted(heads_of_latent(found, heads.part("o").bias), {"svd": kept})
 
 
-def rope_pairs_by_weights(layers: Iterable[LayerHeads], target: LatentTarget, position: Rotary | None) -> tuple[int, ...]:
+def rope_pairs_by_weights(
+    layers: Iterable[LayerHeads], target: LatentTarget, position: Rotary | None
+) -> tuple[int, ...]:
     """Return which of the source's rotary pairs each pair of a latent gets, by the weights of all layers alone."""
     if position is None:
         raise ValueError("only rotary keys have pairs to choose")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from uptrain.architectures.head_order import move_indices
 from uptrain.architectures.rope_parameters import with_rotation
 from uptrain.checkpoint.checksum import Checksum, checksum_file
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import append_stage, read_manifest
 from uptrain.checkpoint.progress import State
@@ -319,14 +320,15 @@ def _calibrated(
         return None
     with needing(f"--method {plan.request.method}"):
         from uptrain.conversion.calibration.run import calibrate_plan
-    return calibrate_plan(checkpoint, plan, _calibration_of(out), memory, on_layer, on_note, shared)
+    events = Events(layer=on_layer, note=on_note)
+    return calibrate_plan(plan, _calibration_of(out), memory, events, shared)
 
 
 def _with_slots(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers | None) -> Plan:
     """Put the rotary table of the model's own into the plan, where it asks for one."""
-    if plan.latent is None or not plan.latent.own_slots:
+    if plan.latent is None or not plan.chooses_rope_pairs:
         return plan
-    slots = calibrated.slots if calibrated else choose_by_weights(checkpoint, plan)
+    slots = calibrated.rope_pairs if calibrated else choose_by_weights(checkpoint, plan)
     latent = plan.latent.with_slots(slots)
     return replace(plan, latent=latent, config=with_rotation(plan.config, latent.config))
 

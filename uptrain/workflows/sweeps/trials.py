@@ -89,7 +89,7 @@ class Runner:
         """
         calibrated = [task for task in tasks if task.plan.request.chosen_method.needs_text]
         if calibrated:
-            self._sharing().text(self._checkpoint, calibrated[0].plan)
+            self._sharing().text(calibrated[0].plan)
 
     def run(self, task: PlannedTrial, found: Sweep, where: str) -> Sweep:
         """Run one trial and return the sweep with it, as it stands in sweep.json too."""
