@@ -1,6 +1,6 @@
-"""What the embedded demo model has learnt: bits per byte of held-out text, beside counting and compressing.
+"""What the embedded demo model has learnt: bits per byte of held-out text, against counting and compressing.
 
-python -m benchmarks.demo_quality
+python -m benchmarks demo_quality
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from benchmarks.common import options
 from uptrain.checkpoint.source import DEMO
 from uptrain.data.sources import Builtin
 from uptrain.data.stdlib_text import documents
@@ -41,5 +42,6 @@ def quality(tokens: int = 10**7) -> dict[str, float]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    options().parse_args()
     print(json.dumps({name: round(value, 4) for name, value in quality().items()}, indent=2))

@@ -152,7 +152,7 @@ def test_one_head_in_disguise_is_found_again(tmp_path, model_type, groups):
     torch.testing.assert_close(logits(folder, [heads for heads, _ in found], unseen), whole, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_every_choice_lowers_the_error_and_no_method_keeps_more(tmp_path, model_type, groups):
     reports: list[LayerReport] = []

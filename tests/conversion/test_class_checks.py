@@ -20,6 +20,7 @@ from tests.conftest import auto_class, tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
 from uptrain.architectures.decoders import ARCHITECTURES
 from uptrain.architectures.description import CheckpointDescription
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import resolve
@@ -121,7 +122,7 @@ def test_a_tensor_beside_the_layers_goes_along_and_is_named(save_tiny: Save, tmp
     source = save_tiny("llama")
     rewrite(source, {**load_file(source / SINGLE), "v_head.summary.weight": torch.ones(1, 48)})
     notes: list[str] = []
-    convert(str(source), tmp_path / "out", Request("mqa"), on_note=notes.append)
+    convert(str(source), tmp_path / "out", Request("mqa"), events=Events(note=notes.append))
     assert "v_head.summary.weight" in load_file(tmp_path / "out" / SINGLE)
     assert [note for note in notes if "v_head.summary.weight" in note]
 

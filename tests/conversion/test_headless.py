@@ -22,6 +22,7 @@ from tests.corpus import checkpoint, corpus
 from tests.oracle import pool_model
 from tests.publishing.test_hub_card import text_of
 from uptrain.architectures.model_class import stem
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.reader import read_config
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
@@ -161,7 +162,7 @@ def test_a_class_that_transformers_does_not_have_keeps_its_name_and_its_head(rew
     config = read_config(reward)
     (reward / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForRewardModel"]}))
     notes: list[str] = []
-    convert(str(reward), tmp_path / "out", Request("mqa"), on_note=notes.append)
+    convert(str(reward), tmp_path / "out", Request("mqa"), events=Events(note=notes.append))
     assert read_config(tmp_path / "out")["architectures"] == ["LlamaForRewardModel"]
     assert "score.weight" in load_file(tmp_path / "out" / "model.safetensors")
     assert [note for note in notes if "LlamaForRewardModel" in note]

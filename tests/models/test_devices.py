@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 from tests.corpus import NO_DROPOUT, checkpoint, corpus
+from uptrain.checkpoint.events import Events
 from uptrain.cli.app import run
 from uptrain.conversion.calibration.layer_search import LayerSearch
 from uptrain.conversion.calibration.statistics import by_distance
@@ -187,7 +188,7 @@ def test_calibrating_pins_fp32_and_gives_back_what_was_set(tmp_path: Path) -> No
             each.fp32_precision = value
         convert(
             str(tmp_path / "model"), tmp_path / "out", request,
-            on_layer=lambda done, layers: seen.extend(each.fp32_precision for each in backends),
+            events=Events(layer=lambda done, layers: seen.extend(each.fp32_precision for each in backends)),
         )  # fmt: skip
         assert {*seen} == {"ieee"}
         assert [each.fp32_precision for each in backends] == ["tf32", "bf16"]
@@ -297,7 +298,7 @@ def test_a_full_memory_ends_a_calibration_and_a_sweep_in_a_sentence_and_layers_s
             sweep(str(source), ["mqa"], ["calibrated"], tmp_path / "sweep", calibrate=str(text),
                   calibration_tokens=128, repair_steps=0)  # fmt: skip
     assert not (tmp_path / "out").exists()
-    convert(str(source), tmp_path / "out", request, on_layer=lambda done, layers: counted.append(done))
+    convert(str(source), tmp_path / "out", request, events=Events(layer=lambda done, layers: counted.append(done)))
     assert counted == [2], "the first layer was made before"
 
 

@@ -26,7 +26,7 @@ from uptrain.evaluation.sweep_results import pareto
 from uptrain.workflows.sweeps import trials as runner
 from uptrain.workflows.sweeps.targets import parse_target
 
-CONVERT = import_module("uptrain.conversion.run.convert")
+BUILD = import_module("uptrain.conversion.run.build")
 DOCS = Path(__file__).parents[2] / "docs/sweep.md"
 TARGETS = {"gqa:2": Request("gqa", 2, "mean"), "mla:24": Request("mla", kv_lora_rank=24)}
 CALIBRATION = {"calibration_tokens": 256, "repair_steps": 2}
@@ -154,7 +154,7 @@ def test_a_sweep_cut_off_ends_as_if_it_had_not_been(
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    where = (runner, "evaluate") if cut == "before measuring" else (CONVERT, "_write_companions")
+    where = (runner, "evaluate") if cut == "before measuring" else (BUILD, "write_companions")
     with monkeypatch.context() as patch:
         assert run(command(here, out, "--methods", "mean")) == 0
         patch.setattr(*where, stop)

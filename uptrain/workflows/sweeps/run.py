@@ -16,7 +16,7 @@ from uptrain.checkpoint.writer import check_out
 from uptrain.conversion.class_checks.weights import check_classes
 from uptrain.conversion.plan.planner import make_plan
 from uptrain.conversion.request import BUILTIN, CALIBRATION_TOKENS, Request
-from uptrain.conversion.run.convert import MEMORY
+from uptrain.conversion.run.options import MEMORY
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.evaluation.sweep_results import RefusedTrial, Sweep, read_sweep, write_sweep
 from uptrain.methods.registry import needs_text, text_options

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uptrain.architectures.description import describe
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.source import Source
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.run.convert import run_plan
+from uptrain.conversion.run.options import RunOptions
+from uptrain.conversion.run.prepare import Planned
 from uptrain.data.sources import TextSource
 from uptrain.data.token_text import read_tokens
 from uptrain.errors import needing
@@ -118,13 +121,14 @@ class Runner:
         self._note(f"{where}: converting")
         calibrated = task.plan.request.chosen_method.needs_text
         began = time.monotonic()
-        run_plan(
-            self._source, self._checkpoint, task.plan, place, overwrite=self._overwrite,
+        options = RunOptions(
             diagnose=task.plan.latent is None,
-            memory=self._memory + self._reference.nbytes if calibrated else None, on_layer=self._on_layers(),
-            on_note=self._note,
+            memory=self._memory + self._reference.nbytes if calibrated else None,
             shared=self._sharing() if calibrated else None,
-        )  # fmt: skip
+        )
+        planned = Planned(self._source, self._checkpoint, task.plan)
+        events = Events(layer=self._on_layers(), note=self._note)
+        run_plan(planned, place, overwrite=self._overwrite, options=options, events=events)
         return round(time.monotonic() - began, 1)
 
     def _sharing(self) -> SharedCalibration:
