@@ -19,7 +19,7 @@ from transformers import GPT2LMHeadModel
 from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from uptrain.checkpoint.events import Events
 from uptrain.cli.app import run
-from uptrain.conversion.calibration.layer_search import LayerTask
+from uptrain.conversion.calibration.layer_search import LayerSearch
 from uptrain.conversion.calibration.statistics import by_distance
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
@@ -296,7 +296,7 @@ def test_a_full_memory_ends_a_calibration_and_a_sweep_in_a_sentence_and_layers_s
     request = Request("mqa", method="calibrated", calibrate=str(text), calibration_tokens=128, repair_steps=0)
     counted = list[int]()
     with monkeypatch.context() as patch:
-        patch.setattr(LayerTask, "convert", fails_with(FULL[2], 1, LayerTask.convert))
+        patch.setattr(LayerSearch, "convert", fails_with(FULL[2], 1, LayerSearch.convert))
         with pytest.raises(devices.OutOfMemory, match="--calibration-tokens"):
             convert(str(source), tmp_path / "out", request)
         with pytest.raises(devices.OutOfMemory, match="--calibration-tokens"):

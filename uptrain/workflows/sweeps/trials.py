@@ -95,7 +95,7 @@ class TrialRunner:
         """
         calibrated = [trial for trial in trials if trial.needs_text]
         if calibrated:
-            self._sharing().text(self._checkpoint, calibrated[0].plan)
+            self._sharing().text(calibrated[0].plan)
 
     def run(self, planned: PlannedTrial, found: Sweep, progress: str) -> Sweep:
         """Run one trial, add it to sweep.json, and return the sweep with it; `progress` begins each note."""
