@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from benchmarks.common import Llama, child, options, peak_memory, shard_name, timed, write_index
 from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.progress import State
 from uptrain.checkpoint.reader import Checkpoint
@@ -27,6 +28,7 @@ from uptrain.checkpoint.writer import shard_header
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import plan_conversion
+from uptrain.conversion.run.layers import LayerMaker
 from uptrain.conversion.run.pipeline import Pipeline
 
 SHARD = 5 * 10**9
@@ -105,7 +107,7 @@ def run(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     """Run a plan without its disk, in a temporary folder in `folder`."""
     with tempfile.TemporaryDirectory(dir=folder) as partial:
         state = State(Path(partial), plan.digest)
-        Pipeline(checkpoint, plan, Path(partial), state, lambda count: None, party=NoDisk()).run()
+        Pipeline(checkpoint, plan, state, LayerMaker(checkpoint, plan), NoDisk(), Events()).run()
 
 
 def measure(work: Path, shape: Llama, dry: bool) -> dict[str, float]:

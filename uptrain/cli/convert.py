@@ -124,8 +124,11 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """
+    from uptrain.checkpoint.events import Events
     from uptrain.conversion.request import Request
-    from uptrain.conversion.run.convert import check_memory, default_out, plan_conversion, run_plan, sidecars
+    from uptrain.conversion.run.convert import run_plan
+    from uptrain.conversion.run.options import RunOptions
+    from uptrain.conversion.run.prepare import default_out, plan_conversion, sidecars
 
     names = (
         "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
@@ -134,32 +137,26 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
-    check_memory(options["memory"], request)
+    running = RunOptions(join=options["join"], diagnose=options["diagnose"], memory=options["memory"])
+    running.check(request)
     check_device(request.chosen_method.needs_text)
-    source, checkpoint, plan = plan_conversion(
+    planned = plan_conversion(
         model,
         request,
         revision=options["revision"],
         allow_pickle=options["allow_pickle"],
         dry=options["dry_run"],
     )
+    source, checkpoint, plan = planned
     folder = Path(out) if out else default_out(source, plan)
     if options["dry_run"]:
         beside = sidecars(source, checkpoint, dry=True)
         _show_plan(source, plan, beside, folder, options["as_json"])
         return
     console.note(f"Reading {source.describe()}")
-    settings = {
-        "overwrite": options["overwrite"],
-        "join": options["join"],
-        "diagnose": options["diagnose"],
-        "memory": options["memory"],
-        "on_note": console.note,
-    }
     with console.bytes_progress("Converting", plan.total_bytes) as advance:
-        done = run_plan(
-            source, checkpoint, plan, folder, on_progress=advance, on_layer=console.layer_progress(), **settings
-        )
+        events = Events(bytes=advance, layer=console.layer_progress(), note=console.note)
+        done = run_plan(planned, folder, overwrite=options["overwrite"], options=running, events=events)
     _show(done, options["as_json"])
 
 
