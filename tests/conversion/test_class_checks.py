@@ -30,7 +30,7 @@ from uptrain.conversion.plan import planner
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models import class_keys
 from uptrain.models.class_fit import Fit
 from uptrain.models.loading import load_model
@@ -147,7 +147,7 @@ def test_eval_and_train_refuse_what_lacks_a_weight(missing: str, tmp_path: Path)
     text = corpus(tmp_path / "text.txt")
     for model, baseline in ((source, None), (whole, source)):
         with pytest.raises(CheckpointError, match=missing):
-            evaluate(str(model), None if baseline is None else str(baseline), repeats=0)
+            evaluate(str(model), EvaluationSettings(repeats=0), baseline=None if baseline is None else str(baseline))
     base = [f"data=[{text}]", "tokens=128", "block_size=32", "batch_size=2"]
     for number, (model, teacher) in enumerate(((source, whole), (whole, source))):
         out = tmp_path / f"up{number}"

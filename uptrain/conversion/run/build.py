@@ -55,14 +55,14 @@ def calibrate(job: Job) -> CalibratedLayers | None:
     with needing(f"--method {plan.request.method}"):
         from uptrain.conversion.calibration.run import calibrate_plan
     memory, shared = job.options.calibration_memory, job.options.shared
-    return calibrate_plan(job.checkpoint, plan, job.calibration, memory, job.events, shared)
+    return calibrate_plan(plan, job.calibration, memory, job.events, shared)
 
 
 def with_rotary_pairs(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers | None) -> Plan:
     """Return the plan with the rotary table of the model's own, where it asks for one."""
-    if plan.latent is None or not plan.latent.own_slots:
+    if plan.latent is None or not plan.chooses_rope_pairs:
         return plan
-    slots = calibrated.slots if calibrated else choose_by_weights(checkpoint, plan)
+    slots = calibrated.rope_pairs if calibrated else choose_by_weights(checkpoint, plan)
     latent = plan.latent.with_slots(slots)
     return replace(plan, latent=latent, config=with_rotation(plan.config, latent.config))
 
