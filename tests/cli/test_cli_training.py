@@ -12,7 +12,7 @@ from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from uptrain.cli import console
 from uptrain.cli.app import run
 from uptrain.training import recipes
-from uptrain.training.journal import Step
+from uptrain.training.metrics import TrainingStep
 
 
 def test_recipes_are_listed_shown_and_copied(
@@ -57,7 +57,18 @@ def test_a_log_file_gets_a_line_at_every_tenth_and_nothing_else(
 ) -> None:
     with console.training_progress(20, hidden) as show:
         for step in range(1, 21):
-            show(Step(step, 20, 64 * step, 2.0, 1e-4, 1.0, 900.0, 20.0 - step))
+            show(
+                TrainingStep(
+                    step=step,
+                    steps=20,
+                    tokens=64 * step,
+                    loss=2.0,
+                    learning_rate=1e-4,
+                    grad_norm=1.0,
+                    tokens_per_second=900.0,
+                    seconds_left=20.0 - step,
+                )
+            )
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == [f"Step {step} of 20" for step in told]
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.corpus import NO_DROPOUT, checkpoint, sentences, tokenizer
 from tests.training.test_train import interrupt_at
+from uptrain.checkpoint.events import Events
 from uptrain.data.block_reader import BlockReader
 from uptrain.data.mixture import Mixture
 from uptrain.data.readers import build_tokens, open_reader
@@ -145,7 +146,7 @@ def test_a_mixed_run_that_was_cut_off_and_lost_its_cache_ends_at_the_same_bits(
     def run(name: str, until: int = 8) -> Path:
         values = {"model": str(tmp_path / "model"), "output": str(tmp_path / name), "data": mixed_data(tmp_path),
                   "block_size": 32, "batch_size": 4, "steps": 8, "learning_rate": 1e-2}  # fmt: skip
-        train(recipes.parse(values), interrupt_at(until) if until < 8 else None)
+        train(recipes.parse(values), events=Events(step=interrupt_at(until)) if until < 8 else Events())
         return tmp_path / name / "model.safetensors"
 
     whole = run("whole").read_bytes()

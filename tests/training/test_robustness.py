@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.corpus import NO_DROPOUT, checkpoint, corpus
+from uptrain.checkpoint.events import Events
 from uptrain.data.token_text import read_tokens
 from uptrain.errors import UptrainError
 from uptrain.models.loading import load_tokenizer
 from uptrain.training import recipes, state
 from uptrain.training.distillation import Objective
-from uptrain.training.trainer import Step, lm_loss, train
+from uptrain.training.losses import lm_loss
+from uptrain.training.metrics import TrainingStep
+from uptrain.training.trainer import train
 
 Make = Callable[..., recipes.Recipe]
 
@@ -125,7 +128,10 @@ def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, ke
         schedule="constant",
     )  # fmt: skip
     bests: list[float] = []
-    done = train(made, lambda step: bests.append(step.held_out_loss) if step.held_out_loss else None)
+    done = train(
+        made,
+        events=Events(step=lambda step: bests.append(step.held_out_loss) if step.held_out_loss else None),
+    )
     assert done is not None
     assert len(bests) == 23
     held = [entry["held_out_loss"] for entry in log(made.output) if "held_out_loss" in entry]
@@ -143,7 +149,7 @@ def test_the_best_model_is_kept_beside_the_last(recipe: Make, tmp_path: Path, ke
 def test_the_best_so_far_can_be_used_while_the_run_goes_on(recipe: Make, tmp_path: Path) -> None:
     seen: list[float] = []
 
-    def look(step: Step) -> None:
+    def look(step: TrainingStep) -> None:
         if step.held_out_loss is not None:
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "out.run/best")
             ids = read_tokens(made.held_out, load_tokenizer(tmp_path / "out.run/best"), 640).ids
@@ -151,7 +157,7 @@ def test_the_best_so_far_can_be_used_while_the_run_goes_on(recipe: Make, tmp_pat
                 seen.append(lm_loss(model, torch.from_numpy(ids).view(-1, 32)).item() - step.held_out_loss)
 
     made = recipe(held_out=[str(tmp_path / "held.txt")], held_out_tokens=640, eval_every=5, steps=11)
-    train(made, look)
+    train(made, events=Events(step=look))
     assert len(seen) == 2
     assert max(map(abs, seen)) < 1e-4
 

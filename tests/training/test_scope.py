@@ -16,7 +16,7 @@ from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from uptrain.errors import UsageError
 from uptrain.training import recipes
 from uptrain.training.schedules import make_schedule
-from uptrain.training.scope import choose, is_attention, make_optimizer
+from uptrain.training.scope import is_attention, make_optimizer, select_trainable
 from uptrain.training.trainer import train
 
 
@@ -78,7 +78,7 @@ def test_lora_trains_adapters_and_writes_a_plain_checkpoint(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     from uptrain.data.token_text import read_tokens
     from uptrain.models.loading import load_tokenizer
-    from uptrain.training.trainer import lm_loss
+    from uptrain.training.losses import lm_loss
 
     ids = torch.from_numpy(read_tokens(made.held_out, load_tokenizer(tmp_path / "out"), 640).ids).view(-1, 32)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_class_that_ignores_positions_is_not_trusted_with_packed_documents(
 
 def test_lora_on_modules_that_are_not_there_is_one_sentence(recipe: Callable[..., recipes.Recipe]) -> None:
     with pytest.raises(UsageError, match="target_modules"):
-        choose(tiny_model(tiny_config("llama")), recipe(lora={"target_modules": ["w_pack"]}))
+        select_trainable(tiny_model(tiny_config("llama")), recipe(lora={"target_modules": ["w_pack"]}))
 
 
 def test_an_unknown_family_has_no_known_attention() -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from uptrain.architectures.mla_projections import NEUTRAL_WEIGHT
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.conversion.request import Request
@@ -31,7 +32,9 @@ from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.models.loading import load_tokenizer, new_model
 from uptrain.models.register import register
 from uptrain.training import recipes
-from uptrain.training.trainer import Step, Training, lm_loss, train
+from uptrain.training.losses import lm_loss
+from uptrain.training.metrics import TrainingResult, TrainingStep
+from uptrain.training.trainer import train
 
 
 @pytest.fixture
@@ -54,8 +57,10 @@ def recipe(tmp_path: Path) -> Callable[..., recipes.Recipe]:
     return make
 
 
-def run(recipe: recipes.Recipe, on_step: Callable[[Step], None] | None = None, restart: bool = False) -> Training:
-    done = train(recipe, on_step, restart)
+def run(
+    recipe: recipes.Recipe, on_step: Callable[[TrainingStep], None] | None = None, restart: bool = False
+) -> TrainingResult:
+    done = train(recipe, restart=restart, events=Events(step=on_step) if on_step else Events())
     assert done is not None
     return done
 
@@ -172,8 +177,8 @@ def test_a_recipe_s_config_is_recorded_as_it_was_written() -> None:
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0}
 
 
-def interrupt_at(number: int) -> Callable[[Step], None]:
-    def on_step(step: Step) -> None:
+def interrupt_at(number: int) -> Callable[[TrainingStep], None]:
+    def on_step(step: TrainingStep) -> None:
         if step.step == number:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -192,7 +197,7 @@ def test_ctrl_c_saves_and_the_same_call_ends_at_the_same_bits(
     made = recipe(log_every=3, precision=precision)
     for at in (3, 5):
         with pytest.raises(Interrupted, match="step") as error:
-            train(made, interrupt_at(at))
+            train(made, events=Events(step=interrupt_at(at)))
         assert error.value.exit_code == 130
         assert not made.output.exists()
     done = run(made)
@@ -218,7 +223,7 @@ def test_a_streamed_run_resumes_to_the_same_bits(recipe: Callable[..., recipes.R
     run(undisturbed)
     made = recipe(data=data)
     with pytest.raises(Interrupted):
-        train(made, interrupt_at(4))
+        train(made, events=Events(step=interrupt_at(4)))
     run(made)
     assert same(made.output, undisturbed.output)
 
@@ -327,7 +332,7 @@ def test_a_latent_trains_without_its_norm_and_is_written_with_it(
     done = run(whole)
     made = recipe(learning_rate=1e-3, held_out=[str(tmp_path / "held.txt")])
     with pytest.raises(Interrupted):
-        train(made, interrupt_at(3))
+        train(made, events=Events(step=interrupt_at(3)))
     run(made)
     assert same(made.output, whole.output)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo_quality import quality
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.data.stdlib_text import documents, is_held_out
 from uptrain.training import recipes
-from uptrain.training.trainer import Step
+from uptrain.training.metrics import TrainingStep
 from uptrain.workflows import run_demo
 
 
@@ -51,8 +52,10 @@ def test_it_has_learnt_more_than_counting_or_compressing_gives() -> None:
 @pytest.mark.parametrize("tokens", [20_480])
 def test_the_whole_way_ends_nearer_to_the_original_than_it_began(tmp_path: Path, tokens: int) -> None:
     stages: list[str] = []
-    steps: list[Step] = []
-    found = run_demo(tmp_path, stages.append, steps.append, tokens=4096, overrides=(f"tokens={tokens}",))
+    steps: list[TrainingStep] = []
+    found = run_demo(
+        tmp_path, tokens=4096, overrides=(f"tokens={tokens}",), events=Events(note=stages.append, step=steps.append)
+    )
     assert len(stages) == 4
     assert len(steps) == recipes.load("demo-uptrain", [f"tokens={tokens}"]).total_steps
     assert found.converted.model.cache_bytes_per_token * 2 == found.original.cache_bytes_per_token

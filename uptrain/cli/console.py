@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from uptrain.errors import UptrainError
-    from uptrain.training.journal import Step
+    from uptrain.training.metrics import TrainingStep
 
 
 @cache
@@ -103,13 +103,19 @@ def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def layer_progress() -> Callable[[int, int], None]:
-    """Return a callback that says on stderr how many layers are calibrated, and how long the rest will take."""
+    """Return a callback that says on stderr how many layers are calibrated, and how long the rest will take.
+
+    A call with 0 layers done begins another calibration.
+    """
     import time
 
     began, earlier = time.monotonic(), -1
 
     def show(done: int, layers: int) -> None:
-        nonlocal earlier
+        nonlocal began, earlier
+        if not done:
+            began, earlier = time.monotonic(), -1
+            return
         earlier = done - 1 if earlier < 0 else earlier  # what an interrupted run had calibrated took no time here
         minutes, seconds = divmod(round((time.monotonic() - began) / (done - earlier) * (layers - done)), 60)
         if sys.stderr.isatty() or done == layers:
@@ -145,7 +151,7 @@ def parts_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[Step], None]]:
+def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[TrainingStep], None]]:
     """Show step, loss, learning rate, speed, memory and time left on stderr; yield the callback.
 
     On a terminal as a live line, elsewhere as a line at every tenth of the run.
@@ -166,7 +172,7 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[St
         # The bar appears with the first step: before it, text is tokenised and the model loaded.
         task = progress.add_task("", total=steps, visible=False, loss="–", rate="–", speed="–", memory="", left="")
 
-        def show(step: Step) -> None:
+        def show(step: TrainingStep) -> None:
             # Pure distillation: the loss is the divergence.
             alike = step.divergence is None or abs(step.divergence - step.loss) < 1e-6
             losses = f"loss {step.loss:.4f}" + ("" if alike else f" KL {step.divergence:.4f}")
@@ -187,7 +193,7 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[St
         yield show
 
 
-def _clock(step: Step) -> str:
+def _clock(step: TrainingStep) -> str:
     minutes, seconds = divmod(round(step.seconds_left), 60)
     return f"{minutes}:{seconds:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 

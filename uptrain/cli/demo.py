@@ -25,12 +25,13 @@ def demo(out: Path, as_json: bool) -> None:
 
     Converts it to 4 key/value heads, uptrains that briefly, and compares both with the original. Downloads nothing.
     """
+    from uptrain.checkpoint.events import Events
     from uptrain.training import recipes
     from uptrain.workflows.demo.run import RECIPE, UPTRAINED_ON, run_demo
 
     recipe = recipes.load(RECIPE, (f"tokens={UPTRAINED_ON}",))
     with console.training_progress(recipe.total_steps) as show:
-        found = run_demo(out, console.note, show)
+        found = run_demo(out, events=Events(note=console.note, step=show))
     _show(found, as_json)
 
 

@@ -10,10 +10,7 @@ import click
 from uptrain.cli import console
 from uptrain.cli.options import json_option
 from uptrain.conversion.family_table import Family, Holder, alike
-from uptrain.conversion.request import CHANGED_PARTS
-
-POOLING = [name for name, parts in CHANGED_PARTS.items() if "q" not in parts]
-POOLING_NOTE = f"pooling: --method {', '.join(POOLING)}"
+from uptrain.methods.registry import METHODS
 
 
 @click.command()
@@ -45,12 +42,12 @@ def _show(found: Sequence[Family], as_json: bool) -> None:
     console.table("", ("family", "GQA, MQA class", "MLA class", "methods"), rows, align="left")
     console.result("Of two classes, the first that is exact for the checkpoint holds the result.")
     console.result("itself: the family's own class in transformers.")
-    console.result("*: a class in a file inside the checkpoint: trust_remote_code=True, or import uptrain.")
+    console.result("*: a class whose code is inside the checkpoint: trust_remote_code=True, or import uptrain.")
     for family in found:
         for holder in family.gqa:
             if holder.needs:
                 console.result(f"†: GQA of {family.model_type} needs {holder.needs} in the source's config.json.")
-    console.result(f"{POOLING_NOTE}.")
+    console.result(f"{_pooling_note()}.")
     console.note("--markdown adds how each family stores its heads and encodes positions.")
 
 
@@ -65,10 +62,18 @@ def _markdown(found: Sequence[Family]) -> str:
         rows.append((names, first.packing, first.position, *classes, _methods(first)))
     lines = [columns, ("---",) * len(columns), *rows]
     note = (
-        "one readable modelling file inside the checkpoint: `trust_remote_code=True`, or `import uptrain`; "
-        f"{POOLING_NOTE.replace('--method', '`--method`')}."
+        "readable modelling code inside the checkpoint: `trust_remote_code=True`, or `import uptrain`; "
+        f"{_pooling_note().replace('--method', '`--method`')}."
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n\\* {note}"
+
+
+def _pooling() -> list[str]:
+    return [method.name for method in METHODS.values() if not method.mixes_dims]
+
+
+def _pooling_note() -> str:
+    return f"pooling: --method {', '.join(_pooling())}"
 
 
 def _heads_class(family: Family) -> str:
@@ -98,7 +103,7 @@ def _target_class(family: Family, holders: tuple[Holder, ...]) -> str:
 
 
 def _methods(family: Family) -> str:
-    missing = [name for name in CHANGED_PARTS if name not in family.methods]
+    missing = [name for name in METHODS if name not in family.methods]
     words = f"all but {', '.join(missing)}" if missing else "all"
-    words = "pooling" if list(family.methods) == POOLING else words
+    words = "pooling" if list(family.methods) == _pooling() else words
     return words + "".join(f"; with {key} pooling" for key in family.pool_only_with)

@@ -15,8 +15,8 @@ from uptrain.formatting import counted, typed
 from uptrain.models import devices
 
 if TYPE_CHECKING:
+    from uptrain.training.metrics import TrainingResult
     from uptrain.training.recipe import Recipe
-    from uptrain.training.trainer import Training
 
 
 @click.command()
@@ -47,10 +47,11 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
             console.note(
                 f"Training {loaded.model or 'a new model'} for {counted(loaded.total_steps, 'step')} → {loaded.output}"
             )
+        from uptrain.checkpoint.events import Events
         from uptrain.training.trainer import train as run
 
         with console.training_progress(loaded.total_steps, hidden=not first) as show:
-            done = run(loaded, show, restart, plot)
+            done = run(loaded, restart=restart, plot=plot, events=Events(step=show))
     except UptrainError as error:
         _say_once(error)
     if done is not None:
@@ -72,7 +73,7 @@ def _say_once(error: UptrainError) -> NoReturn:
     raise error
 
 
-def _show(done: Training, recipe: Recipe, as_json: bool) -> None:
+def _show(done: TrainingResult, recipe: Recipe, as_json: bool) -> None:
     """Show a finished run and what to type next."""
     if as_json:
         console.result_json(done.to_dict())

@@ -20,7 +20,7 @@ from uptrain.training.distillation import Objective
 from uptrain.training.losses import IGNORED
 
 
-class Spread:
+class ParallelObjective:
     """An objective on its devices, and the few things that differ between DDP and FSDP."""
 
     def __init__(self, objective: Objective, accelerator: Accelerator, shard: bool) -> None:

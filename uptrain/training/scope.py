@@ -31,7 +31,7 @@ def is_attention(model_type: str, name: str) -> bool:
     return re.search(rf"(^|\.)({pattern})", name) is not None
 
 
-def choose(model: Any, recipe: Recipe) -> Any:
+def select_trainable(model: Any, recipe: Recipe) -> Any:
     """Freeze what the recipe doesn't train and return the model, inside peft's where it asks for adapters.
 
     Raises:

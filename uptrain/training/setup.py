@@ -16,8 +16,8 @@ from uptrain.errors import UsageError
 from uptrain.models import loading, neutral_norm
 from uptrain.training.new_tokenizer import new_tokenizer
 from uptrain.training.recipe import Recipe, TokenizerSpec
-from uptrain.training.runfolder import RunFolder
-from uptrain.training.scope import choose
+from uptrain.training.run_folder import RunFolder
+from uptrain.training.scope import select_trainable
 
 
 def make_tokenizer(
@@ -73,7 +73,7 @@ def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[A
                 f"{name} {size} is longer than the model's {longest} positions.", f"Say {name}={longest}, or less."
             )
     torch.manual_seed(recipe.seed)
-    model = choose(model.train(), recipe)
+    model = select_trainable(model.train(), recipe)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, dtype

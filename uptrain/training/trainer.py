@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.writer import check_out, staged
@@ -22,37 +23,39 @@ from uptrain.data.sources import TeacherText
 from uptrain.errors import Interrupted, UptrainError, UsageError
 from uptrain.models import devices, loading
 from uptrain.models.peak_memory import memory_bytes
-from uptrain.training import plots, result, state
+from uptrain.training import export, plots, state
+from uptrain.training.accelerator import LOWER, make_accelerator, on_stop_signal, precision_of, seed_own, shards
 from uptrain.training.batches import Batch, Boundary, batch_of
 from uptrain.training.distillation import Objective
-from uptrain.training.engine import LOWER, make_accelerator, on_stop_signal, precision_of, seed_own, shards
-from uptrain.training.journal import Figures, Journal, Step, Training
+from uptrain.training.journal import Journal
 from uptrain.training.launch import decided, together
-from uptrain.training.losses import lm_loss
-from uptrain.training.parallel import Spread
+from uptrain.training.metrics import LossMetrics, TrainingResult, TrainingStep
+from uptrain.training.parallel import ParallelObjective
 from uptrain.training.recipe import Recipe
-from uptrain.training.runfolder import RunFolder
+from uptrain.training.run_folder import RunFolder
 from uptrain.training.schedules import make_schedule
 from uptrain.training.scope import make_optimizer
 from uptrain.training.setup import make_model, make_tokenizer, read_held_out
 from uptrain.training.teacher import find_teacher, load_teacher
 from uptrain.training.teacher_text import generate_tokens
 
-__all__ = ["Step", "Training", "lm_loss", "train"]
-
 _SKIPS = 10
 """Steps left out in a row before a run stops: something is wrong that skipping won't cure."""
 
 
 def train(
-    recipe: Recipe, on_step: Callable[[Step], None] | None = None, restart: bool = False, plot: bool = False
-) -> Training | None:
-    """Run a recipe and write the result to its `output`; a run that was cut off is taken up where it stopped.
+    recipe: Recipe, *, restart: bool = False, plot: bool = False, events: Events = Events()
+) -> TrainingResult | None:
+    """Run a recipe and write the result to its `output`. A run that was interrupted is resumed at its last checkpoint.
 
-    `plot` draws the log beside it, as training.png. `devices.using` says where to train.
+    Under torchrun or accelerate launch, every process calls this. `devices.using` says on which device to train.
 
-    Under torchrun or accelerate launch every process calls this; `on_step` is called in the first one, which also
-    returns the result, while the others return None.
+    - `recipe`: what to train, on what, for how long.
+    - `restart`: delete an unfinished run of the same output instead of resuming it.
+    - `plot`: draw the log to training.png in the output folder.
+    - `events`: `step` receives a `TrainingStep` after each optimizer step, in the first process.
+
+    Returns the result in the first process and None in the others.
 
     Raises:
         UsageError: the recipe can't be carried out.
@@ -63,7 +66,7 @@ def train(
     if plot:
         plots.check()
     with decided(), together(), devices.enough_memory("Training", LOWER):
-        run = _Run(recipe, on_step, plot)
+        run = _Run(recipe, events, plot)
         try:
             with run.folder:
                 return run.run(restart)
@@ -72,14 +75,14 @@ def train(
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, on_step: Callable[[Step], None] | None, plot: bool) -> None:
-        self.recipe, self.on_step, self.plot = recipe, on_step, plot
+    def __init__(self, recipe: Recipe, events: Events, plot: bool) -> None:
+        self.recipe, self.events, self.plot = recipe, events, plot
         self.folder = RunFolder(recipe.output)
         self.accelerator = make_accelerator(recipe)
         self.journal = Journal(recipe)
         self.step = 0
         self.resumed_from = 0
-        self.last: Figures | None = None
+        self.last: LossMetrics | None = None
         self.best: tuple[float, int] | None = None
         self.skips = 0
         self.stop = False
@@ -90,7 +93,7 @@ class _Run:
                 f"{self.accelerator.num_processes} process(es) × gradient_accumulation {recipe.gradient_accumulation}."
             )
 
-    def run(self, restart: bool) -> Training | None:
+    def run(self, restart: bool) -> TrainingResult | None:
         recipe, trusted = self.recipe, self.recipe.allow_pickle
         self.source = source = resolve(recipe.model, recipe.revision, trusted) if recipe.model else None
         self.taught_by = find_teacher(recipe.distill.teacher, source, trusted) if recipe.distill else None
@@ -137,14 +140,14 @@ class _Run:
         with self.accelerator.main_process_first():
             yield
 
-    def _spread(self) -> Spread:
+    def _spread(self) -> ParallelObjective:
         recipe = self.recipe
         model, self.dtype = make_model(recipe, self.source, self.tokenizer)
         teacher = self._load_teacher(self.taught_by) if self.taught_by else None
         objective = Objective(model, recipe.distill, teacher)
         if recipe.compile:
             objective.compile_bodies()
-        return Spread(objective, self.accelerator, shards(recipe))
+        return ParallelObjective(objective, self.accelerator, shards(recipe))
 
     def _reader(self) -> BlockReader:
         recipe = self.recipe
@@ -179,7 +182,7 @@ class _Run:
         self.reader.load_state_dict(saved["reader"])
         self.journal.load_state_dict(saved["journal"])
         self.step = self.resumed_from = int(saved["step"])
-        self.last = Figures(**saved["last"]) if saved["last"] else None
+        self.last = LossMetrics(**saved["last"]) if saved["last"] else None
         self.best = tuple(saved["best"]) if saved["best"] else None
         if self.accelerator.is_main_process:
             self.folder.rewind_log(self.step)
@@ -229,7 +232,7 @@ class _Run:
                     f"{self.folder.path}.", "Run the same command to go on."
                 )  # fmt: skip
 
-    def _train_step(self) -> tuple[Figures, float, bool, str]:
+    def _train_step(self) -> tuple[LossMetrics, float, bool, str]:
         recipe, accelerator = self.recipe, self.accelerator
         batch = self._batch(self.reader.take(recipe.batch_size), self.boundary)
         # Every process sees the whole batch's tokens, so all know what the sum is to be divided by.
@@ -266,9 +269,9 @@ class _Run:
         found: torch.Tensor = self.spread.module(part.ids, part.targets, part.position_ids)
         return found
 
-    def _figures(self, sums: torch.Tensor, tokens: int) -> Figures:
+    def _figures(self, sums: torch.Tensor, tokens: int) -> LossMetrics:
         distill = self.recipe.distill
-        return Figures.of(sums, tokens, distill is not None, distill is not None and distill.hidden_weight > 0)
+        return LossMetrics.of(sums, tokens, distill is not None, distill is not None and distill.hidden_weight > 0)
 
     def _complain(self, wrong: str) -> str:
         """Return what a log line says of a step that is left out; raise where the recipe says so."""
@@ -285,7 +288,7 @@ class _Run:
             "checkpoint.",
         )
 
-    def _evaluate(self) -> Figures:
+    def _evaluate(self) -> LossMetrics:
         assert self.held_out is not None
         recipe, accelerator = self.recipe, self.accelerator
         ids, block = self.held_out.ids, recipe.scored_block_size
@@ -321,13 +324,13 @@ class _Run:
     def _write_model(self, folder: Path | None) -> None:
         """Write the model as it is now; all processes call this, and the one with a folder writes."""
         student = self.spread.objective.student
-        weights = result.gather(student, self.dtype, keep=folder is not None)
+        weights = export.gather(student, self.dtype, keep=folder is not None)
         if folder is not None:
-            model = result.assemble(student, weights, self.dtype)
+            model = export.assemble(student, weights, self.dtype)
             loading.save(model, self.tokenizer, folder, self.dtype, self.source)
 
     def _report(
-        self, figures: Figures, learning_rate: float, norm: float, held_out: Figures | None, skipped: str
+        self, figures: LossMetrics, learning_rate: float, norm: float, held_out: LossMetrics | None, skipped: str
     ) -> None:
         recipe, journal = self.recipe, self.journal
         due = self.step % recipe.log_every == 0 or held_out is not None or self.step == recipe.total_steps
@@ -339,18 +342,30 @@ class _Run:
                 self.folder.record({**entry, **({"skipped": skipped} if skipped else {})})
             if recipe.trackers:
                 self.accelerator.log(entry, step=self.step)
-        if self.on_step and self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             left = journal.seconds_per_step * (recipe.total_steps - self.step)
             tokens = self.step * recipe.tokens_per_step
             memory = memory_bytes(self.accelerator.device)
-            self.on_step(Step(
-                self.step, recipe.total_steps, tokens, figures.loss, learning_rate, norm, journal.speed, left,
-                None if held_out is None else held_out.cross_entropy, figures.divergence, memory, skipped,
-            ))  # fmt: skip
+            self.events.step(
+                TrainingStep(
+                    step=self.step,
+                    steps=recipe.total_steps,
+                    tokens=tokens,
+                    loss=figures.loss,
+                    learning_rate=learning_rate,
+                    grad_norm=norm,
+                    tokens_per_second=journal.speed,
+                    seconds_left=left,
+                    held_out_loss=None if held_out is None else held_out.cross_entropy,
+                    divergence=figures.divergence,
+                    memory_bytes=memory,
+                    skipped=skipped,
+                )
+            )
 
-    def _finish(self, held_out: Figures | None, seconds: float) -> Training | None:
+    def _finish(self, held_out: LossMetrics | None, seconds: float) -> TrainingResult | None:
         recipe, accelerator = self.recipe, self.accelerator
-        out: Training | None = None
+        out: TrainingResult | None = None
         loss = None if held_out is None else held_out.cross_entropy
         best = self.best if recipe.keep == "best" and self.best and loss is not None and self.best[0] < loss else None
         if best is not None:
@@ -362,12 +377,23 @@ class _Run:
                 entry = {"step": self.step, "tokens": self.step * recipe.tokens_per_step, **held_out.held_out_log()}
                 self.folder.record({**entry, "held_out_bits_per_byte": round(bits, 5)})
         teacher = self.taught_by.name if self.taught_by else None
-        out = Training(
-            recipe.output, self.step, self.step * recipe.tokens_per_step, self.last.loss if self.last else math.nan,
-            loss, bits, best[1] if best else None, self.journal.skipped, teacher, precision_of(self.accelerator),
-            self.resumed_from, accelerator.num_processes, self.spread.sharded, self.boundary is not None,
-            round(seconds, 1),
-        )  # fmt: skip
+        out = TrainingResult(
+            out=recipe.output,
+            steps=self.step,
+            tokens=self.step * recipe.tokens_per_step,
+            loss=self.last.loss if self.last else math.nan,
+            held_out_loss=loss,
+            bits_per_byte=bits,
+            best_step=best[1] if best else None,
+            skipped=self.journal.skipped,
+            teacher=teacher,
+            precision=precision_of(self.accelerator),
+            resumed_from=self.resumed_from,
+            num_processes=accelerator.num_processes,
+            sharded=self.spread.sharded,
+            isolated=self.boundary is not None,
+            seconds=round(seconds, 1),
+        )
         self._write(out, best is not None)
         if accelerator.is_main_process:
             self.folder.remove()
@@ -376,7 +402,7 @@ class _Run:
             tracker.finish()
         return out if accelerator.is_main_process else None
 
-    def _write(self, done: Training, best: bool) -> None:
+    def _write(self, done: TrainingResult, best: bool) -> None:
         recipe, source = self.recipe, self.source
         if not self.accelerator.is_main_process:
             if not best:
