@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from uptrain.evaluation.run import evaluate as evaluate
     from uptrain.models.loading import load as load
     from uptrain.publishing.hub.push import push as push
-    from uptrain.training.trainer import train as train
+    from uptrain.training.run import train as train
     from uptrain.workflows.sweeps.run import sweep as sweep
 
 _PUBLIC = {
@@ -30,7 +30,7 @@ _PUBLIC = {
     "load": "uptrain.models.loading",
     "push": "uptrain.publishing.hub.push",
     "sweep": "uptrain.workflows.sweeps.run",
-    "train": "uptrain.training.trainer",
+    "train": "uptrain.training.run",
     "verify": "uptrain.checkpoint.manifest",
 }
 
