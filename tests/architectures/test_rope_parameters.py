@@ -21,14 +21,14 @@ from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_families import TOKENS, load, request
 from tests.oracle import pool_model
 from tests.rotary_configs import LINEAR, PLAIN, SPELLINGS, YARN
+from uptrain.architectures import description
 from uptrain.architectures.decoders import ARCHITECTURES
-from uptrain.architectures.description import attention_layers
+from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.rope import source_frequencies
 from uptrain.architectures.rope_parameters import EVERY, STATIC, WORDS, rotary_parameters, rotated_dims
 from uptrain.architectures.validation import check_kinds
 from uptrain.conversion.class_checks import rotation
 from uptrain.conversion.inspection import inspect
-from uptrain.conversion.plan import target_tensors
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
@@ -87,7 +87,7 @@ def test_every_spelling_is_read_as_the_family_s_own_classes_read_it(model_type: 
         except Exception:  # whatever it is, no model of this class can be made of it
             continue
         try:
-            specs = attention_layers(entry, config, "m")
+            specs = ModelDescription(family=entry, config=config, name="m").attention
             ours = rotary_parameters(entry, config, "m")
         except UptrainError:
             assert "share" in name or "by type" in name or entry.rotary.whole, name
@@ -214,7 +214,7 @@ def test_a_plan_that_rotates_otherwise_than_the_classes_is_refused(
 ) -> None:
     source = save_tiny("gpt_neox")
     wrong = {EVERY: {"rope_type": "default", "rope_theta": 4_999.0, "partial_rotary_factor": 0.5}}
-    monkeypatch.setattr(target_tensors, "rotary_parameters", lambda *_: wrong)
+    monkeypatch.setattr(description, "rotary_parameters", lambda *_: wrong)
     with pytest.raises(CheckpointError, match="frequencies"):
         convert(str(source), tmp_path / "out", request(2))
     assert not list(tmp_path.glob("out*"))
@@ -224,7 +224,8 @@ def test_rotated_dims_that_the_class_counts_otherwise_are_refused(save_tiny: Sav
     """Factored heads would be mixed by dims that the rotation then pulls apart."""
     source, checkpoint, plan = plan_conversion(str(save_tiny("glm")), Request("gqa", 2, "svd"))
     rotation.check_rotation(checkpoint, plan, source.name)
-    other = replace(plan, before=tuple(replace(spec, rotary_ndims=4) for spec in plan.before))
+    other = replace(plan, source=replace(plan.source))
+    other.source.__dict__["attention"] = tuple(replace(spec, rotary_ndims=4) for spec in plan.before)
     with pytest.raises(CheckpointError, match="frequencies"):
         rotation.check_rotation(checkpoint, other, source.name)
 

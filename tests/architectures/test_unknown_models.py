@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from uptrain.architectures import unknown_models
 from uptrain.architectures.decoders import ARCHITECTURES, NO_CACHE
-from uptrain.architectures.description import architecture_of
+from uptrain.architectures.description import describe
 from uptrain.checkpoint.source import resolve
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
@@ -28,7 +28,7 @@ OTHERS = sorted(set(CONFIG_MAPPING_NAMES) - set(ARCHITECTURES) - NO_CACHE)
 
 def refusal(config: dict[str, Any]) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        architecture_of(config, "m")
+        describe(config, "m")
     return caught.value
 
 

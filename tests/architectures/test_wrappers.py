@@ -20,7 +20,7 @@ import uptrain
 from tests.hub_server import serve
 from tests.wrapped import load, logits, picture_of, pool_language_model, save_wrapper, tensors, tiny_wrapper, words
 from uptrain.architectures.decoders import ARCHITECTURES
-from uptrain.architectures.description import attention_layers, family_of
+from uptrain.architectures.description import ModelDescription, describe_checkpoint
 from uptrain.architectures.wrappers import WRAPPERS, tower_in
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
@@ -36,7 +36,7 @@ from uptrain.publishing.hub.subject import Subject
 from uptrain.publishing.page.subjects import subjects_in
 from uptrain.training.recipe import Recipe
 from uptrain.training.run import train
-from uptrain.workflows.sweeps.run import sweep
+from uptrain.workflows import sweep
 
 THREE = ("gemma3", "llava", "mistral3")
 NEAR = 1e-5
@@ -98,7 +98,8 @@ def test_a_section_that_is_silent_means_what_the_class_makes_of_it(model_type: s
     made = type(AutoConfig.for_model(model_type))(text_config=dict(section)).get_text_config()
     tower = tower_in({"model_type": model_type, "text_config": section})
     assert tower is not None
-    layers = attention_layers(ARCHITECTURES[tower.config["model_type"]], tower.config, "m")
+    family = ARCHITECTURES[tower.config["model_type"]]
+    layers = ModelDescription(family=family, config=tower.config, name="m").attention
     assert len(layers) == made.num_hidden_layers
     assert layers[0].num_attention_heads == made.num_attention_heads
     assert layers[0].num_key_value_heads == made.num_key_value_heads
@@ -391,8 +392,9 @@ def test_similar_heads_move_in_the_language_model_alone(tmp_path: Path) -> None:
 
 def test_a_checkpoint_s_family_has_the_names_of_the_wrapper(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_wrapper(tmp_path / "s", "idefics3"))
-    family = family_of(checkpoint, "m")
-    assert family.class_name == "Idefics3ForConditionalGeneration" and not family.targets
-    assert checkpoint.config["model_type"] == "llama" and checkpoint.whole_config["model_type"] == "idefics3"
+    described = describe_checkpoint(checkpoint, "m")
+    assert described.family.class_name == "Idefics3ForConditionalGeneration" and not described.family.targets
+    assert described.config["model_type"] == "llama" and checkpoint.config["model_type"] == "idefics3"
+    assert described.wrapped_in == "idefics3"
     with pytest.raises(UsageError, match="idefics3"):
         loading.check_heads(resolve(str(tmp_path / "s")))

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.conftest import MIXED, tiny_config, tiny_model
 from tests.conversion.test_families import EXPANDED, TOKENS, request
 from tests.oracle import pool_model
-from uptrain.architectures.decoders import ARCHITECTURES
-from uptrain.architectures.description import attention_layers
+from uptrain.architectures.description import describe_checkpoint
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError
@@ -111,7 +110,7 @@ def test_a_detail_changes_the_result_as_it_changes_the_source(
 def test_layers_that_differ_have_heads_and_rotated_dims_of_their_own(tmp_path: Path) -> None:
     model = tiny_model(tiny_config("laguna"))
     model.save_pretrained(tmp_path / "src")
-    specs = attention_layers(ARCHITECTURES["laguna"], open_checkpoint(tmp_path / "src").config, "src")
+    specs = describe_checkpoint(open_checkpoint(tmp_path / "src"), "src").attention
     assert [spec.num_attention_heads for spec in specs] == [layer.self_attn.num_heads for layer in model.model.layers]
     frequencies = [getattr(model.model.rotary_emb, f"{kind}_inv_freq") for kind in model.config.layer_types]
     assert [spec.rotary_ndims or spec.head_dim for spec in specs] == [2 * len(table) for table in frequencies]

@@ -11,9 +11,10 @@ import pytest
 from tests.conversion.test_families import TARGETS, family, request
 from uptrain.cli.app import run
 from uptrain.conversion.family_table import Family, families
-from uptrain.conversion.request import CHANGED_PARTS, Request
+from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import plan_conversion
 from uptrain.errors import UsageError
+from uptrain.methods import METHODS
 
 Save = Callable[..., Path]
 KNOWN: dict[str, Family] = {found.model_type: found for found in families()}
@@ -27,8 +28,8 @@ def test_each_target_lands_where_the_table_says_by_the_methods_it_says(name: str
     holders = known.mqa if groups == 1 else known.gqa
     flags = name.split("+")[1:]
     pooled = any(key in flags for key in known.pool_only_with)
-    for method, parts in CHANGED_PARTS.items():
-        if method not in known.methods or (pooled and "q" in parts):
+    for method, entry in METHODS.items():
+        if method not in known.methods or (pooled and entry.mixes_dims):
             with pytest.raises(UsageError):
                 plan_conversion(source, request(groups, method))
             continue

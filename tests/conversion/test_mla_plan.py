@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.decoders import ARCHITECTURES
-from uptrain.architectures.description import attention_layers
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.rope import Frequencies, source_frequencies
 from uptrain.architectures.rope_parameters import EVERY, rotary_parameters
 from uptrain.checkpoint.header import TensorInfo
@@ -201,10 +201,9 @@ def stub(config: dict[str, Any], base: str) -> Any:
 
 
 def planned(checkpoint: Any, request: Request) -> Any:
-    architecture = ARCHITECTURES[checkpoint.config["model_type"]]
-    before = attention_layers(architecture, checkpoint.config, "m")
-    base = architecture.attention(architecture.prefixes[0], 0)
-    return plan_latent(checkpoint, request, architecture, before, base, "m")
+    family = ARCHITECTURES[checkpoint.config["model_type"]]
+    source = CheckpointDescription(family=family, config=checkpoint.config, name="m", checkpoint=checkpoint)
+    return plan_latent(source, request)
 
 
 LLAMA_2 = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-5}
@@ -282,7 +281,7 @@ def test_a_window_is_refused_even_where_only_the_class_knows_of_it(save_tiny: Sa
 
 def test_what_an_engine_cannot_load_is_refused(save_tiny: Save) -> None:
     source = llama(save_tiny, 2)
-    for rope in ("longrope", "re-rotate"):
+    for rope in ("longrope", "pre-rope"):
         with pytest.raises(UsageError, match=rf"llama\.cpp .*--rope {rope}"):
             plan_conversion(str(source), Request("mla", rope=rope, engine="llama.cpp"))
 

@@ -24,7 +24,7 @@ def test_shares_equal_the_factorisation_s(size: tuple[int, int, int, int, int], 
     bias = torch.randn(heads, dims, generator=generator, dtype=torch.float64)
     layer = HeadMaps(q, k, v, torch.randn(hidden, heads, dims, dtype=torch.float64), bias, bias, None)
     position = None if layout == "none" else Rotary("half" if layout == "half" else "interleaved", 2 * pairs)
-    kept = factor_heads(layer, groups, position).kept
+    kept = factor_heads(layer, groups, position).explained
     keys, values = layer.k_rows.float().numpy(), layer.v_rows.float().numpy()
     if position is None:
         found = energy_numpy.kept_by_factor(keys, groups)

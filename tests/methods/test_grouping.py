@@ -68,7 +68,7 @@ def test_planted_twins_are_found_and_merge_without_loss(position):
     moment = random_moment(24, 1)
     order = similar_order(layer, 2, position, layer_weights(layer, position, moment))
     assert order == [0, 2, 1, 3]
-    kept = factor_heads(reorder(layer, order), 2, position, moment).kept["calibrated"]
+    kept = factor_heads(reorder(layer, order), 2, position, moment).explained["calibrated"]
     assert kept.keys == pytest.approx(1)
     assert kept.values == pytest.approx(1)
 
@@ -81,8 +81,8 @@ def test_similar_never_keeps_less_than_contiguous(position, calibrated):
         moment = random_moment(16, seed) if calibrated else None
         name = "calibrated" if calibrated else "svd"
         order = similar_order(layer, 4, position, layer_weights(layer, position, moment))
-        before = factor_heads(layer, 4, position, moment, damping=0).kept[name]
-        after = factor_heads(reorder(layer, order), 4, position, moment, damping=0).kept[name]
+        before = factor_heads(layer, 4, position, moment, damping=0).explained[name]
+        after = factor_heads(reorder(layer, order), 4, position, moment, damping=0).explained[name]
         assert after.keys + after.values >= before.keys + before.values - 1e-9
 
 

@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.projections import Heads, LayerHeads
-from uptrain.methods.pooling import first, fresh, mean, pool_layer
+from uptrain.architectures.schema import Position
+from uptrain.methods import METHODS
+from uptrain.methods.method import LayerContext
+from uptrain.methods.pooling import first, fresh, mean
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 5), st.integers(1, 5), st.integers(0, 999))
 
@@ -59,7 +63,10 @@ def test_queries_and_output_stay_and_biases_follow(method: str) -> None:
         return Heads(generator.standard_normal(shape), generator.standard_normal(shape[:2]))
 
     layer = LayerHeads(part(8, 4, 16), part(8, 4, 16), part(8, 4, 16), part(16, 8, 4))
-    out = pool_layer(layer, 2, method)
+    context = LayerContext(index=0, position=Position.ABSOLUTE, spec=AttentionSpec(8, 8, 4))
+    convert = METHODS[method].convert
+    assert convert is not None
+    out = convert(layer, 2, context).layer
     assert out.q is layer.q and out.o is layer.o
     assert out.part("k").weight.shape == (2, 4, 16)
     assert out.part("v").bias is not None and out.part("v").bias.shape == (2, 4)

@@ -35,7 +35,7 @@ def test_as_many_groups_as_heads_is_the_identity(position, calibrated):
 @settings(max_examples=25, deadline=None)
 def test_no_pooling_keeps_more_weighted_energy(position, calibrated, groups, per, seed, biases, alike):
     layer = random_layer(8 * per, 8, 8, 12, seed, biases, alike)
-    kept = factor_heads(layer, groups, position, random_moment(12, seed) if calibrated else None).kept
+    kept = factor_heads(layer, groups, position, random_moment(12, seed) if calibrated else None).explained
     best = kept.pop("calibrated" if calibrated else "svd")
     assert set(kept) == {"mean", "first"}
     for other in kept.values():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uptrain.architectures.decoders import ARCHITECTURES
 from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.reader import Checkpoint
+
+if TYPE_CHECKING:
+    from uptrain.architectures.description import CheckpointDescription
 
 FLAG = "tie_word_embeddings"
 
@@ -27,7 +30,7 @@ class Embeddings:
     own_table: str
 
 
-def embeddings_of(architecture: Architecture, checkpoint: Checkpoint, prefix: str) -> Embeddings:
+def embeddings_of(source: CheckpointDescription) -> Embeddings:
     """Return where the embedding's and the head's values are, as transformers' loader decides it.
 
     A model whose config says tied has one matrix if only one of the two is stored, whichever that is, or if both are
@@ -37,25 +40,25 @@ def embeddings_of(architecture: Architecture, checkpoint: Checkpoint, prefix: st
     Source: transformers 5.23, `PreTrainedModel.tie_weights`.
 
     Raises:
-        CheckpointError: the two tensors can't be read.
+        CheckpointError: no tensor has the family's names, or the two tensors can't be read.
     """
-    names, tensors = architecture.vocabulary, checkpoint.tensors
-    own_table = prefix + names.table
+    names, tensors = source.family.vocabulary, source.tensors
+    own_table = source.prefix + names.table
     table = own_table if own_table in tensors else ""
     head = next((name for name in names.heads if name in tensors), "")
-    if not declares_tied(architecture, checkpoint.config):
+    if not declares_tied(source.family, source.config):
         return Embeddings(table, head, False, own_table)
     if table and head:
-        return Embeddings(table, head, _same_values(checkpoint, table, head), own_table)
+        return Embeddings(table, head, _same_values(source.checkpoint, table, head), own_table)
     return Embeddings(table or head, head or table, True, own_table)
 
 
-def stored_table(architecture: Architecture, checkpoint: Checkpoint, prefix: str) -> tuple[str, str]:
+def stored_table(source: CheckpointDescription) -> tuple[str, str]:
     """Return the embedding's own name and that of the tensor that holds its values; no values are read."""
-    own, names = prefix + architecture.vocabulary.table, architecture.vocabulary.heads
-    if own in checkpoint.tensors or not declares_tied(architecture, checkpoint.config):
+    own, names = source.prefix + source.family.vocabulary.table, source.family.vocabulary.heads
+    if own in source.tensors or not declares_tied(source.family, source.config):
         return own, own
-    return own, next((name for name in names if name in checkpoint.tensors), own)
+    return own, next((name for name in names if name in source.tensors), own)
 
 
 def declares_tied(architecture: Architecture, config: Mapping[str, Any]) -> bool:

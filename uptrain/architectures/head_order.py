@@ -7,82 +7,71 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uptrain.architectures.attention import AttentionSpec
-from uptrain.architectures.description import key_norm_of
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.projections import PARTS, modules_of
 from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
 
 GENERATION = "generation_config.json"
 
 
-def check_order(
-    checkpoint: Checkpoint, architecture: Architecture, prefix: str, before: Sequence[AttentionSpec], name: str
-) -> None:
+def check_order(source: CheckpointDescription) -> None:
     """Refuse to move heads where something that counts them would stay behind.
 
-    Moved are the projections, and what `architecture.head_indices` names in generation_config.json. Norms that all
+    Moved are the projections, and what the family's `head_indices` name in generation_config.json. Norms that all
     heads of a layer share need no move.
 
     Raises:
         UsageError: a tensor or a setting that may have an entry for each head.
         CheckpointError: generation_config.json names a layer or a head that the model doesn't have.
     """
-    bases = [architecture.attention(prefix, index) for index in range(len(before))]
-    moved = {f"{base}{movable}" for base in bases for movable in _movable(architecture, checkpoint)}
-    for tensor, info in checkpoint.tensors.items():
+    family, name = source.family, source.name
+    bases = [source.attention_name(index) for index in range(len(source.attention))]
+    moved = {f"{base}{movable}" for base in bases for movable in _movable(source)}
+    for tensor, info in source.tensors.items():
         inside = tensor.startswith(tuple(bases)) and tensor not in moved
-        buffer = any(tensor.endswith(f".{one}") for one in architecture.buffers)
+        buffer = any(tensor.endswith(f".{one}") for one in family.buffers)
         if inside and not buffer and math.prod(info.shape) > 1:
             raise _stays(name, f"tensor {tensor} may have weights of its own for each head")
-    settings = {"config.json": checkpoint.config, GENERATION: _generation(checkpoint.path)}
+    settings = {"config.json": source.config, GENERATION: _generation(source.checkpoint.path)}
     for file, values in settings.items():
-        known = [architecture.keys.attention_heads_by_layer, *(architecture.head_indices if file == GENERATION else ())]
+        known = [family.keys.attention_heads_by_layer, *(family.head_indices if file == GENERATION else ())]
         for key, value in values.items():
             if "head" in key.lower() and isinstance(value, (list, dict)) and value and key not in known:
                 raise _stays(name, f"{file} has {key}, which may name heads by number")
-    for key, index, head in _indices(architecture, settings[GENERATION], len(before)):
-        if not 0 <= head < before[index].num_attention_heads:
+    for key, index, head in _indices(family, settings[GENERATION], len(source.attention)):
+        if not 0 <= head < source.attention[index].num_attention_heads:
             raise CheckpointError(f"{name}'s {GENERATION} names head {head} in {key}, which the model doesn't have.")
 
 
-def move_indices(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    before: Sequence[AttentionSpec],
-    orders: Mapping[int, Sequence[int]],
-    folder: Path,
-) -> None:
+def move_indices(source: CheckpointDescription, orders: Mapping[int, Sequence[int]], folder: Path) -> None:
     """Write the new numbers of moved heads into the generation_config.json of the result in `folder`.
 
     Args:
-        checkpoint: the source.
-        architecture: the source's family.
-        before: the source's attentions, as the model counts them.
+        source: the checkpoint whose heads moved.
         orders: of each attention whose heads moved, the source's key/value heads in the result's order.
         folder: where the result is written.
     """
-    values = _generation(checkpoint.path)
-    found = list(_indices(architecture, values, len(before)))
+    values = _generation(source.checkpoint.path)
+    found = list(_indices(source.family, values, len(source.attention)))
     if not orders or not found:
         return
     moved: dict[str, list[list[int]]] = {}
     for key, index, head in found:
-        spec = before[index]
+        spec = source.attention[index]
         shared = spec.num_attention_heads // spec.num_key_value_heads
         group, place = divmod(head, shared)
         new = list(orders[index]).index(group) * shared + place
-        moved.setdefault(key, []).append([index // len(architecture.attentions), new])
+        moved.setdefault(key, []).append([index // len(source.family.attentions), new])
     write_atomic(folder / GENERATION, dump_json({**values, **moved}))
 
 
-def _movable(architecture: Architecture, checkpoint: Checkpoint) -> frozenset[str]:
+def _movable(source: CheckpointDescription) -> frozenset[str]:
     """Name, below an attention, the tensors that move with its heads or have no entry for each head."""
-    modules = {*modules_of(architecture.projections, frozenset(PARTS))}
-    norm = key_norm_of(architecture, checkpoint.config)
+    modules = {*modules_of(source.family.projections, frozenset(PARTS))}
+    norm = source.key_norm
     if norm is not None and not norm.by_head:
         modules |= {norm.module, norm.query_module}
     return frozenset(f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))

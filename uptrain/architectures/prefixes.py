@@ -9,7 +9,6 @@ from types import MappingProxyType
 
 from uptrain.architectures.projections import module_of
 from uptrain.architectures.schema import Architecture
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
 
 WRAPPERS: Mapping[str, str] = MappingProxyType(
@@ -41,16 +40,16 @@ class Foreign:
     count: int
 
 
-def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
-    """Return which of the family's key prefixes this checkpoint uses.
+def find_prefix(architecture: Architecture, names: Collection[str], name: str) -> str:
+    """Return which of the family's prefixes a checkpoint's tensor `names` have; `name` is what the user called it.
 
     Raises:
         CheckpointError: no tensor has the family's names.
     """
     for prefix in architecture.prefixes:
-        if _stands(architecture, prefix, checkpoint.tensors):
+        if _stands(architecture, prefix, names):
             return prefix
-    refuse_foreign(architecture, checkpoint, name)
+    refuse_foreign(architecture, names, name)
     raise CheckpointError(
         f"{name} says it is {architecture.model_type} but has no tensor "
         f"{_first(architecture, architecture.prefixes[0])}.",
@@ -58,13 +57,13 @@ def find_prefix(architecture: Architecture, checkpoint: Checkpoint, name: str) -
     )
 
 
-def refuse_foreign(architecture: Architecture, checkpoint: Checkpoint, name: str) -> None:
-    """Refuse a checkpoint whose names are the family's but for a prefix that a wrapper added.
+def refuse_foreign(architecture: Architecture, names: Collection[str], name: str) -> None:
+    """Refuse a checkpoint whose tensor `names` are the family's but for a prefix that a wrapper added.
 
     Raises:
         CheckpointError: they are; transformers would load none of those tensors.
     """
-    found = foreign_names(architecture, checkpoint.tensors)
+    found = foreign_names(architecture, names)
     if found is None:
         return
     tools = [tool for part, tool in WRAPPERS.items() if part in ".".join(found.added).split(".")]
@@ -73,7 +72,7 @@ def refuse_foreign(architecture: Architecture, checkpoint: Checkpoint, name: str
     # What a file says may hold quotes, and is to be pasted into Python.
     renames = ", ".join(f"{pattern!r}: {new!r}" for pattern, new in found.renames.items())
     raise CheckpointError(
-        f"{name} has the prefix {' and '.join(found.added)} {of} in {found.count} of its {len(checkpoint.tensors)} "
+        f"{name} has the prefix {' and '.join(found.added)} {of} in {found.count} of its {len(names)} "
         f"tensor names: {found.example}, where {architecture.model_type} has {wanted}.",
         # Without that last word transformers would write the names that it has read.
         f"Write it without, and copy the tokenizer's files: transformers.{architecture.auto_class}.from_pretrained("

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from uptrain.architectures.description import DTYPE_KEYS
+from uptrain.architectures.validation import DTYPE_KEYS
 from uptrain.checkpoint.dtypes import is_float
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from uptrain.architectures.wrappers import Tower, language_config, tower_in
 from uptrain.checkpoint.adapters import refuse_adapter
 from uptrain.checkpoint.checksum import borrowed_buffer
 from uptrain.checkpoint.dtypes import Array, numpy_dtype, raw_bytes
@@ -26,11 +25,10 @@ from uptrain.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: its config, and each tensor's place. Nothing of the weights is in memory.
+    """A checkpoint folder: its config.json, and each tensor's place. Nothing of the weights is in memory.
 
     `remote` says that the weights are on the Hub only: the tensors are known, but can't be read. `index` names the
-    index that was read, if there are shards, and `absent` the tensors that it lists and no shard holds. Of a `tower`,
-    the language model in a wrapper, `config` is its own, and `whole_config` what config.json holds.
+    index that was read, if there are shards, and `absent` the tensors that it lists and no shard holds.
     """
 
     path: Path
@@ -40,12 +38,6 @@ class Checkpoint:
     remote: bool = False
     index: str = ""
     absent: tuple[str, ...] = ()
-    tower: Tower | None = None
-
-    @property
-    def whole_config(self) -> Mapping[str, Any]:
-        """Return what config.json holds."""
-        return self.config if self.tower is None else self.tower.whole
 
     @property
     def files(self) -> list[str]:
@@ -180,7 +172,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
     pickles = PickleShards(path) if weights.pickled else None
     shards = ((name, pickles.header(name) if pickles else _header(path, name)) for name in files)
     index = weights.file if weights.indexed else ""
-    opened = Checkpoint(path, language_config(config), {}, pickles, index=index, tower=tower_in(config))
+    opened = Checkpoint(path, config, {}, pickles, index=index)
     tensors = merge_shards(shards, weight_map, path, opened.equal)
     return replace(opened, tensors=tensors, absent=tuple(sorted(weight_map.keys() - tensors.keys())))
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from uptrain.architectures.wrappers import language_config, tower_in
 from uptrain.checkpoint.adapters import refuse_adapter
 from uptrain.checkpoint.download import has_weights, is_offline, missing_weights, refuse_missing
 from uptrain.checkpoint.header import ITEM_BITS, TensorInfo
@@ -62,8 +61,7 @@ def _open_remote(source: Source) -> Checkpoint:
     tensors = merge_shards(headers, weight_map, source.name, lambda one, other: True)
     index = weights.file if weights.indexed else ""
     absent = tuple(sorted(weight_map.keys() - tensors.keys()))
-    model, tower = language_config(config), tower_in(config)
-    return Checkpoint(source.path, model, tensors, remote=True, index=index, absent=absent, tower=tower)
+    return Checkpoint(source.path, config, tensors, remote=True, index=index, absent=absent)
 
 
 def _in_order(tensors: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.architectures.attention import cross_bytes_per_token
-from uptrain.architectures.description import expands_cache, position_of_config
 from uptrain.architectures.model_class import is_language_model
 from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
 from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
+from uptrain.cli.method_help import grouping_help, method_help, seed_help
 from uptrain.cli.options import Command, check_device, device_option, json_option, source_options
 from uptrain.cli.types import Share, Size
 from uptrain.formatting import size, typed
@@ -30,9 +30,9 @@ _LATENT_OPTIONS = (
     click.option("--qk-rope-head-dim", type=int, help="Of --to mla: rotary values a token beside it."),
     click.option(
         "--rope",
-        help="Of --to mla, how keys carry positions: grid (the highest frequencies in a shared rotary key; stock "
-        "deepseek_v3, any engine; the default), longrope (a table of the model's own; transformers only), or "
-        "re-rotate (all keys in the latent, rotated when read; own class, decoding re-expands the context).",
+        help="(--to mla) Where the positions of keys are: decoupled (the fastest rope pairs in one shared rotary key; "
+        "stock deepseek_v3, any engine; the default), longrope (rope pairs that the model chooses; transformers only), "
+        "or pre-rope (in keys that are rotated after the latent is expanded; own class; each step expands all of it).",
     ),
     click.option("--q-lora-rank", type=int, help="Of --to mla: low-rank queries. Default: whole ones."),
     click.option(
@@ -59,17 +59,15 @@ def _latent_options(command: Command) -> Command:
 @_latent_options
 @click.option(
     "--method",
-    help="How heads become one: mean (average, Ainslie et al. 2023; the default); svd (align and factor, far closer "
-    "to MODEL before uptraining; needs torch; the default of --to mla); calibrated (svd weighted by what text makes "
-    "the model use, and repaired; the default with --calibrate); first; random (fresh heads, for ablations).",
+    help=method_help(),
 )
 @click.option(
     "--grouping",
     default="contiguous",
     show_default=True,
-    help="Which heads share: contiguous (neighbours, as in the paper) or similar (least loss; heads are moved).",
+    help=grouping_help(),
 )
-@click.option("--seed", type=int, help="For --method random or calibrated and --grouping similar. Default: 0.")
+@click.option("--seed", type=int, help=seed_help())
 @click.option(
     "--calibrate",
     help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
@@ -126,8 +124,11 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """
+    from uptrain.checkpoint.events import Events
     from uptrain.conversion.request import Request
-    from uptrain.conversion.run.convert import check_memory, default_out, plan_conversion, run_plan, sidecars
+    from uptrain.conversion.run.convert import run_plan
+    from uptrain.conversion.run.options import RunOptions
+    from uptrain.conversion.run.prepare import default_out, plan_conversion, sidecars
 
     names = (
         "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
@@ -136,38 +137,32 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
-    check_memory(options["memory"], request)
-    check_device(request.method == "calibrated")
-    source, checkpoint, plan = plan_conversion(
+    running = RunOptions(join=options["join"], diagnose=options["diagnose"], memory=options["memory"])
+    running.check(request)
+    check_device(request.chosen_method.needs_text)
+    planned = plan_conversion(
         model,
         request,
         revision=options["revision"],
         allow_pickle=options["allow_pickle"],
         dry=options["dry_run"],
     )
+    source, checkpoint, plan = planned
     folder = Path(out) if out else default_out(source, plan)
     if options["dry_run"]:
         beside = sidecars(source, checkpoint, dry=True)
         _show_plan(source, plan, beside, folder, options["as_json"])
         return
     console.note(f"Reading {source.describe()}")
-    settings = {
-        "overwrite": options["overwrite"],
-        "join": options["join"],
-        "diagnose": options["diagnose"],
-        "memory": options["memory"],
-        "on_note": console.note,
-    }
     with console.bytes_progress("Converting", plan.total_bytes) as advance:
-        done = run_plan(
-            source, checkpoint, plan, folder, on_progress=advance, on_layer=console.layer_progress(), **settings
-        )
+        events = Events(bytes=advance, layer=console.layer_progress(), note=console.note)
+        done = run_plan(planned, folder, overwrite=options["overwrite"], options=running, events=events)
     _show(done, options["as_json"])
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
     return {
-        "model_type": plan.architecture.model_type,
+        "model_type": plan.source.family.model_type,
         "host": plan.holder,
         "remote_code": bool(plan.target.remote_code),
         "num_attention_heads": plan.before[0].num_attention_heads,
@@ -233,9 +228,9 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
     beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
     facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
-    if latent.target.form == "re-rotate":
+    if latent.target.rope.rotates_expanded:
         facts.append(("decoding", "every step expands and rotates the whole context again"))
-    if latent.target.form == "longrope":
+    if latent.target.rope.chooses_pairs:
         facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
     if plan.copied_head:
         facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))
@@ -246,7 +241,7 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
-    expanded = expands_cache(plan.target.architecture, plan.config)
+    expanded = plan.result.expands_cache
     code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.target.remote_code else ""
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
@@ -273,7 +268,7 @@ def _show(done: Conversion, as_json: bool) -> None:
     if done.resumed:
         pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
     pairs += _left_out(done.sidecars)
-    method, place = done.plan.request.method, done.plan.architecture.place
+    method, place = done.plan.request.method, done.plan.source.family.place
     if len(done.kept) > 1:
         methods = list(next(iter(done.kept.values())))
         rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
@@ -292,8 +287,8 @@ def _show(done: Conversion, as_json: bool) -> None:
             # Energy alone is no guide where each frequency has one slot: text must say which components matter.
             + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
         )
-    if done.plan.tower is not None:
-        loader = done.plan.tower.wrapper.auto_class
+    if done.plan.source.tower is not None:
+        loader = done.plan.source.tower.wrapper.auto_class
         console.note(f"Load it with transformers.{loader}: uptrain can't evaluate or train wrappers yet.")
     elif is_language_model(done.plan.config):
         trusted = " --allow-pickle" if done.source.allow_pickle else ""
@@ -301,8 +296,8 @@ def _show(done: Conversion, as_json: bool) -> None:
 
 
 def _wants_text(plan: Plan) -> bool:
-    rotary = position_of_config(plan.architecture, plan.config).rotates
-    return rotary and not plan.architecture.uncalibrated
+    rotary = plan.source.position.rotates
+    return rotary and not plan.source.family.uncalibrated
 
 
 def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:

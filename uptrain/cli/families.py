@@ -9,12 +9,10 @@ import click
 from uptrain.cli import console
 from uptrain.cli.options import json_option
 from uptrain.conversion.family_table import Family, Holder, alike
-from uptrain.conversion.request import CHANGED_PARTS
+from uptrain.methods.registry import METHODS
 
 COLUMNS = ("family", "q, k, v", "position", "to GQA", "to MQA", "to MLA", "methods")
-REMOTE_CODE = "one readable modelling file inside the checkpoint: `trust_remote_code=True`, or `import uptrain`"
-POOLING = [name for name, parts in CHANGED_PARTS.items() if "q" not in parts]
-NOTE = f"pooling: `--method` {', '.join(POOLING)}"
+REMOTE_CODE = "readable modelling code inside the checkpoint: `trust_remote_code=True`, or `import uptrain`"
 
 
 @click.command()
@@ -40,14 +38,22 @@ def _show(found: Sequence[Family], as_json: bool) -> None:
         console.result_json([family.to_dict() for family in found])
         return
     console.table("", COLUMNS, [(family.model_type, *_cells(family)) for family in found], align="left")
-    console.result(f"* {REMOTE_CODE}; {NOTE}.".replace("`", ""))
+    console.result(f"* {REMOTE_CODE}; {_note()}.".replace("`", ""))
 
 
 def _markdown(found: Sequence[Family]) -> str:
     """Return the table of docs/families.md; families that differ in nothing but their name share a row."""
     rows = [(", ".join(family.model_type for family in group), *_cells(group[0])) for group in alike(found)]
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n\\* {REMOTE_CODE}; {NOTE}."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n\\* {REMOTE_CODE}; {_note()}."
+
+
+def _pooling() -> list[str]:
+    return [method.name for method in METHODS.values() if not method.mixes_dims]
+
+
+def _note() -> str:
+    return f"pooling: `--method` {', '.join(_pooling())}"
 
 
 def _cells(family: Family) -> tuple[str, ...]:
@@ -70,7 +76,7 @@ def _held(family: Family, holders: tuple[Holder, ...]) -> str:
 
 
 def _methods(family: Family) -> str:
-    missing = [name for name in CHANGED_PARTS if name not in family.methods]
+    missing = [name for name in METHODS if name not in family.methods]
     words = f"all but {', '.join(missing)}" if missing else "all"
-    words = "pooling" if list(family.methods) == POOLING else words
+    words = "pooling" if list(family.methods) == _pooling() else words
     return words + "".join(f"; with {key} pooling" for key in family.pool_only_with)

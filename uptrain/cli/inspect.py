@@ -12,6 +12,7 @@ from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
 from uptrain.cli.options import json_option, source_options
 from uptrain.cli.types import Share
 from uptrain.formatting import size, typed
+from uptrain.methods.registry import TARGETS
 
 if TYPE_CHECKING:
     from uptrain.conversion.inspection import Inspection
@@ -107,7 +108,7 @@ def _show(found: Inspection, as_json: bool) -> None:
     rows = [
         (
             f"--to {option.target}"
-            + (f" --groups {option.num_key_value_heads}" if option.target == "gqa" else "")
+            + (f" --groups {option.num_key_value_heads}" if TARGETS[option.target].takes_groups else "")
             + (f" --cache {option.cache:.0%}" if option.cache else ""),
             size(option.cache_bytes_per_token),
             f"{option.cache_bytes_per_token / found.cache_bytes_per_token:.1%}",

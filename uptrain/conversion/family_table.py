@@ -8,10 +8,9 @@ from typing import Any
 
 from uptrain.architectures.decoders import ARCHITECTURES
 from uptrain.architectures.schema import Architecture, Position
-from uptrain.conversion.request import CHANGED_PARTS
-from uptrain.models.mla_targets import MLA_TARGET_CLASSES
-from uptrain.models.target import TargetClass
-from uptrain.models.targets import TARGET_CLASSES, own_target
+from uptrain.conversion.possible_targets import target_classes
+from uptrain.methods.registry import METHODS, TARGETS
+from uptrain.models.targets import TARGET_CLASSES
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,11 @@ def _other(family: Family, target: str) -> list[Holder | str]:
 
 def _family(entry: Architecture) -> Family:
     pooled = entry.key_norm is not None and not entry.key_norm.flag
-    methods = [name for name, parts in CHANGED_PARTS.items() if not (pooled and "q" in parts)]
+    methods = [
+        method.name
+        for method in METHODS.values()
+        if not (pooled and method.mixes_dims) and not (entry.uncalibrated and method.needs_text)
+    ]
     flags = [entry.key_norm.flag] if entry.key_norm is not None and entry.key_norm.flag else []
     return Family(
         model_type=entry.model_type,
@@ -79,21 +82,15 @@ def _family(entry: Architecture) -> Family:
         position=_position(entry),
         gqa=_holders(entry, "gqa"),
         mqa=_holders(entry, "mqa"),
-        mla=tuple(_holder(MLA_TARGET_CLASSES[name].target) for name in entry.targets.get("mla", ())),
-        methods=tuple(name for name in methods if name != "calibrated" or not entry.uncalibrated),
+        mla=_holders(entry, "mla"),
+        methods=tuple(methods),
         pool_only_with=(*flags, *entry.pool_only),
     )
 
 
-def _holders(entry: Architecture, target: str) -> tuple[Holder, ...]:
-    named = tuple(_holder(TARGET_CLASSES[name]) for name in entry.targets.get(target, ()))
-    if named or not entry.native or entry.keys.latent or not entry.keys.num_key_value_heads:
-        return named
-    return (_holder(own_target(entry), "" if target == "mqa" else entry.keys.grouped or ""),)
-
-
-def _holder(target: TargetClass, needs: str = "") -> Holder:
-    return Holder(target.name, bool(target.remote_code), needs)
+def _holders(entry: Architecture, kind: str) -> tuple[Holder, ...]:
+    found = target_classes(entry, TARGETS[kind])
+    return tuple(Holder(target.name, bool(target.remote_code), needs) for target, needs in found)
 
 
 def _position(entry: Architecture) -> str:

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from uptrain.architectures.attention import AttentionSpec, cache_bytes, cache_bytes_per_token, cross_bytes_per_token
-from uptrain.architectures.description import (
-    attention_layers,
-    config_value,
-    expands_cache,
-    family_of,
-    holds_groups,
-    position_of_config,
-)
-from uptrain.architectures.embeddings import declares_tied, embeddings_of
-from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.attention import cache_bytes, cache_bytes_per_token, cross_bytes_per_token
+from uptrain.architectures.description import CheckpointDescription, describe_checkpoint
+from uptrain.architectures.embeddings import declares_tied
 from uptrain.architectures.projections import module_of
-from uptrain.architectures.quantization import quantisation_of
-from uptrain.architectures.rope_parameters import EVERY, rotary_parameters
+from uptrain.architectures.rope_parameters import EVERY
 from uptrain.architectures.running_dtype import cached_itemsize
-from uptrain.architectures.schema import Architecture
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.remote import open_headers
-from uptrain.conversion.plan.mla import plan_latent
-from uptrain.conversion.plan.quantized import check_attention, check_target
-from uptrain.conversion.request import Request
-from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import TargetClass
-from uptrain.models.targets import choose_target
+from uptrain.conversion.plan.quantized import check_attention
+from uptrain.conversion.possible_targets import head_requests, latent_requests, possible_targets
+from uptrain.errors import CheckpointError
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
@@ -105,34 +92,34 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
     Raises:
         UptrainError: it can't be found or read, or is of no known family.
     """
-    source, checkpoint = open_headers(model, revision, allow_pickle)
-    architecture = family_of(checkpoint, model)
-    layers = attention_layers(architecture, checkpoint.config, model)
+    origin, checkpoint = open_headers(model, revision, allow_pickle)
+    source = describe_checkpoint(checkpoint, model)
+    layers = source.attention
     counts = Counter[str]()
     for info in checkpoint.tensors.values():
         counts[info.dtype] += math.prod(info.shape)
-    itemsize = cached_itemsize(checkpoint.config, (info.dtype for info in checkpoint.tensors.values()))
-    quantised = quantisation_of(checkpoint)
-    unreadable = _unreadable(checkpoint, architecture, layers, model)
+    itemsize = cached_itemsize(source.config, (info.dtype for info in checkpoint.tensors.values()))
+    quantised = source.quantization
+    unreadable = _unreadable(source)
     windows = [spec.sliding_window for spec in layers if spec.sliding_window]
     return Inspection(
         name=model,
-        origin=source.describe(),
-        model_type=architecture.model_type,
+        origin=origin.describe(),
+        model_type=source.family.model_type,
         attention=layers[0].kind,
         num_hidden_layers=sum(not layer.cross for layer in layers),
-        hidden_size=config_value(architecture, checkpoint.config, architecture.keys.hidden_size, model),
+        hidden_size=source.hidden_size,
         num_attention_heads=layers[0].num_attention_heads,
         num_key_value_heads=layers[0].num_key_value_heads,
         head_dim=layers[0].head_dim,
         kv_lora_rank=layers[0].kv_lora_rank,
         qk_rope_head_dim=layers[0].qk_rope_head_dim,
-        position=position_of_config(architecture, checkpoint.config).value,
-        rope=_rope(architecture, checkpoint.config, model),
+        position=source.position.value,
+        rope=_rope(source),
         sliding_window=windows[0] if windows else None,
         sliding_layers=len(windows),
-        biases=_biases(architecture, checkpoint, model),
-        tied_embeddings=_tied(architecture, checkpoint, model),
+        biases=_biases(source),
+        tied_embeddings=_tied(source),
         parameters=quantised.parameters(checkpoint.tensors) if quantised else sum(counts.values()),
         dtype=counts.most_common(1)[0][0] if counts else "F32",
         shards=len(checkpoint.files),
@@ -140,93 +127,59 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         cache_bytes_per_token=cache_bytes_per_token(layers, itemsize),
         cross_bytes_per_token=cross_bytes_per_token(layers, itemsize),
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
-        cache_expanded=expands_cache(architecture, checkpoint.config),
-        options=()
-        if layers[0].kind == "mla" or unreadable
-        else (
-            *_options(checkpoint, architecture, layers, itemsize, model),
-            *_latent_options(checkpoint, architecture, layers, itemsize, model),
-        ),
+        cache_expanded=source.expands_cache,
+        options=() if layers[0].kind == "mla" or unreadable else tuple(_options(source, itemsize)),
         quantised=quantised.describe() if quantised else "",
         unreadable=unreadable,
-        wrapped_in=checkpoint.tower.wrapper.model_type if checkpoint.tower else "",
+        wrapped_in=source.wrapped_in,
     )
 
 
-def _tied(architecture: Architecture, checkpoint: Checkpoint, name: str) -> bool:
+def _tied(source: CheckpointDescription) -> bool:
     """Tell whether head and embedding are one; where no tensor has a known name, as config.json says."""
     try:
-        prefix = find_prefix(architecture, checkpoint, name)
+        _ = source.prefix
     except CheckpointError:
-        return declares_tied(architecture, checkpoint.config)
-    return embeddings_of(architecture, checkpoint, prefix).tied
+        return declares_tied(source.family, source.config)
+    return source.embeddings.tied
 
 
-def _unreadable(
-    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], name: str
-) -> str:
+def _unreadable(source: CheckpointDescription) -> str:
     """Return why a quantised checkpoint can't be converted, empty where nothing speaks against it."""
-    if layers[0].kind == "mla":
+    if source.attention[0].kind == "mla":
         return ""
     try:
-        check_attention(checkpoint, architecture, find_prefix(architecture, checkpoint, name), layers, name)
+        check_attention(source)
     except CheckpointError as error:
         return str(error)
     return ""
 
 
-def _rope(architecture: Architecture, config: dict[str, Any], name: str) -> dict[str, Any]:
+def _rope(source: CheckpointDescription) -> dict[str, Any]:
     """Return what the family's class reads of rotary parameters, by type of layer where they differ."""
-    if not position_of_config(architecture, config).rotates:
+    if not source.position.rotates:
         return {}
-    found = rotary_parameters(architecture, config, name)
+    found = dict(source.rope)
     return found.get(EVERY, found)
 
 
-def _biases(architecture: Architecture, checkpoint: Checkpoint, name: str) -> str:
-    base = architecture.attention(find_prefix(architecture, checkpoint, name), 0)
-    parts = [part for part in "qkvo" if f"{base}{module_of(architecture.projections, part)}.bias" in checkpoint.tensors]
+def _biases(source: CheckpointDescription) -> str:
+    base, projections = source.attention_name(0), source.family.projections
+    parts = [part for part in "qkvo" if f"{base}{module_of(projections, part)}.bias" in source.tensors]
     return ", ".join(parts) or "none"
 
 
-def _options(
-    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], itemsize: int, name: str
-) -> list[Option]:
-    heads, config = layers[0].num_key_value_heads, checkpoint.config
-    out = []
-    for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
-        kind = "mqa" if groups == 1 else "gqa"
-        target = choose_target(architecture, kind, config, same=False)
-        if not holds_groups(target.architecture, config, groups) or not _holds(checkpoint, architecture, target, name):
-            continue
-        after = [spec.grouped(groups) for spec in layers]
-        size = cache_bytes_per_token(after, itemsize)
-        holder = checkpoint.tower.wrapper.model_type if checkpoint.tower else target.name
-        out.append(Option(kind, groups, size, holder, bool(target.remote_code)))
-    return out
-
-
-def _holds(checkpoint: Checkpoint, architecture: Architecture, target: TargetClass, name: str) -> bool:
-    try:
-        check_target(checkpoint, architecture, target, False, name)
-    except UsageError:
-        return False
-    return True
-
-
-def _latent_options(
-    checkpoint: Checkpoint, architecture: Architecture, layers: tuple[AttentionSpec, ...], itemsize: int, name: str
-) -> list[Option]:
-    base = architecture.attention(find_prefix(architecture, checkpoint, name), 0)
-    out = []
-    for cache in SHARES:
-        try:
-            latent = plan_latent(checkpoint, Request("mla", cache=cache), architecture, layers, base, name)
-            check_target(checkpoint, architecture, latent.entry.target, True, name)
-        except UsageError:
-            continue
-        size, target = cache_bytes_per_token(latent.after, itemsize), latent.entry.target
-        out.append(
-            Option("mla", latent.after[0].num_key_value_heads, size, target.name, bool(target.remote_code), cache)
+def _options(source: CheckpointDescription, itemsize: int) -> Iterator[Option]:
+    """Yield what the checkpoint can become: fewer heads, the most first, then latents."""
+    heads = source.attention[0].num_key_value_heads
+    for found in possible_targets(source, [*reversed(head_requests(heads)), *latent_requests(SHARES)]):
+        # A wrapper keeps its own class, whichever class holds the language model in it.
+        wrapper = "" if found.request.kind.latent else source.wrapped_in
+        yield Option(
+            target=found.request.target,
+            num_key_value_heads=found.attention[0].num_key_value_heads,
+            cache_bytes_per_token=cache_bytes_per_token(found.attention, itemsize),
+            host=wrapper or found.target.name,
+            remote_code=bool(found.target.remote_code),
+            cache=found.request.cache,
         )
-    return out

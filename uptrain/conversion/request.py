@@ -7,31 +7,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.errors import UsageError, did_you_mean
+from uptrain.methods.method import EVERY_PART, Grouping, Method, TargetKind
+from uptrain.methods.registry import (
+    GROUPINGS,
+    METHODS,
+    TARGETS,
+    default_method,
+    method_options,
+    methods_with,
+)
 
-TARGETS = ("gqa", "mqa", "mla")
-
-CHANGED_PARTS: Mapping[str, frozenset[str]] = {
-    "mean": frozenset("kv"),
-    "first": frozenset("kv"),
-    "random": frozenset("kv"),
-    "svd": frozenset("qkvo"),
-    "calibrated": frozenset("qkvo"),
-}
-"""Each method, and which of a layer's projections q, k, v and o it changes."""
-
-
-GROUPINGS = ("contiguous", "similar")
-ROPES = ("grid", "longrope", "re-rotate")
 ENGINES = ("any", "llama.cpp")
-LATENT_METHODS = ("svd", "calibrated")
 LATENT_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "cache", "rope", "key_weight")
-"""What only a latent has."""
-CALIBRATION_FIELDS = ("calibrate", "calibration_tokens", "repair_steps")
-"""What only --method calibrated has."""
-SEEDED_METHODS = ("random", "calibrated")
+"""The fields that only a latent has."""
 NEUTRAL: Mapping[str, object] = {"grouping": "contiguous", "engine": "any", "allow_nonfinite": False}
 """Values that ask for nothing."""
 BUILTIN = "builtin"
@@ -50,8 +42,9 @@ class Request:
     `method` "auto" is mean, and svd for a latent. `allow_nonfinite` keeps NaN and infinite values: in attention only
     where it `pools`.
 
-    Of a latent: `cache` is the share of the source's cache to keep, in place of `kv_lora_rank`; `rope` says how keys
-    carry positions; `engine` what must be able to load it; `key_weight` how much more keys count than values.
+    Of a latent: `cache` is the share of the source's cache to keep, in place of `kv_lora_rank`; `rope` says where the
+    positions of keys are (`MLARope`), and keeps the name of the first version; `engine` what must be able to load it;
+    `key_weight` how much more keys count than values.
     """
 
     target: str = "gqa"
@@ -76,68 +69,106 @@ class Request:
     def __post_init__(self) -> None:
         _one_of("--to", self.target, TARGETS)
         if self.method == "auto":
-            object.__setattr__(self, "method", "svd" if self.target == "mla" else "mean")
-        self._check_latent()
-        _one_of("--method", self.method, CHANGED_PARTS)
+            object.__setattr__(self, "method", default_method(self.kind))
+        if self.kind.latent:
+            self._check_latent()
+        else:
+            self._check_heads()
+        _one_of("--method", self.method, METHODS)
         _one_of("--grouping", self.grouping, GROUPINGS)
         if self.dtype is not None:
             _one_of("--dtype", self.dtype, FLOAT_DTYPES)
-        if self.method == "calibrated" and self.grouping != "contiguous":
-            raise UsageError("--grouping similar doesn't go with --method calibrated.", "Use --method svd.")
+        self._check_grouping()
         self._check_effects()
         if self.chosen_tokens < 1 or (self.repair_steps or 0) < 0:
             raise UsageError("--calibration-tokens and --repair-steps can't be negative.")
-        if self.target == "mqa" and self.groups not in (None, 1):
+        if self.kind.groups is not None and self.groups not in (None, self.kind.groups):
             raise UsageError(
-                f"--to mqa keeps one head, so --groups {self.groups} contradicts it.", "Leave it out, or say --to gqa."
+                f"--to {self.target} keeps one head, so --groups {self.groups} contradicts it.",
+                "Leave it out, or say --to gqa.",
             )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size} is not a positive number of bytes.")
 
+    def _check_grouping(self) -> None:
+        if self.grouping not in self.chosen_method.groupings:
+            others = [
+                method.name for method in METHODS.values() if method.mixes_dims and self.grouping in method.groupings
+            ]
+            raise UsageError(
+                f"--grouping {self.grouping} doesn't go with --method {self.method}.",
+                f"Use --method {' or '.join(others)}.",
+            )
+
     def _check_effects(self) -> None:
         """Refuse what this target and method make no use of."""
-        for name in (*CALIBRATION_FIELDS, "seed"):
+        for name in method_options():
             if getattr(self, name) is None or _has_effect(name, vars(self)):
                 continue
-            option = f"--{name.replace('_', '-')}"
+            option, users = _option(name), methods_with(name)
+            seeded = [f"--grouping {each.name}" for each in GROUPINGS.values() if each.seeded]
             if name == "seed":
                 raise UsageError(
                     f"{option} has no effect on --method {self.method}: it draws no random numbers.",
-                    f"Leave {option} out; it is for --method {' and '.join(SEEDED_METHODS)} and --grouping similar.",
+                    f"Leave {option} out; it is for --method {' and '.join([*users, *seeded])}.",
                 )
             raise UsageError(
-                f"{option} is for --method calibrated, not {self.method}.", "Leave it out, or add --method calibrated."
+                f"{option} is for --method {' or '.join(users)}, not {self.method}.",
+                f"Leave it out, or add --method {users[0]}.",
             )
 
+    def _check_heads(self) -> None:
+        """Refuse what only a latent has."""
+        given = [name for name in LATENT_FIELDS if getattr(self, name) is not None]
+        if given:
+            raise UsageError(f"{_option(given[0])} is for a latent.", "Add --to mla.")
+        if self.engine != "any":
+            raise UsageError(f"--engine {self.engine} is for a latent.", "Add --to mla.")
+
     def _check_latent(self) -> None:
-        if self.target != "mla":
-            for name in LATENT_FIELDS:
-                if getattr(self, name) is not None:
-                    raise UsageError(f"--{name.replace('_', '-')} is for a latent.", "Add --to mla.")
-            if self.engine != "any":
-                raise UsageError(f"--engine {self.engine} is for a latent.", "Add --to mla.")
-            return
+        """Refuse what a latent can't have, and sizes that are none."""
         if self.groups is not None:
             raise UsageError(f"--to mla keeps a latent, so --groups {self.groups} contradicts it.", "Use --cache.")
-        if self.method not in LATENT_METHODS:
-            raise UsageError(
-                f"--method {self.method} makes fewer heads, not a latent.", f"Use {' or '.join(LATENT_METHODS)}."
-            )
+        makers = [method.name for method in METHODS.values() if method.serves(self.kind)]
+        if self.method not in makers:
+            raise UsageError(f"--method {self.method} makes fewer heads, not a latent.", f"Use {' or '.join(makers)}.")
         if self.grouping != "contiguous":
             raise UsageError("--grouping is for shared heads: a latent is one for all.")
         _one_of("--engine", self.engine, ENGINES)
         if self.rope is not None:
-            _one_of("--rope", self.rope, ROPES)
+            rope = MLARope.named(self.rope)
+            if rope is None or not rope.rotates:
+                _one_of("--rope", self.rope, MLARope.options())
+            else:
+                object.__setattr__(self, "rope", rope.recorded)
+        self._check_latent_sizes()
+
+    def _check_latent_sizes(self) -> None:
         for name in ("kv_lora_rank", "q_lora_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value} is not a positive number.")
+                raise UsageError(f"{_option(name)} {value} is not a positive number.")
         if self.cache is not None and not 0 < self.cache <= 1:
             raise UsageError(f"--cache {self.cache:.3g} is no share of the cache.", "Give one like 25%.")
         if self.cache is not None and self.kv_lora_rank is not None:
             raise UsageError("--cache and --kv-lora-rank both set the latent's size.", "Give one of them.")
         if self.key_weight is not None and not 0 < self.key_weight < float("inf"):
             raise UsageError(f"--key-weight {self.key_weight} is not a positive number.")
+
+    @property
+    def kind(self) -> TargetKind:
+        """Return what attention becomes, as an object."""
+        return TARGETS[self.target]
+
+    @property
+    def chosen_method(self) -> Method:
+        """Return the method as an object."""
+        return METHODS[self.method]
+
+    @property
+    def chosen_grouping(self) -> Grouping:
+        """Return the grouping as an object."""
+        return GROUPINGS[self.grouping]
 
     @property
     def chosen_seed(self) -> int:
@@ -165,19 +196,26 @@ class Request:
             "repair_steps": steps,
         }  # fmt: skip
         found = in_effect({**asdict(self), **defaults})
-        unused = () if changed else ("method", "grouping", "seed", "key_weight", *CALIBRATION_FIELDS)
+        unused = () if changed else ("method", "grouping", "key_weight", *method_options())
         return {name: value for name, value in found.items() if name not in unused}
 
     @property
     def pools(self) -> bool:
         """Say whether each new head is made of a few old ones' values alone, and no others'."""
-        return self.method in ("mean", "first") and self.grouping == "contiguous"
+        return self.chosen_method.pools and not self.chosen_grouping.moves
 
     @property
     def changed_parts(self) -> frozenset[str]:
         """Return which of q, k, v and o change: moving heads takes their queries and output columns along."""
-        plain = self.grouping == "contiguous" and self.target != "mla"
-        return CHANGED_PARTS[self.method] if plain else frozenset("qkvo")
+        plain = not self.chosen_grouping.moves and not self.kind.latent
+        return self.chosen_method.changes if plain else EVERY_PART
+
+    @property
+    def needs_torch(self) -> bool:
+        """Say whether heads are changed with torch while the result is written."""
+        # What calibration made before that is only read.
+        factored = self.chosen_method.needs_torch and not self.chosen_method.needs_text
+        return factored or self.chosen_grouping.needs_torch
 
 
 def in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +234,7 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
     """Return the words of the command line that ask for a request, of which `values` are as for `in_effect`."""
     words: list[str] = []
     for name, value in in_effect(values).items():
-        option = "--to" if name == "target" else f"--{name.replace('_', '-')}"
+        option = "--to" if name == "target" else _option(name)
         if name == "max_shard_size":
             value = f"{value}B"
         words += [option] if value is True else [option, str(value)]
@@ -204,12 +242,16 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def _has_effect(name: str, values: Mapping[str, Any]) -> bool:
-    method = values.get("method")
-    if name in CALIBRATION_FIELDS:
-        return method == "calibrated"
-    if name == "seed":
-        return method in SEEDED_METHODS or values.get("grouping") == "similar"
-    return True
+    """Say whether a field has an effect with the method and grouping among `values`, which any version wrote."""
+    if name not in method_options():
+        return True
+    method, grouping = METHODS.get(str(values.get("method"))), GROUPINGS.get(str(values.get("grouping")))
+    used = method is not None and name in method.options
+    return used or (name == "seed" and grouping is not None and grouping.seeded)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _one_of(option: str, value: str, known: Mapping[str, object] | tuple[str, ...]) -> None:
@@ -226,8 +268,8 @@ def resolve_groups(request: Request, spec: AttentionSpec, name: str) -> int:
     heads = spec.num_key_value_heads
     what = "attention heads" if spec.kind == "mha" else "key/value heads"
     divisors = [number for number in range(1, heads + 1) if heads % number == 0]
-    if request.target == "mqa":
-        return 1
+    if request.kind.groups is not None:
+        return request.kind.groups
     if request.groups is None:
         return _default_groups(divisors)
     use = f"Use {_either(divisors)}."

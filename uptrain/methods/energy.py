@@ -9,6 +9,7 @@ from torch import Tensor
 
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import gram
+from uptrain.methods.method import ExplainedEnergy
 from uptrain.methods.rotary import Rotary, pair_means
 
 
@@ -19,14 +20,6 @@ class LayerWeights:
     keys: Tensor
     values: Tensor
     second_moment: Tensor | None
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Tell what share of a layer's key and of its value energy a method keeps; below 0 when it adds more error."""
-
-    keys: float
-    values: float
 
 
 def layer_weights(layer: HeadMaps, position: Rotary | None, second_moment: Tensor | None) -> LayerWeights:
@@ -58,9 +51,9 @@ def output_energy(layer: HeadMaps) -> Tensor:
     return by_head
 
 
-def shares(layer: HeadMaps, weights: LayerWeights, keys: Tensor, values: Tensor) -> Shares:
+def shares(layer: HeadMaps, weights: LayerWeights, keys: Tensor, values: Tensor) -> ExplainedEnergy:
     """Compare reconstructed keys (G, D, d̃) and values (G, Dv, d̃) with the layer's own, under `weights`."""
-    return Shares(
+    return ExplainedEnergy(
         _share(layer.k_rows, keys, weights.keys, weights.second_moment),
         _share(layer.v_rows, values, weights.values, weights.second_moment),
     )

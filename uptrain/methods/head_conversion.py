@@ -11,10 +11,10 @@ from torch import Tensor
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.projections import Heads, LayerHeads, module_of, split
-from uptrain.architectures.schema import Architecture, Position, Projections
+from uptrain.architectures.schema import Position, Projections
 from uptrain.checkpoint.dtypes import Array, as_float32
-from uptrain.methods.energy import Shares
 from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.method import Converted
 from uptrain.methods.rotary import Layout, Rotary
 from uptrain.methods.shared_heads import factor_heads
 
@@ -30,20 +30,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def factor_layer(layer: LayerHeads, groups: int, position: Rotary | None) -> tuple[LayerHeads, dict[str, Shares]]:
-    """Return the layer with `groups` key/value heads by the data-free factorisation, in float64, and what it keeps.
+def factor_layer(layer: LayerHeads, groups: int, position: Rotary | None) -> Converted[LayerHeads]:
+    """Return the layer with `groups` key/value heads by the data-free factorisation, in float64.
 
     Queries and the output change too, in value but not in shape: they absorb what each head's factor leaves over.
     """
     found = factor_heads(maps_of(layer), groups, position)
-    return heads_of(found.layer, layer), found.kept
+    return Converted(heads_of(found.layer, layer), found.explained)
 
 
-def position_of(architecture: Architecture, spec: AttentionSpec) -> Rotary | None:
-    """Return the rotary layout of a family's keys, None where keys see no rotation."""
-    if not architecture.position.rotates or spec.rotary_ndims == 0:
+def rotary_of(position: Position, spec: AttentionSpec) -> Rotary | None:
+    """Return which dims of a layer's keys are rotated and how they pair up, None where keys see no rotation."""
+    if not position.rotates or spec.rotary_ndims == 0:
         return None
-    layout: Layout = "interleaved" if architecture.position is Position.ROTARY_INTERLEAVED else "half"
+    layout: Layout = "interleaved" if position is Position.ROTARY_INTERLEAVED else "half"
     return Rotary(layout, spec.rotary_ndims or spec.head_dim)
 
 

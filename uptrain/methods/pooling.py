@@ -5,7 +5,7 @@ Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,40 +34,56 @@ def first(heads: Array, groups: int) -> Array:
 
 
 def fresh(shape: tuple[int, ...], std: float, seed: int, layer: int, part: str) -> Array:
-    """Draw new heads from N(0, std²) in float32; the same for the same seed, layer and part, in any order."""
+    """Draw new heads from N(0, std²) in float32; the same for the same seed, layer and part, in any order.
+
+    - `shape`: the shape of the result.
+    - `std`: the standard deviation.
+    - `seed`: the seed.
+    - `layer`: the layer's number.
+    - `part`: one letter, k or v.
+    """
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, layer, ord(part)])))
     return np.asarray(generator.standard_normal(shape, dtype=np.float32) * np.float32(std))
 
 
-POOLS: Mapping[str, Pool] = {"mean": mean, "first": first}
+def ones(heads: Array, groups: int) -> Array:
+    """Return a fresh norm's ones, (groups, …) float32, for the norm of heads (heads, …) that are drawn again."""
+    return np.ones((groups, *heads.shape[1:]), np.float32)
 
 
-def pool_layer(
-    layer: LayerHeads, groups: int, method: str, *, seed: int = 0, index: int = 0, std: float = 0.02
-) -> LayerHeads:
-    """Return the layer with `groups` key/value heads; queries and output stay as they are.
+def pool_layer(layer: LayerHeads, groups: int, pool: Pool) -> LayerHeads:
+    """Return the layer with `groups` key/value heads, pooled by `pool`; queries and output stay as they are."""
+    return layer.with_parts(**{part: _pooled(layer.part(part), groups, pool) for part in ("k", "v")})
 
-    `std` is the deviation of `random` heads, whose biases are zero; `index` is the layer's number.
+
+def random_layer(layer: LayerHeads, groups: int, index: int, seed: int, std: float) -> LayerHeads:
+    """Return the layer with `groups` fresh key/value heads, drawn from N(0, `std`²), whose biases are zero.
+
+    - `layer`: the layer, whose queries and output stay as they are.
+    - `groups`: how many key/value heads the result has.
+    - `index`: the layer's number; each layer gets other values.
+    - `seed`: the seed; the same seed gives the same heads.
+    - `std`: the standard deviation, in the unit of the weights.
     """
     parts: dict[str, Heads] = {}
     for part in ("k", "v"):
         heads = layer.part(part)
-        if method == "random":
-            weight = fresh((groups, *heads.weight.shape[1:]), std, seed, index, part)
-            bias = None if heads.bias is None else np.zeros((groups, *heads.bias.shape[1:]), np.float32)
-        else:
-            pool = POOLS[method]
-            weight = pool(heads.weight, groups)
-            bias = None if heads.bias is None else pool(heads.bias, groups)
+        weight = fresh((groups, *heads.weight.shape[1:]), std, seed, index, part)
+        bias = None if heads.bias is None else np.zeros((groups, *heads.bias.shape[1:]), np.float32)
         parts[part] = Heads(weight, bias)
     return layer.with_parts(**parts)
 
 
-def pool_norm(weight: Array, heads: int, groups: int, method: str) -> Array:
-    """Return a norm's weight, (heads · head_dim,) or (heads, head_dim), for `groups` heads in the same form.
+def pool_norm(weight: Array, heads: int, groups: int, pool: Pool) -> Array:
+    """Return a key norm's weight for `groups` heads, in the form of the given one, pooled as the heads are.
 
-    It is pooled as the heads are; `random` heads get a fresh norm's ones.
+    - `weight`: (heads · head_dim,) or (heads, head_dim).
+    - `heads`: how many key heads it is for.
+    - `groups`: how many key heads the result is for.
+    - `pool`: what pools the heads.
     """
-    by_head = weight.reshape(heads, -1)
-    pooled = np.ones((groups, by_head.shape[1]), np.float32) if method == "random" else POOLS[method](by_head, groups)
-    return pooled.reshape(-1, *weight.shape[1:])
+    return pool(weight.reshape(heads, -1), groups).reshape(-1, *weight.shape[1:])
+
+
+def _pooled(heads: Heads, groups: int, pool: Pool) -> Heads:
+    return Heads(pool(heads.weight, groups), None if heads.bias is None else pool(heads.bias, groups))

@@ -7,21 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uptrain.methods.energy import LayerWeights, Shares, layer_weights, shares
+from uptrain.methods.energy import LayerWeights, layer_weights, shares
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import damped, factor, matrix_root
+from uptrain.methods.method import Converted, ExplainedEnergy
 from uptrain.methods.rotary import Rotary, to_complex
 
 DAMPING = 1e-3
 """Default damping of a measured second moment, against its mean diagonal: right for a few thousand tokens."""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """Hold a layer with fewer key/value heads, and the energy shares it and the poolings keep, by method."""
-
-    layer: HeadMaps
-    kept: dict[str, Shares]
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ def factor_heads(
     position: Rotary | None,
     second_moment: Tensor | None = None,
     damping: float = DAMPING,
-) -> Conversion:
+) -> Converted[HeadMaps]:
     """Convert a layer to `groups` key/value heads by factoring each group, absorbing the factors into q and o.
 
     `second_moment` (d+1, d+1) is E[x̃x̃ᵀ] of the layer's input with x̃ = [x; 1]; with None the method is the data-free
@@ -55,17 +48,17 @@ def factor_heads(
     weights = layer_weights(layer, position, sigma)
     name = "svd" if second_moment is None else "calibrated"
     if groups == layer.kv_heads:
-        return Conversion(layer, {kind: Shares(1.0, 1.0) for kind in (name, "mean", "first")})
+        return Converted(layer, {kind: ExplainedEnergy(1.0, 1.0) for kind in (name, "mean", "first")})
     spans = spans_of(layer.kv_heads, groups)
     keys = [share_keys(layer, weights, span, position) for span in spans]
     values = [share_values(layer, weights, span) for span in spans]
     converted = absorb(layer, keys, values, position)
-    kept = {
+    explained = {
         name: shares(layer, weights, expand(keys), expand(values)),
         "mean": pooled_shares(layer, weights, groups, "mean"),
         "first": pooled_shares(layer, weights, groups, "first"),
     }
-    return Conversion(converted, kept)
+    return Converted(converted, explained)
 
 
 def spans_of(heads: int, groups: int) -> list[range]:
@@ -74,7 +67,7 @@ def spans_of(heads: int, groups: int) -> list[range]:
     return [range(start, start + size) for start in range(0, heads, size)]
 
 
-def pooled_shares(layer: HeadMaps, weights: LayerWeights, groups: int, how: str) -> Shares:
+def pooled_shares(layer: HeadMaps, weights: LayerWeights, groups: int, how: str) -> ExplainedEnergy:
     """Return what `mean` or `first` pooling would keep, in the same weighting as a factorisation.
 
     Source: Ainslie et al. 2023, section 2.1 and figure 5.

@@ -7,9 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.decoders import GPT_BIGCODE, UPTRAIN_GPT2, UPTRAIN_GPT2_MLA, UPTRAIN_LLAMA_MLA
+from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_UMT5, UPTRAIN_WHISPER
 from uptrain.architectures.mha_only import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
 from uptrain.architectures.model_class import class_named, is_language_model, stem
+from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.errors import UsageError
@@ -21,14 +23,10 @@ OF_THE_FOLDER = ("auto_map", EXPLICIT)
 """Config keys that name code or weight files of the source's own folder."""
 
 
-def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> TargetClass:
-    """Return a target class whose modelling file, with these classes, ships inside the checkpoint."""
-    return TargetClass(
-        architecture,
-        remote_code=f"modeling_{architecture.model_type}.py",
-        auto_classes={"AutoConfig": config, "AutoModel": model, architecture.auto_class: architecture.class_name},
-        **changes,
-    )
+def _ours(architecture: Architecture, **changes: Any) -> TargetClass:
+    """Return a target class of ours, whose modelling file goes into the checkpoint."""
+    own = OWN_CLASSES[architecture.model_type]
+    return TargetClass(architecture, remote_code=f"{own.module}.py", auto_classes=own.auto_classes, **changes)
 
 
 TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
@@ -45,27 +43,21 @@ TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
         ),
         "uptrain_llama_mla": _ours(
             UPTRAIN_LLAMA_MLA,
-            "UptrainLlamaMLAConfig",
-            "UptrainLlamaMLAModel",
             fill={"rms_norm_eps": 1e-6},
             drop=("head_dim", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
         ),
-        "uptrain_gpt2_mla": _ours(
-            UPTRAIN_GPT2_MLA, "UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", drop=("num_key_value_heads",)
-        ),
-        "uptrain_gpt2": _ours(UPTRAIN_GPT2, "UptrainGPT2Config", "UptrainGPT2Model"),
-        "uptrain_bloom": _ours(UPTRAIN_BLOOM, "UptrainBloomConfig", "UptrainBloomModel"),
-        "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO, "UptrainGPTNeoConfig", "UptrainGPTNeoModel"),
-        "uptrain_mpt": _ours(UPTRAIN_MPT, "UptrainMptConfig", "UptrainMptModel"),
-        "uptrain_bart": _ours(UPTRAIN_BART, "UptrainBartConfig", "UptrainBartModel"),
-        "uptrain_umt5": _ours(UPTRAIN_UMT5, "UptrainUMT5Config", "UptrainUMT5Model"),
-        "uptrain_whisper": _ours(UPTRAIN_WHISPER, "UptrainWhisperConfig", "UptrainWhisperModel"),
-        "uptrain_t5": _ours(UPTRAIN_T5, "UptrainT5Config", "UptrainT5Model"),
+        "uptrain_gpt2_mla": _ours(UPTRAIN_GPT2_MLA, drop=("num_key_value_heads",)),
+        "uptrain_gpt2": _ours(UPTRAIN_GPT2),
+        "uptrain_bloom": _ours(UPTRAIN_BLOOM),
+        "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO),
+        "uptrain_mpt": _ours(UPTRAIN_MPT),
+        "uptrain_bart": _ours(UPTRAIN_BART),
+        "uptrain_umt5": _ours(UPTRAIN_UMT5),
+        "uptrain_whisper": _ours(UPTRAIN_WHISPER),
+        "uptrain_t5": _ours(UPTRAIN_T5),
         # mT5 is T5 v1.1 with other defaults, and never scales its decoder's output, which T5 does where it ties.
         "uptrain_t5_of_mt5": _ours(
             UPTRAIN_T5,
-            "UptrainT5Config",
-            "UptrainT5Model",
             fill={
                 "num_layers": 8,
                 "num_heads": 6,
@@ -76,22 +68,22 @@ TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
             },
             fix={"tie_word_embeddings": False},
         ),
-        "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
-        "uptrain_persimmon": _ours(UPTRAIN_PERSIMMON, "UptrainPersimmonConfig", "UptrainPersimmonModel"),
+        "uptrain_opt": _ours(UPTRAIN_OPT),
+        "uptrain_persimmon": _ours(UPTRAIN_PERSIMMON),
     }
 )
 
 
-def choose_target(architecture: Architecture, kind: str, config: Mapping[str, Any], same: bool) -> TargetClass:
-    """Return the first target class that holds `kind` (gqa, mqa) exactly for this source config; itself where it can.
+def choose_target(source: ModelDescription, kind: str, same: bool) -> TargetClass:
+    """Return the first target class that holds `kind` (gqa, mqa) exactly for this source; its own class where it can.
 
     `same` says that the result has as many key/value heads as the source.
     """
-    for name in architecture.targets.get(kind, ()):
+    for name in source.family.targets.get(kind, ()):
         target = TARGET_CLASSES[name]
-        if not same and all(config.get(key, value) == value for key, value in target.requires.items()):
+        if not same and all(source.config.get(key, value) == value for key, value in target.requires.items()):
             return target
-    return own_target(architecture)
+    return own_target(source.family)
 
 
 def own_target(architecture: Architecture) -> TargetClass:
@@ -102,27 +94,23 @@ def own_target(architecture: Architecture) -> TargetClass:
     return TargetClass(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 
-def result_class(target: TargetClass, architecture: Architecture, config: Mapping[str, Any], name: str) -> str:
+def result_class(target: TargetClass, source: ModelDescription) -> str:
     """Return the class that a result's config.json names: the target's, for the same purpose as the source's class.
 
-    Args:
-        target: the class that holds the result as a language model.
-        architecture: the source's family.
-        config: the source's config.
-        name: what the user called the source.
+    `target` is the class that holds the result as a language model.
 
     Raises:
         UsageError: the target class has no class for that purpose.
     """
-    named = class_named(config)
-    if named is None or is_language_model(config):
+    named = class_named(source.config)
+    if named is None or is_language_model(source.config):
         return target.architecture.class_name
-    if target.architecture is architecture:
+    if target.architecture is source.family:
         return named
-    purpose = named.removeprefix(stem(architecture.class_name))
+    purpose = named.removeprefix(stem(source.family.class_name))
     if purpose not in target.purposes:
         raise UsageError(
-            f"{name} is a {named}, and {target.name}, which would hold the result, has no such class.",
+            f"{source.name} is a {named}, and {target.name}, which would hold the result, has no such class.",
             "Use another --to, for which its own family has a class.",
         )
     return stem(target.architecture.class_name) + purpose

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.embeddings import stored_table
-from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.dtypes import as_float32
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.attention_probabilities import CAPTURE, Reached, in_parts
 from uptrain.errors import CheckpointError
 
@@ -41,9 +40,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """One block in a layer, float32: its attention's output `attended` and its own `output`, both (T, d)."""
+    """One block in a layer, float32: the output of its `attention` and its own `output`, both (T, d)."""
 
-    attended: Tensor
+    attention: Tensor
     output: Tensor
 
 
@@ -142,21 +141,21 @@ class Layer:
         raise RuntimeError("the layer never reached its attention")
 
 
-class LayeredModel:
+class LayerRunner:
     """Builds the checkpoint's own class without weights, and lends its decoder layers one by one."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, prefix: str, device: torch.device) -> None:
-        self.checkpoint, self.architecture, self.prefix, self.device = checkpoint, architecture, prefix, device
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    def __init__(self, source: CheckpointDescription, device: torch.device) -> None:
+        self.source, self.device = source, device
+        config = AutoConfig.from_pretrained(source.checkpoint.path, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         self._base = whole.base_model.eval()
         self._base.config.use_cache = False
         self.config = self._base.config
-        self._path, self._attention = architecture.inside()
+        self._path, self._attention = source.family.inside()
         self.layers: nn.ModuleList = self._base.get_submodule(self._path)
         self._calls: list[dict[str, Call]] = [{} for _ in self.layers]
-        self._table = stored_table(architecture, checkpoint, prefix)
+        self._table = stored_table(source)
 
     @torch.no_grad()
     def embed(self, blocks: Tensor) -> Iterator[Tensor]:
@@ -168,7 +167,7 @@ class LayeredModel:
         beside = list(self._beside())
         table, wanted = self._base.get_input_embeddings(), blocks.unique()
         for owner, name, path in beside:
-            self._fill(owner.get_submodule(name), f"{self.prefix}{path}.", {table: wanted})
+            self._fill(owner.get_submodule(name), f"{self.source.prefix}{path}.", {table: wanted})
         table.padding_idx = None
         table.register_forward_pre_hook(partial(_renumbered, wanted.to(self.device)))
         usual = self.config._attn_implementation
@@ -196,16 +195,16 @@ class LayeredModel:
         """
         module = self.layers[index]
         self._fill(module, self._base_of(index))
-        following = [name for name in self.checkpoint.tensors if name.startswith(self._base_of(index + 1))]
+        following = [name for name in self.source.tensors if name.startswith(self._base_of(index + 1))]
         # In a thread, because the call waits while the disk's queue is full.
-        Thread(target=self.checkpoint.prefetch, args=(following,), daemon=True).start()
+        Thread(target=self.source.checkpoint.prefetch, args=(following,), daemon=True).start()
         try:
-            yield Layer(module, self._attention, self.architecture.projections.o, self._calls[index], self.config)
+            yield Layer(module, self._attention, self.source.family.projections.o, self._calls[index], self.config)
         finally:
             self.layers[index] = nn.Identity()
 
     def _base_of(self, index: int) -> str:
-        return f"{self.prefix}{self._path}.{index}."
+        return f"{self.source.prefix}{self._path}.{index}."
 
     def _enter(self, block: Tensor, record: str | None) -> Tensor:
         """Run the model's own forward with layers that pass their input on, and return the first one's input."""
@@ -242,9 +241,11 @@ class LayeredModel:
     def _read(self, name: str, rows: Tensor | None) -> Tensor:
         own, stored = self._table
         name = stored if name == own else name
-        if name not in self.checkpoint.tensors:
+        if name not in self.source.tensors:
             raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
-        array = self.checkpoint.read(name) if rows is None else self.checkpoint.read_rows(name, rows.tolist())
+        array = (
+            self.source.checkpoint.read(name) if rows is None else self.source.checkpoint.read_rows(name, rows.tolist())
+        )
         return torch.from_numpy(as_float32(array)).to(self.device)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from uptrain.conversion.calibration.layer_runner import Layer, Parameters
-from uptrain.methods.energy import LayerWeights, Shares, layer_weights, output_energy, rotated_energy, weighted_energy
+from uptrain.methods.energy import LayerWeights, layer_weights, output_energy, rotated_energy, weighted_energy
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import damped
-from uptrain.methods.mla import LatentWeights, calibrated_weights
+from uptrain.methods.method import ExplainedEnergy
+from uptrain.methods.mla_energy import LatentWeights, calibrated_weights
 from uptrain.methods.rotary import Rotary
 from uptrain.methods.shared_heads import (
     DAMPING,
@@ -113,7 +114,7 @@ def gather_moments(
 
 def share_layer(
     layer: HeadMaps, groups: int, position: Rotary | None, moments: Moments
-) -> tuple[HeadMaps, dict[str, Shares]]:
+) -> tuple[HeadMaps, dict[str, ExplainedEnergy]]:
     """Convert a layer to `groups` heads by the factorisation under `moments`, and say what each method keeps.
 
     The shares of `calibrated`, `svd` and `mean` are measured in these weights, in which `calibrated` is the best.
@@ -142,7 +143,9 @@ def share_layer(
         weights = LayerWeights(energy, felt, damped(of_values, DAMPING))
         values.append(share_values(layer, weights, span))
         value_kept.add(span, values[-1], weights.second_moment)
-    kept = {name: Shares(key_kept.share(name), value_kept.share(name)) for name in ("calibrated", "svd", "mean")}
+    kept = {
+        name: ExplainedEnergy(key_kept.share(name), value_kept.share(name)) for name in ("calibrated", "svd", "mean")
+    }
     return absorb(layer, keys, values, position), kept
 
 

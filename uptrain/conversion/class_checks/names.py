@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from typing import Any
 
-from uptrain.architectures.description import config_value
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.model_class import is_language_model
-from uptrain.architectures.quantization import quantisation_of
-from uptrain.architectures.schema import Architecture
 from uptrain.checkpoint.header import TensorInfo
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
 from uptrain.models.class_fit import in_layers, listed
 
@@ -21,35 +19,28 @@ _FIRST_ONLY = "relative_attention_bias"
 """What the first layer of a stack computes for all of them."""
 
 
-def check_kin(checkpoint: Checkpoint, family: Architecture, name: str) -> None:
+def check_kin(source: CheckpointDescription) -> None:
     """Refuse a checkpoint of which a layer lacks what its like have, or that lacks embedding, head or final norm.
 
     What is quantised is let be: another layer may have the same weight as codes, under other names.
 
-    Args:
-        checkpoint: the open checkpoint.
-        family: its entry in the table.
-        name: what the user called it.
-
     Raises:
         CheckpointError: as said.
     """
-    tensors, stacks = checkpoint.tensors, _stacks(checkpoint.tensors)
-    quantised = quantisation_of(checkpoint)
-    coded = quantised.tensors if quantised is not None else frozenset[str]()
+    family, tensors, stacks, hidden = source.family, source.tensors, _stacks(source.tensors), source.hidden_size
+    coded = source.quantization.tensors if source.quantization is not None else frozenset[str]()
     missing = [each for stack, layers in stacks.items() for each in _missing(stack, layers)]
     missing = [each for each in missing if not _has_any(coded, each.rpartition(".")[0])]
-    hidden = config_value(family, checkpoint.config, family.keys.hidden_size, name)
     outside = {key: info for key, info in tensors.items() if not in_layers([key], family) and not _LAYER.match(key)}
     norms = [key for key, info in outside.items() if info.shape == (hidden,)]
     normed = any(info.shape == (hidden,) and key.endswith("norm.weight") for key, info in tensors.items())
-    if not missing and normed and not norms and not _without_final_norm(checkpoint):
+    if not missing and normed and not norms and not _without_final_norm(source.config):
         missing = ["a norm after the last layer"]
     if not coded & outside.keys():
-        missing += _tables(checkpoint, family, outside, name)
+        missing += _tables(source, outside)
     if missing:
         raise CheckpointError(
-            f"{name} lacks {listed(missing)}, which its class would fill with random values.",
+            f"{source.name} lacks {listed(missing)}, which its class would fill with random values.",
             "Download or save it again.",
         )
 
@@ -78,17 +69,16 @@ def _missing(stack: str, layers: Mapping[int, set[str]]) -> list[str]:
     return out
 
 
-def _tables(checkpoint: Checkpoint, family: Architecture, outside: Mapping[str, TensorInfo], name: str) -> list[str]:
+def _tables(source: CheckpointDescription, outside: Mapping[str, TensorInfo]) -> list[str]:
     """Say whether the table of tokens, or the head that isn't tied to it, is missing."""
-    tokens = config_value(family, checkpoint.config, family.keys.vocab_size, name)
+    tokens = source.vocab_size
     tables = [key for key, info in outside.items() if len(info.shape) == 2 and info.shape[0] == tokens]
     if not tables:
         return [f"an embedding of {tokens:,} tokens (vocab_size)"]
-    headed = is_language_model(checkpoint.config) and checkpoint.config.get("tie_word_embeddings") is False
+    headed = is_language_model(source.config) and source.config.get("tie_word_embeddings") is False
     return ["a language-model head beside its embedding"] if headed and len(tables) < 2 else []
 
 
-def _without_final_norm(checkpoint: Checkpoint) -> bool:
+def _without_final_norm(config: Mapping[str, Any]) -> bool:
     # OPT has settings that leave it out.
-    config = checkpoint.config
     return config.get("do_layer_norm_before") is False or bool(config.get("_remove_final_layer_norm"))

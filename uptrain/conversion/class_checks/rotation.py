@@ -13,7 +13,6 @@ from uptrain.architectures.rope_parameters import EVERY
 from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan.planner import Plan
-from uptrain.conversion.request import CHANGED_PARTS
 from uptrain.errors import CheckpointError
 from uptrain.models import child_process
 from uptrain.models.rotary_tables import Table, answers
@@ -32,13 +31,13 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
     Raises:
         CheckpointError: it is another, or a class can't read it.
     """
-    writes, parts = writes_rotation(plan), CHANGED_PARTS[plan.request.method]
-    moves = plan.before != plan.after and "q" in parts and any(spec.rotary_ndims != 0 for spec in plan.before)
-    if not plan.architecture.position.rotates or not (writes or moves) or not _installed():
+    writes, mixes = writes_rotation(plan), plan.request.chosen_method.mixes_dims
+    moves = plan.before != plan.after and mixes and any(spec.rotary_ndims != 0 for spec in plan.before)
+    if not plan.source.family.position.rotates or not (writes or moves) or not _installed():
         return
-    chosen = plan.latent is None or not plan.latent.own_slots
-    configs = [checkpoint.config, *([plan.config] if writes and chosen else [])]
-    tables = _ask(configs, here=plan.latent is not None or "q" in parts)
+    chosen = not plan.chooses_rope_pairs
+    configs = [plan.source.config, *([plan.config] if writes and chosen else [])]
+    tables = _ask(configs, here=plan.latent is not None or mixes)
     for config, found in zip(configs, tables, strict=True):
         if isinstance(found, str):
             raise CheckpointError(
@@ -50,7 +49,7 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
         return  # this transformers doesn't know the class
     if not _as_planned(plan, source, results):
         raise CheckpointError(
-            f"{name} has rotary parameters of which {_class(checkpoint.config)} and {_class(plan.config)} make other "
+            f"{name} has rotary parameters of which {_class(plan.source.config)} and {_class(plan.config)} make other "
             "frequencies than uptrain reads.",
             "Report it with its config.json; nothing was converted.",
         )
@@ -59,7 +58,7 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
 def writes_rotation(plan: Plan) -> bool:
     """Tell whether a plan writes the result's rotary parameters instead of leaving them as they are."""
     if plan.latent is not None:
-        return plan.latent.target.form != "free"
+        return plan.latent.target.rope.rotates
     return plan.target.rotary
 
 

@@ -20,8 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.model_class import class_named
-from uptrain.architectures.quantization import quantisation_of
 from uptrain.checkpoint.locks import alone_in
 from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.reader import Checkpoint
@@ -66,18 +66,19 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
     Raises:
         CheckpointError: tensors are missing, have other sizes than config.json promises, or would be left out.
     """
-    source = Question(checkpoint.whole_config, {key: info.shape for key, info in checkpoint.tensors.items()})
+    source = Question(checkpoint.config, {key: info.shape for key, info in checkpoint.tensors.items()})
     outputs = {tensor.info.name: tensor for tensors in plan.shards.values() for tensor in tensors}
     result = Question(plan.whole_config, {key: tensor.info.shape for key, tensor in outputs.items()})
-    family, layers = plan.architecture, checkpoint.config.get(plan.architecture.keys.num_hidden_layers)
-    if quantisation_of(checkpoint) is not None:
+    family = plan.source.family
+    layers = plan.source.config.get(family.keys.num_hidden_layers)
+    if plan.source.quantization is not None:
         # Its quantiser would have to answer, and may need a GPU.
-        check_kin(checkpoint, family, name)
+        check_kin(plan.source)
         return (f"{name} is quantised in part, so it was checked by its tensors' names and sizes, not by its class.",)
     before, after = answers((source, result))
     problem = before.problem or after.problem
     if problem:
-        check_kin(checkpoint, family, name)
+        check_kin(plan.source)
         where = f"{name} was checked by its tensors' names and sizes alone, without asking its class"
         return (f"{where}: {problem}",)
     check_fit(before, name, family, layers)
@@ -88,14 +89,14 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
         raise CheckpointError(
             f"The result's class {after.class_name} has no place for {listed(lost)} of {name}.", "Use another --to."
         )
-    return tuple(note for note in (_unknown(before, checkpoint, name), note_of(before, family)) if note)
+    return tuple(note for note in (_unknown(before, plan.source), note_of(before, family)) if note)
 
 
-def _unknown(fit: Fit, checkpoint: Checkpoint, name: str) -> str:
+def _unknown(fit: Fit, source: CheckpointDescription) -> str:
     if fit.known:
         return ""
     return (
-        f"{name} names the class {class_named(checkpoint.config)}, which transformers does not have for its family: "
+        f"{source.name} names the class {class_named(source.config)}, which transformers does not have for its family: "
         f"only {fit.class_name} was asked what it needs."
     )
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from uptrain.architectures.description import holds_groups, why_fixed_order, why_pool_only
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.schema import Architecture
-from uptrain.checkpoint.reader import Checkpoint
-from uptrain.conversion.request import CALIBRATION_FIELDS, CHANGED_PARTS, Request
+from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
+from uptrain.methods.registry import method_options
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
 _INNER_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
-def check_listed(architecture: Architecture, checkpoint: Checkpoint) -> None:
+def check_listed(source: CheckpointDescription) -> None:
     """Refuse a checkpoint whose index lists a tensor that no shard holds, unless its class makes it itself.
 
     A class makes a head or an inner embedding that is tied to the stored embedding, and its buffers. Without the
@@ -24,63 +21,65 @@ def check_listed(architecture: Architecture, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: a tensor is missing.
     """
-    tied = (*_HEADS, *_INNER_EMBEDDINGS) if checkpoint.config.get("tie_word_embeddings") is not False else ()
-    for name in checkpoint.absent:
-        if not name.endswith((*tied, *architecture.buffers)):
+    tied = (*_HEADS, *_INNER_EMBEDDINGS) if source.config.get("tie_word_embeddings") is not False else ()
+    for name in source.checkpoint.absent:
+        if not name.endswith((*tied, *source.family.buffers)):
             raise CheckpointError(
-                f"{checkpoint.path / checkpoint.index} lists tensor {name}, which no shard holds.",
+                f"{source.checkpoint.path / source.checkpoint.index} lists tensor {name}, which no shard holds.",
                 "Download the checkpoint again.",
             )
 
 
-def check_method(architecture: Architecture, config: Mapping[str, Any], request: Request, name: str) -> None:
+def check_method(source: CheckpointDescription, request: Request) -> None:
     """Refuse a method or grouping that isn't exact for this family.
 
     Raises:
         UsageError: it isn't.
     """
-    if request.target == "mla" and not architecture.targets.get("mla"):
+    if request.kind.latent and not source.family.targets.get("mla"):
         return  # that no class holds it is what to say
-    why = why_pool_only(architecture, config)
-    if why and "q" in CHANGED_PARTS[request.method]:
+    why = source.why_pool_only
+    if why and request.chosen_method.mixes_dims:
         raise UsageError(
-            f"--method {request.method} can't be used on {name}: {why}.", "Use --method mean and uptrain the result."
+            f"--method {request.method} can't be used on {source.name}: {why}.",
+            "Use --method mean and uptrain the result.",
         )
-    if architecture.uncalibrated and request.method == "calibrated":
+    if source.family.uncalibrated and request.chosen_method.needs_text:
         raise UsageError(
-            f"--method calibrated can't be used on {name}: {architecture.uncalibrated}.", "Use --method svd."
+            f"--method {request.method} can't be used on {source.name}: {source.family.uncalibrated}.",
+            "Use --method svd.",
         )
-    why = why_fixed_order(architecture, config)
-    if why and request.grouping != "contiguous":
-        raise UsageError(f"--grouping {request.grouping} can't be used on {name}: {why}.", "Leave --grouping out.")
+    why = source.why_fixed_order
+    if why and request.chosen_grouping.moves:
+        raise UsageError(
+            f"--grouping {request.grouping} can't be used on {source.name}: {why}.", "Leave --grouping out."
+        )
 
 
-def check_inside(checkpoint: Checkpoint, request: Request, name: str) -> None:
+def check_inside(source: CheckpointDescription, request: Request) -> None:
     """Refuse a target that needs a class of its own where a wrapper holds the language model.
 
     Raises:
         UsageError: it does.
     """
-    if checkpoint.tower is not None and request.target == "mla":
-        wrapper = checkpoint.tower.wrapper.model_type
+    if source.wrapped_in and request.kind.latent:
         raise UsageError(
-            f"--to mla can't be used on {name}: a latent needs a class of its own, which has no place in a {wrapper}.",
+            f"--to mla can't be used on {source.name}: a latent needs a class of its own, which has no place in a "
+            f"{source.wrapped_in}.",
             "Use --to gqa or --to mqa.",
         )
 
 
-def check_groups(
-    architecture: Architecture, target: Architecture, config: Mapping[str, Any], groups: int, name: str
-) -> None:
+def check_groups(source: CheckpointDescription, target: Architecture, groups: int) -> None:
     """Refuse a number of key/value heads that the target class can't have.
 
     Raises:
         UsageError: it can't.
     """
-    if not holds_groups(target, config, groups):
+    if not source.as_family(target).holds_groups(groups):
         raise UsageError(
-            f"{name} can't keep {groups} key/value heads: without {target.keys.grouped} "
-            f"{architecture.model_type} has one or all.",
+            f"{source.name} can't keep {groups} key/value heads: without {target.keys.grouped} "
+            f"{source.family.model_type} has one or all.",
             "Use --to mqa.",
         )
 
@@ -91,13 +90,13 @@ def check_effects(request: Request, groups: int, heads: int, name: str) -> None:
     Raises:
         UsageError: there is one.
     """
-    given = [option for option in (*CALIBRATION_FIELDS, "seed") if getattr(request, option) is not None]
-    given += ["grouping"] if request.grouping != "contiguous" else []
+    given = [option for option in method_options() if getattr(request, option) is not None]
+    given += ["grouping"] if request.chosen_grouping.moves else []
     if given and groups == heads:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(
             f"{option} has no effect: {name} keeps all its {heads} key/value heads.",
             f"Ask for fewer --groups, or leave {option} out.",
         )
-    if groups == 1 and request.grouping != "contiguous":
+    if groups == 1 and request.chosen_grouping.moves:
         raise UsageError(f"--grouping {request.grouping} has no effect: all heads share one.", "Leave --grouping out.")

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from uptrain.architectures.embeddings import Embeddings
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.checkpoint.header import TensorInfo
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan.operations import OutputTensor
 from uptrain.models.target import TargetClass
 
 
 def shared_outputs(
-    checkpoint: Checkpoint,
-    embeddings: Embeddings,
+    source: CheckpointDescription,
     target: TargetClass,
     untied: bool,
     passed: Callable[[str, TensorInfo], OutputTensor],
@@ -25,16 +23,16 @@ def shared_outputs(
     copy as head.
 
     Args:
-        checkpoint: the source.
-        embeddings: where its embedding and head are.
+        source: the checkpoint.
         target: the result's class.
         untied: whether that class needs a head of its own.
         passed: gives what becomes of a tensor outside attention, by its name and header.
     """
+    embeddings = source.embeddings
     stored, names = embeddings.table, target.architecture.vocabulary
     if not embeddings.tied or not stored or stored != embeddings.head or names.more:
         return {}
-    info = checkpoint.tensors[stored]
+    info = source.tensors[stored]
     table = replace(passed(embeddings.own_table, info), source=stored)
     if not untied:
         return {stored: [table]}

@@ -8,18 +8,15 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
-from uptrain.architectures.description import config_value
-from uptrain.architectures.mla_projections import LatentTarget, Rope, Stored
+from uptrain.architectures.description import CheckpointDescription, ModelDescription
+from uptrain.architectures.mla_projections import LatentTarget, Stored
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.rope import Frequencies, highest, own_table, source_frequencies
-from uptrain.architectures.rope_parameters import EVERY, rotary_parameters, write_rotation
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.rope_parameters import EVERY, write_rotation
 from uptrain.checkpoint.header import FLOAT_DTYPES
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.request import Request
 from uptrain.errors import UsageError
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES, MLATargetClass, latent_config
-
-ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
 
 FAST = 512 + 64
 """Cached values a token that the fast MLA kernels of today's engines are written for."""
@@ -52,109 +49,103 @@ class LatentPlan:
         return replace(self, target=target, config=config, own_slots=False)
 
 
-def plan_latent(
-    checkpoint: Checkpoint,
-    request: Request,
-    architecture: Architecture,
-    before: tuple[AttentionSpec, ...],
-    base: str,
-    name: str,
-) -> LatentPlan:
-    """Plan the latent that `request` asks of a checkpoint; `base` is the first layer's attention.
+def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
+    """Plan the latent that `request` asks of a checkpoint.
 
     Raises:
         UsageError: no class holds it, or its sizes don't go together.
     """
-    config, spec = checkpoint.config, before[0]
-    modules = {tensor.removeprefix(base) for tensor in checkpoint.tensors if tensor.startswith(base)}
-    output = architecture.projections.o
+    config, spec, base = source.config, source.attention[0], source.attention_name(0)
+    modules = {tensor.removeprefix(base) for tensor in source.tensors if tensor.startswith(base)}
+    output = source.family.projections.o
     biased = any(module.endswith(".bias") and module != f"{output}.bias" for module in modules)
     output_bias = f"{output}.bias" in modules
-    rope = _rope(request, architecture, name)
-    entry = _target_class(architecture, request, config, rope, biased or output_bias, name)
-    if any(layer.sliding_window for layer in before):
+    rope = _rope(request, source)
+    entry = _target_class(source, request, rope, biased or output_bias)
+    if any(layer.sliding_window for layer in source.attention):
         raise UsageError(
-            f"{name} has sliding windows, which no MLA target class holds yet.", "Use --to gqa or --to mqa."
+            f"{source.name} has sliding windows, which no MLA target class holds yet.", "Use --to gqa or --to mqa."
         )
-    parameters, frequencies = _source_rotation(architecture, config, spec, rope, name)
-    hidden = config_value(architecture, config, architecture.keys.hidden_size, name)
-    rank, rotary = _sizes(request, spec, hidden, rope, name)
+    parameters, frequencies = _source_rotation(source, rope)
+    rank, rotary = _sizes(request, source, rope)
     target = _target(request, spec, rope, rank, rotary, frequencies)
-    dtype = _dtype(checkpoint, base, request)
+    dtype = _dtype(source, request)
     if dtype not in entry.dtypes:
         raise UsageError(
             f"{entry.target.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
             "Add --dtype bfloat16 or float32.",
         )
     alpha, scales = _rescale(entry, config)
-    q_lora_rank = _q_lora_rank(request, entry, hidden, name)
-    layout = replace(entry.layout, per_query=rope != "re-rotate")
+    q_lora_rank = _q_lora_rank(request, entry, source)
+    layout = replace(entry.layout, per_query=not rope.rotates_expanded)
     heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
-    after = tuple(layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in before)
-    written, biases = latent_config(entry, config, architecture), (biased, output_bias)
-    written.update(_attention_config(entry, architecture, spec, target, heads, biases, q_lora_rank, config))
+    after = tuple(
+        layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in source.attention
+    )
+    written, biases = latent_config(entry, source), (biased, output_bias)
+    written.update(_attention_config(entry, source, target, heads, biases, q_lora_rank))
     _set_rotation(target, written, parameters, spec.head_dim)
-    _check_grid(entry, target, written, name)
+    _check_truncated(target, ModelDescription(family=entry.architecture, config=written, name=source.name))
     return LatentPlan(
         entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
-        alpha, scales, rope == "longrope" and not target.slots,
+        alpha, scales, rope.chooses_pairs and not target.slots,
     )  # fmt: skip
 
 
-def _rope(request: Request, architecture: Architecture, name: str) -> Rope:
-    if not architecture.position.rotates:
+def _rope(request: Request, source: CheckpointDescription) -> MLARope:
+    if not source.family.position.rotates:
         if request.rope or request.qk_rope_head_dim:
             option = "--rope" if request.rope else "--qk-rope-head-dim"
-            raise UsageError(f"{option} is for rotary keys; {name}'s keys see no rotation.", f"Leave {option} out.")
-        return "free"
-    rope = ROPES[request.rope or "grid"]
-    if rope == "re-rotate" and request.qk_rope_head_dim:
-        raise UsageError("--rope re-rotate has no shared rotary key.", "Leave --qk-rope-head-dim out.")
+            raise UsageError(
+                f"{option} is for rotary keys; {source.name}'s keys see no rotation.", f"Leave {option} out."
+            )
+        return MLARope.NONE
+    rope = MLARope.named(request.rope) or MLARope.DECOUPLED
+    if not rope.shares_key and request.qk_rope_head_dim:
+        raise UsageError(f"--rope {rope.value} has no shared rotary key.", "Leave --qk-rope-head-dim out.")
     return rope
 
 
-def _source_rotation(
-    architecture: Architecture, config: Mapping[str, Any], spec: AttentionSpec, rope: str, name: str
-) -> tuple[dict[str, Any], Frequencies]:
+def _source_rotation(source: CheckpointDescription, rope: MLARope) -> tuple[dict[str, Any], Frequencies]:
     """Return the source's rotary parameters and, where the latent's class gets a table of them, the frequencies."""
-    if rope == "free":
+    if not rope.rotates:
         return {}, Frequencies(())
-    parameters = rotary_parameters(architecture, config, name)[EVERY]
+    parameters, spec = dict(source.rope[EVERY]), source.attention[0]
     if spec.rotary_ndims is not None:
         raise UsageError(
-            f"{name} rotates only {spec.rotary_ndims} of each key's {spec.head_dim} dims, which fits no latent yet."
+            f"{source.name} rotates only {spec.rotary_ndims} of each key's {spec.head_dim} dims, which fits no latent "
+            "yet."
         )
     parameters.pop("partial_rotary_factor", None)
-    if rope == "re-rotate":
+    if not rope.shares_key:
         return parameters, Frequencies(())
-    return parameters, source_frequencies(parameters, config, spec.head_dim, name)
+    return parameters, source_frequencies(parameters, source.config, spec.head_dim, source.name)
 
 
-def _target_class(
-    architecture: Architecture, request: Request, config: Mapping[str, Any], rope: str, biased: bool, name: str
-) -> MLATargetClass:
-    why = f"uptrain has no class that holds a latent of {architecture.model_type} yet"
-    for key in architecture.targets.get("mla", ()):
+def _target_class(source: CheckpointDescription, request: Request, rope: MLARope, biased: bool) -> MLATargetClass:
+    why = f"uptrain has no class that holds a latent of {source.family.model_type} yet"
+    for key in source.family.targets.get("mla", ()):
         entry = MLA_TARGET_CLASSES[key]
-        refused = [word for word, values in entry.refuses.items() if config.get(word) in values]
+        refused = [word for word, values in entry.refuses.items() if source.config.get(word) in values]
         if rope not in entry.ropes:
-            why = f"{key} can't hold --rope {rope}"
+            why = f"{key} can't hold --rope {rope.value}"
         elif (biased and not entry.biased) or refused:
             why = f"{key} has no biases there"
         elif rope not in entry.engines.get(request.engine, ()):
-            why = f"{request.engine} can't load {key}" + (f" with --rope {rope}" if request.rope else "")
+            why = f"{request.engine} can't load {key}" + (f" with --rope {rope.value}" if request.rope else "")
         else:
             return entry
-    raise UsageError(f"{name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
+    raise UsageError(f"{source.name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
 
 
-def _sizes(request: Request, spec: AttentionSpec, hidden: int, rope: str, name: str) -> tuple[int, int]:
+def _sizes(request: Request, source: CheckpointDescription, rope: MLARope) -> tuple[int, int]:
     """Return kv_lora_rank and qk_rope_head_dim."""
+    spec, hidden, name = source.attention[0], source.hidden_size, source.name
     cached = spec.cache_values_per_token
     if request.cache is not None:
         budget = max(1, int(request.cache * cached))
-    elif rope in ("free", "re-rotate"):
-        budget = cached // (4 if rope == "free" else 2)
+    elif not rope.shares_key:
+        budget = cached // (2 if rope.rotates else 4)
     else:
         budget = FAST if cached >= 2 * FAST else cached // 2
     rotary = _rotary_dims(request, spec, budget, rope, name)
@@ -164,7 +155,7 @@ def _sizes(request: Request, spec: AttentionSpec, hidden: int, rope: str, name: 
             f"{budget} values a token leave no latent beside {rotary} rotary ones.",
             "Raise --cache, or lower --qk-rope-head-dim.",
         )
-    widest = cached if rope in ("free", "re-rotate") else cached + spec.num_key_value_heads * spec.head_dim
+    widest = cached + (spec.num_key_value_heads * spec.head_dim if rope.shares_key else 0)
     if rank > widest:
         raise UsageError(
             f"--kv-lora-rank {rank} is more than the {widest} values that {name}'s keys and values have.",
@@ -173,25 +164,25 @@ def _sizes(request: Request, spec: AttentionSpec, hidden: int, rope: str, name: 
     return rank, rotary
 
 
-def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: str, name: str) -> int:
-    if rope in ("free", "re-rotate"):
+def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: MLARope, name: str) -> int:
+    if not rope.shares_key:
         return 0
     dims = request.qk_rope_head_dim
     if dims is None:
         return 64 if budget >= FAST and spec.head_dim >= 64 else max(2, min(64, spec.head_dim // 4 * 2))
-    most = spec.head_dim if rope == "grid" else spec.head_dim * spec.num_key_value_heads
+    most = spec.head_dim * (spec.num_key_value_heads if rope.chooses_pairs else 1)
     if dims < 2 or dims % 2 or dims > most:
-        hint = " --rope longrope takes more." if rope == "grid" and dims > most else ""
+        hint = " --rope longrope takes more." if not rope.chooses_pairs and dims > most else ""
         raise UsageError(f"--qk-rope-head-dim {dims} is no even number from 2 to {name}'s {most}.{hint}")
     return dims
 
 
 def _target(
-    request: Request, spec: AttentionSpec, rope: Rope, rank: int, rotary: int, frequencies: Frequencies
+    request: Request, spec: AttentionSpec, rope: MLARope, rank: int, rotary: int, frequencies: Frequencies
 ) -> LatentTarget:
     pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
-    every = rope == "longrope" and rotary == spec.head_dim * heads
-    slots: tuple[int, ...] = tuple(range(rotary // 2)) if rope == "grid" else ()
+    every = rope.chooses_pairs and rotary == spec.head_dim * heads
+    slots: tuple[int, ...] = () if rope.chooses_pairs else tuple(range(rotary // 2))
     if every:
         slots = tuple(pair for pair in range(pairs) for _ in range(heads))
     return LatentTarget(
@@ -200,10 +191,11 @@ def _target(
     )  # fmt: skip
 
 
-def _dtype(checkpoint: Checkpoint, base: str, request: Request) -> str:
+def _dtype(source: CheckpointDescription, request: Request) -> str:
     if request.dtype:
         return FLOAT_DTYPES[request.dtype]
-    return next(info.dtype for name, info in checkpoint.tensors.items() if name.startswith(base))
+    base = source.attention_name(0)
+    return next(info.dtype for name, info in source.tensors.items() if name.startswith(base))
 
 
 def _rescale(entry: MLATargetClass, config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
@@ -222,14 +214,15 @@ def _rescale(entry: MLATargetClass, config: Mapping[str, Any]) -> tuple[float, d
     return alpha, scales
 
 
-def _q_lora_rank(request: Request, entry: MLATargetClass, hidden: int, name: str) -> int | None:
+def _q_lora_rank(request: Request, entry: MLATargetClass, source: CheckpointDescription) -> int | None:
+    hidden = source.hidden_size
     rank = hidden if request.engine == "llama.cpp" and request.q_lora_rank is None else request.q_lora_rank
     if rank is None:
         return None
     if not entry.layout.neutral:
         raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.target.name} has whole queries.")
     if rank > hidden:
-        raise UsageError(f"--q-lora-rank {rank} is more than {name}'s hidden_size {hidden}.")
+        raise UsageError(f"--q-lora-rank {rank} is more than {source.name}'s hidden_size {hidden}.")
     return rank
 
 
@@ -238,10 +231,10 @@ def _neutral() -> list[str]:
 
 
 def _attention_config(
-    entry: MLATargetClass, architecture: Architecture, spec: AttentionSpec, target: LatentTarget, heads: int,
-    biases: tuple[bool, bool], q_lora_rank: int | None, source: Mapping[str, Any],
+    entry: MLATargetClass, source: CheckpointDescription, target: LatentTarget, heads: int, biases: tuple[bool, bool],
+    q_lora_rank: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    keys, count = entry.architecture.keys, architecture.keys.num_hidden_layers
+    keys, spec = entry.architecture.keys, source.attention[0]
     found: dict[str, Any] = {
         "kv_lora_rank": target.kv_lora_rank,
         "qk_rope_head_dim": target.qk_rope_head_dim,
@@ -251,11 +244,11 @@ def _attention_config(
     if keys.num_key_value_heads:
         found[keys.num_key_value_heads] = heads
     if entry.layout.neutral:
-        layers = source.get(count, architecture.defaults.get(count))
+        layers = source.value(source.family.keys.num_hidden_layers)
         found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": layers}
-    elif target.form != "free":
+    elif target.rope.rotates:
         found |= {
-            "rope_mode": "re-rotate" if target.form == "re-rotate" else "decoupled",
+            "rope_mode": "re-rotate" if target.rope.rotates_expanded else "decoupled",
             "qkv_bias": biases[0],
             "attention_bias": biases[1],
             "attention_scale": spec.head_dim**-0.5,
@@ -263,16 +256,16 @@ def _attention_config(
     return found
 
 
-def _check_grid(entry: MLATargetClass, target: LatentTarget, written: Mapping[str, Any], name: str) -> None:
-    """Refuse a shared rotary key whose table the target class would make another of; yarn's ramp ends with the dims."""
-    if target.form != "grid":
+def _check_truncated(target: LatentTarget, written: ModelDescription) -> None:
+    """Refuse a shared rotary key whose table the target would make another of; yarn's ramp ends with the dims."""
+    if not target.rope.shares_key or target.rope.chooses_pairs:
         return
-    parameters = rotary_parameters(entry.architecture, written, name)[EVERY]
-    found = source_frequencies(parameters, written, target.qk_rope_head_dim, name).speeds
+    parameters = written.rope[EVERY]
+    found = source_frequencies(parameters, written.config, target.qk_rope_head_dim, written.name).speeds
     if any(abs(one - other) > 1e-6 * other for one, other in zip(found, target.frequencies, strict=False)):
         raise UsageError(
-            f"{name}'s {written['rope_parameters']['rope_type']} scaling of its highest frequencies can't be written "
-            f"for {target.qk_rope_head_dim} rotary dims alone.",
+            f"{written.name}'s {written.config['rope_parameters']['rope_type']} scaling of its highest frequencies "
+            f"can't be written for {target.qk_rope_head_dim} rotary dims alone.",
             "Raise --qk-rope-head-dim, or use --rope longrope.",
         )
 
@@ -281,11 +274,11 @@ def _set_rotation(
     target: LatentTarget, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
 ) -> None:
     """Write the rotation into a latent's config; for slots that are still to be chosen, the source's for now."""
-    if target.form == "grid":
+    if target.rope.shares_key and not target.rope.chooses_pairs:
         parameters = highest(parameters, target.qk_rope_head_dim, head_dim, target.rotary_factor)
-    elif target.form == "longrope" and target.slots:
+    elif target.rope.chooses_pairs and target.slots:
         speeds = tuple(target.frequencies[slot] for slot in target.slots)
         longest = int(config.get("max_position_embeddings") or 2048)
         parameters = own_table(parameters, speeds, target.rotary_factor, longest)
-    if target.form != "free":
+    if target.rope.rotates:
         write_rotation(config, parameters)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from uptrain.architectures.attention import AttentionSpec
-from uptrain.architectures.description import key_norm_of
-from uptrain.architectures.schema import Architecture, KeyNorm
+from uptrain.architectures.description import CheckpointDescription
+from uptrain.architectures.schema import KeyNorm
 from uptrain.checkpoint.header import TensorInfo
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
 
 
@@ -23,25 +22,19 @@ class PooledNorm:
     groups: int
 
 
-def pooled_norms(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    prefix: str,
-    before: tuple[AttentionSpec, ...],
-    after: tuple[AttentionSpec, ...],
-) -> list[PooledNorm]:
+def pooled_norms(source: CheckpointDescription, after: tuple[AttentionSpec, ...]) -> list[PooledNorm]:
     """Return what becomes of every norm weight that is pooled with the key heads.
 
     Raises:
         CheckpointError: a weight is missing, or not of the heads that the config promises.
     """
-    norm = key_norm_of(architecture, checkpoint.config)
+    norm = source.key_norm
     if norm is None or not norm.by_head:
         return []
     out = []
-    for layer, (spec, pooled) in enumerate(zip(before, after, strict=True)):
-        base, groups = architecture.attention(prefix, layer), pooled.num_key_value_heads
-        infos = [_weight(checkpoint, name, spec, norm) for name in _names(norm, base, spec.num_key_value_heads)]
+    for layer, (spec, pooled) in enumerate(zip(source.attention, after, strict=True)):
+        base, groups = source.attention_name(layer), pooled.num_key_value_heads
+        infos = [_weight(source, name, spec, norm) for name in _names(norm, base, spec.num_key_value_heads)]
         per_group, shape = spec.num_key_value_heads // groups, infos[0].shape
         if len(infos) == 1:
             rows = shape[0] // per_group
@@ -60,8 +53,8 @@ def _names(norm: KeyNorm, base: str, heads: int) -> list[str]:
     return [f"{base}{module}.weight" for module in modules]
 
 
-def _weight(checkpoint: Checkpoint, name: str, spec: AttentionSpec, norm: KeyNorm) -> TensorInfo:
-    info = checkpoint.tensors.get(name)
+def _weight(source: CheckpointDescription, name: str, spec: AttentionSpec, norm: KeyNorm) -> TensorInfo:
+    info = source.tensors.get(name)
     if info is None:
         raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
     heads, head_dim = spec.num_key_value_heads, spec.head_dim

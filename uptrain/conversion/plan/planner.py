@@ -9,16 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec, cache_bytes_per_token
-from uptrain.architectures.description import DTYPE_KEYS, attention_layers, config_value, family_of, set_attention
-from uptrain.architectures.embeddings import Embeddings, declare, embeddings_of
+from uptrain.architectures.description import CheckpointDescription, ModelDescription, describe_checkpoint, write_groups
+from uptrain.architectures.embeddings import declare
 from uptrain.architectures.head_order import check_order
 from uptrain.architectures.mla_projections import latent_shapes
 from uptrain.architectures.model_class import is_language_model
-from uptrain.architectures.prefixes import find_prefix
 from uptrain.architectures.projections import module_of, module_shape, modules_of
 from uptrain.architectures.running_dtype import cached_itemsize
-from uptrain.architectures.schema import Architecture
-from uptrain.architectures.wrappers import Tower
+from uptrain.architectures.validation import DTYPE_KEYS
 from uptrain.checkpoint.dtypes import is_float
 from uptrain.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
@@ -44,12 +42,11 @@ class Plan:
     """A conversion, complete but for the bytes."""
 
     request: Request
-    architecture: Architecture
+    source: CheckpointDescription
     target: TargetClass
-    prefix: str
-    before: tuple[AttentionSpec, ...]
     after: tuple[AttentionSpec, ...]
     config: dict[str, Any]
+    """The config of the language model in the result."""
     shards: dict[str, list[OutputTensor]]
     digest: str
     latent: LatentPlan | None = None
@@ -57,20 +54,36 @@ class Plan:
     """Whether the result's head is a copy of the embedding that the source ties it to."""
     notes: tuple[str, ...] = ()
     """What the user is to know before it runs."""
-    tower: Tower | None = None
-    """Where the language model stands, if a wrapper holds it; `config` is its own."""
+
+    @property
+    def before(self) -> tuple[AttentionSpec, ...]:
+        """Return the source's attention, layer by layer."""
+        return self.source.attention
+
+    @property
+    def result(self) -> ModelDescription:
+        """Return what the config of the language model in the result says."""
+        return ModelDescription(
+            family=self.target.architecture, config=self.config, name=f"the result of {self.source.name}"
+        )
 
     @property
     def whole_config(self) -> dict[str, Any]:
         """Return the result's config.json."""
-        if self.tower is None:
+        if self.source.tower is None:
             return self.config
-        return {key: value for key, value in self.tower.around(self.config).items() if key not in OF_THE_FOLDER}
+        whole = self.source.tower.around(self.config)
+        return {key: value for key, value in whole.items() if key not in OF_THE_FOLDER}
 
     @property
     def holder(self) -> str:
         """Return the model type that the result's config.json names."""
-        return self.target.name if self.tower is None else self.tower.wrapper.model_type
+        return self.source.wrapped_in or self.target.name
+
+    @property
+    def chooses_rope_pairs(self) -> bool:
+        """Whether the rotary pairs of a latent are still to be chosen, by what unrotated pairs would cost."""
+        return self.latent is not None and self.latent.own_slots
 
     @property
     def total_bytes(self) -> int:
@@ -122,41 +135,39 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
         UsageError: the family, groups or dtype make it impossible.
         CheckpointError: the config and the tensors don't fit each other.
     """
-    architecture = family_of(checkpoint, name)
-    check_inside(checkpoint, request, name)
-    check_method(architecture, checkpoint.config, request, name)
-    check_listed(architecture, checkpoint)
-    before = attention_layers(architecture, checkpoint.config, name)
+    source = describe_checkpoint(checkpoint, name)
+    check_inside(source, request)
+    check_method(source, request)
+    check_listed(source)
+    before = source.attention
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
-    prefix = find_prefix(architecture, checkpoint, name)
-    check_quantised(checkpoint, request, architecture, prefix, before, name)
-    if request.target == "mla":
-        return _latent_plan(checkpoint, request, architecture, prefix, before, name)
+    check_quantised(source, request)
+    if request.kind.latent:
+        return _latent_plan(source, request)
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
     check_effects(request, groups, before[0].num_key_value_heads, name)
-    target = choose_target(architecture, "mqa" if groups == 1 else "gqa", checkpoint.config, same)
+    target = choose_target(source, "mqa" if groups == 1 else "gqa", same)
     if not same:
-        check_groups(architecture, target.architecture, checkpoint.config, groups, name)
-    check_target(checkpoint, architecture, target, False, name)
+        check_groups(source, target.architecture, groups)
+    check_target(source, target, False)
     after = tuple(spec.grouped(groups) for spec in before)
-    if request.grouping != "contiguous" and not same:
-        check_order(checkpoint, architecture, prefix, before, name)
-    config = target_config(target, checkpoint.config) if target.architecture is not architecture or not same else None
-    config = _as_it_is(target, checkpoint.config) if config is None else config
-    if not same or target.architecture is not architecture:
-        set_attention(target.architecture, config, groups)
-        config["architectures"] = [result_class(target, architecture, checkpoint.config, name)]
+    if request.chosen_grouping.moves and not same:
+        check_order(source)
+    config = target_config(target, source.config) if target.architecture is not source.family or not same else None
+    config = _as_it_is(target, source.config) if config is None else config
+    if not same or target.architecture is not source.family:
+        write_groups(target.architecture, config, groups)
+        config["architectures"] = [result_class(target, source)]
     if target.rotary:
-        rotate_as_before(config, target, architecture, checkpoint.config, before[0], name)
+        rotate_as_before(config, target, source)
     if request.dtype:
         _set_dtype(config, request.dtype)
-    embeddings = embeddings_of(architecture, checkpoint, prefix)
-    declare(config, embeddings, architecture, target.architecture)
-    planner = _Planner(checkpoint, request, architecture, target, prefix, before, after, same, embeddings)
+    declare(config, source.embeddings, source.family, target.architecture)
+    planner = _Planner(source, request, target, after, same)
     shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
-    plan = Plan(request, architecture, target, prefix, before, after, config, shards, "", tower=checkpoint.tower)
+    plan = Plan(request, source, target, after, config, shards, "")
     return replace(plan, digest=plan_digest(plan, checkpoint))
 
 
@@ -167,44 +178,30 @@ def _as_it_is(target: TargetClass, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "auto_map": own["auto_map"]} if "auto_map" in own else kept
 
 
-def _latent_plan(
-    checkpoint: Checkpoint,
-    request: Request,
-    architecture: Architecture,
-    prefix: str,
-    before: tuple[AttentionSpec, ...],
-    name: str,
-) -> Plan:
-    base = architecture.attention(prefix, 0)
-    latent = plan_latent(checkpoint, request, architecture, before, base, name)
+def _latent_plan(source: CheckpointDescription, request: Request) -> Plan:
+    latent = plan_latent(source, request)
     config, target = dict(latent.config), latent.entry.target
-    check_target(checkpoint, architecture, target, True, name)
-    config["architectures"] = [result_class(target, architecture, checkpoint.config, name)]
+    check_target(source, target, True)
+    config["architectures"] = [result_class(target, source)]
     if request.dtype:
         _set_dtype(config, request.dtype)
-    embeddings, headed = embeddings_of(architecture, checkpoint, prefix), is_language_model(checkpoint.config)
-    declare(config, embeddings, architecture, target.architecture, latent.entry.untied)
-    untied = latent.entry.untied and headed  # classes for other purposes have no head to make of the embedding
-    planner = _Planner(
-        checkpoint, request, architecture, target, prefix, before, latent.after, False, embeddings, latent, untied
-    )
-    shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
-    copied = untied and embeddings.tied
-    plan = Plan(request, architecture, target, prefix, before, latent.after, config, shards, "", latent, copied)
-    return replace(plan, digest=plan_digest(plan, checkpoint))
+    declare(config, source.embeddings, source.family, target.architecture, latent.entry.untied)
+    # Classes for other purposes have no head to make of the embedding.
+    untied = latent.entry.untied and is_language_model(source.config)
+    planner = _Planner(source, request, target, latent.after, False, latent, untied)
+    shards = into_shards(list(planner.outputs()), source.checkpoint, request.max_shard_size)
+    copied = untied and source.embeddings.tied
+    plan = Plan(request, source, target, latent.after, config, shards, "", latent, copied)
+    return replace(plan, digest=plan_digest(plan, source.checkpoint))
 
 
 @dataclass(frozen=True)
 class _Planner:
-    checkpoint: Checkpoint
+    source: CheckpointDescription
     request: Request
-    architecture: Architecture
     target: TargetClass
-    prefix: str
-    before: tuple[AttentionSpec, ...]
     after: tuple[AttentionSpec, ...]
     same: bool
-    embeddings: Embeddings
     latent: LatentPlan | None = None
     untied: bool = False
 
@@ -212,10 +209,10 @@ class _Planner:
         """Yield the result's tensors in the order of the source's bytes."""
         attention, norms, moved = self._attention(), self._norms(), self._target_tensors().outputs(self._dtype)
         zeros = self._target_tensors().zeros(self._dtype)
-        shared = shared_outputs(self.checkpoint, self.embeddings, self.target, self.untied, self._passed)
+        shared = shared_outputs(self.source, self.target, self.untied, self._passed)
         placed: set[int] = set()
-        for name, info in self.checkpoint.tensors.items():
-            if any(name.endswith(f".{buffer}") for buffer in self.architecture.buffers):
+        for name, info in self.source.tensors.items():
+            if any(name.endswith(f".{buffer}") for buffer in self.source.family.buffers):
                 continue
             if name in norms:
                 norm = norms[name]
@@ -236,12 +233,12 @@ class _Planner:
 
     def _attention(self) -> dict[str, tuple[int, list[OutputTensor]]]:
         """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
-        source, target = self.architecture, self.target.architecture
+        source, target = self.source.family, self.target.architecture
         moved = source.projections != target.projections or self.latent is not None
         parts = frozenset("qkvo") if moved else self.request.changed_parts
         out: dict[str, tuple[int, list[OutputTensor]]] = {}
-        for layer, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
-            base = source.attention(self.prefix, layer)
+        for layer, (before, after) in enumerate(zip(self.source.attention, self.after, strict=True)):
+            base = self.source.attention_name(layer)
             modules = modules_of(source.projections, frozenset("qkvo"))
             present = {module: self._check(base, module, before) for module in modules}
             if self.same and not moved:
@@ -256,68 +253,62 @@ class _Planner:
         return out
 
     def _target_tensors(self) -> TargetTensors:
-        table = self.embeddings.table or self.embeddings.own_table
-        return TargetTensors(self.checkpoint, self.architecture, self.target, self.prefix, len(self.before), table)
+        return TargetTensors(self.source, self.target)
 
     def _norms(self) -> dict[str, OutputTensor | None]:
         """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
         if self.same or self.latent is not None:
             return {}
         out: dict[str, OutputTensor | None] = {}
-        for norm in pooled_norms(self.checkpoint, self.architecture, self.prefix, self.before, self.after):
+        for norm in pooled_norms(self.source, self.after):
             first = norm.sources[0]
-            info = TensorInfo(norm.name, self._dtype(self.checkpoint.tensors[first].dtype), norm.shape, "", -1, -1)
+            info = TensorInfo(norm.name, self._dtype(self.source.tensors[first].dtype), norm.shape, "", -1, -1)
             out |= {**dict.fromkeys(norm.sources), first: OutputTensor(info, "pool", first, norm=norm)}
         return out
 
     def _layer_outputs(
         self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
     ) -> Iterator[OutputTensor]:
-        source, target = self.architecture, self.target.architecture
+        source, target = self.source.family, self.target.architecture
         base = target.attention(self._target_tensors().prefix, layer)
         for module in modules_of(target.projections, parts):
             part = next(part for part in "qkvo" if module_of(target.projections, part) == module)
             origin = module_of(source.projections, part)
-            hidden = self._hidden_size()
-            rows, columns = module_shape(target.projections, spec, module, hidden)
+            rows, columns = module_shape(target.projections, spec, module, self.source.hidden_size)
             out_features = columns if target.projections.transposed else rows
-            first = source.attention(self.prefix, layer) + origin + ".weight"
-            dtype = self._dtype(self.checkpoint.tensors[first].dtype)
+            first = self.source.attention_name(layer) + origin + ".weight"
+            dtype = self._dtype(self.source.tensors[first].dtype)
             for kind in ("weight", "bias") if self.target.biased else present[origin]:
                 shape = (rows, columns) if kind == "weight" else (out_features,)
                 info = TensorInfo(f"{base}{module}.{kind}", dtype, shape, "", -1, -1)
                 yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
 
     def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[OutputTensor]:
-        base = self.target.architecture.attention(self.prefix, layer)
-        origin = module_of(self.architecture.projections, "k")
-        first = self.architecture.attention(self.prefix, layer) + origin + ".weight"
-        dtype = self._dtype(self.checkpoint.tensors[first].dtype)
-        shapes = latent_shapes(latent.stored, spec, self._hidden_size(), latent.biased, latent.output_bias)
+        base = self.target.architecture.attention(self.source.prefix, layer)
+        origin = module_of(self.source.family.projections, "k")
+        first = self.source.attention_name(layer) + origin + ".weight"
+        dtype = self._dtype(self.source.tensors[first].dtype)
+        shapes = latent_shapes(latent.stored, spec, self.source.hidden_size, latent.biased, latent.output_bias)
         for name, shape in shapes.items():
             yield OutputTensor(TensorInfo(base + name, dtype, shape, "", -1, -1), "attention", first, layer, name)
 
     def _check(self, base: str, module: str, spec: AttentionSpec) -> list[str]:
         """Return which of weight and bias the source's module has, after checking their shapes."""
-        expected = module_shape(self.architecture.projections, spec, module, self._hidden_size())
-        info = self.checkpoint.tensors.get(f"{base}{module}.weight")
+        expected = module_shape(self.source.family.projections, spec, module, self.source.hidden_size)
+        info = self.source.tensors.get(f"{base}{module}.weight")
         if info is None:
             raise CheckpointError(f"Tensor {base}{module}.weight is missing.", "Download the checkpoint again.")
         if info.shape != expected:
             raise CheckpointError(
                 f"Tensor {info.name} is {list(info.shape)} where config.json promises {list(expected)}."
             )
-        bias = self.checkpoint.tensors.get(f"{base}{module}.bias")
-        rows = expected[1] if self.architecture.projections.transposed else expected[0]
+        bias = self.source.tensors.get(f"{base}{module}.bias")
+        rows = expected[1] if self.source.family.projections.transposed else expected[0]
         if bias is not None and (bias.shape != (rows,) or not is_float(bias.dtype)):
             raise CheckpointError(f"Tensor {bias.name} is {bias.dtype} {list(bias.shape)}, not {rows} floating values.")
         if info.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantised?")
         return ["weight"] if bias is None else ["weight", "bias"]
-
-    def _hidden_size(self) -> int:
-        key = self.architecture.keys.hidden_size
-        return config_value(self.architecture, self.checkpoint.config, key, "config.json")
 
     def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
         turned = any(name.endswith(f"{module}.weight") for module in self.target.transposes)
@@ -365,5 +356,5 @@ def _row(tensor: OutputTensor) -> Iterable[Any]:
 
 def result_attention(checkpoint: Checkpoint, name: str) -> tuple[TargetClass, tuple[AttentionSpec, ...]]:
     """Return the target class and attention of a checkpoint as it stands."""
-    architecture = family_of(checkpoint, name)
-    return own_target(architecture), attention_layers(architecture, checkpoint.config, name)
+    source = describe_checkpoint(checkpoint, name)
+    return own_target(source.family), source.attention

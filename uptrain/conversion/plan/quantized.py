@@ -2,62 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.projections import PARTS, modules_of
-from uptrain.architectures.quantization import ORIGINAL, Quantisation, check_declared, quantisation_of
-from uptrain.architectures.schema import Architecture
-from uptrain.checkpoint.reader import Checkpoint
+from uptrain.architectures.quantization import ORIGINAL, Quantisation, check_declared
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.models.target import TargetClass
 
 
-def check_attention(
-    checkpoint: Checkpoint, architecture: Architecture, prefix: str, before: Sequence[AttentionSpec], name: str
-) -> Quantisation | None:
+def check_attention(source: CheckpointDescription) -> Quantisation | None:
     """Return how a checkpoint is quantised, None where it isn't; its attention must be floating numbers.
 
     Raises:
         CheckpointError: the attention's weights are codes, or what stands for a projection's weight is something else.
     """
-    found = quantisation_of(checkpoint)
+    modules = modules_of(source.family.projections, frozenset(PARTS))
+    linears = [
+        f"{source.attention_name(layer)}{module}" for layer in range(len(source.attention)) for module in modules
+    ]
+    found, name = source.quantization, source.name
     if found is None:
         return None
-    modules = modules_of(architecture.projections, frozenset(PARTS))
-    linears = [f"{architecture.attention(prefix, layer)}{module}" for layer in range(len(before)) for module in modules]
     starts = tuple(f"{linear}." for linear in linears)
     inside = sorted(tensor for tensor in found.tensors if tensor.startswith(starts))
     if inside:
         raise CheckpointError(
             f"{name} is quantised with {found.describe()}, its attention too: tensor {inside[0]} is "
-            f"{checkpoint.tensors[inside[0]].dtype}, and codes can't be pooled or factored.",
+            f"{source.tensors[inside[0]].dtype}, and codes can't be pooled or factored.",
             ORIGINAL,
         )
     for linear in linears:
-        if f"{linear}.weight" not in checkpoint.tensors:
+        if f"{linear}.weight" not in source.tensors:
             raise CheckpointError(
                 f"{name} is quantised with {found.describe()} and has no tensor {linear}.weight.", ORIGINAL
             )
     return found
 
 
-def check_quantised(
-    checkpoint: Checkpoint,
-    request: Request,
-    architecture: Architecture,
-    prefix: str,
-    before: Sequence[AttentionSpec],
-    name: str,
-) -> None:
+def check_quantised(source: CheckpointDescription, request: Request) -> None:
     """Refuse what a request would do to codes, or to scales that were measured with the heads as they are.
 
     Raises:
         CheckpointError: the attention is quantised, or other parts are and config.json doesn't say so.
         UsageError: `--dtype` or calibration, which would take codes for numbers, or a quantised key/value cache.
     """
-    found = check_attention(checkpoint, architecture, prefix, before, name)
+    found, name = check_attention(source), source.name
     check_declared(found, name)
     if found is None:
         return
@@ -67,9 +56,9 @@ def check_quantised(
             "their values mean nothing without their scales.",
             "Leave --dtype out.",
         )
-    if request.method == "calibrated":
+    if request.chosen_method.needs_text:
         raise UsageError(
-            f"--method calibrated can't be used on {name}, parts of which are quantised with {found.describe()}: "
+            f"--method {request.method} can't be used on {name}, parts of which are quantised with {found.describe()}: "
             "its layers can't be run from codes.",
             "Use --method svd.",
         )
@@ -79,29 +68,27 @@ def check_quantised(
         )
 
 
-def check_target(
-    checkpoint: Checkpoint, architecture: Architecture, target: TargetClass, latent: bool, name: str
-) -> None:
+def check_target(source: CheckpointDescription, target: TargetClass, latent: bool) -> None:
     """Refuse a class whose modules have other names, or other weights, than quantization_config speaks of.
 
     Raises:
         UsageError: codes would have to be folded, turned or scaled, or lists of modules wouldn't fit any more.
     """
-    own, other = architecture, target.architecture
+    own, other = source.family, target.architecture
     renamed = latent or (own.projections, own.layer, own.prefixes) != (other.projections, other.layer, other.prefixes)
     changed = (
         target.renames or target.folds or target.transposes or target.shifts or target.zeros or target.attention_norm
     )
     if not renamed and not changed:
         return
-    found = quantisation_of(checkpoint)
+    found = source.quantization
     if found is None:
         return
     hint = "Use --to gqa or --to mqa, or convert the full-precision original." if latent else ORIGINAL
     if not found.tensors:
         hint += " If these weights aren't quantised, remove quantization_config from config.json."
     raise UsageError(
-        f"{name} has parts that are quantised with {found.describe()}, and as a {target.name} its modules have other "
-        "names or weights than its quantization_config speaks of.",
+        f"{source.name} has parts that are quantised with {found.describe()}, and as a {target.name} its modules have "
+        "other names or weights than its quantization_config speaks of.",
         hint,
     )

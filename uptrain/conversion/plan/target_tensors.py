@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.model_class import is_language_model
 from uptrain.architectures.rope import partly_rotated
-from uptrain.architectures.rope_parameters import EVERY, TYPES, rotary_parameters, rotated_dims, write_rotation
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.rope_parameters import EVERY, TYPES, rotated_dims, write_rotation
 from uptrain.checkpoint.header import TensorInfo
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan.operations import OutputTensor
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.models.target import TargetClass
@@ -20,29 +18,23 @@ from uptrain.models.target import TargetClass
 
 @dataclass(frozen=True)
 class TargetTensors:
-    """Says what the source's tensors outside attention become in `target`; `source_prefix` starts the body's names.
+    """Says what the source's tensors outside attention become in `target`."""
 
-    `table` is the stored tensor that the token embedding takes its values from.
-    """
-
-    checkpoint: Checkpoint
-    architecture: Architecture
+    source: CheckpointDescription
     target: TargetClass
-    source_prefix: str
-    layers: int
-    table: str
 
     @property
     def prefix(self) -> str:
         """Return the prefix of the body's names in the target class."""
-        if self.target.architecture is self.architecture:
-            return self.source_prefix
-        return self.target.architecture.prefixes[self.architecture.prefixes.index(self.source_prefix)]
+        family, prefix = self.source.family, self.source.prefix
+        if self.target.architecture is family:
+            return prefix
+        return self.target.architecture.prefixes[family.prefixes.index(prefix)]
 
     def named(self, name: str) -> str:
         """Return the target class's name of a tensor outside attention."""
-        if self.source_prefix and name.startswith(self.source_prefix):
-            name = self.prefix + name.removeprefix(self.source_prefix)
+        if self.source.prefix and name.startswith(self.source.prefix):
+            name = self.prefix + name.removeprefix(self.source.prefix)
         dotted = f".{name}"
         for old, new in self.target.renames.items():
             dotted = dotted.replace(f".{old}.", f".{new}.")
@@ -56,11 +48,11 @@ class TargetTensors:
         """
         out: dict[str, list[OutputTensor]] = {}
         for module, addend in self.target.shifts.items():
-            for name, info in self.checkpoint.tensors.items():
+            for name, info in self.source.tensors.items():
                 if f".{name}".endswith(f".{module}.weight"):
                     new = TensorInfo(self.named(name), dtype(info.dtype), info.shape, "", -1, -1)
                     out[name] = [OutputTensor(new, "shift", name, factor=addend)]
-        for block in (self._block(layer) for layer in range(self.layers)):
+        for block in (self._block(layer) for layer in range(len(self.source.attention))):
             for linear, norm in self.target.folds.items():
                 out.update(self._folded(block + linear, block + norm, dtype))
             if self.target.attention_norm:
@@ -73,18 +65,18 @@ class TargetTensors:
         Raises:
             CheckpointError: the embedding is missing.
         """
-        headed = is_language_model(self.checkpoint.config)
+        headed = is_language_model(self.source.config)
         needed = [zero for zero in self.target.zeros if headed or not zero.startswith("lm_head.")]
-        missing = [zero for zero in needed if zero not in self.checkpoint.tensors]
+        missing = [zero for zero in needed if zero not in self.source.tensors]
         if not missing:
             return {}
-        info = self._info(self.table)
+        embeddings = self.source.embeddings
+        info = self._info(embeddings.table or embeddings.own_table)
         headers = [TensorInfo(zero, dtype(info.dtype), info.shape[:1], "", -1, -1) for zero in missing]
         return {info.name: [_constant(new, info.name, 0) for new in headers]}
 
     def _block(self, layer: int) -> str:
-        attention = self.architecture.attention(self.source_prefix, layer)
-        return attention.removesuffix(".").rpartition(".")[0] + "."
+        return self.source.attention_name(layer).removesuffix(".").rpartition(".")[0] + "."
 
     def _folded(self, linear: str, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
         source, out = self._info(f"{linear}.weight"), {}
@@ -94,7 +86,7 @@ class TargetTensors:
         for kind, shape in (("weight", source.shape), ("bias", source.shape[:1])):
             new = TensorInfo(self.named(f"{linear}.{kind}"), dtype(source.dtype), shape, "", -1, -1)
             out[f"{linear}.{kind}"] = [OutputTensor(new, "fold", source.name, module=kind, linear=linear, fold=norm)]
-        if f"{linear}.bias" not in self.checkpoint.tensors:
+        if f"{linear}.bias" not in self.source.tensors:
             out[source.name] += out.pop(f"{linear}.bias")
         return {**out, **{self._info(f"{norm}.{kind}").name: [] for kind in ("weight", "bias")}}
 
@@ -107,33 +99,28 @@ class TargetTensors:
         return out
 
     def _info(self, name: str) -> TensorInfo:
-        info = self.checkpoint.tensors.get(name)
+        info = self.source.tensors.get(name)
         if info is None:
             raise CheckpointError(f"Tensor {name} is missing.", "Download the checkpoint again.")
         return info
 
 
-def rotate_as_before(
-    config: dict[str, Any],
-    target: TargetClass,
-    architecture: Architecture,
-    source: Mapping[str, Any],
-    spec: AttentionSpec,
-    name: str,
-) -> None:
+def rotate_as_before(config: dict[str, Any], target: TargetClass, source: CheckpointDescription) -> None:
     """Write the rotation of a source's config into the config of a target class of another family.
 
     Raises:
         UsageError: an odd number of dims is rotated, which classes round differently, or an unknown rope type.
     """
-    parameters = rotary_parameters(architecture, source, name)[EVERY]
+    parameters: Mapping[str, Any] = source.rope[EVERY]
+    spec = source.attention[0]
     if parameters["rope_type"] not in TYPES:
         raise UsageError(
-            f"{name} has rope_type {parameters['rope_type']}, which {target.architecture.class_name} doesn't know.",
+            f"{source.name} has rope_type {parameters['rope_type']}, which {target.architecture.class_name} doesn't "
+            "know.",
             f"It knows {', '.join(TYPES)}.",
         )
-    rotated, spread = rotated_dims(architecture, parameters, spec.head_dim, name)
-    if architecture.keys.rotary_ndims:
+    rotated, spread = rotated_dims(source.family, parameters, spec.head_dim, source.name)
+    if source.family.keys.rotary_ndims:
         rotated = spread = spec.rotary_ndims or spec.head_dim
     parameters = partly_rotated(parameters, rotated or spec.head_dim, spread, spec.head_dim)
     write_rotation(config, parameters, target.older_ropes)

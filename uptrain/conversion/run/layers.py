@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import TypeVar
 
 import numpy as np
 
-from uptrain.architectures.description import initializer_std, why_pool_only
 from uptrain.architectures.mla_projections import LatentHeads, join_latent
 from uptrain.architectures.projections import LayerHeads, join, read_layer
 from uptrain.architectures.schema import Position
@@ -21,20 +20,12 @@ from uptrain.conversion.plan.mla import LatentPlan
 from uptrain.conversion.plan.planner import Plan
 from uptrain.errors import CheckpointError, needing
 from uptrain.methods import energy_numpy, head_similarity
-from uptrain.methods.pooling import pool_layer
+from uptrain.methods.method import CalibratedSource, Converted, ExplainedEnergy, LayerContext
 
+Made = TypeVar("Made", LayerHeads, LatentHeads)
 
-class Calibrated(Protocol):
-    """Layers that calibration made beforehand."""
-
-    def read(self, layer: int) -> LayerHeads:
-        """Return one layer's heads."""
-
-    def read_latent(self, layer: int) -> LatentHeads:
-        """Return one layer's latent."""
-
-    def kept(self, layer: int) -> dict[str, dict[str, float]]:
-        """Return what each method keeps of one layer's energy."""
+NEEDS_TORCH = "--method svd, --grouping similar or --to mla"
+"""What stands on torch, which pooling does without, in the words of an error."""
 
 
 DIAGNOSED_PER_BYTE = 1.0
@@ -58,14 +49,15 @@ class LayerMaker:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated | None = None, diagnose: bool = False
+        self, checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedSource | None = None, diagnose: bool = False
     ) -> None:
         self.checkpoint, self.plan, self.calibrated, self.diagnose = checkpoint, plan, calibrated, diagnose
         self.kept: dict[int, dict[str, dict[str, float]]] = {}
         self.similarity: dict[int, dict[str, dict[str, float]]] = {}
         self.orders: dict[int, list[int]] = {}
+        self._uses_torch = plan.request.needs_torch
         self._sample = len(plan.before) // 2
-        self._pool_only = bool(why_pool_only(plan.architecture, checkpoint.config))
+        self._pool_only = bool(plan.source.why_pool_only)
         self._dtypes = {
             (tensor.layer, tensor.module): tensor.info.dtype
             for shard in plan.shards.values()
@@ -79,10 +71,7 @@ class LayerMaker:
 
         Several layers are made at a time, and sums over more threads would round otherwise.
         """
-        request = self.plan.request
-        pooled = self.plan.latent is None and request.method != "svd" and request.grouping == "contiguous"
-        without = pooled or self.calibrated is not None or not self._dtypes
-        with nullcontext() if without else _torch_methods().one_thread():
+        with _one_thread() if self._dtypes and self._uses_torch else nullcontext():
             yield
 
     def make(self, layer: int) -> dict[str, Array]:
@@ -95,10 +84,10 @@ class LayerMaker:
             return self._make(layer)
 
     def _make(self, layer: int) -> dict[str, Array]:
-        plan, projections = self.plan, self.plan.architecture.projections
+        plan, projections = self.plan, self.plan.source.family.projections
         moved = projections != plan.target.architecture.projections
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
-        base = plan.architecture.attention(plan.prefix, layer)
+        base = plan.source.attention_name(layer)
         heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
         if plan.latent is not None:
             out = join_latent(self._latent(heads, layer, plan.latent), plan.latent.stored, plan.before[layer].head_dim)
@@ -112,7 +101,7 @@ class LayerMaker:
 
     def _for_target(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
         """Fit heads as the source's class sees them to the target class's."""
-        source, target, spec = self.plan.architecture, self.plan.target, self.plan.before[layer]
+        source, target, spec = self.plan.source.family, self.plan.target, self.plan.before[layer]
         if target.attention_norm:
             norm = f"{base.removesuffix('.').rpartition('.')[0]}.{target.attention_norm}"
             scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
@@ -121,33 +110,47 @@ class LayerMaker:
             heads = rewrites.half_split(heads, spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims)
         return rewrites.with_biases(heads) if target.biased else heads
 
+    def _context(self, layer: int) -> LayerContext:
+        source = self.plan.source
+        return LayerContext(
+            index=layer,
+            position=source.family.position,
+            spec=self.plan.before[layer],
+            seed=self.plan.request.chosen_seed,
+            initializer_std=lambda: source.initializer_std,
+            calibrated=self.calibrated,
+        )
+
     def _shared(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
-        request = self.plan.request
-        if request.grouping != "similar":
+        """Return the layer with `groups` key/value heads, by the request's grouping and method."""
+        request, context = self.plan.request, self._context(layer)
+        method, arrange = request.chosen_method, request.chosen_grouping.arrange
+        if method.convert is None:
+            raise ValueError(f"--method {method.name} shares no heads")
+        if arrange is None:
             self._compare(heads, groups, layer)
-        if self.calibrated is not None:
-            self.kept[layer] = self.calibrated.kept(layer)
-            return self.calibrated.read(layer)
-        if request.method != "svd" and request.grouping == "contiguous":
-            if request.method == "mean" and not self._pool_only:
+        if self._uses_torch:
+            self._check_finite(heads, layer)
+        with needing(NEEDS_TORCH):
+            if arrange is not None:
+                heads, order = arrange(heads, groups, context)
+                if order is not None:
+                    self.orders[layer] = order
+                self._compare(heads, groups, layer)
+            elif method.estimated and not self._pool_only:
                 self._estimate(heads, groups, layer)
-            return self._pooled(heads, groups, layer)
-        self._check_finite(heads, layer)
-        methods = _torch_methods()
-        rotary = methods.position_of(self.plan.architecture, self.plan.before[layer])
-        if request.grouping == "similar":
-            heads, self.orders[layer] = methods.similar_layer(heads, groups, rotary, request.chosen_seed)
-            self._compare(heads, groups, layer)
-        if request.method != "svd":
-            return self._pooled(heads, groups, layer)
-        heads, kept = methods.factor_layer(heads, groups, rotary)
-        self.kept[layer] = _told(kept)
-        return heads
+            return self._recorded(method.convert(heads, groups, context), layer)
+
+    def _recorded(self, made: Converted[Made], layer: int) -> Made:
+        """Return a converted layer, after recording the energy that methods explain in it, where it was measured."""
+        if made.explained:
+            self.kept[layer] = _known({name: _rounded(each) for name, each in made.explained.items()})
+        return made.layer
 
     def _compare(self, heads: LayerHeads, groups: int, layer: int) -> None:
         """Record how alike the heads are that come to share, where this is asked for."""
         if self.diagnose and _all_measurable(heads, groups):
-            spec, position = self.plan.before[layer], self.plan.architecture.position
+            spec, position = self.plan.before[layer], self.plan.source.family.position
             self.similarity[layer] = head_similarity.head_similarity(heads, groups, position, spec, not self._pool_only)
 
     def _estimate(self, heads: LayerHeads, groups: int, layer: int) -> None:
@@ -161,24 +164,19 @@ class LayerMaker:
                 spec.num_key_value_heads // groups, spec.head_dim, heads.part("k").weight.shape[-1]
             )
             measured = min(groups, int(budget // each))
-        found = _estimated(heads, groups, measured, self.plan.architecture.position, spec.rotary_ndims)
+        found = _estimated(heads, groups, measured, self.plan.source.family.position, spec.rotary_ndims)
         if found:
             self.kept[layer] = found
 
     def _latent(self, heads: LayerHeads, layer: int, latent: LatentPlan) -> LatentHeads:
-        if self.calibrated is not None:
-            self.kept[layer] = self.calibrated.kept(layer)
-            return self.calibrated.read_latent(layer)
-        self._check_finite(heads, layer)
-        methods = _torch_methods()
-        position = methods.position_of(self.plan.architecture, self.plan.before[layer])
-        found, kept = methods.latent_layer(heads, latent.target, position)
-        self.kept[layer] = _told(kept)
-        return found
-
-    def _pooled(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
-        request, std = self.plan.request, initializer_std(self.plan.architecture, self.checkpoint.config)
-        return pool_layer(heads, groups, request.method, seed=request.chosen_seed, index=layer, std=std)
+        """Return the layer as a latent, by the request's method."""
+        method = self.plan.request.chosen_method
+        if method.convert_latent is None:
+            raise ValueError(f"--method {method.name} makes no latent")
+        if self._uses_torch:
+            self._check_finite(heads, layer)
+        with needing(NEEDS_TORCH):
+            return self._recorded(method.convert_latent(heads, latent.target, self._context(layer)), layer)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
         for part in map(heads.part, "qkvo"):
@@ -193,12 +191,11 @@ class LayerMaker:
         return np.ascontiguousarray(cast(array, self._dtypes[layer, name], base + name))
 
     def _not_finite(self, layer: int) -> CheckpointError:
-        architecture = self.plan.architecture
-        base = architecture.attention(self.plan.prefix, layer)
+        base = self.plan.source.attention_name(layer)
         names = [name for name in self.checkpoint.tensors if name.startswith(base)]
         found = [name for name in names if not np.isfinite(as_float32(self.checkpoint.read(name))).all()]
         return CheckpointError(
-            f"Layer {architecture.place(layer)} of the source has NaN or infinite values in "
+            f"Layer {self.plan.source.family.place(layer)} of the source has NaN or infinite values in "
             f"{', '.join(found) or 'its attention'}.",
             "Download the checkpoint again, or keep them with --allow-nonfinite and --method mean or first.",
         )
@@ -208,31 +205,21 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
     """Return which source frequency each rotary pair of a latent gets, by the weights of all layers."""
     if plan.latent is None:
         raise ValueError("only latents have rotary pairs to choose")
-    methods, architecture = _torch_methods(), plan.architecture
+    with needing(NEEDS_TORCH):
+        from uptrain.methods.head_conversion import rotary_of
+        from uptrain.methods.mla_conversion import rope_pairs_by_weights
+    architecture = plan.source.family
     layers = (
-        read_layer(checkpoint, architecture.projections, spec, architecture.attention(plan.prefix, layer))
+        read_layer(checkpoint, architecture.projections, spec, plan.source.attention_name(layer))
         for layer, spec in enumerate(plan.before)
     )
-    position = methods.position_of(architecture, plan.before[0])
-    return methods.slots_by_weights(layers, plan.latent.target, position)
+    return rope_pairs_by_weights(layers, plan.latent.target, rotary_of(architecture.position, plan.before[0]))
 
 
-class _TorchMethods(NamedTuple):
-    one_thread: Callable[[], AbstractContextManager[None]]
-    factor_layer: Callable[..., Any]
-    similar_layer: Callable[..., tuple[LayerHeads, list[int]]]
-    position_of: Callable[..., Any]
-    latent_layer: Callable[..., tuple[LatentHeads, dict[str, Any]]]
-    slots_by_weights: Callable[..., tuple[int, ...]]
-
-
-def _torch_methods() -> _TorchMethods:
-    """Import the methods that stand on torch, which pooling does without."""
-    with needing("--method svd, --grouping similar or --to mla"):
-        from uptrain.methods.grouping import similar_layer
-        from uptrain.methods.head_conversion import factor_layer, one_thread, position_of
-        from uptrain.methods.mla_conversion import latent_layer, slots_by_weights
-    return _TorchMethods(one_thread, factor_layer, similar_layer, position_of, latent_layer, slots_by_weights)
+def _one_thread() -> AbstractContextManager[None]:
+    with needing(NEEDS_TORCH):
+        from uptrain.methods.head_conversion import one_thread
+    return one_thread()
 
 
 def _estimated(
@@ -266,7 +253,7 @@ def _estimated(
         energy, mean, best = np.array(found).T
         means.append(float(np.average(mean, weights=energy)))
         bests.append(float(np.average(best, weights=energy)))
-    return _known({"mean": _rounded(*means), "svd": _rounded(*bests)})
+    return _known({"mean": _rounded(ExplainedEnergy(*means)), "svd": _rounded(ExplainedEnergy(*bests))})
 
 
 def _all_measurable(heads: LayerHeads, groups: int) -> bool:
@@ -277,15 +264,11 @@ def _measurable(rows: Array) -> bool:
     return bool(np.abs(rows).max(initial=0) < MEASURABLE)
 
 
-def _told(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return _known({name: _rounded(share.keys, share.values) for name, share in kept.items()})
-
-
 def _known(kept: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     # Values near the largest of their dtype have no energy that can be told, and JSON has no word for it.
     return {name: shares for name, shares in kept.items() if all(map(math.isfinite, shares.values()))}
 
 
-def _rounded(keys: float, values: float) -> dict[str, float]:
+def _rounded(share: ExplainedEnergy) -> dict[str, float]:
     # The last digits depend on how many threads summed, and the manifest must not.
-    return {"keys": round(keys, 4), "values": round(values, 4)}
+    return {"keys": round(share.keys, 4), "values": round(share.values, 4)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from uptrain.architectures.quantization import declared_scheme
 from uptrain.conversion.request import in_effect
+from uptrain.methods.registry import METHODS
 from uptrain.publishing.hub.figures import Figures
 from uptrain.publishing.hub.history import Stage, steps
 from uptrain.publishing.hub.licence import Licence
@@ -16,13 +17,6 @@ from uptrain.publishing.hub.use import TASKS, auto_class_of, use
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-_METHODS = {
-    "mean": "the heads of a group averaged (Ainslie et al., 2023)",
-    "first": "the first head of each group kept",
-    "random": "fresh random heads",
-    "svd": "heads aligned and factored from the weights alone, the rest moved into the query and output projections",
-    "calibrated": "heads factored by what text makes the model use, and repaired on it",
-}
 _SAID = ("target", "method")
 
 
@@ -144,8 +138,9 @@ def _converting(stage: Stage) -> str:
     if method is None:
         listed = f" Options: {listed}." if listed else ""
         return f"**Written** as {str(request['target']).upper()} with all its key/value heads as they were.{listed}"
+    how = METHODS[method].summary if method in METHODS else "see below"
     return (
-        f"**Converted** to {str(request['target']).upper()}, method `{method}`: {_METHODS.get(method, 'see below')}."
+        f"**Converted** to {str(request['target']).upper()}, method `{method}`: {how}."
         f"{_energy(stage, method)}{f' Options: {listed}.' if listed else ''}"
     )
 

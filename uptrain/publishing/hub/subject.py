@@ -9,8 +9,8 @@ from pathlib import PurePath
 from typing import Any
 
 from uptrain.architectures.attention import cache_bytes_per_token
-from uptrain.architectures.description import DTYPE_KEYS, architecture_of, attention_layers
-from uptrain.architectures.wrappers import language_config
+from uptrain.architectures.description import describe
+from uptrain.architectures.validation import DTYPE_KEYS
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS
 from uptrain.publishing.hub.history import Stage, parent_of, since_public
 
@@ -61,10 +61,8 @@ class Subject:
         itemsize = ITEM_BITS[FLOAT_DTYPES[self.dtype]] // 8 if self.dtype in FLOAT_DTYPES else 0
         after = _after(self.converted[-1])
         if itemsize:
-            where = f"{self.repo}'s config.json"
-            config = language_config(dict(self.config))
-            layers = attention_layers(architecture_of(config, where), config, where)
-            after = cache_bytes_per_token(layers, itemsize)
+            described = describe(dict(self.config), f"{self.repo}'s config.json")
+            after = cache_bytes_per_token(described.attention, itemsize)
         return round(after / kept), after
 
     @property

@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uptrain.architectures.attention import AttentionSpec
-from uptrain.architectures.description import attention_layers, family_of
-from uptrain.architectures.prefixes import find_prefix
+from uptrain.architectures.description import CheckpointDescription, describe_checkpoint
 from uptrain.architectures.projections import read_layer
-from uptrain.architectures.schema import Architecture
-from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
 from uptrain.conversion.plan.quantized import check_attention
 from uptrain.errors import CheckpointError, UsageError
@@ -52,36 +49,33 @@ def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pick
     plots.check()
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
-    architecture = family_of(checkpoint, model)
-    specs = attention_layers(architecture, checkpoint.config, model)
+    described = describe_checkpoint(checkpoint, model)
+    specs = described.attention
     if specs[0].kind == "mla":
         raise UsageError(f"{model} keeps a latent: it has no heads to compare.", "Draw the model it was made from.")
-    prefix = find_prefix(architecture, checkpoint, model)
-    check_attention(checkpoint, architecture, prefix, specs, model)
+    check_attention(described)
     chosen = sorted({round(number) for number in np.linspace(0, len(specs) - 1, min(LAYERS, len(specs)))})
-    found = [look(checkpoint, architecture, prefix, layer, specs[layer]) for layer in chosen]
+    found = [look(described, layer) for layer in chosen]
     with drawing():
         out.write_bytes(png(_draw(found, model)))
     return [picture.layer for picture in found]
 
 
-def look(
-    checkpoint: Checkpoint, architecture: Architecture, prefix: str, layer: int, spec: AttentionSpec
-) -> LayerPicture:
+def look(model: CheckpointDescription, layer: int) -> LayerPicture:
     """Return what one layer's picture shows.
 
     Raises:
         CheckpointError: its values are not finite.
     """
-    base = architecture.attention(prefix, layer)
-    heads = read_layer(checkpoint, architecture.projections, spec, base, frozenset("kv"))
+    family, spec = model.family, model.attention[layer]
+    heads = read_layer(model.checkpoint, family.projections, spec, model.attention_name(layer), frozenset("kv"))
     keys, values = (energy_numpy.rows_of(heads.part(part)) for part in "kv")
     if not (np.isfinite(keys).all() and np.isfinite(values).all()):
         raise CheckpointError(f"Layer {layer} holds values that are not finite.", "Download the checkpoint again.")
     return LayerPicture(
-        architecture.place(layer),
+        family.place(layer),
         {
-            "keys": energy_numpy.pair_similarity(keys, head_similarity.one_key(architecture.position, spec)),
+            "keys": energy_numpy.pair_similarity(keys, head_similarity.one_key(family.position, spec)),
             "values": energy_numpy.pair_similarity(values, head_similarity.one_value),
         },
         {"keys": energy_numpy.spectrum(keys), "values": energy_numpy.spectrum(values)},

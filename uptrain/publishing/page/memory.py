@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from uptrain.architectures.attention import AttentionSpec, cache_bytes
-from uptrain.architectures.description import architecture_of, position_of_config
 from uptrain.publishing.page.subjects import Subject
 
 CONTEXTS = tuple(4096 * 4**power for power in range(5))
@@ -42,7 +41,7 @@ def forms(subjects: list[Subject]) -> list[Form]:
     for count in sorted({heads, *counts, 1}, reverse=True):
         shared = tuple(layer.grouped(count) for layer in plain)
         found[_name(shared[0])] = shared
-    latent = latent or tuple(_latent(layer, _rotates(first)) for layer in plain)
+    latent = latent or tuple(_latent(layer, first.model.position.rotates) for layer in plain)
     found[_name(latent[0])] = latent
     for each in alike:
         found[_name(each.layers[0])] = each.layers
@@ -74,10 +73,6 @@ def _latent(layer: AttentionSpec, rotates: bool) -> AttentionSpec:
     rotary = layer.head_dim // 2 if rotates else 0
     made = layer.latent(4 * layer.head_dim, rotary, layer.head_dim, layer.num_attention_heads)
     return replace(made, sliding_window=layer.sliding_window)
-
-
-def _rotates(subject: Subject) -> bool:
-    return position_of_config(architecture_of(subject.config, subject.name), subject.config).rotates
 
 
 def _name(layer: AttentionSpec) -> str:

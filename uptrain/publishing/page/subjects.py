@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
-from uptrain.architectures.description import architecture_of, attention_layers
+from uptrain.architectures.description import ModelDescription, describe
 from uptrain.architectures.running_dtype import cached_itemsize
-from uptrain.architectures.wrappers import language_config
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
 from uptrain.checkpoint.reader import open_checkpoint, read_config
@@ -32,11 +31,15 @@ class Subject:
     name: str
     folder: Path
     stages: list[dict[str, Any]]
-    config: Mapping[str, Any]
-    layers: tuple[AttentionSpec, ...]
+    model: ModelDescription
     evaluation: Mapping[str, Any] | None
     log: list[dict[str, Any]]
     left_out: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[AttentionSpec, ...]:
+        """Return the attention of every layer."""
+        return self.model.attention
 
     @property
     def conversions(self) -> list[dict[str, Any]]:
@@ -50,7 +53,7 @@ class Subject:
             stored = [info.dtype for info in open_checkpoint(self.folder).tensors.values()]
         except CheckpointError:  # what is measured can be shown without its weights
             stored = []
-        return cached_itemsize(self.config, stored)
+        return cached_itemsize(self.model.config, stored)
 
     @property
     def original_heads(self) -> int:
@@ -120,12 +123,12 @@ def _subject(folder: Path) -> Subject | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    config = language_config(read_config(folder))
-    layers = attention_layers(architecture_of(config, str(folder)), config, str(folder))
+    model = describe(read_config(folder), str(folder))
+    _ = model.attention  # a config that can't be read is refused here
     evaluation: Mapping[str, Any] | None = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     name = folder.resolve().name
     evaluation, left_out = _of_these_weights(name, folder, manifest, evaluation)
-    return Subject(name, folder, manifest["stages"], config, layers, evaluation, _log(folder / LOG), left_out)
+    return Subject(name, folder, manifest["stages"], model, evaluation, _log(folder / LOG), left_out)
 
 
 def _of_these_weights(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uptrain.conversion.request import CHANGED_PARTS
 from uptrain.evaluation.sweep_results import Sweep
 from uptrain.formatting import number, size
+from uptrain.methods.registry import METHODS
 from uptrain.publishing.page.section import Chart, Section
 from uptrain.publishing.page.sections import memory
 from uptrain.publishing.page.style import INK, MUTED, SERIES, new_figure
@@ -15,9 +15,6 @@ from uptrain.publishing.page.subjects import Subject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_RANK = tuple(CHANGED_PARTS)
-"""The order in which methods get their colours."""
 
 
 def sweep_summary(found: Sweep) -> Section:
@@ -69,7 +66,7 @@ def pareto_chart(found: Sweep) -> Figure:
     figure, axes = new_figure(4.2)
     # A trial that is its source has no divergence, and a logarithm has no zero.
     floor = min((trial.kl for trial in found.trials if trial.kl > 0), default=1.0) / 3
-    methods = list(dict.fromkeys(sorted((trial.method for trial in found.trials), key=_RANK.index)))
+    methods = list(dict.fromkeys(sorted((trial.method for trial in found.trials), key=list(METHODS).index)))
     for trial in found.trials:
         cache, height = trial.cache_bytes_per_token, max(trial.kl, floor)
         colour = SERIES[methods.index(trial.method) % len(SERIES)]
