@@ -30,9 +30,9 @@ _LATENT_OPTIONS = (
     click.option("--qk-rope-head-dim", type=int, help="Of --to mla: rotary values a token beside it."),
     click.option(
         "--rope",
-        help="Of --to mla, how keys carry positions: grid (the highest frequencies in a shared rotary key; stock "
-        "deepseek_v3, any engine; the default), longrope (a table of the model's own; transformers only), or "
-        "re-rotate (all keys in the latent, rotated when read; own class, decoding re-expands the context).",
+        help="(--to mla) Where the positions of keys are: decoupled (the fastest rope pairs in one shared rotary key; "
+        "stock deepseek_v3, any engine; the default), longrope (rope pairs that the model chooses; transformers only), "
+        "or pre-rope (in keys that are rotated after the latent is expanded; own class; each step expands all of it).",
     ),
     click.option("--q-lora-rank", type=int, help="Of --to mla: low-rank queries. Default: whole ones."),
     click.option(
@@ -228,9 +228,9 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
     beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
     facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
-    if latent.target.form == "re-rotate":
+    if latent.target.rope.rotates_expanded:
         facts.append(("decoding", "every step expands and rotates the whole context again"))
-    if latent.target.form == "longrope":
+    if latent.target.rope.chooses_pairs:
         facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
     if plan.copied_head:
         facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.description import auto_class_name
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.model_class import is_language_model
 from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import Architecture
@@ -31,6 +32,7 @@ def why_not_vllm(config: Mapping[str, Any], rope: str | None = None) -> str:
         return "vLLM has no class for this decoder, which reads an encoder"
     if not is_language_model(config):
         return "it has no language-model head"
-    if rope == "longrope":
+    found = MLARope.named(rope)
+    if found is not None and found.chooses_pairs:
         return "vLLM can't express its rotary table"
     return ""
