@@ -25,7 +25,7 @@ from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.sidecars import carry, sidecars_of
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.weight_files import EXPLICIT
-from uptrain.errors import CheckpointError, UsageError, told_as
+from uptrain.errors import CheckpointError, UsageError, reported_as
 from uptrain.models.checked_loading import load_language_model
 from uptrain.models.register import register
 
@@ -93,7 +93,7 @@ def load_tokenizer(path: Path | str) -> Any:
     Raises:
         CheckpointError: there is none.
     """
-    with told_as(lambda reason: CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}")):
+    with reported_as(lambda reason: CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}")):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from uptrain.errors import UptrainError, told_as
+from uptrain.errors import UptrainError, reported_as
 from uptrain.publishing.hub.tokenizer import QUICK, REFUSED
 
 _SCRIPTS = "The 1 de и ا ह 的 の"
@@ -21,7 +21,7 @@ def main(folder: str, way: str) -> int:
     from transformers import AutoTokenizer
 
     try:
-        with told_as(_refusal):
+        with reported_as(_refusal):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             found = tokenizer(_SCRIPTS, add_special_tokens=False)["input_ids"]
     except UptrainError as error:
