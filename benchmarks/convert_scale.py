@@ -15,10 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,9 +25,8 @@ sys.path.insert(0, str(ROOT))
 from uptrain.checkpoint.checksum import Checksum  # noqa: E402
 from uptrain.checkpoint.header import TensorInfo  # noqa: E402
 from uptrain.checkpoint.progress import State  # noqa: E402
-from uptrain.checkpoint.reflink import Span  # noqa: E402
-from uptrain.checkpoint.shared_work import Alone  # noqa: E402
-from uptrain.checkpoint.writer import shard_header  # noqa: E402
+from uptrain.checkpoint.shard_writer import ShardContents, shard_header  # noqa: E402
+from uptrain.checkpoint.shared_work import SoleWorker  # noqa: E402
 from uptrain.conversion.request import Request  # noqa: E402
 from uptrain.conversion.run.convert import plan_conversion  # noqa: E402
 from uptrain.conversion.run.pipeline import Pipeline  # noqa: E402
@@ -101,23 +99,17 @@ def make_sparse(folder: Path, shape: Shape, limit: int = SHARD) -> int:
     return total
 
 
-class NoDisk(Alone):
+class NoDisk(SoleWorker):
     """Takes all work, and digests shards without writing them."""
 
     @staticmethod
     def write_shard(
-        path: Path,
-        tensors: Sequence[TensorInfo],
-        chunks: Callable[[str], Iterable[memoryview]],
-        checksum: Checksum,
-        on_bytes: Callable[[int], None],
-        spans: Mapping[str, Span] = MappingProxyType({}),
-        ending: str = "",
+        path: Path, shard: ShardContents, checksum: Checksum, on_bytes: Callable[[int], None], ending: str = ""
     ) -> None:
-        """Do as `uptrain.checkpoint.writer.write_shard` does, but for the writing."""
-        checksum.update(shard_header(tensors, spans))
-        for info in tensors:
-            for chunk in chunks(info.name):
+        """Do as `uptrain.checkpoint.shard_writer.write_shard` does, but for the writing."""
+        checksum.update(shard_header(shard.tensors, shard.spans))
+        for info in shard.tensors:
+            for chunk in shard.chunks(info.name):
                 checksum.update(chunk)
                 on_bytes(len(chunk))
 
@@ -130,7 +122,7 @@ def convert(source: Path, dry: bool) -> dict[str, float]:
     if not dry:
         with tempfile.TemporaryDirectory(dir=source.parent) as partial:
             state = State(Path(partial), plan.digest)
-            Pipeline(checkpoint, plan, Path(partial), state, lambda count: None, party=NoDisk()).run()
+            Pipeline(checkpoint, plan, Path(partial), state, lambda count: None, worker=NoDisk()).run()
     return {
         "shards": len(plan.shards),
         "output_bytes": plan.total_bytes,

@@ -21,8 +21,8 @@ from uptrain.architectures.decoders import ARCHITECTURES
 from uptrain.architectures.projections import module_of
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.manifest import MANIFEST, converted_from, verify
+from uptrain.checkpoint.output_folder import LOCK, STATE
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
-from uptrain.checkpoint.writer import LOCK, STATE
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.plan.planner import make_plan
 from uptrain.conversion.request import Request

@@ -10,8 +10,8 @@ from typing import Any
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.projections import PARTS, modules_of
 from uptrain.architectures.schema import Architecture
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
 
 GENERATION = "generation_config.json"

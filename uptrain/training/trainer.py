@@ -15,8 +15,8 @@ import torch
 
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import append_stage
+from uptrain.checkpoint.output_folder import check_out, staged_output
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.writer import check_out, staged
 from uptrain.data.block_reader import BlockReader, Tokens
 from uptrain.data.readers import build_tokens, counts_of, open_reader
 from uptrain.data.sources import TeacherText
@@ -416,7 +416,7 @@ class _Run:
             "data": counts_of(self.reader),
             **{key: value for key, value in done.to_dict().items() if key not in ("out", "resumed_from", "seconds")},
         }
-        with staged(recipe.output, recipe.overwrite) as folder:
+        with staged_output(recipe.output, recipe.overwrite) as folder:
             if best:
                 shutil.copytree(self.folder.path / "best", folder, dirs_exist_ok=True)
             else:

@@ -5,7 +5,6 @@ A layer counts once its file and its entry in the notes are on the disk, so a ru
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ from uptrain.architectures.mla_projections import LatentHeads
 from uptrain.architectures.projections import Heads, LayerHeads
 from uptrain.checkpoint.checksum import checksum_file
 from uptrain.checkpoint.dtypes import Array
+from uptrain.checkpoint.files import replaced_file, write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import remove, write_atomic
+from uptrain.checkpoint.output_folder import remove
 from uptrain.errors import CheckpointError
 from uptrain.methods.method import ExplainedEnergy
 
@@ -75,12 +75,8 @@ class CalibratedLayers:
     def add(self, heads: LayerHeads | LatentHeads, note: Mapping[str, Any]) -> None:
         """Keep the next layer's heads, and what is to be noted about it."""
         path = self.folder / _file_of(len(self))
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
+        with replaced_file(path) as file:
             np.savez(file, **_arrays(heads))  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
         self.notes.append(dict(note))
         self.files.append(checksum_file(path))
         stored = {name: value for name, value in vars(self).items() if name != "folder"}

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from uptrain.architectures.head_order import move_indices
 from uptrain.architectures.rope_parameters import with_rotation
 from uptrain.checkpoint.checksum import Checksum, checksum_file
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.manifest import append_stage, read_manifest
+from uptrain.checkpoint.output_folder import check_out, friendly_errors, tidy
 from uptrain.checkpoint.progress import State
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.remote import open_headers
@@ -24,7 +26,6 @@ from uptrain.checkpoint.shared_work import CALIBRATION
 from uptrain.checkpoint.sidecars import Sidecars, carry, reading_code, sidecars_of
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.weight_files import INDEX
-from uptrain.checkpoint.writer import check_out, friendly_errors, tidy, write_atomic
 from uptrain.conversion.class_checks.rotation import check_rotation
 from uptrain.conversion.class_checks.weights import check_classes
 from uptrain.conversion.plan.planner import Plan, make_plan, plan_digest
@@ -204,7 +205,7 @@ def run_plan(
             (_command(source, plan.request), _asked(source, plan.request)),
             overwrite=overwrite,
             join=join,
-            beside=(_calibration_of(folder),),
+            temporary_folders=(_calibration_of(folder),),
             others=beside.nbytes(source.path),
             on_note=on_note,
         ) as work:
@@ -229,20 +230,20 @@ def _build(
 ) -> tuple[Plan, Kept | None]:
     """Do this process's part of the work; return the plan as it was run, and what was kept if it came to finish OUT."""
     folder, state = work.state.path.parent, work.state
-    with work.party.turn(CALIBRATION) as there:
+    with work.worker.alone(CALIBRATION) as there:
         calibrated = calibrating() if there else None
     if not there:
         return plan, None
     filled = _with_slots(checkpoint, plan, calibrated)
     if filled is not plan:
         check_rotation(checkpoint, filled, source.name)
-    runner = Pipeline(checkpoint, filled, folder, state, on_progress, calibrated, work.party, diagnose)
+    runner = Pipeline(checkpoint, filled, folder, state, on_progress, calibrated, work.worker, diagnose)
     runner.run()
     while left := runner.left():
         # What is left is others' work; should they die, it is ours.
-        work.party.wait(left)
+        work.worker.wait(left)
         runner.run()
-    with work.party.finishing() as needed:
+    with work.worker.finishing() as needed:
         if not needed:
             return filled, None
         _write_companions(checkpoint, filled, beside, folder)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.manifest import read_manifest
+from uptrain.checkpoint.output_folder import STATE, empty, leave, partial_of, remove, staged_output, taken
 from uptrain.checkpoint.progress import Earlier, State
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.reflink import can_clone
-from uptrain.checkpoint.shared_folder import joined
-from uptrain.checkpoint.shared_work import Alone, Joint, JointState
-from uptrain.checkpoint.writer import STATE, empty, leave, partial_of, remove, staged, taken
+from uptrain.checkpoint.shared_folder import enter_shared_folder
+from uptrain.checkpoint.shared_work import SharedState, SharedWorker, SoleWorker
 from uptrain.conversion.calibration.store import NOTES, CalibratedLayers
 from uptrain.conversion.plan.operations import unchanged_spans
 from uptrain.conversion.plan.planner import Plan
@@ -27,12 +27,12 @@ from uptrain.errors import CheckpointError, UptrainError, UsageError
 class Begun:
     """A conversion's folder that is ready to be worked in.
 
-    `resumed` names the shards that an earlier run had finished, `party` says which work is whose.
+    `resumed` names the shards that an earlier run had finished, `worker` locks the pieces of work for this process.
     """
 
     state: State
     resumed: tuple[str, ...]
-    party: Alone | Joint
+    worker: SoleWorker | SharedWorker
 
 
 @contextmanager
@@ -44,13 +44,14 @@ def begun(
     *,
     overwrite: bool,
     join: bool,
-    beside: tuple[Path, ...],
+    temporary_folders: tuple[Path, ...],
     others: int,
     on_note: Callable[[str], None],
 ) -> Iterator[Begun | None]:
     """Enter OUT.partial for as long as the block runs; with `join`, yield None where others have finished OUT.
 
-    Alone, OUT is made of it at the end; together, by the party's `finishing`. The folders `beside` it are removed then.
+    Without `join`, OUT is made of it at the end; with it, by the worker's `finishing`. Then `temporary_folders` are
+    removed.
     `command` is that of `State`, and its words; `others` are the bytes of the files that go along with the weights. A
     run that ends with an error before it finished anything leaves nothing, and binds nobody.
 
@@ -60,9 +61,9 @@ def begun(
     state, resumed = State(partial_of(out), plan.digest, *command), tuple[str, ...]()
 
     def unused() -> bool:
-        if _worked(state.load(), beside):
+        if _worked(state.load(), temporary_folders):
             return False
-        for folder in beside:
+        for folder in temporary_folders:
             if folder.is_dir() and not (folder / NOTES).exists():
                 remove(folder)
         return True
@@ -72,10 +73,10 @@ def begun(
             empty(state.path.parent, ())
             leave(state.path.parent)
 
-    left = partial(_left, state, plan, overwrite, beside, on_note)
+    left = partial(_left, state, plan, overwrite, temporary_folders, on_note)
     if not join:
-        with staged(out, overwrite, lambda _: left(), beside), _without_a_trace(leave_alone):
-            yield Begun(state, _begin(state, checkpoint, plan, others), Alone())
+        with staged_output(out, overwrite, lambda _: left(), temporary_folders), _without_a_trace(leave_alone):
+            yield Begun(state, _begin(state, checkpoint, plan, others), SoleWorker())
         return
 
     def prepare(first: bool) -> None:
@@ -88,12 +89,13 @@ def begun(
         elif earlier is None or earlier.plan != plan.digest:
             raise taken(out)
 
-    with joined(out, overwrite, beside, on_note, lambda: _stands(out, plan), prepare) as joint:
-        if joint is None:
+    shared = SharedWorker(out, overwrite, temporary_folders, on_note)
+    with enter_shared_folder(shared, lambda: _stands(out, plan), prepare) as worker:
+        if worker is None:
             yield None
         else:
-            with _without_a_trace(lambda: joint.leave(unused)):
-                yield Begun(JointState(joint, plan.digest, *command), resumed, joint)
+            with _without_a_trace(lambda: worker.remove_unused(unused)):
+                yield Begun(SharedState(worker, plan.digest, *command), resumed, worker)
 
     if not _stands(out, plan):
         raise UptrainError(
@@ -112,11 +114,13 @@ def _without_a_trace(leave_unused: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-def _worked(earlier: Earlier | None, beside: tuple[Path, ...]) -> bool:
-    """Say whether an earlier run finished a shard or, in a folder beside OUT, the calibration of a layer."""
+def _worked(earlier: Earlier | None, temporary_folders: tuple[Path, ...]) -> bool:
+    """Say whether an earlier run finished a shard or, in a temporary folder, the calibration of a layer."""
     if earlier is None:
         return False
-    return earlier.worked or any(CalibratedLayers.left(folder, earlier.plan) is not None for folder in beside)
+    return earlier.worked or any(
+        CalibratedLayers.left(folder, earlier.plan) is not None for folder in temporary_folders
+    )
 
 
 def _stands(out: Path, plan: Plan) -> bool:
@@ -128,7 +132,7 @@ def _stands(out: Path, plan: Plan) -> bool:
 
 
 def _left(
-    state: State, plan: Plan, overwrite: bool, beside: tuple[Path, ...], on_note: Callable[[str], None]
+    state: State, plan: Plan, overwrite: bool, temporary_folders: tuple[Path, ...], on_note: Callable[[str], None]
 ) -> tuple[str, ...]:
     """Return the files of OUT.partial that an earlier run of this plan finished."""
     earlier = state.load()
@@ -137,7 +141,7 @@ def _left(
     if earlier.plan == plan.digest:
         _drop_damaged(state, plan)
         return STATE, *state.shards
-    if not _worked(earlier, beside):
+    if not _worked(earlier, temporary_folders):
         return ()
     if earlier.command == state.command:
         on_note("The source or uptrain changed since the run that was cut off: starting over.")

@@ -10,9 +10,9 @@ from typing import Any
 
 from uptrain.architectures.model_class import check_language_model
 from uptrain.architectures.wrappers import check_unwrapped
+from uptrain.checkpoint.output_folder import check_out
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.writer import check_out
 from uptrain.conversion.class_checks.weights import check_classes
 from uptrain.conversion.plan.planner import make_plan
 from uptrain.conversion.request import BUILTIN, CALIBRATION_TOKENS, Request
