@@ -39,7 +39,7 @@ GPT2_SIZES = {
     "vocab_size": 512, "n_embd": 512, "n_layer": 2, "n_head": 8, "n_positions": 512, "initializer_range": 0.05,
     "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-FAMILIES: list[tuple[str, dict[str, Any], str, int | None]] = [
+MODELS: list[tuple[str, dict[str, Any], str, int | None]] = [
     ("llama", SIZES, "gqa", 2),
     ("qwen2", SIZES, "gqa", 2),
     ("olmo2", SIZES, "gqa", 2),
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path, help="checkpoint folders")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--families", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="FAMILY", default=[family for family, *_ in FAMILIES])
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", default=[family for family, *_ in MODELS])
     parser.add_argument("--setup", type=Path, metavar="FOLDER")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON")
     parser.add_argument("--llama", type=Path, metavar="PYTHON")
@@ -296,7 +296,7 @@ def main() -> None:
             folders.append(synthetic(Path(work) / "512+64", None))
             folders.append(synthetic(Path(work) / "512+64, low-rank q_a", 192))
         if arguments.families:
-            folders += [converted(*family, Path(work)) for family in FAMILIES if family[0] in arguments.only]
+            folders += [converted(*family, Path(work)) for family in MODELS if family[0] in arguments.only]
         for folder in folders:
             for row in engines(arguments, folder, Path(work), by_transformers(folder)):
                 rows.append({"checkpoint": folder.name, **row})

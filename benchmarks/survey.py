@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 from tests.conftest import tiny_config, tiny_model  # noqa: E402
-from tests.conversion.test_families import FAMILIES, TOKENS, family, read  # noqa: E402
+from tests.conversion.test_families import FAMILY_NAMES, TOKENS, family, read  # noqa: E402
 from tests.oracle import pool_model  # noqa: E402
 from uptrain.architectures.description import ModelDescription  # noqa: E402
 from uptrain.conversion.request import Request  # noqa: E402
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", action="store_true", help="print one JSON object per row")
     options = parser.parse_args()
-    names = options.families.split(",") if options.families else FAMILIES
+    names = options.families.split(",") if options.families else FAMILY_NAMES
     chosen = [each for each in SETTINGS if (options.settings or "") in each.name]
     work = [(name, setting) for name in names for setting in chosen if fits(name, setting)]
     rows = []

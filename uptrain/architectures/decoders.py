@@ -13,8 +13,8 @@ from typing import Any
 from uptrain.architectures.encoder_decoders import ENCODER_DECODERS
 from uptrain.architectures.mha_only import CLIPPED, UNCOUNTED
 from uptrain.architectures.schema import (
-    Architecture,
     ConfigKeys,
+    Family,
     KeyNorm,
     Packing,
     Position,
@@ -26,7 +26,7 @@ from uptrain.architectures.schema import (
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-GPT2 = Architecture(
+GPT2 = Family(
     model_type="gpt2",
     class_name="GPT2LMHeadModel",
     layer="{prefix}h.{layer}.attn.",
@@ -72,7 +72,7 @@ _SIZES = (
     "num_key_value_heads", "head_dim",
 )  # fmt: skip
 
-LLAMA = Architecture(
+LLAMA = Family(
     model_type="llama",
     class_name="LlamaForCausalLM",
     targets={"mla": ("deepseek_v3", "uptrain_llama_mla")},
@@ -92,7 +92,7 @@ _BOTH_WAYS = {"use_bidirectional_attention": (True, "it reads a text both ways a
 
 def _like_llama(
     model_type: str, class_name: str, *sizes: int, also: Mapping[str, Any] = _NOTHING, **changes: Any
-) -> Architecture:
+) -> Family:
     """Return an entry with Llama's names; `sizes` are its class's defaults of `_SIZES`, `also` other defaults."""
     changes.setdefault("targets", _NOTHING)
     defaults = {**dict(zip(_SIZES, sizes, strict=False)), **also}
@@ -123,7 +123,7 @@ PHI = _like_llama(
     projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
 )  # fmt: skip
 
-FALCON = Architecture(
+FALCON = Family(
     model_type="falcon",
     class_name="FalconForCausalLM",
     layer="{prefix}h.{layer}.self_attention.",
@@ -310,7 +310,7 @@ _ENTRIES = (
     ),
 )  # fmt: skip
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})
+FAMILIES: Mapping[str, Family] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})
 
 NO_CACHE = frozenset(
     {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from uptrain.architectures.schema import (
-    Architecture,
     ConfigKeys,
+    Family,
     KeyNorm,
     Packing,
     Position,
@@ -16,7 +16,7 @@ from uptrain.architectures.schema import (
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 CLIPPED = "it clips queries, keys and values, which no longer cancels when heads are re-scaled"
 
-GPT_NEOX = Architecture(
+GPT_NEOX = Family(
     model_type="gpt_neox",
     class_name="GPTNeoXForCausalLM",
     layer="{prefix}layers.{layer}.attention.",
@@ -32,7 +32,7 @@ GPT_NEOX = Architecture(
     native=False,
 )
 
-GPTJ = Architecture(
+GPTJ = Family(
     model_type="gptj",
     class_name="GPTJForCausalLM",
     layer="{prefix}h.{layer}.attn.",
@@ -57,7 +57,7 @@ CODEGEN = GPTJ.for_model(
     projections=Projections(o="out_proj", fused="qkv_proj", packing=Packing.BLOCKS),
 )
 
-OPT = Architecture(
+OPT = Family(
     model_type="opt",
     class_name="OPTForCausalLM",
     layer="{prefix}decoder.layers.{layer}.self_attn.",
@@ -72,7 +72,7 @@ OPT = Architecture(
     native=False,
 )
 
-BLOOM = Architecture(
+BLOOM = Family(
     model_type="bloom",
     class_name="BloomForCausalLM",
     layer="{prefix}h.{layer}.self_attention.",
@@ -89,7 +89,7 @@ BLOOM = Architecture(
     native=False,
 )
 
-GPT_NEO = Architecture(
+GPT_NEO = Family(
     model_type="gpt_neo",
     class_name="GPTNeoForCausalLM",
     layer="{prefix}h.{layer}.attn.attention.",
@@ -107,7 +107,7 @@ GPT_NEO = Architecture(
     native=False,
 )  # fmt: skip
 
-MPT = Architecture(
+MPT = Family(
     model_type="mpt",
     class_name="MptForCausalLM",
     layer="{prefix}blocks.{layer}.attn.",
@@ -128,7 +128,7 @@ MPT = Architecture(
     native=False,
 )
 
-PERSIMMON = Architecture(
+PERSIMMON = Family(
     model_type="persimmon",
     class_name="PersimmonForCausalLM",
     projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),

@@ -8,7 +8,7 @@ import click
 
 from uptrain.cli import console
 from uptrain.cli.options import json_option
-from uptrain.conversion.family_table import Family, Holder, alike
+from uptrain.conversion.family_table import FamilyRow, Holder, alike
 from uptrain.methods.registry import METHODS
 
 COLUMNS = ("family", "q, k, v", "position", "to GQA", "to MQA", "to MLA", "methods")
@@ -32,7 +32,7 @@ def families(as_json: bool, markdown: bool) -> None:
     _show(known(), as_json)
 
 
-def _show(found: Sequence[Family], as_json: bool) -> None:
+def _show(found: Sequence[FamilyRow], as_json: bool) -> None:
     """Show every family that can be converted."""
     if as_json:
         console.result_json([family.to_dict() for family in found])
@@ -41,7 +41,7 @@ def _show(found: Sequence[Family], as_json: bool) -> None:
     console.result(f"* {REMOTE_CODE}; {_note()}.".replace("`", ""))
 
 
-def _markdown(found: Sequence[Family]) -> str:
+def _markdown(found: Sequence[FamilyRow]) -> str:
     """Return the table of docs/families.md; families that differ in nothing but their name share a row."""
     rows = [(", ".join(family.model_type for family in group), *_cells(group[0])) for group in alike(found)]
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
@@ -56,7 +56,7 @@ def _note() -> str:
     return f"pooling: `--method` {', '.join(_pooling())}"
 
 
-def _cells(family: Family) -> tuple[str, ...]:
+def _cells(family: FamilyRow) -> tuple[str, ...]:
     return (
         family.packing,
         family.position,
@@ -65,7 +65,7 @@ def _cells(family: Family) -> tuple[str, ...]:
     )
 
 
-def _held(family: Family, holders: tuple[Holder, ...]) -> str:
+def _held(family: FamilyRow, holders: tuple[Holder, ...]) -> str:
     words = [
         ("itself" if holder.model_type == family.model_type else holder.model_type)
         + (" *" if holder.remote_code else "")
@@ -75,7 +75,7 @@ def _held(family: Family, holders: tuple[Holder, ...]) -> str:
     return ", else ".join(words) or "–"
 
 
-def _methods(family: Family) -> str:
+def _methods(family: FamilyRow) -> str:
     missing = [name for name in METHODS if name not in family.methods]
     words = f"all but {', '.join(missing)}" if missing else "all"
     words = "pooling" if list(family.methods) == _pooling() else words

@@ -179,7 +179,7 @@ def _options(source: CheckpointDescription, itemsize: int) -> list[Option]:
     for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
         kind = "mqa" if groups == 1 else "gqa"
         target = choose_target(source, kind, same=False)
-        if not source.as_family(target.architecture).holds_groups(groups) or not _holds(source, target):
+        if not source.as_family(target.family).holds_groups(groups) or not _holds(source, target):
             continue
         after = [spec.grouped(groups) for spec in source.attention]
         size = cache_bytes_per_token(after, itemsize)

@@ -11,7 +11,7 @@ from uptrain.architectures.decoders import DEEPSEEK_V3
 from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.mla_projections import LatentLayout
 from uptrain.architectures.rope_parameters import WORDS
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.models.target import TargetClass
 from uptrain.models.targets import TARGET_CLASSES, target_config
 
@@ -43,9 +43,9 @@ class MLATargetClass:
     untied: bool = False
 
     @property
-    def architecture(self) -> Architecture:
+    def family(self) -> Family:
         """Return the target class's own family."""
-        return self.target.architecture
+        return self.target.family
 
 
 _KEPT = (

@@ -11,7 +11,7 @@ from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_UMT5, UPTRAIN_WHISPER
 from uptrain.architectures.mha_only import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
 from uptrain.architectures.model_class import class_named, is_language_model, stem
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.errors import UsageError
 from uptrain.models.target import TargetClass
@@ -22,12 +22,12 @@ OF_THE_FOLDER = ("auto_map", EXPLICIT)
 """Config keys that name code or weight files of the source's own folder."""
 
 
-def _ours(architecture: Architecture, config: str, model: str, **changes: Any) -> TargetClass:
+def _ours(family: Family, config: str, model: str, **changes: Any) -> TargetClass:
     """Return a target class whose modelling file, with these classes, ships inside the checkpoint."""
     return TargetClass(
-        architecture,
-        remote_code=f"modeling_{architecture.model_type}.py",
-        auto_classes={"AutoConfig": config, "AutoModel": model, architecture.auto_class: architecture.class_name},
+        family,
+        remote_code=f"modeling_{family.model_type}.py",
+        auto_classes={"AutoConfig": config, "AutoModel": model, family.auto_class: family.class_name},
         **changes,
     )
 
@@ -95,12 +95,12 @@ def choose_target(source: ModelDescription, kind: str, same: bool) -> TargetClas
     return own_target(source.family)
 
 
-def own_target(architecture: Architecture) -> TargetClass:
+def own_target(family: Family) -> TargetClass:
     """Return the family's own class as a target class, with its modelling file where that is ours."""
-    known = TARGET_CLASSES.get(architecture.model_type)
-    if known is None or known.architecture is not architecture or not known.remote_code:
-        return TargetClass(architecture)
-    return TargetClass(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
+    known = TARGET_CLASSES.get(family.model_type)
+    if known is None or known.family is not family or not known.remote_code:
+        return TargetClass(family)
+    return TargetClass(family, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 
 def result_class(target: TargetClass, source: ModelDescription) -> str:
@@ -113,8 +113,8 @@ def result_class(target: TargetClass, source: ModelDescription) -> str:
     """
     named = class_named(source.config)
     if named is None or is_language_model(source.config):
-        return target.architecture.class_name
-    if target.architecture is source.family:
+        return target.family.class_name
+    if target.family is source.family:
         return named
     purpose = named.removeprefix(stem(source.family.class_name))
     if purpose not in target.purposes:
@@ -122,7 +122,7 @@ def result_class(target: TargetClass, source: ModelDescription) -> str:
             f"{source.name} is a {named}, and {target.name}, which would hold the result, has no such class.",
             "Use another --to, for which its own family has a class.",
         )
-    return stem(target.architecture.class_name) + purpose
+    return stem(target.family.class_name) + purpose
 
 
 def target_config(target: TargetClass, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def target_config(target: TargetClass, source: Mapping[str, Any]) -> dict[str, A
             config[key] = factor * config[other]
     config.update(target.fix)
     config["model_type"] = target.name
-    config["architectures"] = [target.architecture.class_name]  # a language model's; see `result_class`
+    config["architectures"] = [target.family.class_name]  # a language model's; see `result_class`
     if target.remote_code:
         module = target.remote_code.removesuffix(".py")
         config["auto_map"] = {auto: f"{module}.{name}" for auto, name in target.auto_classes.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.errors import UsageError, needing
 from uptrain.training.recipe import Recipe
 
@@ -20,7 +20,7 @@ def is_attention(model_type: str, name: str) -> bool:
     Raises:
         UsageError: the family is not in the table.
     """
-    entry = ARCHITECTURES.get(model_type)
+    entry = FAMILIES.get(model_type)
     if entry is None:
         raise UsageError(
             f"Which weights of a {model_type} model are its attention is not known.",

@@ -163,8 +163,8 @@ def _trace(layer: Layer, streams: Streams, device: torch.device, index: int) -> 
 
 
 def _heads_form(target: Target, spec: AttentionSpec, source: LayerHeads, device: torch.device) -> SharedHeads:
-    architecture = target.source.family
-    weights, position = ModuleWeights(architecture.projections, spec), rotary_of(architecture.position, spec)
+    family = target.source.family
+    weights, position = ModuleWeights(family.projections, spec), rotary_of(family.position, spec)
     return SharedHeads(source, weights, position, target.groups, device)
 
 
