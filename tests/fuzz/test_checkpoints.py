@@ -73,7 +73,7 @@ def converted(place: Path, request: Request) -> Path | None:
     if done is None:
         assert not out.exists()
         return None
-    code = {target.remote_code for target in TARGET_CLASSES.values()}
+    code = {name for target in TARGET_CLASSES.values() for name in target.code_files}
     assert all(path.suffix in (".json", ".safetensors") or path.name in code for path in out.iterdir())
     verify(out)
     return out

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import pytest
@@ -16,12 +15,10 @@ from transformers.models.mpt.modeling_mpt import MptAttention
 from transformers.models.opt.modeling_opt import OPTAttention
 from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 
-import uptrain.models.remote_code
 from uptrain.evaluation.reading import cache_of, with_cache
 from uptrain.models.remote_code.modeling_uptrain_bloom import UptrainBloomAttention, UptrainBloomConfig
 from uptrain.models.remote_code.modeling_uptrain_gpt_neo import UptrainGPTNeoConfig, UptrainGPTNeoSelfAttention
 
-FOLDER = Path(uptrain.models.remote_code.__file__).parent
 PARENTS = {
     "gpt2": GPT2Attention, "gpt2_mla": GPT2Attention, "llama_mla": LlamaAttention, "mpt": MptAttention,
     "opt": OPTAttention, "persimmon": PersimmonAttention,
@@ -33,8 +30,10 @@ def test_a_file_does_not_load_where_the_cache_has_a_third_name(name: str, monkey
     def forward(self: Any, hidden_states: torch.Tensor, kept: Any = None, **kwargs: Any) -> None: ...
 
     monkeypatch.setattr(PARENTS[name], "forward", forward)
+    spec = find_spec(f"uptrain.models.remote_code.modeling_uptrain_{name}")
+    assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match=f"{PARENTS[name].__name__}.*cache"):
-        runpy.run_path(str(FOLDER / f"modeling_uptrain_{name}.py"))
+        spec.loader.exec_module(module_from_spec(spec))
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ def test_a_saved_folder_carries_its_own_code(tmp_path: Path) -> None:
     assert float(total) == pytest.approx(model(torch.tensor([[5, 7, 11, 2]])).logits.double().sum().item(), abs=1e-3)
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["auto_map"] == config["auto_map"]
-    assert (tmp_path / "again" / "modeling_uptrain_gpt2.py").exists()
+    for name in ("modeling_uptrain_gpt2.py", "uptrain_shared.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
 
 
 TRANSFORMERS_LATER = """
@@ -128,6 +129,7 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)
 def test_registration_works_whichever_is_imported_first(code: str, tmp_path: Path) -> None:
     grouped(2).save_pretrained(tmp_path / "saved")
     # Without its code in the folder, only a registered class can load it.
-    (tmp_path / "saved" / "modeling_uptrain_gpt2.py").unlink()
+    for path in (tmp_path / "saved").glob("*.py"):
+        path.unlink()
     module = run_python(code, tmp_path / "saved", home=tmp_path).strip()
     assert module == "uptrain.models.remote_code.modeling_uptrain_gpt2"

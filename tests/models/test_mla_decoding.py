@@ -27,8 +27,8 @@ def pair(attention: str, **changes):
 def absorbed(monkeypatch) -> list[bool]:
     """Record whether each layer's call was absorbed."""
     seen: list[bool] = []
-    original = AbsorbedDeepseekV3Attention.pays
-    monkeypatch.setattr(AbsorbedDeepseekV3Attention, "pays", lambda *args: seen.append(original(*args)) or seen[-1])
+    original = AbsorbedDeepseekV3Attention.absorbs
+    monkeypatch.setattr(AbsorbedDeepseekV3Attention, "absorbs", lambda *args: seen.append(original(*args)) or seen[-1])
     return seen
 
 

@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_package_the_recipes_and_the_licence_and_nothing_els
     tracked = call("git", "ls-files", cwd=clone).splitlines()
     expected = {name for name in tracked if name.startswith("uptrain/")}
     assert {"uptrain/py.typed", "uptrain/workflows/demo/checkpoint/model.safetensors"} <= expected
-    assert "uptrain/models/remote_code/modeling_uptrain_gpt2.py" in expected
+    assert {f"uptrain/models/remote_code/{name}.py" for name in ("modeling_uptrain_gpt2", "uptrain_shared")} <= expected
     expected |= {
         name.replace("recipes/", "uptrain/recipes_shipped/") for name in tracked if name.startswith("recipes/")
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,7 +30,7 @@ class ShardContents:
 
     tensors: Sequence[TensorInfo]
     chunks: Callable[[str], Iterable[memoryview]]
-    spans: Mapping[str, Span] = _NO_SPANS
+    spans: Mapping[str, Span] = field(default_factory=lambda: _NO_SPANS)
 
 
 def shard_header(tensors: Sequence[TensorInfo], spans: Mapping[str, Span] = _NO_SPANS) -> bytes:

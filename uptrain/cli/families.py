@@ -12,7 +12,7 @@ from uptrain.conversion.family_table import FamilyRow, Holder, alike
 from uptrain.methods.registry import METHODS
 
 COLUMNS = ("family", "q, k, v", "position", "to GQA", "to MQA", "to MLA", "methods")
-REMOTE_CODE = "one readable modelling file inside the checkpoint: `trust_remote_code=True`, or `import uptrain`"
+REMOTE_CODE = "readable modelling code inside the checkpoint: `trust_remote_code=True`, or `import uptrain`"
 
 
 @click.command()

@@ -16,29 +16,16 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     eager_attention_forward,
 )
 
-from uptrain.models.remote_code.modeling_uptrain_llama_mla import UptrainLlamaMLAAttention, cache_argument, fold_heads
+from uptrain.models.remote_code.uptrain_shared import AbsorbedDecoding, cache_argument, fold_heads
 
 CACHE = cache_argument(DeepseekV3Attention)
 
 
-class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
+class AbsorbedDeepseekV3Attention(AbsorbedDecoding, DeepseekV3Attention):
     """Attend over cached latents as they are, where that takes fewer products than expanding them.
 
     Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.2: W_uk goes into the queries and W_uv into the output.
     """
-
-    # The same reckoning as in our own class, from the same sizes.
-    pays = UptrainLlamaMLAAttention.absorbs
-
-    @property
-    def latent_sizes(self) -> list[Any]:
-        """Return the widths of what is cached: latent and rotary key."""
-        return [self.kv_lora_rank, self.qk_rope_head_dim]
-
-    @property
-    def kv_sizes(self) -> list[Any]:
-        """Return the widths that a head's latent expands to: key and value."""
-        return [self.qk_nope_head_dim, self.v_head_dim]
 
     def forward(  # type: ignore[override]
         self,
@@ -67,7 +54,7 @@ class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
         query_rope, key_rope = rotate(query_rope, key_rope, *position_embeddings)
         latent, key_rope = cache.update(latent, key_rope, layer.layer_idx, kwargs=kwargs)
 
-        absorbed = layer.pays(tokens, latent, attention_mask)
+        absorbed = layer.absorbs(tokens, latent, attention_mask)
         if absorbed:
             up = layer.kv_b_proj.weight.unflatten(0, (-1, layer.qk_nope_head_dim + layer.v_head_dim))
             key_up, value_up = up.split(self.kv_sizes, dim=1)
@@ -104,7 +91,9 @@ class AbsorbedDeepseekV3Attention(DeepseekV3Attention):
 
 def absorb(model: nn.Module) -> int:
     """Let a model's stock MLA layers decode absorbed, in place; return how many there are."""
-    layers = [module for module in model.modules() if type(module) is DeepseekV3Attention]
+    layers: list[Any] = [module for module in model.modules() if type(module) is DeepseekV3Attention]
     for layer in layers:
         layer.__class__ = AbsorbedDeepseekV3Attention
+        layer.latent_sizes = [layer.kv_lora_rank, layer.qk_rope_head_dim]
+        layer.kv_sizes = [layer.qk_nope_head_dim, layer.v_head_dim]
     return len(layers)

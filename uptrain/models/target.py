@@ -16,6 +16,9 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 """The folder of the modelling files that go into results."""
 
+SHARED_CODE = "uptrain_shared.py"
+"""The file in it that every modelling file imports."""
+
 
 @dataclass(frozen=True)
 class TargetClass:
@@ -69,3 +72,8 @@ class TargetClass:
     def name(self) -> str:
         """Return the target class's model_type."""
         return self.family.model_type
+
+    @property
+    def code_files(self) -> tuple[str, ...]:
+        """Return the names of the files in `REMOTE_CODE` that go into a result; none where a stock class holds it."""
+        return (self.remote_code, SHARED_CODE) if self.remote_code else ()

@@ -342,8 +342,8 @@ def _resumable() -> Iterator[None]:
 
 def _write_companions(checkpoint: Checkpoint, plan: Plan, beside: Sidecars, partial: Path) -> None:
     carry(checkpoint.path, beside, partial)
-    if plan.target.remote_code:
-        shutil.copyfile(REMOTE_CODE / plan.target.remote_code, partial / plan.target.remote_code)
+    for name in plan.target.code_files:
+        shutil.copyfile(REMOTE_CODE / name, partial / name)
     whole = plan.whole_config
     code = {**reading_code(checkpoint.config), **whole.get("auto_map", {})}
     config = {**whole, "auto_map": code} if code else whole

@@ -1,77 +1,31 @@
 # Copyright 2026 The uptrain authors. Licensed under the Apache License, Version 2.0.
 """BART whose decoder's query heads share key/value heads (GQA, MQA): over its own text, and the encoder's output.
 
-One self-contained file: it is copied into converted checkpoints, where `trust_remote_code=True` loads it
+This file and uptrain_shared.py are copied into converted checkpoints, where `trust_remote_code=True` loads them
 without uptrain. Apart from the decoder's `k_proj` and `v_proj`, which are narrower, every tensor has BART's name,
 shape and bytes.
 """
 
 from typing import Any
 
-import torch
-import transformers
-
-if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
+# First of all: it says so where transformers is too old for the imports below.
+from .uptrain_shared import ConfigWithKernel, SharedHeadsConfig, register_auto_classes, repeated_heads_kernel  # isort: split
 
 from torch import nn
-from transformers import AttentionInterface, BartConfig, BartForConditionalGeneration, BartModel
+from transformers import BartConfig, BartForConditionalGeneration, BartModel
 from transformers.models.bart.modeling_bart import BartAttention, eager_attention_forward
 
 
-class UptrainBartConfig(BartConfig):
+class UptrainBartConfig(SharedHeadsConfig, BartConfig):
     """Configure a BART whose decoder has `num_key_value_heads` key/value heads; None means one a query head."""
 
     model_type = "uptrain_bart"
+    query_heads = "decoder_attention_heads"
 
     num_key_value_heads: int | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        # save_pretrained names only the saved class here; AutoModel looks for itself.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "modeling_uptrain_bart.UptrainBartConfig",
-                "AutoModel": "modeling_uptrain_bart.UptrainBartModel",
-                "AutoModelForSeq2SeqLM": "modeling_uptrain_bart.UptrainBartForConditionalGeneration",
-            },
-        )
-        super().__post_init__(**kwargs)
-        heads: Any = self.decoder_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = heads
-        if self.num_key_value_heads < 1 or heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads {self.num_key_value_heads} does not divide decoder_attention_heads {heads}."
-            )
 
-
-def repeated_heads_forward(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    """Attend as BART's eager kernel does, keys and values (batch, G, tokens, dim) repeated for H query heads."""
-    key, value = (each.repeat_interleave(module.num_key_value_groups, dim=1) for each in (key, value))
-    return eager_attention_forward(module, query, key, value, *args, **kwargs)
-
-
-AttentionInterface.register("uptrain_bart_eager", repeated_heads_forward)
-
-
-class Kernel:
-    """Stand for a config, but for "eager" name our own kernel: BART's knows no shared heads, all others do."""
-
-    def __init__(self, config: BartConfig) -> None:
-        self.source = config
-
-    @property
-    def _attn_implementation(self) -> str:
-        name = str(self.source._attn_implementation)
-        return "uptrain_bart_eager" if name == "eager" else name
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "source":  # while a copy is made, which has none yet
-            raise AttributeError(name)
-        return getattr(self.source, name)
+KERNEL = repeated_heads_kernel("uptrain_bart_eager", eager_attention_forward)
 
 
 class UptrainBartAttention(BartAttention):
@@ -91,7 +45,7 @@ class UptrainBartAttention(BartAttention):
         self.num_key_value_groups = heads // groups
         self.k_proj = nn.Linear(self.embed_dim, groups * self.head_dim)
         self.v_proj = nn.Linear(self.embed_dim, groups * self.head_dim)
-        self.config = Kernel(config)  # type: ignore[assignment]
+        self.config = ConfigWithKernel(config, KERNEL)  # type: ignore[assignment]
 
 
 def share_heads(decoder: Any) -> None:
@@ -125,7 +79,4 @@ class UptrainBartForConditionalGeneration(BartForConditionalGeneration):
         self.post_init()
 
 
-# save_pretrained then copies this file beside the weights.
-UptrainBartConfig.register_for_auto_class()
-UptrainBartModel.register_for_auto_class("AutoModel")
-UptrainBartForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+register_auto_classes(UptrainBartConfig, UptrainBartModel, UptrainBartForConditionalGeneration, "AutoModelForSeq2SeqLM")

@@ -1,61 +1,29 @@
 # Copyright 2026 The uptrain authors. Licensed under the Apache License, Version 2.0.
 """BLOOM whose query heads share key/value heads (GQA, MQA).
 
-One self-contained file: it is copied into converted checkpoints, where `trust_remote_code=True` loads it
+This file and uptrain_shared.py are copied into converted checkpoints, where `trust_remote_code=True` loads them
 without uptrain. Apart from `query_key_value`, which is narrower, every tensor has BLOOM's name, shape and bytes.
 """
 
 from typing import Any
 
+# First of all: it says so where transformers is too old for the imports below.
+from .uptrain_shared import RepeatedHeads, SharedHeadsConfig, register_auto_classes, start_causal_lm  # isort: split
+
 import torch
-import transformers
-
-if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
-
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 from transformers.cache_utils import Cache
 from transformers.models.bloom.modeling_bloom import BloomAttention
 
 
-class UptrainBloomConfig(BloomConfig):
+class UptrainBloomConfig(SharedHeadsConfig, BloomConfig):
     """Configure a BLOOM with `num_key_value_heads` key/value heads; none given means one per query head."""
 
     model_type = "uptrain_bloom"
+    query_heads = "n_head"
 
     num_key_value_heads: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        # save_pretrained names only the saved class here; AutoModel looks for itself.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "modeling_uptrain_bloom.UptrainBloomConfig",
-                "AutoModel": "modeling_uptrain_bloom.UptrainBloomModel",
-                "AutoModelForCausalLM": "modeling_uptrain_bloom.UptrainBloomForCausalLM",
-            },
-        )
-        super().__post_init__(**kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.n_head
-        if self.num_key_value_heads < 1 or self.n_head % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide n_head {self.n_head}.")
-
-
-class RepeatedHeads:
-    """A layer's view of the cache: it keeps the G heads and gives each back for every query head that shares it."""
-
-    def __init__(self, cache: Cache | None, repeats: int) -> None:
-        self.cache, self.repeats = cache, repeats
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all keys and values, (batch, H, tokens, dim), after adding new ones, (batch, G, tokens, dim)."""
-        if self.cache is not None:
-            key, value = self.cache.update(key, value, layer_idx, **kwargs)
-        return key.repeat_interleave(self.repeats, dim=1), value.repeat_interleave(self.repeats, dim=1)
 
 
 class UptrainBloomAttention(BloomAttention):
@@ -108,16 +76,10 @@ class UptrainBloomForCausalLM(BloomForCausalLM):
     config_class = UptrainBloomConfig
 
     def __init__(self, config: UptrainBloomConfig) -> None:
-        # Past BloomForCausalLM's own __init__, which would build the whole model a second time.
-        super(BloomForCausalLM, self).__init__(config)
-        # transformers derives it from class names it knows, and warns at the first loss when it can't.
-        self.loss_type = "ForCausalLM"
+        start_causal_lm(self, BloomForCausalLM, config)
         self.transformer = UptrainBloomModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-# save_pretrained then copies this file beside the weights.
-UptrainBloomConfig.register_for_auto_class()
-UptrainBloomModel.register_for_auto_class("AutoModel")
-UptrainBloomForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+register_auto_classes(UptrainBloomConfig, UptrainBloomModel, UptrainBloomForCausalLM)

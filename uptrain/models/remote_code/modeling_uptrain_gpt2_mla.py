@@ -2,20 +2,25 @@
 # mypy: allow-untyped-calls
 """GPT-2 whose keys and values are read out of one narrow latent per token (MLA without rotary keys).
 
-One self-contained file: it is copied into converted checkpoints, where `trust_remote_code=True` loads it
+This file and uptrain_shared.py are copied into converted checkpoints, where `trust_remote_code=True` loads them
 without uptrain. Outside `attn`, every tensor has GPT-2's name, shape and bytes; the cache holds the latent only.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
+# First of all: it says so where transformers is too old for the imports below.
+from .uptrain_shared import (  # isort: split
+    AbsorbedDecoding,
+    OwnConfig,
+    cache_argument,
+    fold_heads,
+    gpt2_eager_attention_forward,
+    register_auto_classes,
+    start_causal_lm,
+)
+
 import torch
-import transformers
-
-if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
-
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.cache_utils import Cache
@@ -24,7 +29,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 
-class UptrainGPT2MLAConfig(GPT2Config):
+class UptrainGPT2MLAConfig(OwnConfig, GPT2Config):
     """Configure a GPT-2 with a latent of `kv_lora_rank` values; sizes that aren't given are GPT-2's, nothing lost."""
 
     model_type = "uptrain_gpt2_mla"
@@ -35,15 +40,6 @@ class UptrainGPT2MLAConfig(GPT2Config):
     v_head_dim: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # save_pretrained names only the saved class here; vLLM looks for AutoModel, and AutoModel for itself.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "modeling_uptrain_gpt2_mla.UptrainGPT2MLAConfig",
-                "AutoModel": "modeling_uptrain_gpt2_mla.UptrainGPT2MLAModel",
-                "AutoModelForCausalLM": "modeling_uptrain_gpt2_mla.UptrainGPT2MLALMHeadModel",
-            },
-        )
         super().__post_init__(**kwargs)
         head_dim = self.n_embd // self.n_head
         self.kv_lora_rank = 2 * self.n_embd if self.kv_lora_rank is None else self.kv_lora_rank
@@ -60,64 +56,22 @@ class UptrainGPT2MLAConfig(GPT2Config):
             raise ValueError("uptrain_gpt2_mla has no cross-attention: add_cross_attention must be false.")
 
 
-def cache_argument(attention: type[nn.Module]) -> str:
-    """Return under which name this transformers gives a layer the cache: `cache`, or `past_key_values` before 5.24.
-
-    Raises:
-        ImportError: under another, and a layer that leaves its cache empty would write nonsense.
-    """
-    for name in ("cache", "past_key_values"):
-        if name in inspect.signature(attention.forward).parameters:
-            return name
-    raise ImportError(
-        f"transformers {transformers.__version__} gives {attention.__name__} the cache under a name that this file "
-        "doesn't know. Use an older transformers, or convert again with a newer uptrain."
-    )
-
-
-# Before 5.24 a layer was also given a `cache`: continuous batching's, which the kernel takes out of kwargs itself.
 CACHE = cache_argument(GPT2Attention)
 
 
-def fold_heads(states: torch.Tensor) -> torch.Tensor:
-    """Line up the heads of (batch, heads, tokens, dim) as queries of one head: (batch, 1, tokens·heads, dim)."""
-    return states.transpose(1, 2).flatten(1, 2).unsqueeze(1)
-
-
-def eager_attention_forward(
-    module: "UptrainGPT2MLAAttention",
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend in plain products: query (batch, heads, tokens, dim) to output (batch, tokens, heads, dim)."""
-    if module.reorder_and_upcast_attn:
-        output, weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)
-        return output, weights
-    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1).type(value.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-class UptrainGPT2MLAAttention(GPT2Attention):
+class UptrainGPT2MLAAttention(AbsorbedDecoding, GPT2Attention):
     """Attend over keys and values that `kv_b_proj` gives, per head [key | value], from the cached latent."""
 
     def __init__(self, config: UptrainGPT2MLAConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)
         del self.c_attn
         # The config has put numbers where None was.
-        self.kv_lora_rank = cast(int, config.kv_lora_rank)
+        rank = cast(int, config.kv_lora_rank)
+        self.latent_sizes = [rank, 0]
         self.kv_sizes = [cast(int, config.qk_nope_head_dim), cast(int, config.v_head_dim)]
         self.q_proj = nn.Linear(self.embed_dim, self.num_heads * self.kv_sizes[0])
-        self.kv_a_proj_with_mqa = nn.Linear(self.embed_dim, self.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, self.num_heads * sum(self.kv_sizes), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(self.embed_dim, rank)
+        self.kv_b_proj = nn.Linear(rank, self.num_heads * sum(self.kv_sizes), bias=False)
         self.c_proj = Conv1D(self.embed_dim, self.num_heads * self.kv_sizes[1])
 
     def expand_kv(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,27 +79,6 @@ class UptrainGPT2MLAAttention(GPT2Attention):
         heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, sum(self.kv_sizes)))
         key, value = heads.transpose(1, 2).split(self.kv_sizes, dim=-1)
         return key, value
-
-    def absorbs(self, tokens: int, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Tell whether `tokens` queries attend over the cached latent (batch, 1, slots, kv_lora_rank) as it is.
-
-        That takes fewer products than expanding every slot while the queries are few; the result is the same.
-        """
-        slots, rank, width = latent.shape[2], self.kv_lora_rank, sum(self.kv_sizes)
-        expanded = slots * (rank * width + tokens * width)
-        absorbed = tokens * (rank * width + slots * 2 * rank)
-        weight = self.kv_b_proj.weight
-        return (
-            tokens < slots
-            and absorbed < expanded
-            and self.config._attn_implementation in ("sdpa", "eager")
-            # Without a mask several queries mean a prefill into an empty static cache, causal from its first slot.
-            and (attention_mask is not None or tokens == 1)
-            # Adapted, quantised, sharded and offloaded layers can only be called: their weight isn't all there is.
-            and type(self.kv_b_proj) is nn.Linear
-            and type(weight.data) is torch.Tensor
-            and weight.device == latent.device
-        )
 
     def forward(  # type: ignore[override]
         self,
@@ -176,7 +109,7 @@ class UptrainGPT2MLAAttention(GPT2Attention):
             key, value = self.expand_kv(latent)
 
         attention_interface: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = (
-            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, gpt2_eager_attention_forward)
         )
         # vLLM reads this method's source: one interface call, with its scaling an attribute of self.
         attn_output, attn_weights = attention_interface(
@@ -218,16 +151,10 @@ class UptrainGPT2MLALMHeadModel(GPT2LMHeadModel):
     config_class = UptrainGPT2MLAConfig
 
     def __init__(self, config: UptrainGPT2MLAConfig) -> None:
-        # Past GPT2LMHeadModel's own __init__, which would build the whole model a second time.
-        super(GPT2LMHeadModel, self).__init__(config)
-        # transformers derives it from class names it knows, and warns at the first loss when it can't.
-        self.loss_type = "ForCausalLM"
+        start_causal_lm(self, GPT2LMHeadModel, config)
         self.transformer = UptrainGPT2MLAModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
 
-# save_pretrained then copies this file beside the weights.
-UptrainGPT2MLAConfig.register_for_auto_class()
-UptrainGPT2MLAModel.register_for_auto_class("AutoModel")
-UptrainGPT2MLALMHeadModel.register_for_auto_class("AutoModelForCausalLM")
+register_auto_classes(UptrainGPT2MLAConfig, UptrainGPT2MLAModel, UptrainGPT2MLALMHeadModel)

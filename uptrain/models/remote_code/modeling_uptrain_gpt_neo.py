@@ -1,63 +1,29 @@
 # Copyright 2026 The uptrain authors. Licensed under the Apache License, Version 2.0.
 """GPT-Neo whose query heads share key/value heads (GQA, MQA).
 
-One self-contained file: it is copied into converted checkpoints, where `trust_remote_code=True` loads it
+This file and uptrain_shared.py are copied into converted checkpoints, where `trust_remote_code=True` loads them
 without uptrain. Apart from `k_proj` and `v_proj`, which are narrower, every tensor has GPT-Neo's name, shape and bytes.
 """
 
 from typing import Any
 
+# First of all: it says so where transformers is too old for the imports below.
+from .uptrain_shared import RepeatedHeads, SharedHeadsConfig, register_auto_classes, start_causal_lm  # isort: split
+
 import torch
-import transformers
-
-if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
-
 from torch import nn
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
 from transformers.cache_utils import Cache
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 
-class UptrainGPTNeoConfig(GPTNeoConfig):
+class UptrainGPTNeoConfig(SharedHeadsConfig, GPTNeoConfig):
     """Configure a GPT-Neo with `num_key_value_heads` key/value heads; none given means one per query head."""
 
     model_type = "uptrain_gpt_neo"
+    query_heads = "num_heads"
 
     num_key_value_heads: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        # save_pretrained names only the saved class here; AutoModel looks for itself.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "modeling_uptrain_gpt_neo.UptrainGPTNeoConfig",
-                "AutoModel": "modeling_uptrain_gpt_neo.UptrainGPTNeoModel",
-                "AutoModelForCausalLM": "modeling_uptrain_gpt_neo.UptrainGPTNeoForCausalLM",
-            },
-        )
-        super().__post_init__(**kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_heads
-        if self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads {self.num_key_value_heads} does not divide num_heads {self.num_heads}."
-            )
-
-
-class RepeatedHeads:
-    """A layer's view of the cache: it keeps the G heads and gives each back for every query head that shares it."""
-
-    def __init__(self, cache: Cache | None, repeats: int) -> None:
-        self.cache, self.repeats = cache, repeats
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all keys and values, (batch, H, tokens, dim), after adding new ones, (batch, G, tokens, dim)."""
-        if self.cache is not None:
-            key, value = self.cache.update(key, value, layer_idx, **kwargs)
-        return key.repeat_interleave(self.repeats, dim=1), value.repeat_interleave(self.repeats, dim=1)
 
 
 class UptrainGPTNeoSelfAttention(GPTNeoSelfAttention):
@@ -111,16 +77,10 @@ class UptrainGPTNeoForCausalLM(GPTNeoForCausalLM):
     _supports_flash_attn = False
 
     def __init__(self, config: UptrainGPTNeoConfig) -> None:
-        # Past GPTNeoForCausalLM's own __init__, which would build the whole model a second time.
-        super(GPTNeoForCausalLM, self).__init__(config)
-        # transformers derives it from class names it knows, and warns at the first loss when it can't.
-        self.loss_type = "ForCausalLM"
+        start_causal_lm(self, GPTNeoForCausalLM, config)
         self.transformer = UptrainGPTNeoModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-# save_pretrained then copies this file beside the weights.
-UptrainGPTNeoConfig.register_for_auto_class()
-UptrainGPTNeoModel.register_for_auto_class("AutoModel")
-UptrainGPTNeoForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+register_auto_classes(UptrainGPTNeoConfig, UptrainGPTNeoModel, UptrainGPTNeoForCausalLM)

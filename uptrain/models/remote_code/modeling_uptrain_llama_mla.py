@@ -2,7 +2,7 @@
 # mypy: allow-untyped-calls
 """Llama whose keys and values are read out of one narrow latent per token (MLA).
 
-One self-contained file: it is copied into converted checkpoints, where `trust_remote_code=True` loads it
+This file and uptrain_shared.py are copied into converted checkpoints, where `trust_remote_code=True` loads them
 without uptrain. `rope_mode` says where positions are:
 - "decoupled": in one rotary key per token that all heads share, beside the latent. Decoding reads the latent as
   it is (absorbed).
@@ -11,16 +11,20 @@ without uptrain. `rope_mode` says where positions are:
 The cache holds the latent and the shared rotary key, nothing else.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# First of all: it says so where transformers is too old for the imports below.
+from .uptrain_shared import (  # isort: split
+    AbsorbedDecoding,
+    OwnConfig,
+    cache_argument,
+    fold_heads,
+    register_auto_classes,
+    start_causal_lm,
+)
+
 import torch
-import transformers
-
-if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
-
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.cache_utils import Cache
@@ -28,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, eager_attention_forward
 
 
-class UptrainLlamaMLAConfig(LlamaConfig):
+class UptrainLlamaMLAConfig(OwnConfig, LlamaConfig):
     """Configure a Llama with a latent of `kv_lora_rank` values and a rotary key of `qk_rope_head_dim` a token.
 
     `attention_scale` multiplies the scores, (qk_nope_head_dim + qk_rope_head_dim)^-½ if not given. `qkv_bias` is
@@ -54,15 +58,6 @@ class UptrainLlamaMLAConfig(LlamaConfig):
     attention_scale: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # save_pretrained names only the saved class here; vLLM looks for AutoModel, and AutoModel for itself.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "modeling_uptrain_llama_mla.UptrainLlamaMLAConfig",
-                "AutoModel": "modeling_uptrain_llama_mla.UptrainLlamaMLAModel",
-                "AutoModelForCausalLM": "modeling_uptrain_llama_mla.UptrainLlamaMLAForCausalLM",
-            },
-        )
         # LlamaRotaryEmbedding takes its width from head_dim.
         self.head_dim = self.qk_rope_head_dim if self.rope_mode == "decoupled" else self.qk_nope_head_dim
         super().__post_init__(**kwargs)
@@ -82,22 +77,6 @@ class UptrainLlamaMLAConfig(LlamaConfig):
             self.attention_scale = self.qk_head_dim**-0.5
 
 
-def cache_argument(attention: type[nn.Module]) -> str:
-    """Return under which name this transformers gives a layer the cache: `cache`, or `past_key_values` before 5.24.
-
-    Raises:
-        ImportError: under another, and a layer that leaves its cache empty would write nonsense.
-    """
-    for name in ("cache", "past_key_values"):
-        if name in inspect.signature(attention.forward).parameters:
-            return name
-    raise ImportError(
-        f"transformers {transformers.__version__} gives {attention.__name__} the cache under a name that this file "
-        "doesn't know. Use an older transformers, or convert again with a newer uptrain."
-    )
-
-
-# Before 5.24 a layer was also given a `cache`: continuous batching's, which the kernel takes out of kwargs itself.
 CACHE = cache_argument(LlamaAttention)
 
 
@@ -108,12 +87,7 @@ def rotate(pairs: Sequence[torch.Tensor], angles: tuple[torch.Tensor, torch.Tens
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def fold_heads(states: torch.Tensor) -> torch.Tensor:
-    """Line up the heads of (batch, heads, tokens, dim) as queries of one head: (batch, 1, tokens·heads, dim)."""
-    return states.transpose(1, 2).flatten(1, 2).unsqueeze(1)
-
-
-class UptrainLlamaMLAAttention(LlamaAttention):
+class UptrainLlamaMLAAttention(AbsorbedDecoding, LlamaAttention):
     """Attend with per-head keys from the latent and one rotary key, its rows (2p, 2p+1) a pair, for all heads."""
 
     def __init__(self, config: UptrainLlamaMLAConfig, layer_idx: int) -> None:
@@ -136,27 +110,6 @@ class UptrainLlamaMLAAttention(LlamaAttention):
         heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, sum(self.kv_sizes)))
         key, value = heads.transpose(1, 2).split(self.kv_sizes, dim=-1)
         return torch.cat([key, key_rope.expand(-1, key.shape[1], -1, -1)], dim=-1), value
-
-    def absorbs(self, tokens: int, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Tell whether `tokens` queries attend over the cached latent (batch, 1, slots, kv_lora_rank) as it is.
-
-        That takes fewer products than expanding every slot while the queries are few; the result is the same.
-        """
-        slots, (rank, rope), width = latent.shape[2], self.latent_sizes, sum(self.kv_sizes)
-        expanded = slots * (rank * width + tokens * (width + rope))
-        absorbed = tokens * (rank * width + slots * 2 * (rank + rope))
-        weight = self.kv_b_proj.weight
-        return (
-            tokens < slots
-            and absorbed < expanded
-            and self.config._attn_implementation in ("sdpa", "eager")
-            # Without a mask several queries mean a prefill into an empty static cache, causal from its first slot.
-            and (attention_mask is not None or tokens == 1)
-            # Adapted, quantised, sharded and offloaded layers can only be called: their weight isn't all there is.
-            and type(self.kv_b_proj) is nn.Linear
-            and type(weight.data) is torch.Tensor
-            and weight.device == latent.device
-        )
 
     def forward(  # type: ignore[override]
         self,
@@ -291,17 +244,11 @@ class UptrainLlamaMLAForCausalLM(LlamaForCausalLM):
     config_class = UptrainLlamaMLAConfig
 
     def __init__(self, config: UptrainLlamaMLAConfig) -> None:
-        # Past LlamaForCausalLM's own __init__, which would build the whole model a second time.
-        super(LlamaForCausalLM, self).__init__(config)
-        # transformers derives it from class names it knows, and warns at the first loss when it can't.
-        self.loss_type = "ForCausalLM"
+        start_causal_lm(self, LlamaForCausalLM, config)
         self.model = UptrainLlamaMLAModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-# save_pretrained then copies this file beside the weights.
-UptrainLlamaMLAConfig.register_for_auto_class()
-UptrainLlamaMLAModel.register_for_auto_class("AutoModel")
-UptrainLlamaMLAForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+register_auto_classes(UptrainLlamaMLAConfig, UptrainLlamaMLAModel, UptrainLlamaMLAForCausalLM)

@@ -1,29 +1,27 @@
 # Copyright 2026 The uptrain authors. Licensed under the Apache License, Version 2.0.
 """MPT whose query heads share key/value heads (GQA, MQA).
 
-One self-contained file: it is copied into converted checkpoints, where `trust_remote_code=True` loads it
+This file and uptrain_shared.py are copied into converted checkpoints, where `trust_remote_code=True` loads them
 without uptrain. Apart from `Wqkv`, which is narrower, every tensor has MPT's name, shape and bytes.
 """
 
-import inspect
 from typing import Any, ClassVar
 
+# First of all: it says so where transformers is too old for the imports below.
+from .uptrain_shared import SharedHeadsConfig, cache_argument, register_auto_classes, start_causal_lm  # isort: split
+
 import torch
-import transformers
-
-if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"This model's class needs transformers 5 or newer; here is {transformers.__version__}.")
-
 from torch import nn
 from transformers import MptConfig, MptForCausalLM, MptModel
 from transformers.cache_utils import Cache
 from transformers.models.mpt.modeling_mpt import MptAttention
 
 
-class UptrainMptConfig(MptConfig):
+class UptrainMptConfig(SharedHeadsConfig, MptConfig):
     """Configure an MPT with `num_key_value_heads` key/value heads; none given means one per query head."""
 
     model_type = "uptrain_mpt"
+    query_heads = "n_heads"
     # The longest text, beyond which ALiBi's table ends, by the name that callers look for.
     attribute_map: ClassVar[dict[str, str]] = {
         **MptConfig.attribute_map, "max_position_embeddings": "max_seq_len",
@@ -31,39 +29,7 @@ class UptrainMptConfig(MptConfig):
 
     num_key_value_heads: int | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        # save_pretrained names only the saved class here; AutoModel looks for itself.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "modeling_uptrain_mpt.UptrainMptConfig",
-                "AutoModel": "modeling_uptrain_mpt.UptrainMptModel",
-                "AutoModelForCausalLM": "modeling_uptrain_mpt.UptrainMptForCausalLM",
-            },
-        )
-        super().__post_init__(**kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.n_heads
-        if self.num_key_value_heads < 1 or self.n_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide n_heads {self.n_heads}.")
 
-
-def cache_argument(attention: type[nn.Module]) -> str:
-    """Return under which name this transformers gives a layer the cache: `cache`, or `past_key_values` before 5.24.
-
-    Raises:
-        ImportError: under another, and a layer that leaves its cache empty would write nonsense.
-    """
-    for name in ("cache", "past_key_values"):
-        if name in inspect.signature(attention.forward).parameters:
-            return name
-    raise ImportError(
-        f"transformers {transformers.__version__} gives {attention.__name__} the cache under a name that this file "
-        "doesn't know. Use an older transformers, or convert again with a newer uptrain."
-    )
-
-
-# Before 5.24 a layer was also given a `cache`: continuous batching's, which the kernel takes out of kwargs itself.
 CACHE = cache_argument(MptAttention)
 
 
@@ -134,16 +100,10 @@ class UptrainMptForCausalLM(MptForCausalLM):
     config_class = UptrainMptConfig
 
     def __init__(self, config: UptrainMptConfig) -> None:
-        # Past MptForCausalLM's own __init__, which would build the whole model a second time.
-        super(MptForCausalLM, self).__init__(config)
-        # transformers derives it from class names it knows, and warns at the first loss when it can't.
-        self.loss_type = "ForCausalLM"
+        start_causal_lm(self, MptForCausalLM, config)
         self.transformer = UptrainMptModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-# save_pretrained then copies this file beside the weights.
-UptrainMptConfig.register_for_auto_class()
-UptrainMptModel.register_for_auto_class("AutoModel")
-UptrainMptForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+register_auto_classes(UptrainMptConfig, UptrainMptModel, UptrainMptForCausalLM)

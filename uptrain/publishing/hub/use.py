@@ -83,9 +83,9 @@ def _code(config: Mapping[str, Any], code: Mapping[str, Any]) -> str:
         return f"No remote code: `{name}` is a class of transformers.{_versions(config)}"
     file = str(next(iter(code.values()))).rpartition(".")[0] + ".py"
     return (
-        f"Its class, `{name}`, is not one of transformers: `trust_remote_code=True` runs `{file}` of this repository, "
-        "which wants transformers 5. After `import uptrain` it loads without. The tokenizer needs no code; without "
-        "`trust_remote_code=False`, transformers asks for it all the same, and waits."
+        f"Its class, `{name}`, is not one of transformers: `trust_remote_code=True` runs `{file}` of this repository "
+        "and what that imports of it, and wants transformers 5. After `import uptrain` it loads without. The tokenizer "
+        "needs no code; without `trust_remote_code=False`, transformers asks for it all the same, and waits."
     )
 
 
