@@ -1,6 +1,6 @@
 """Convert Llamas of 1 B to 671 B parameters without their bytes: how long it takes, and the peak memory.
 
-    python benchmarks/convert_scale.py [--models 1B 7B 70B] [--layers N] [--dry] [--dir /tmp] [--json]
+    python -m benchmarks convert_scale [--models 1B 7B 70B] [--layers N] [--dry] [--dir /tmp] [--json]
 
 The source's shards are sparse files of the declared size, which take no disk and read as zeros. The real pipeline
 reads, pools and digests them; only its last step, writing to the disk, is left out. With `--dry` they are only planned.
@@ -10,92 +10,57 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from uptrain.checkpoint.checksum import Checksum  # noqa: E402
-from uptrain.checkpoint.header import TensorInfo  # noqa: E402
-from uptrain.checkpoint.progress import State  # noqa: E402
-from uptrain.checkpoint.shard_writer import ShardContents, shard_header  # noqa: E402
-from uptrain.checkpoint.shared_work import SoleWorker  # noqa: E402
-from uptrain.conversion.request import Request  # noqa: E402
-from uptrain.conversion.run.convert import plan_conversion  # noqa: E402
-from uptrain.conversion.run.pipeline import Pipeline  # noqa: E402
+from benchmarks.common import Llama, child, options, peak_memory, shard_name, timed, write_index
+from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.events import Events
+from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.progress import State
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.shard_writer import ShardContents, shard_header
+from uptrain.checkpoint.shared_work import SoleWorker
+from uptrain.conversion.plan.planner import Plan
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import plan_conversion
+from uptrain.conversion.run.layers import LayerMaker
+from uptrain.conversion.run.pipeline import Pipeline
 
 SHARD = 5 * 10**9
 """Bytes of a shard, as large checkpoints are published."""
 GROUPS = 8
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama with as many key/value heads as heads."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    num_attention_heads: int
-
-    def tensors(self) -> Iterable[TensorInfo]:
-        """Yield its tensors in bfloat16, in the order they are stored."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        yield _info("model.embed_tokens.weight", self.vocab_size, hidden)
-        for layer in range(self.num_hidden_layers):
-            base = f"model.layers.{layer}."
-            yield _info(f"{base}input_layernorm.weight", hidden)
-            for part in "qkvo":
-                yield _info(f"{base}self_attn.{part}_proj.weight", hidden, hidden)
-            yield _info(f"{base}post_attention_layernorm.weight", hidden)
-            for part in ("gate", "up"):
-                yield _info(f"{base}mlp.{part}_proj.weight", inner, hidden)
-            yield _info(f"{base}mlp.down_proj.weight", hidden, inner)
-        yield _info("model.norm.weight", hidden)
-        yield _info("lm_head.weight", self.vocab_size, hidden)
-
-
 MODELS = {
-    "1B": Shape(22, 2048, 5632, 32000, 32),
-    "7B": Shape(32, 4096, 11008, 32000, 32),
-    "70B": Shape(80, 8192, 28672, 32000, 64),
-    "671B": Shape(182, 16384, 53248, 128256, 128),
+    "1B": Llama(22, 2048, 5632, 32000, 32),
+    "7B": Llama(32, 4096, 11008, 32000, 32),
+    "70B": Llama(80, 8192, 28672, 32000, 64),
+    "671B": Llama(182, 16384, 53248, 128256, 128),
 }
 
 
-def _info(name: str, *shape: int) -> TensorInfo:
-    return TensorInfo(name, "BF16", shape, "", -1, -1)
-
-
-def make_sparse(folder: Path, shape: Shape, limit: int = SHARD) -> int:
+def make_sparse(folder: Path, shape: Llama, limit: int = SHARD) -> int:
     """Write the checkpoint, its weights as holes, in shards of at most `limit` bytes; return their bytes."""
     folder.mkdir()
     parts: list[list[TensorInfo]] = [[]]
-    for info in shape.tensors():
+    for info in (TensorInfo(name, "BF16", sizes, "", -1, -1) for name, sizes in shape.tensors().items()):
         if parts[-1] and sum(each.nbytes for each in parts[-1]) + info.nbytes > limit:
             parts.append([])
         parts[-1].append(info)
     weight_map, total = {}, 0
     for number, part in enumerate(parts, start=1):
-        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        name = shard_name(number, len(parts))
         header, size = shard_header(part), sum(info.nbytes for info in part)
         with (folder / name).open("wb") as file:
             file.write(header)
             file.truncate(len(header) + size)
         weight_map |= {info.name: name for info in part}
         total += size
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    config = dict(vars(shape))
-    config |= {"model_type": "llama", "num_key_value_heads": shape.num_attention_heads, "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_index(folder, weight_map)
+    (folder / "config.json").write_text(json.dumps(shape.config()))
     return total
 
 
@@ -116,50 +81,51 @@ class NoDisk(SoleWorker):
 
 def convert(source: Path, dry: bool) -> dict[str, float]:
     """Plan the conversion of `source`, run it unless `dry`, and return what this process took."""
-    start = time.perf_counter()
-    _, checkpoint, plan = plan_conversion(str(source), Request("gqa", GROUPS), dry=dry)
-    planned = time.perf_counter()
-    if not dry:
-        with tempfile.TemporaryDirectory(dir=source.parent) as partial:
-            state = State(Path(partial), plan.digest)
-            Pipeline(checkpoint, plan, Path(partial), state, lambda count: None, worker=NoDisk()).run()
+    with timed() as planning:
+        _, checkpoint, plan = plan_conversion(str(source), Request("gqa", GROUPS), dry=dry)
+    with timed() as running:
+        if not dry:
+            run(checkpoint, plan, source.parent)
     return {
         "shards": len(plan.shards),
         "output_bytes": plan.total_bytes,
-        "plan_seconds": planned - start,
-        "run_seconds": time.perf_counter() - planned,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "plan_seconds": planning.seconds,
+        "run_seconds": running.seconds,
+        "peak_rss_bytes": peak_memory(),
     }
 
 
-def measure(work: Path, shape: Shape, dry: bool) -> dict[str, float]:
+def run(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
+    """Run a plan without its disk, in a temporary folder in `folder`."""
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        state = State(Path(partial), plan.digest)
+        Pipeline(checkpoint, plan, state, LayerMaker(checkpoint, plan), NoDisk(), Events()).run()
+
+
+def measure(work: Path, shape: Llama, dry: bool) -> dict[str, float]:
     """Convert a Llama of `shape` in a process of its own."""
     source = work / "source"
     total = make_sparse(source, shape)
-    command = [sys.executable, __file__, "--source", str(source), *(["--dry"] if dry else [])]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return {"source_bytes": total, **json.loads(done.stdout)}
+    return {"source_bytes": total, **child("convert_scale", "--source", source, *(["--dry"] if dry else []))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert large sparse checkpoints with the disk left out.")
+    parser = options("--dir", "--json")
     parser.add_argument("--models", nargs="+", default=["1B", "7B", "70B"], choices=list(MODELS))
-    parser.add_argument("--layers", type=int, help="Layers, instead of the model's own number.")
-    parser.add_argument("--dry", action="store_true", help="Only plan.")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--layers", type=int, help="layers, instead of the model's own number")
+    parser.add_argument("--dry", action="store_true", help="only plan")
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.source:
-        print(json.dumps(convert(options.source, options.dry)))
+    asked = parser.parse_args()
+    if asked.source:
+        print(json.dumps(convert(asked.source, asked.dry)))
         return
-    for name in options.models:
+    for name in asked.models:
         shape = MODELS[name]
-        if options.layers:
-            shape = replace(shape, num_hidden_layers=options.layers)
-        with tempfile.TemporaryDirectory(prefix="uptrain-convert-scale-", dir=options.dir) as work:
-            found = measure(Path(work), shape, options.dry)
-        if options.json:
+        if asked.layers:
+            shape = replace(shape, num_hidden_layers=asked.layers)
+        with tempfile.TemporaryDirectory(prefix="uptrain-convert-scale-", dir=asked.dir) as work:
+            found = measure(Path(work), shape, asked.dry)
+        if asked.json:
             print(json.dumps({"model": name, "num_hidden_layers": shape.num_hidden_layers, **found}), flush=True)
             continue
         print(
@@ -168,7 +134,3 @@ def main() -> None:
             f"peak RSS {found['peak_rss_bytes'] / 1e6:,.0f} MB",
             flush=True,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Time `uptrain convert --to gqa` against `cp -r` of the same synthetic sharded Llama checkpoint.
 
-    python benchmarks/convert_speed.py [--gigabytes 8] [--shards 16] [--dir /dev/shm] [--json]
-    python benchmarks/convert_speed.py --gigabytes 2 --heads 32:32:8 --heads 64:64:8 --heads 32:8:2 --profile
+    python -m benchmarks convert_speed [--gigabytes 8] [--shards 16] [--dir /dev/shm] [--json]
+    python -m benchmarks convert_speed --gigabytes 2 --heads 32:32:8 --heads 64:64:8 --heads 32:8:2 --profile
 
 Each --heads is one source: its attention heads, its key/value heads, and how many of those stay. Many key/value heads
 are what makes pooling work hard. Both commands run as processes of their own, in turns, each after its earlier output
@@ -12,7 +12,6 @@ copy is followed by `sync`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -21,17 +20,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-VOCAB = 32000
-ROOT = Path(__file__).parents[1]
+from benchmarks.common import ROOT, Llama, options, shard_name, timed, write_index
 
 
 @dataclass(frozen=True)
@@ -48,31 +45,13 @@ class Shape:
         """Read `heads:key_value_heads:groups` or, with the dims of a head, `heads:key_value_heads:groups:head_dim`."""
         return cls(*map(int, text.split(":")))
 
-    @property
-    def hidden(self) -> int:
-        """Return the hidden size."""
-        return self.heads * self.head_dim
-
-    @property
-    def intermediate(self) -> int:
-        """Return the MLP's width, in Llama's proportion."""
-        return self.hidden * 11 // 4
-
-    def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Return a layer's tensors and their shapes."""
-        prefix, hidden = f"model.layers.{layer}.", self.hidden
-        few = (self.key_value_heads * self.head_dim, hidden)
-        return {
-            f"{prefix}input_layernorm.weight": (hidden,),
-            f"{prefix}self_attn.q_proj.weight": (hidden, hidden),
-            f"{prefix}self_attn.k_proj.weight": few,
-            f"{prefix}self_attn.v_proj.weight": few,
-            f"{prefix}self_attn.o_proj.weight": (hidden, hidden),
-            f"{prefix}post_attention_layernorm.weight": (hidden,),
-            f"{prefix}mlp.gate_proj.weight": (self.intermediate, hidden),
-            f"{prefix}mlp.up_proj.weight": (self.intermediate, hidden),
-            f"{prefix}mlp.down_proj.weight": (hidden, self.intermediate),
-        }
+    def llama(self, total_bytes: int = 0) -> Llama:
+        """Return the Llama of this width whose bfloat16 weights are nearest to as many bytes."""
+        hidden = self.heads * self.head_dim
+        # The MLP's width is in Llama's proportion.
+        llama = Llama(0, hidden, hidden * 11 // 4, 32000, self.heads, self.key_value_heads, self.head_dim)
+        left = total_bytes - sum(map(size, llama.tensors().values()))
+        return replace(llama, num_hidden_layers=max(1, round(left / sum(map(size, llama.layer(0).values())))))
 
 
 # Multi-head attention narrow and wide, and grouped heads.
@@ -82,18 +61,6 @@ SHAPES = ("32:32:8", "24:24:8:128", "64:64:8", "32:8:2")
 def size(shape: tuple[int, ...]) -> int:
     """Return a bf16 tensor's bytes."""
     return 2 * int(np.prod(shape))
-
-
-def model_tensors(shape: Shape, total_bytes: int) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Return names and shapes of a Llama near total_bytes, and its layer count."""
-    ends = {"model.embed_tokens.weight": (VOCAB, shape.hidden)}
-    tail = {"model.norm.weight": (shape.hidden,), "lm_head.weight": (VOCAB, shape.hidden)}
-    fixed = sum(map(size, [*ends.values(), *tail.values()]))
-    layers = max(1, round((total_bytes - fixed) / sum(map(size, shape.layer_tensors(0).values()))))
-    tensors: dict[str, tuple[int, ...]] = dict(ends)
-    for layer in range(layers):
-        tensors |= shape.layer_tensors(layer)
-    return tensors | tail, layers
 
 
 def split(tensors: dict[str, tuple[int, ...]], shards: int) -> list[dict[str, tuple[int, ...]]]:
@@ -135,34 +102,20 @@ def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], blocks: Iterato
 def make_source(folder: Path, shape: Shape, total_bytes: int, shards: int) -> int:
     """Write the checkpoint and return its weights' bytes."""
     folder.mkdir()
-    tensors, layers = model_tensors(shape, total_bytes)
+    llama = shape.llama(total_bytes)
+    tensors = llama.tensors()
     parts, blocks = split(tensors, shards), noise()
     weight_map = {}
     for number, part in enumerate(parts, start=1):
-        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        name = shard_name(number, len(parts))
         write_shard(folder / name, part, blocks)
         weight_map |= dict.fromkeys(part, name)
     total = sum(map(size, tensors.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_value_heads,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
+    write_index(folder, weight_map, total_size=total)
+    config = llama.config(
+        max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu", bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return total
 
@@ -173,18 +126,17 @@ def run(command: list[str], outputs: tuple[Path, ...]) -> tuple[float, float, in
     for output in outputs:
         shutil.rmtree(output, ignore_errors=True)
     with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
         # The first turn leaves compiled modules, as an installation does, also where this shell forbids it.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
+        with timed() as timer:
+            child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(child.pid, 0)
         # wait4 took the child from under Popen, which would otherwise wait for it again.
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             log.seek(0)
             sys.exit(f"{' '.join(command)} failed ({child.returncode}):\n{log.read().decode()}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return timer.seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def measure(
@@ -236,7 +188,7 @@ def largest_items(arguments: list[str], outputs: tuple[Path, ...], report: Path,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time uptrain convert against cp -r.")
+    parser = options("--dir", "--json", dir={"default": Path("/dev/shm")})
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument(
@@ -244,20 +196,18 @@ def main() -> None:
         help=f"a source; may be repeated; default: {', '.join(SHAPES)}",
     )  # fmt: skip
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--dir", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--profile", action="store_true", help="print the functions that take longest (needs py-spy)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per source")
-    options = parser.parse_args()
-    total = int(options.gigabytes * 1e9)
-    if shutil.disk_usage(options.dir).free < 3 * total:
-        sys.exit(f"{options.dir} has less than the {3 * options.gigabytes:g} GB free that this needs")
-    for shape in options.heads or map(Shape.read, SHAPES):
-        with tempfile.TemporaryDirectory(prefix="uptrain-convert-speed-", dir=options.dir) as work:
-            result = measure(Path(work), shape, total, options.shards, options.runs, options.profile)
-        if options.json:
+    asked = parser.parse_args()
+    total = int(asked.gigabytes * 1e9)
+    if shutil.disk_usage(asked.dir).free < 3 * total:
+        sys.exit(f"{asked.dir} has less than the {3 * asked.gigabytes:g} GB free that this needs")
+    for shape in asked.heads or map(Shape.read, SHAPES):
+        with tempfile.TemporaryDirectory(prefix="uptrain-convert-speed-", dir=asked.dir) as work:
+            result = measure(Path(work), shape, total, asked.shards, asked.runs, asked.profile)
+        if asked.json:
             print(json.dumps(result), flush=True)
         else:
-            show(result, options.runs)
+            show(result, asked.runs)
 
 
 def show(result: dict[str, Any], runs: int) -> None:
@@ -273,7 +223,3 @@ def show(result: dict[str, Any], runs: int) -> None:
     for line in result["largest"]:
         print(f"           {line}")
     print(flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Time decoding against context: an original, and what it was converted to, alternating in one run.
 
-    python benchmarks/decode.py --synthetic smollm2
-    python benchmarks/decode.py ORIGINAL CONVERTED …
+    python -m benchmarks decode --synthetic smollm2
+    python -m benchmarks decode ORIGINAL CONVERTED …
 
 Every model decodes --tokens tokens, one by one, after a context of the given length, greedily and one sequence at a
 time; models take turns within a repeat, and the figures are medians over repeats with the range beside them. Contexts
@@ -13,10 +13,7 @@ stock class has it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import uptrain
+from benchmarks.common import options, settings_of, timed, write_json
 from uptrain.evaluation.reading import with_cache
 from uptrain.models.mla_decoding import absorb
 from uptrain.models.register import register
@@ -119,12 +117,11 @@ def filled(model: Any, context: int) -> DynamicCache:
 def decode(model: Any, cache: DynamicCache, context: int, tokens: int) -> float:
     """Decode greedily onto the cache, put it back to `context`, and return tokens per second."""
     token = torch.ones(1, 1, dtype=torch.long)
-    started = time.perf_counter()
-    for _ in range(tokens):
-        token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
-    seconds = time.perf_counter() - started
+    with timed() as timer:
+        for _ in range(tokens):
+            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
     cache.crop(context - cache.get_seq_length())
-    return tokens / seconds
+    return tokens / timer.seconds
 
 
 def held(cache: DynamicCache) -> int:
@@ -150,14 +147,13 @@ def measure(models: dict[str, Any], context: int, tokens: int, repeats: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options("--out", out={"default": Path("decode.json")})
     parser.add_argument("models", nargs="*", type=Path, help="folders; the first is the original")
     parser.add_argument("--synthetic", choices=SYNTHETIC)
     parser.add_argument("--contexts", default="1024,4096,16384")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path, default=Path("decode.json"))
     arguments = parser.parse_args()
     register()
     dtype = getattr(torch, arguments.dtype)
@@ -174,9 +170,5 @@ def main() -> None:
                 f"{row['ratio']:6.2f}x {row['cache_bytes'] / 2**20:8.1f} MiB",
                 flush=True,
             )
-    settings = {key: str(value) for key, value in vars(arguments).items()} | {"threads": torch.get_num_threads()}
-    arguments.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    settings = settings_of(arguments, threads=torch.get_num_threads())
+    write_json(arguments.out, {"settings": settings, "rows": rows})

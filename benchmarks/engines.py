@@ -1,9 +1,9 @@
 """Compare what other engines make of a converted checkpoint with transformers in fp32, token by token.
 
-    python benchmarks/engines.py --setup ENGINES                      makes an environment for each engine
-    python benchmarks/engines.py CHECKPOINT --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
-    python benchmarks/engines.py --synthetic --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
-    python benchmarks/engines.py --families --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
+    python -m benchmarks engines --setup ENGINES                      makes an environment for each engine
+    python -m benchmarks engines CHECKPOINT --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
+    python -m benchmarks engines --synthetic --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
+    python -m benchmarks engines --families --vllm ENGINES/vllm/bin/python --llama ENGINES/llama/bin/python
 
 Engines live in environments of their own and are asked in processes of their own: to go on from prompts of token ids,
 and for the log-probability of every token of what transformers went on with, so that the difference means the same
@@ -25,10 +25,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import options, timed, write_json
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -39,7 +40,7 @@ GPT2_SIZES = {
     "vocab_size": 512, "n_embd": 512, "n_layer": 2, "n_head": 8, "n_positions": 512, "initializer_range": 0.05,
     "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-MODELS: list[tuple[str, dict[str, Any], str, int | None]] = [
+FAMILIES: list[tuple[str, dict[str, Any], str, int | None]] = [
     ("llama", SIZES, "gqa", 2),
     ("qwen2", SIZES, "gqa", 2),
     ("olmo2", SIZES, "gqa", 2),
@@ -234,12 +235,12 @@ def engines(arguments: argparse.Namespace, folder: Path, work: Path, wanted: dic
         runs.append(("llama.cpp", arguments.llama, LLAMA, "", {"HF_HUB_OFFLINE": "1"}))
     rows = []
     for name, python, script, backend, variables in runs:
-        started = time.monotonic()
-        if script is LLAMA and latent and config.get("q_lora_rank") is None:
-            found: dict[str, Any] | str = "needs q_lora_rank: convert with --engine llama.cpp"
-        else:
-            found = asked(python, script, {**job, "backend": backend}, variables)
-        rows.append(compare(name, found, wanted) | {"seconds": round(time.monotonic() - started, 1)})
+        with timed() as timer:
+            if script is LLAMA and latent and config.get("q_lora_rank") is None:
+                found: dict[str, Any] | str = "needs q_lora_rank: convert with --engine llama.cpp"
+            else:
+                found = asked(python, script, {**job, "backend": backend}, variables)
+        rows.append(compare(name, found, wanted) | {"seconds": round(timer.seconds, 1)})
     return rows
 
 
@@ -272,16 +273,15 @@ def setup(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options("--out", out={"default": Path("engines.json")})
     parser.add_argument("models", nargs="*", type=Path, help="checkpoint folders")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--families", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="FAMILY", default=[family for family, *_ in MODELS])
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", default=[family for family, *_ in FAMILIES])
     parser.add_argument("--setup", type=Path, metavar="FOLDER")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON")
     parser.add_argument("--llama", type=Path, metavar="PYTHON")
     parser.add_argument("--backend", help="vLLM's attention backend (default: CPU_MLA for 512 + 64, else its own)")
-    parser.add_argument("--out", type=Path, default=Path("engines.json"))
     arguments = parser.parse_args()
     if arguments.setup:
         setup(arguments.setup)
@@ -296,7 +296,7 @@ def main() -> None:
             folders.append(synthetic(Path(work) / "512+64", None))
             folders.append(synthetic(Path(work) / "512+64, low-rank q_a", 192))
         if arguments.families:
-            folders += [converted(*family, Path(work)) for family in MODELS if family[0] in arguments.only]
+            folders += [converted(*family, Path(work)) for family in FAMILIES if family[0] in arguments.only]
         for folder in folders:
             for row in engines(arguments, folder, Path(work), by_transformers(folder)):
                 rows.append({"checkpoint": folder.name, **row})
@@ -305,8 +305,4 @@ def main() -> None:
                     f"{row['largest_logprob_difference']:<9.1e} {row['seconds']:7.1f}"
                 )
                 print(f"{folder.name:24} {row['engine']:24} {told}", flush=True)
-    arguments.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    write_json(arguments.out, rows)

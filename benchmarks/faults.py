@@ -1,6 +1,6 @@
 """Inject every fault of tests/faults and print the table: what was injected, survived, and lost.
 
-    python benchmarks/faults.py
+    python -m benchmarks faults
 
 A fault counts as survived when its test found OUT whole after it (the old one, the new one, or none), and the bytes of
 an undisturbed run after the same command was repeated; so what survived lost no byte.
@@ -8,7 +8,6 @@ an undisturbed run after the same command was repeated; so what survived lost no
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,23 +15,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.common import ROOT, options, table
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    options().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tally = Path(folder) / "tally.json"
         environment = {**os.environ, "UPTRAIN_FAULTS_TALLY": str(tally), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "pytest", "-m", "", "-n", "0", "-q", "tests/faults"]
         code = subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
         found: dict[str, list[int]] = json.loads(tally.read_text()) if tally.exists() else {}
-    print("\n| fault | injected | survived | bytes lost |\n|---|---:|---:|---:|")
-    rows = {**found, "together": [sum(column) for column in zip(*found.values(), strict=True)] or [0, 0]}
-    for kind, (injected, survived) in rows.items():
-        print(f"| {kind} | {injected:,} | {survived:,} | {'0' if survived == injected else 'see above'} |")
+    counts = {**found, "together": [sum(column) for column in zip(*found.values(), strict=True)] or [0, 0]}
+    rows = (
+        (kind, f"{injected:,}", f"{survived:,}", "0" if survived == injected else "see above")
+        for kind, (injected, survived) in counts.items()
+    )
+    print("\n" + table({"fault": "left", "injected": "right", "survived": "right", "bytes lost": "right"}, rows))
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

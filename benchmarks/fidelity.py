@@ -1,23 +1,20 @@
 """Tabulate what each method costs in quality before any training: model x target x method.
 
-    python benchmarks/fidelity.py --model demo
-    python benchmarks/fidelity.py --model demo --to mla --kv-lora-rank 256,128,64,32
-    python benchmarks/fidelity.py --model SMOLLM2 --to mqa --methods mean,svd,calibrated --text TEST --calibrate VALID
+    python -m benchmarks fidelity --model demo
+    python -m benchmarks fidelity --model demo --to mla --kv-lora-rank 256,128,64,32
+    python -m benchmarks fidelity --model SMOLLM2 --to mqa --methods mean,svd,calibrated --text TEST --calibrate VALID
 
 Fixed settings: blocks of 1,024 tokens (or the model's own limit), each scored whole and apart, the first --blocks of
 the text; perplexity, KL(original || converted) in nats per token and top-1 agreement, in fp32. Poolings that uptrain
 does not offer (mean renormed, Procrustes) are computed in the source's own class, its heads repeated. Writes JSON and
-a plot of quality against the share of the cache that is kept beside it.
+a plot of quality against the share of the cache that is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import resource
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import baselines
+from benchmarks.common import options, peak_memory, settings_of, timed, write_json
 from uptrain.architectures.description import describe_checkpoint
 from uptrain.architectures.projections import read_layer
 from uptrain.checkpoint.reader import open_checkpoint
@@ -130,22 +128,21 @@ def measure(arguments: argparse.Namespace) -> tuple[float, list[Row]]:
     rows = []
     for target, shape in targets(arguments):
         for method in methods_for(arguments, target):
-            started = time.monotonic()
             with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-                if method in BASELINES:
-                    model = pool_in_place(source.path, shape.get("groups", 1), method)
-                else:
-                    request = Request(method=method, **shape, **extra(arguments, method))
-                    done = convert(arguments.model, Path(work) / "out", request)
-                    cache = done.plan.cache_after / done.plan.cache_before
-                    model = load(Path(work) / "out")
-                seconds = time.monotonic() - started
+                with timed() as timer:
+                    if method in BASELINES:
+                        model = pool_in_place(source.path, shape.get("groups", 1), method)
+                    else:
+                        request = Request(method=method, **shape, **extra(arguments, method))
+                        done = convert(arguments.model, Path(work) / "out", request)
+                        cache = done.plan.cache_after / done.plan.cache_before
+                        model = load(Path(work) / "out")
                 perplexity, kl, agreement = score(model, original, blocks)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            peak = peak_memory() // 2**20
             if method in BASELINES:
                 cache = shape.get("groups", 1) / heads.num_key_value_heads
             rows.append(
-                Row(target, method, cache, perplexity, perplexity / base, kl, agreement, round(seconds, 1), peak)
+                Row(target, method, cache, perplexity, perplexity / base, kl, agreement, round(timer.seconds, 1), peak)
             )
             print(show(rows[-1]), flush=True)
     return base, rows
@@ -170,7 +167,10 @@ def latents(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     for rope in arguments.rope.split(",") if arguments.rope else [None]:
         for text in arguments.kv_lora_rank.split(","):
             rank, _, dims = text.partition("+")
-            sizes = {"kv_lora_rank": int(rank), "qk_rope_head_dim": int(dims) if dims and rope != "re-rotate" else None}
+            sizes = {
+                "kv_lora_rank": int(rank),
+                "qk_rope_head_dim": int(dims) if dims and rope not in ("pre-rope", "re-rotate") else None,
+            }
             found.append((f"mla-{text}{f'-{rope}' if rope else ''}", {"target": "mla", "rope": rope, **sizes}))
     return found
 
@@ -222,30 +222,24 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser = options(
+        "--model", "--calibrate", "--calibration-tokens", "--repair-steps", "--text", "--work", "--out",
+        calibrate={"default": "builtin"},
+        out={"default": Path("fidelity.json"), "help": "JSON; the plot gets the same name with .png"},
+    )  # fmt: skip
     parser.add_argument("--to", default="gqa4,gqa2,mqa", help="targets: gqaN, mqa or mla, with commas")
     parser.add_argument("--methods", help="with commas (default: all that the target has)")
     parser.add_argument(
         "--kv-lora-rank", default="256,128,64,32", help="of --to mla: ranks, or RANK+ROTARY, with commas"
     )
-    parser.add_argument("--rope", help="of --to mla: grid, longrope, re-rotate, with commas (default: the model's own)")
+    parser.add_argument(
+        "--rope", help="of --to mla: decoupled, longrope, pre-rope, with commas (default: the model's own)"
+    )
     parser.add_argument("--grouping", default="contiguous")
-    parser.add_argument("--calibrate", default="builtin", help="text of the calibrated methods")
-    parser.add_argument("--calibration-tokens", type=int, default=65_536)
-    parser.add_argument("--repair-steps", type=int, help="gradient steps a layer (default: the converter's)")
-    parser.add_argument("--text", default="python-stdlib:held-out", help="file or builtin text to score")
     parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--work", help="folder for converted checkpoints (default: the system's)")
-    parser.add_argument("--out", type=Path, default=Path("fidelity.json"), help="JSON; the plot goes beside it")
     arguments = parser.parse_args()
     base, rows = measure(arguments)
     print(f"original {base:.3f}; {arguments.blocks} blocks of 1,024 tokens of {arguments.text}, fp32, no training")
-    settings = {key: str(value) for key, value in vars(arguments).items()}
-    result = {"settings": settings, "original_perplexity": base, "rows": [asdict(row) for row in rows]}
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"settings": settings_of(arguments), "original_perplexity": base, "rows": [asdict(row) for row in rows]}
+    write_json(arguments.out, result)
     plot(rows, base, arguments.out.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,46 +1,44 @@
 """Try many hostile inputs: the fuzz tests of tests/fuzz with more of them, and what became of each.
 
-    python benchmarks/fuzz.py --inputs 100000
+    python -m benchmarks fuzz --inputs 100000
 
 Inputs that fail are kept in .hypothesis/ and tried first the next time; put them into the tests as examples.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-
+from benchmarks.common import ROOT, options, peak_memory, timed
 
 ROUND = 20_000
 """Inputs of one process: hypothesis remembers all that it tried, and the tests hold their memory to a limit."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options()
     parser.add_argument("--inputs", type=int, default=100_000, help="about how many inputs to try")
     parser.add_argument("tests", nargs="*", default=["tests/fuzz"], help="of which tests (default: all of tests/fuzz)")
     arguments = parser.parse_args()
-    began, tally, code = time.monotonic(), Counter[str](), 0
+    tally, code = Counter[str](), 0
     rounds = -(-arguments.inputs // ROUND)
-    for number in range(rounds):
-        found, failed = one_round(arguments.tests, -(-arguments.inputs // rounds), number)
-        tally.update(found)
-        code = code or failed
-        print(f"round {number + 1} of {rounds}: {tally.total():,} calls, {time.monotonic() - began:,.0f} s", flush=True)
+    with timed() as timer:
+        for number in range(rounds):
+            found, failed = one_round(arguments.tests, -(-arguments.inputs // rounds), number)
+            tally.update(found)
+            code = code or failed
+            print(f"round {number + 1} of {rounds}: {tally.total():,} calls, {timer.seconds:,.0f} s", flush=True)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds, processor = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+    processor, peak = usage.ru_utime + usage.ru_stime, peak_memory(resource.RUSAGE_CHILDREN)
     print(f"{tally.total():,} calls: {tally['accepted']:,} accepted, {tally['refused']:,} refused in a sentence.")
-    print(f"{seconds:,.0f} s, {processor:,.0f} s of processor time, peak memory {usage.ru_maxrss / 2**10:,.0f} MiB.")
+    print(f"{timer.seconds:,.0f} s, {processor:,.0f} s of processor time, peak memory {peak / 2**20:,.0f} MiB.")
     print("No failure." if code == 0 else "FAILED: see above.")
     return code
 
@@ -71,7 +69,3 @@ def one_round(tests: list[str], inputs: int, seed: int) -> tuple[dict[str, int],
         ]
         code = subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
         return json.loads(tally.read_text()) if tally.exists() else {}, code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """Fuzz what reads a checkpoint's files guided by coverage: headers, indexes, configs, tokenizers, manifests, recipes.
 
     pip install atheris          # Linux, Python 3.11 to 3.13
-    python benchmarks/fuzz_atheris.py header -max_total_time=600
-    python benchmarks/fuzz_atheris.py recipe -max_total_time=600 corpus/
+    python -m benchmarks fuzz_atheris header -max_total_time=600
+    python -m benchmarks fuzz_atheris recipe -max_total_time=600 corpus/
 
 The first word is the kind, the rest libFuzzer's own options. Each input is held to the rule of tests/fuzz: it works or
 is refused in one sentence. What fails is written to crash-*; put it into the tests as an example.
@@ -18,8 +18,6 @@ from pathlib import Path
 
 import atheris
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 with atheris.instrument_imports(include=["uptrain", "yaml"]):
     from tests.fuzz.attempt import attempt
     from tests.fuzz.test_files import SETTINGS, TOKENIZERS, load
@@ -104,7 +102,3 @@ def main() -> None:
         # What is right is kept however small an input covers as much, for much of what reads it is not seen.
         atheris.Setup([*sys.argv, "-keep_seed=1", str(seeds)], lambda data: kind(data, folder))
         atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

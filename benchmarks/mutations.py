@@ -1,8 +1,8 @@
 """Take each guard out of the code, one at a time, and say which of them no test misses.
 
-    python benchmarks/mutations.py                      # all modules below, each with the tests that should notice
-    python benchmarks/mutations.py uptrain/conversion/plan/mla.py
-    python benchmarks/mutations.py uptrain/architectures/projections.py --tests tests/architectures/test_projections.py
+    python -m benchmarks mutations                      # all modules below, each with the tests that should notice
+    python -m benchmarks mutations uptrain/conversion/plan/mla.py
+    python -m benchmarks mutations uptrain/architectures/projections.py --tests tests/architectures/test_projections.py
 
 A guard is a `raise`, which is replaced by `pass`. It survives when the tests pass without it: then either a test is
 missing, or nothing can reach it and it should go. Tests run in a copy of the repository, so the working tree is left
@@ -11,7 +11,6 @@ alone. The exit code is 1 where a guard survives.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import os
 import shutil
@@ -22,7 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.common import ROOT, options
+
 COPIED = ("uptrain", "tests", "recipes", "docs", "pyproject.toml", "README.md")
 SECONDS = 900
 """After which a run of the tests counts as one that noticed: a missing guard can make a loop endless."""
@@ -106,10 +106,10 @@ def passes(folder: Path, tests: tuple[str, ...]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options()
     parser.add_argument("files", nargs="*", default=list(NOTICED_BY), help="modules, as seen from the repository")
     parser.add_argument("--tests", nargs="+", help="what to run in place of the tests that are known for them")
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     survived: list[Guard] = []
     count = 0
     with tempfile.TemporaryDirectory() as name:
@@ -117,8 +117,8 @@ def main() -> int:
         for each in COPIED:
             source = ROOT / each
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / each)
-        for file in options.files:
-            tests = tuple(options.tests or NOTICED_BY[file])
+        for file in arguments.files:
+            tests = tuple(arguments.tests or NOTICED_BY[file])
             if not passes(folder, tests):
                 sys.exit(f"{' '.join(tests)} fails with every guard in its place.")
             for guard in guards_of(file):
@@ -128,7 +128,3 @@ def main() -> int:
                 print(f"{'SURVIVES' if alive else 'noticed '} {guard.file}:{guard.line} {guard.says}", flush=True)
     print(f"{count} guards, {len(survived)} of which no test misses.")
     return 1 if survived else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,27 +1,23 @@
-"""Memory a GPU and tokens a second for uptraining large models, from first principles: the tables of docs/scaling.md.
+"""Memory per GPU and tokens per second for uptraining large models, from first principles: tables of docs/scaling.md.
 
-python benchmarks/scaling.py
+python -m benchmarks scaling
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.common import Llama, options, table
+
 GIB = 2**30
 LOGITS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Llama):
     """A Llama-like decoder."""
 
-    name: str
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
+    name: str = ""
 
     @property
     def attention(self) -> int:
@@ -43,8 +39,8 @@ class Shape:
 
 
 MODELS = (
-    Shape("7 B", 32, 4096, 11008, 32000, 32, 32),
-    Shape("70 B", 80, 8192, 28672, 128256, 64, 8),
+    Shape(32, 4096, 11008, 32000, 32, 32, name="7 B"),
+    Shape(80, 8192, 28672, 128256, 64, 8, name="70 B"),
 )
 
 
@@ -94,45 +90,50 @@ def tokens_per_second(shape: Shape, gpus: int, tokens: int, flops: float, bandwi
 
 def tables() -> str:
     """Return the page's tables, as Markdown."""
-    lines = [
-        "| model | GPUs | what trains | states | teacher | working | together, GiB per GPU |",
-        "|---|---:|---|---:|---:|---:|---:|",
-    ]
+    figures = ("states", "teacher", "working", "together, GiB per GPU")
+    memories = table(
+        {"model": "left", "GPUs": "right", "what trains": "left", **dict.fromkeys(figures, "right")},
+        (
+            (shape.name, gpus, "attention" if attention_only else "all",
+             *(f"{part / GIB:.1f}" for part in (one.states, one.teacher, one.working)), f"{one.total:.1f}")
+            for shape in MODELS
+            for gpus in (8, 64)
+            for attention_only in (False, True)
+            for one in [memory(shape, gpus, 8192, attention_only)]
+        ),
+    )  # fmt: skip
+    return "\n\n".join([memories, speeds(), conversions()])
+
+
+def speeds() -> str:
+    """Return the table of tokens per second: 40 % of 989 TFLOPS per GPU."""
+    rows = []
     for shape in MODELS:
         for gpus in (8, 64):
-            for attention_only in (False, True):
-                one = memory(shape, gpus, 8192, attention_only)
-                lines.append(
-                    f"| {shape.name} | {gpus} | {'attention' if attention_only else 'all'} | {one.states / GIB:.1f} | "
-                    f"{one.teacher / GIB:.1f} | {one.working / GIB:.1f} | {one.total:.1f} |"
-                )
-    lines += [
-        "", "| model | GPUs | tokens per GPU and step | tokens/s, plain loss | tokens/s, with a teacher | 1 B tokens |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
-    for shape in MODELS:
-        for gpus in (8, 64):
-            # 400 GB/s between the GPUs of a machine, 50 GB/s a GPU between machines; 40 % of 989 TFLOPS.
+            # 400 GB/s between the GPUs of a machine, 50 GB/s per GPU between machines.
             bandwidth = 400e9 if gpus <= 8 else 50e9
             for tokens in (8192, 32768):
                 plain, taught = (tokens_per_second(shape, gpus, tokens, 0.4 * 989e12, bandwidth, t) for t in (0, 1))
-                lines.append(f"| {shape.name} | {gpus} | {tokens:,} | {plain:,.0f} | {taught:,.0f} | "
-                             f"{1e9 / taught / 3600:.1f} h |")  # fmt: skip
-    lines += ["", *conversions()]
-    return "\n".join(lines)
+                hours = f"{1e9 / taught / 3600:.1f} h"
+                rows.append((shape.name, gpus, f"{tokens:,}", f"{plain:,.0f}", f"{taught:,.0f}", hours))
+    figures = ("GPUs", "tokens per GPU and step", "tokens/s, plain loss", "tokens/s, with a teacher", "1 B tokens")
+    return table({"model": "left", **dict.fromkeys(figures, "right")}, rows)
 
 
-def conversions() -> list[str]:
+def conversions() -> str:
     """Return the table of how long a conversion takes where the disk sets its pace: every byte is read and written."""
-    speeds = {"network disk, 0.5 GB/s": 0.5e9, "one NVMe, 3 GB/s": 3e9, "8 machines, 1.5 GB/s each": 12e9}
-    lines = [f"| model | source | {' | '.join(speeds)} |", "|---|---:|---:|---:|---:|"]
-    for name, parameters in (("7 B", 6.74e9), ("70 B", 70.55e9), ("405 B", 405.9e9), ("671 B", 671e9)):
-        minutes = (4 * parameters / speed / 60 for speed in speeds.values())
-        lines.append(
-            f"| {name} | {2 * parameters / 1e9:,.0f} GB | {' | '.join(f'{each:,.1f} min' for each in minutes)} |"
+    disks = {"network disk, 0.5 GB/s": 0.5e9, "one NVMe, 3 GB/s": 3e9, "8 machines, 1.5 GB/s each": 12e9}
+    rows = [
+        (
+            name,
+            f"{2 * parameters / 1e9:,.0f} GB",
+            *(f"{4 * parameters / each / 60:,.1f} min" for each in disks.values()),
         )
-    return lines
+        for name, parameters in (("7 B", 6.74e9), ("70 B", 70.55e9), ("405 B", 405.9e9), ("671 B", 671e9))
+    ]
+    return table({"model": "left", **dict.fromkeys(("source", *disks), "right")}, rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    options().parse_args()
     print(tables())

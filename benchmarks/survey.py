@@ -1,6 +1,6 @@
 """Convert every family as people really have it, and compare each result with transformers' own class.
 
-    python benchmarks/survey.py [--families llama,gpt2] [--settings tied] [--jobs 2] [--json]
+    python -m benchmarks survey [--families llama,gpt2] [--settings tied] [--jobs 2] [--json]
 
 Each row is a family and an odd setting: how embeddings are tied, how rotary parameters are spelled, how files are laid
 out, which head the model has. The oracle is the source in its own class, with its heads pooled in place by torch; of a
@@ -11,7 +11,6 @@ is refused says why, and counts apart. The exit code is 1 where a difference is 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -24,22 +23,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
-
-from tests.conftest import tiny_config, tiny_model  # noqa: E402
-from tests.conversion.test_families import FAMILY_NAMES, TOKENS, family, read  # noqa: E402
-from tests.oracle import pool_model  # noqa: E402
-from uptrain.architectures.description import ModelDescription  # noqa: E402
-from uptrain.conversion.request import Request  # noqa: E402
-from uptrain.conversion.run.convert import convert  # noqa: E402
-from uptrain.errors import UptrainError  # noqa: E402
-from uptrain.models.register import OWN_CLASSES  # noqa: E402
+from benchmarks.common import options
+from tests.conftest import tiny_config, tiny_model
+from tests.conversion.test_families import FAMILY_NAMES, TOKENS, family, read
+from tests.oracle import pool_model
+from uptrain.architectures.description import ModelDescription
+from uptrain.conversion.request import Request
+from uptrain.conversion.run.convert import convert
+from uptrain.errors import UptrainError
+from uptrain.models.register import own_class
 
 LIMIT = 1e-5
 HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -171,9 +168,7 @@ def saved(name: str, setting: Setting, folder: Path) -> None:
 def loaded(folder: Path) -> PreTrainedModel:
     """Load a checkpoint in the class that its config names."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    classes = [getattr(sys.modules.get(f"uptrain.models.remote_code.{module}"), name, None) for module in OWN_CLASSES]
-    own = next((found for found in classes if found is not None), None)
-    model = (own or getattr(transformers, name)).from_pretrained(folder, dtype=torch.float32)
+    model = (own_class(name) or getattr(transformers, name)).from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 
@@ -243,20 +238,19 @@ def survey(name: str, setting: Setting) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare every family in odd settings with transformers' own class.")
+    parser = options("--json")
     parser.add_argument("--families", help="comma-separated; default: all")
     parser.add_argument("--settings", help="only settings whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
-    options = parser.parse_args()
-    names = options.families.split(",") if options.families else FAMILY_NAMES
-    chosen = [each for each in SETTINGS if (options.settings or "") in each.name]
+    arguments = parser.parse_args()
+    names = arguments.families.split(",") if arguments.families else FAMILY_NAMES
+    chosen = [each for each in SETTINGS if (arguments.settings or "") in each.name]
     work = [(name, setting) for name in names for setting in chosen if fits(name, setting)]
     rows = []
-    with ProcessPoolExecutor(options.jobs) as pool:
+    with ProcessPoolExecutor(arguments.jobs) as pool:
         for row in pool.map(survey_at, [(name, SETTINGS.index(setting)) for name, setting in work]):
             rows.append(row)
-            print(json.dumps(asdict(row)) if options.json else line(row), flush=True)
+            print(json.dumps(asdict(row)) if arguments.json else line(row), flush=True)
     found = [value for row in rows for value in row.differences.values()]
     worst = max(found, default=0.0)
     refusals = sum(len(row.refused) for row in rows)
@@ -278,7 +272,3 @@ def line(row: Row) -> str:
     cells += [f"{target} refused: {why}" for target, why in row.refused.items()]
     flag = "" if all(value <= LIMIT for value in row.differences.values()) else "  <-- above the limit"
     return f"{row.family:<18} {row.setting:<26} {'  '.join(cells)}{flag}"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,27 +1,27 @@
 """Tokens per second of `uptrain train` against transformers.Trainer: same model, batch, dtype, data and optimizer.
 
-python benchmarks/train_speed.py --model demo
-python benchmarks/train_speed.py --model /dev/shm/smollm2 --batch 2 --block 1024 --steps 6
+    python -m benchmarks train_speed --model demo
+    python -m benchmarks train_speed --model /dev/shm/smollm2 --batch 2 --block 1024 --steps 6
 
-Each arm runs in a process of its own, in turns, plain language-model loss and no teacher. The first steps of a run warm
-up and are not counted; peak memory is the process's resident set. On a CPU that others use too, look at the processor
-time, not at the clock.
+Each trainer runs in a process of its own, in turns, with plain language-model loss and no teacher. The first steps of a
+run warm up and are not counted; peak memory is the process's resident set. On a CPU that others use too, look at the
+processor time, not at the clock.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ARMS = ("uptrain", "Trainer")
+from benchmarks.common import child, options, peak_memory
+
+TRAINERS = ("uptrain", "Trainer")
 WARM_UP = 2
 
 
@@ -83,45 +83,39 @@ def run_trainer(args: argparse.Namespace, folder: Path) -> list[Moment]:
 
 def worker(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        ends = (run_uptrain if args.arm == "uptrain" else run_trainer)(args, Path(folder))
+        ends = (run_uptrain if args.trainer == "uptrain" else run_trainer)(args, Path(folder))
     wall, processor = (
         statistics.median(
             later[kind] - earlier[kind] for earlier, later in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)
         )
         for kind in (0, 1)
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({
         "tokens_per_second": round(args.batch * args.block / wall, 1), "processor_s_per_step": round(processor, 3),
-        "peak_rss_mb": round(peak / 1e6),
+        "peak_rss_mb": round(peak_memory() / 1e6),
     }))  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser = options("--model", "--work", work={"default": "/dev/shm" if Path("/dev/shm").is_dir() else None})
     parser.add_argument("--data", default="python-stdlib")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--block", type=int, default=512)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
-    parser.add_argument("--work", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--trainer", choices=TRAINERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.arm:
+    if args.trainer:
         worker(args)
         return
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in TRAINERS}
     for turn in range(args.turns):
-        for arm in ARMS if turn % 2 == 0 else reversed(ARMS):
-            done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--arm", arm], check=True, capture_output=True, text=True
-            )
-            found[arm].append(json.loads(done.stdout.splitlines()[-1]))
-            print(turn, arm, found[arm][-1], file=sys.stderr, flush=True)
-    speeds = {arm: [each["tokens_per_second"] for each in rows] for arm, rows in found.items()}
-    work = {arm: [each["processor_s_per_step"] for each in rows] for arm, rows in found.items()}
+        for name in TRAINERS if turn % 2 == 0 else reversed(TRAINERS):
+            found[name].append(child("train_speed", *sys.argv[1:], "--trainer", name))
+            print(turn, name, found[name][-1], file=sys.stderr, flush=True)
+    speeds = {name: [each["tokens_per_second"] for each in rows] for name, rows in found.items()}
+    work = {name: [each["processor_s_per_step"] for each in rows] for name, rows in found.items()}
     ratios = [mine / theirs for mine, theirs in zip(*speeds.values(), strict=True)]
     saved = [theirs / mine for mine, theirs in zip(*work.values(), strict=True)]
     print(json.dumps({
@@ -129,9 +123,5 @@ def main() -> None:
         "tokens_per_second": speeds, "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
         "processor_s_per_step": work, "processor_ratio": round(statistics.median(saved), 3),
-        "peak_rss_mb": {arm: max(each["peak_rss_mb"] for each in rows) for arm, rows in found.items()},
+        "peak_rss_mb": {name: max(each["peak_rss_mb"] for each in rows) for name, rows in found.items()},
     }, indent=2))  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -1,26 +1,25 @@
 """What uptraining recovers: held-out perplexity against tokens seen, for several starts and objectives in one run.
 
-python benchmarks/uptrain_quality.py                                           # the demo: GQA-2 and MQA
-python benchmarks/uptrain_quality.py --model SMOLLM2 --targets mqa --starts mean,calibrated --objectives lm,distill \
-    --data ../shared/data/wikitext2_valid.txt --text ../shared/data/wikitext2_raw_test.txt --tokens 1000000
+    python -m benchmarks uptrain_quality --work WORK                     # the demo: GQA-2 and MQA
+    python -m benchmarks uptrain_quality --work WORK --model SMOLLM2 --targets mqa --starts mean,calibrated \
+        --objectives lm,distill --data wikitext2_valid.txt --text wikitext2_raw_test.txt --tokens 1000000
 
-Every arm sees the same tokens in the same order with the same optimizer. `--text` is only scored: no setting is chosen
-by it here. Line ends are "\n", whatever the file has.
+Every trial sees the same tokens in the same order with the same optimizer. `--text` is only scored: no setting is
+chosen by it here. Line ends are "\n", whatever the file has.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common import options, timed, write_json
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import resolve
 from uptrain.conversion.request import Request
@@ -36,8 +35,8 @@ from uptrain.training.trainer import train
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One run: the loss on held-out text, in nats a token, after each number of tokens seen."""
+class Trial:
+    """One run: the loss on held-out text, in nats per token, after each number of tokens seen."""
 
     target: str
     start: str
@@ -71,7 +70,7 @@ def request_for(args: argparse.Namespace, target: str, start: str) -> Request:
     return Request(kind, int(groups) if groups else None, start, **settings)
 
 
-def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, data: Any, text: Any) -> Arm:
+def run_trial(args: argparse.Namespace, target: str, start: str, objective: str, data: Any, text: Any) -> Trial:
     folder = Path(args.work)
     source = folder / f"{target}-{start}"
     if not source.exists():
@@ -87,7 +86,6 @@ def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, d
         "learning_rate": args.learning_rate, "schedule": "1-sqrt", "min_lr_ratio": 0.05, "warmup": 0.05,
         "train": args.train, "seed": 1, "save_every": 10**6, **distill,
     })  # fmt: skip
-    began = time.monotonic()
 
     def on_step(step: TrainingStep) -> None:
         if step.held_out_loss is not None:
@@ -96,21 +94,22 @@ def run_arm(args: argparse.Namespace, target: str, start: str, objective: str, d
                   f"{math.exp(step.held_out_loss):.3f}, {step.tokens_per_second:.0f} tokens/s",
                   file=sys.stderr, flush=True)  # fmt: skip
 
-    done = train(recipe, restart=True, events=Events(step=on_step))
+    with timed() as timer:
+        done = train(recipe, restart=True, events=Events(step=on_step))
     assert done is not None
     assert done.held_out_loss is not None
     seen.append((done.tokens, done.held_out_loss))
-    return Arm(target, start, objective, seen, round(time.monotonic() - began, 1))
+    return Trial(target, start, objective, seen, round(timer.seconds, 1))
 
 
-def plot(arms: list[Arm], base: float, path: Path) -> None:
+def plot(trials: list[Trial], base: float, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for arm in arms:
-        axes.plot(*zip(*((tokens, math.exp(loss)) for tokens, loss in arm.held_out), strict=True), marker="o",
-                  label=f"{arm.target}, {arm.start}, {arm.objective}")  # fmt: skip
+    for trial in trials:
+        axes.plot(*zip(*((tokens, math.exp(loss)) for tokens, loss in trial.held_out), strict=True), marker="o",
+                  label=f"{trial.target}, {trial.start}, {trial.objective}")  # fmt: skip
     axes.axhline(math.exp(base), color="black", linestyle=":", label="original")
     axes.set(xlabel="tokens seen", ylabel="perplexity on held-out text", yscale="log")
     axes.legend(frameon=False)
@@ -118,16 +117,16 @@ def plot(arms: list[Arm], base: float, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser = options(
+        "--model", "--calibrate", "--calibration-tokens", "--repair-steps", "--text", "--work", "--out",
+        calibrate={"default": None, "help": "text of the calibrated start (default: --data)"},
+        calibration_tokens={"default": 32_768}, repair_steps={"default": 20},
+        work={"required": True, "help": "an empty folder; conversions in it are used again"},
+    )  # fmt: skip
     parser.add_argument("--targets", default="gqa-2,mqa")
     parser.add_argument("--starts", default="calibrated", help="mean, svd, calibrated")
     parser.add_argument("--objectives", default="distill", help="lm, distill")
     parser.add_argument("--data", default="python-stdlib", help="trained on")
-    parser.add_argument("--calibrate", help="Default: --data")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--repair-steps", type=int, default=20)
-    parser.add_argument("--text", default="python-stdlib:held-out", help="scored")
     parser.add_argument("--held-out-tokens", type=int, default=32_768)
     parser.add_argument("--tokens", type=int, default=300_000, help="the demo's default: 5 %% of its pre-training")
     parser.add_argument("--every", type=int, default=60_000, help="tokens from one score to the next")
@@ -137,8 +136,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--train", choices=["all", "attention"], default="all")
-    parser.add_argument("--work", required=True, help="an empty folder; conversions in it are used again")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.calibrate = args.calibrate or args.data
     work = Path(args.work)
@@ -146,24 +143,21 @@ def main() -> None:
     data = with_plain_ends(parse_source(args.data), work, "data.txt")
     text = with_plain_ends(parse_source(args.text), work, "text.txt")
     base = held_out_loss(args.model, text, args.held_out_tokens, args.held_out_block)
-    arms = [
-        run_arm(args, target, start, objective, data, text)
+    trials = [
+        run_trial(args, target, start, objective, data, text)
         for target in args.targets.split(",")
         for start in args.starts.split(",")
         for objective in args.objectives.split(",")
     ]
-    print(f"original: {base:.4f} nats a token, perplexity {math.exp(base):.3f}")
-    for arm in arms:
-        tokens, loss = arm.held_out[-1]
-        print(f"{arm.target:6} {arm.start:10} {arm.objective:8} start {math.exp(arm.held_out[0][1]):9.3f}  after "
+    print(f"original: {base:.4f} nats per token, perplexity {math.exp(base):.3f}")
+    for trial in trials:
+        tokens, loss = trial.held_out[-1]
+        start = math.exp(trial.held_out[0][1])
+        print(f"{trial.target:6} {trial.start:10} {trial.objective:8} start {start:9.3f}  after "
               f"{tokens:>9,} tokens {math.exp(loss):8.3f}  {math.exp(loss - base):.3f} x  "
-              f"{(loss / base - 1):+.2%} bits per byte  {arm.seconds:.0f} s")  # fmt: skip
+              f"{(loss / base - 1):+.2%} bits per byte  {trial.seconds:.0f} s")  # fmt: skip
     if args.out:
         values = {**vars(args), "out": str(args.out)}
-        found = {"arguments": values, "original": base, "arms": [asdict(arm) for arm in arms]}
-        args.out.write_text(json.dumps(found, indent=2))
-        plot(arms, base, args.out.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-    main()
+        found = {"arguments": values, "original": base, "arms": [asdict(trial) for trial in trials]}
+        write_json(args.out, found)
+        plot(trials, base, args.out.with_suffix(".png"))

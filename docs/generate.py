@@ -35,7 +35,7 @@ def family_page(page: str) -> str:
 def scaling_page(page: str) -> str:
     """Return docs/scaling.md with each table of the benchmark in place of the one with its columns and first row."""
     lines = page.split("\n")
-    for table in printed("-m", "benchmarks.scaling").split("\n\n"):
+    for table in printed("-m", "benchmarks", "scaling").split("\n\n"):
         rows = table.split("\n")
         start = next(at for at, line in enumerate(lines) if line == rows[1] and same_start(lines[at + 1], rows[2]))
         end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
@@ -121,7 +121,7 @@ def across(row: list[str]) -> list[tuple[str, int]]:
 def box(name: str, x: int, y: int) -> list[str]:
     """Return a package's box: its name, and the first line of its docstring."""
     about = (import_module(f"uptrain.{name}").__doc__ or "").strip().split("\n")[0].rstrip(".")
-    lines = textwrap.wrap(about, 40)[:2]
+    lines = textwrap.wrap(about, 40, max_lines=2, placeholder=" …")
     left, top = x - BOX_WIDTH // 2, y - BOX_HEIGHT // 2
     return [
         f'<rect x="{left}" y="{top}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6" fill="#eef3fa" stroke="#557"/>',

@@ -21,7 +21,8 @@ from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError
-from uptrain.models.register import auto_class_of, register
+from uptrain.models.auto_class import auto_class_of
+from uptrain.models.register import register
 from uptrain.training.recipe import Recipe
 from uptrain.training.trainer import train
 

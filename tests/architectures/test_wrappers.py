@@ -36,7 +36,7 @@ from uptrain.publishing.hub.subject import Subject
 from uptrain.publishing.page.subjects import subjects_in
 from uptrain.training.recipe import Recipe
 from uptrain.training.trainer import train
-from uptrain.workflows.sweeps.run import sweep
+from uptrain.workflows import sweep
 
 THREE = ("gemma3", "llava", "mistral3")
 NEAR = 1e-5

@@ -21,11 +21,13 @@ import pytest
 
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint import shared_work
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import verify
 from uptrain.checkpoint.output_folder import LOCK, STATE, partial_of
 from uptrain.checkpoint.shared_work import CALIBRATION, SharedWorker
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
+from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import UptrainError, UsageError
 
 GQA2 = Request("gqa", 2, max_shard_size=800)
@@ -47,7 +49,7 @@ def work(source: Path, out: Path, written: Path, until: float) -> None:
             file.write(f"{path.name}\n")
 
     shared_work.write_shard = slowly
-    convert(str(source), out, GQA2, join=True)
+    convert(str(source), out, GQA2, options=RunOptions(join=True))
 
 
 def wait_until(so: Callable[[], bool]) -> None:
@@ -125,7 +127,7 @@ def test_all_killed_then_one_finishes_with_what_they_had(join: bool, processes: 
     assert processes.codes() == [-signal.SIGKILL] * 2
     out = processes.out
     before = {name: (partial_of(out) / name).stat().st_ino for name in finished(out)}
-    done = convert(str(processes.source), out, GQA2, join=join)
+    done = convert(str(processes.source), out, GQA2, options=RunOptions(join=join))
     assert set(done.resumed) == set(before)
     assert {name: (out / name).stat().st_ino for name in before} == before
     assert digests(out) == processes.bytes
@@ -140,7 +142,7 @@ def test_one_that_fails_leaves_its_work_to_the_others(processes: Processes, monk
     monkeypatch.setattr("uptrain.conversion.run.pipeline._workers", lambda: 1)
     monkeypatch.setattr("uptrain.checkpoint.shared_work.write_shard", full)
     with pytest.raises(UptrainError, match="disk"):
-        convert(str(processes.source), processes.out, GQA2, join=True)
+        convert(str(processes.source), processes.out, GQA2, options=RunOptions(join=True))
     assert processes.codes() == [0, 0]
     assert digests(processes.out) == processes.bytes
 
@@ -160,8 +162,8 @@ def test_one_that_waits_long_says_for_whom(work: str, processes: Processes, monk
         hanging = SharedWorker(processes.out)
         hanging.work_locks.mkdir(parents=True)
         (hanging.partial / LOCK).touch()
-        held.enter_context(hanging.alone(work) if work == CALIBRATION else hanging.lock_work(work))
-        convert(str(processes.source), processes.out, GQA2, join=True, on_note=note)
+        held.enter_context(hanging.turn(work) if work == CALIBRATION else hanging.claim(work))
+        convert(str(processes.source), processes.out, GQA2, options=RunOptions(join=True), events=Events(note=note))
     (said,) = notes
     assert f"process {os.getpid()} on {os.uname().nodename}" in said and work in said
     assert digests(processes.out) == processes.bytes
@@ -169,13 +171,13 @@ def test_one_that_waits_long_says_for_whom(work: str, processes: Processes, monk
 
 def test_one_that_comes_late_finds_it_done(tmp_path: Path) -> None:
     source, out, notes = save_small(tmp_path / "src"), tmp_path / "out", list[str]()
-    first = convert(str(source), out, Request("mqa"), join=True)
+    first = convert(str(source), out, Request("mqa"), options=RunOptions(join=True))
     inode = out.stat().st_ino
-    late = convert(str(source), out, Request("mqa"), join=True, on_note=notes.append)
+    late = convert(str(source), out, Request("mqa"), options=RunOptions(join=True), events=Events(note=notes.append))
     assert late.kept == first.kept and "have finished" in notes[-1]
     assert out.stat().st_ino == inode and not partial_of(out).exists()
     with pytest.raises(UsageError, match="exists"):
-        convert(str(source), out, GQA2, join=True)
+        convert(str(source), out, GQA2, options=RunOptions(join=True))
     assert not partial_of(out).exists()
 
 
@@ -189,11 +191,11 @@ def test_one_that_waits_for_another_sees_it_finish(tmp_path: Path, monkeypatch: 
 
     def meanwhile(seconds: float) -> None:
         held.close()
-        assert convert(str(source), out, GQA2, join=True).kept == alone.kept
+        assert convert(str(source), out, GQA2, options=RunOptions(join=True)).kept == alone.kept
 
     monkeypatch.setattr("uptrain.conversion.run.pipeline._workers", lambda: 1)
     monkeypatch.setattr("time.sleep", meanwhile)
-    waited = convert(str(source), out, GQA2, join=True, on_progress=hold)
+    waited = convert(str(source), out, GQA2, options=RunOptions(join=True), events=Events(bytes=hold))
     assert waited.kept == alone.kept and not partial_of(out).exists()
     assert digests(out) == digests(tmp_path / "alone")
 
@@ -205,7 +207,7 @@ def test_a_folder_that_is_taken_away_is_not_called_finished(tmp_path: Path) -> N
         shutil.rmtree(partial_of(out), ignore_errors=True)
 
     with pytest.raises((UptrainError, OSError)):
-        convert(str(source), out, GQA2, join=True, on_progress=remove)
+        convert(str(source), out, GQA2, options=RunOptions(join=True), events=Events(bytes=remove))
     assert not out.exists()
 
 
@@ -218,10 +220,10 @@ def test_runs_that_do_not_belong_together_are_refused(join: bool, overwrite: boo
     def meanwhile(count: int) -> None:
         for request, joins in strangers if not refused else ():
             with pytest.raises(UsageError) as caught:
-                convert(str(source), out, request, join=joins, overwrite=overwrite)
+                convert(str(source), out, request, overwrite=overwrite, options=RunOptions(join=joins))
             refused.append(caught.value.message)
 
-    convert(str(source), out, Request("mqa"), join=join, on_progress=meanwhile)
+    convert(str(source), out, Request("mqa"), options=RunOptions(join=join), events=Events(bytes=meanwhile))
     assert len(refused) == 3
     assert all("Another run is writing" in each or "conversion of another plan" in each for each in refused)
     convert(str(source), tmp_path / "alone", Request("mqa"))
@@ -232,7 +234,14 @@ def test_an_old_out_stays_until_the_new_is_whole(tmp_path: Path) -> None:
     source, out, seen = save_small(tmp_path / "src", 3), tmp_path / "out", list[dict[str, str]]()
     convert(str(source), out, Request("mqa"))
     old = digests(out)
-    convert(str(source), out, GQA2, join=True, overwrite=True, on_progress=lambda count: seen.append(digests(out)))
+    convert(
+        str(source),
+        out,
+        GQA2,
+        overwrite=True,
+        options=RunOptions(join=True),
+        events=Events(bytes=lambda count: seen.append(digests(out))),
+    )
     convert(str(source), tmp_path / "alone", GQA2)
     assert seen and all(each == old for each in seen)
     assert digests(out) == digests(tmp_path / "alone")

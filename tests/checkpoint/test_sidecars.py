@@ -24,6 +24,7 @@ from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import Conversion, convert
+from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import CheckpointError, UptrainError
 from uptrain.models import loading
 
@@ -266,7 +267,7 @@ def test_a_run_that_was_cut_off_takes_them_along_when_it_is_repeated(
     source = save_small(tmp_path / "src", 2)
     (source / "a" / "b").mkdir(parents=True)
     (source / "a" / "b" / "terms.txt").write_text("terms")
-    module: Any = import_module("uptrain.conversion.run.convert")
+    module: Any = import_module("uptrain.conversion.run.companions")
     real: Callable[..., None] = module.carry
 
     def cut_off(*arguments: Any) -> None:
@@ -276,10 +277,10 @@ def test_a_run_that_was_cut_off_takes_them_along_when_it_is_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(module, "carry", cut_off)
         with pytest.raises(UptrainError):
-            convert(str(source), tmp_path / "out", GQA2, join=join)
+            convert(str(source), tmp_path / "out", GQA2, options=RunOptions(join=join))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out.partial" / "stranger.txt").write_text("not the source's")
-    done: Conversion = convert(str(source), tmp_path / "out", GQA2, join=join)
+    done: Conversion = convert(str(source), tmp_path / "out", GQA2, options=RunOptions(join=join))
     assert len(done.resumed) == 2 and done.sidecars.along == ("a/b/terms.txt",)
     assert (done.out / "a/b/terms.txt").read_text() == "terms" and not (done.out / "stranger.txt").exists()
     verify(done.out)

@@ -14,6 +14,7 @@ from uptrain.checkpoint.manifest import read_manifest
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
+from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import UsageError
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.history import steps
@@ -93,7 +94,7 @@ def test_python_knows_what_was_given_too(source: Path, tmp_path: Path) -> None:
             Request("mqa", **given)  # type: ignore[arg-type]
         Request("mqa", method="calibrated", **given)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--memory"):
-        convert(str(source), tmp_path / "out", Request("mqa"), memory=2**30)
+        convert(str(source), tmp_path / "out", Request("mqa"), options=RunOptions(memory=2**30))
 
 
 @pytest.mark.parametrize("size", ["5", "5000000000", " 12 "])

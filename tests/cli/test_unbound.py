@@ -20,6 +20,7 @@ from uptrain.checkpoint.source import DEMO
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
+from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import CheckpointError, Interrupted, UsageError
 from uptrain.training.recipes import parse
 from uptrain.training.trainer import train
@@ -59,7 +60,7 @@ def test_weights_that_cannot_be_converted_bind_nobody(join: bool, here: Path) ->
     tensors["model.norm.weight"][0] = float("nan")
     broken = save_small(here / "broken", tensors=tensors)
     with pytest.raises(CheckpointError, match=r"model\.norm"):
-        convert(str(broken), "out", MQA, join=join)
+        convert(str(broken), "out", MQA, options=RunOptions(join=join))
     assert names(here) == {"broken"}
 
 
@@ -85,7 +86,7 @@ def test_an_unfinished_conversion_says_what_it_is_of(join: bool, here: Path) -> 
     with watched(here, killed_at(last)), pytest.raises(Killed):
         convert("a source", here / "out", Request("gqa", 2, "first"))
     with pytest.raises(UsageError, match="unfinished") as caught:
-        convert(str(source), here / "out", MQA, join=join)
+        convert(str(source), here / "out", MQA, options=RunOptions(join=join))
     for word in ("'a source'", "--to gqa", "--groups 2", "--method first"):
         assert word in caught.value.message
     for word in ("seed", "calibrat", "None"):
@@ -94,7 +95,7 @@ def test_an_unfinished_conversion_says_what_it_is_of(join: bool, here: Path) -> 
     # A state of the version before says less, and binds as well.
     state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "asked"}))
     with pytest.raises(UsageError, match="unfinished"):
-        convert(str(source), here / "out", MQA, join=join)
+        convert(str(source), here / "out", MQA, options=RunOptions(join=join))
 
 
 @pytest.mark.slow
@@ -105,7 +106,7 @@ def test_a_calibrated_layer_is_work_that_binds(here: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        convert("demo", "out", Request("mqa", **settings), on_layer=cut)
+        convert("demo", "out", Request("mqa", **settings), events=Events(layer=cut))
     with pytest.raises(UsageError, match="unfinished") as caught:
         convert("demo", "out", MQA)
     assert "--calibration-tokens 2048" in caught.value.message
@@ -115,7 +116,7 @@ def test_a_calibrated_layer_is_work_that_binds(here: Path) -> None:
         raise CheckpointError("The second layer can't be made.")
 
     with pytest.raises(CheckpointError):
-        convert("demo", "out", Request("mqa", **settings), on_layer=broken)
+        convert("demo", "out", Request("mqa", **settings), events=Events(layer=broken))
     assert names(here / "out.uptrain-calibration") > layers
     assert (partial_of(here / "out") / STATE).is_file()
 

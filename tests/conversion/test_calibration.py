@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 
 from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_families import load
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.evaluation import evaluate
+from uptrain.conversion.run.options import RunOptions
+from uptrain.evaluation import EvaluationSettings, evaluate
 
 SHORT: dict[str, Any] = {"calibration_tokens": 2048, "repair_steps": 0}
 
@@ -33,7 +35,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mqa(name: str, memory: int = 2**30, **settings: Any) -> Path:
-    convert("demo", name, Request("mqa", method="calibrated", **{**SHORT, **settings}), memory=memory)
+    convert(
+        "demo", name, Request("mqa", method="calibrated", **{**SHORT, **settings}), options=RunOptions(memory=memory)
+    )
     return Path(name)
 
 
@@ -48,7 +52,8 @@ def stage(folder: Path) -> dict[str, Any]:
 def test_it_is_closer_than_svd_and_says_what_it_did() -> None:
     calibrated = mqa("calibrated")
     convert("demo", "svd", Request("mqa", method="svd"))
-    found = [evaluate(str(name), "demo", tokens=4096, repeats=0).kl for name in (calibrated, "svd")]
+    settings = EvaluationSettings(tokens=4096, repeats=0)
+    found = [evaluate(str(name), settings, baseline="demo").kl for name in (calibrated, "svd")]
     assert found[0] < found[1]
     notes = stage(calibrated)["calibration"]
     assert notes["text"]["tokens"] == 2048 and notes["text"]["token_digest"].startswith("blake3:")
@@ -74,7 +79,7 @@ def test_twice_gives_the_same_logits_and_files_for_activations_change_nothing() 
 def test_it_says_when_one_layer_alone_takes_more_than_it_may_hold(memory: int, told: bool) -> None:
     notes: list[str] = []
     request = Request("mqa", method="calibrated", **SHORT)
-    convert("demo", "out", request, memory=memory, on_note=notes.append)
+    convert("demo", "out", request, options=RunOptions(memory=memory), events=Events(note=notes.append))
     assert any("more than the 1 B of --memory" in note for note in notes) == told
 
 
@@ -89,7 +94,9 @@ def test_what_it_says_it_will_hold_is_what_it_holds() -> None:
         "import re; from pathlib import Path\n"
         "from uptrain.conversion.run.convert import convert; from uptrain.conversion.request import Request\n"
         "request = Request('mqa', method='calibrated', calibration_tokens=1024, repair_steps=0)\n"
-        "convert('source', 'out', request, memory=1, on_note=lambda note: print(note, flush=True))\n"
+        "from uptrain.checkpoint.events import Events; from uptrain.conversion.run.options import RunOptions\n"
+        "events = Events(note=lambda note: print(note, flush=True))\n"
+        "convert('source', 'out', request, options=RunOptions(memory=1), events=events)\n"
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -111,7 +118,7 @@ def test_a_finished_calibration_is_not_repeated_when_writing_was_cut_off(monkeyp
         raise RuntimeError("cut off")
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("uptrain.conversion.run.convert"), "_write_companions", broken)
+        patch.setattr(import_module("uptrain.conversion.run.build"), "write_companions", broken)
         with pytest.raises(RuntimeError):
             mqa("out")
     assert Path("out.uptrain-calibration/calibration.json").is_file() and not Path("out").exists()

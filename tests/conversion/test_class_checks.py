@@ -20,6 +20,7 @@ from tests.conftest import auto_class, tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import CheckpointDescription
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import resolve
@@ -29,7 +30,7 @@ from uptrain.conversion.plan import planner
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models import class_keys
 from uptrain.models.class_fit import Fit
 from uptrain.models.loading import load_model
@@ -121,7 +122,7 @@ def test_a_tensor_beside_the_layers_goes_along_and_is_named(save_tiny: Save, tmp
     source = save_tiny("llama")
     rewrite(source, {**load_file(source / SINGLE), "v_head.summary.weight": torch.ones(1, 48)})
     notes: list[str] = []
-    convert(str(source), tmp_path / "out", Request("mqa"), on_note=notes.append)
+    convert(str(source), tmp_path / "out", Request("mqa"), events=Events(note=notes.append))
     assert "v_head.summary.weight" in load_file(tmp_path / "out" / SINGLE)
     assert [note for note in notes if "v_head.summary.weight" in note]
 
@@ -146,7 +147,7 @@ def test_eval_and_train_refuse_what_lacks_a_weight(missing: str, tmp_path: Path)
     text = corpus(tmp_path / "text.txt")
     for model, baseline in ((source, None), (whole, source)):
         with pytest.raises(CheckpointError, match=missing):
-            evaluate(str(model), None if baseline is None else str(baseline), repeats=0)
+            evaluate(str(model), EvaluationSettings(repeats=0), baseline=None if baseline is None else str(baseline))
     base = [f"data=[{text}]", "tokens=128", "block_size=32", "batch_size=2"]
     for number, (model, teacher) in enumerate(((source, whole), (whole, source))):
         out = tmp_path / f"up{number}"

@@ -16,6 +16,7 @@ from threadpoolctl import ThreadpoolController
 from transformers import AutoModelForCausalLM
 
 from uptrain.checkpoint.checksum import checksum_file
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.conversion.request import Request
@@ -53,7 +54,7 @@ def test_shards_are_made_on_their_own_threads_only(save_tiny: Save, tmp_path: Pa
         seen.update(found["num_threads"] for found in blas.info())
 
     with blas.limit(limits=2):
-        convert(str(save_tiny("llama")), tmp_path / "out", Request("gqa", 2), on_progress=threads)
+        convert(str(save_tiny("llama")), tmp_path / "out", Request("gqa", 2), events=Events(bytes=threads))
         assert seen == {1}
         threads()
         assert seen == {1, 2}

@@ -22,17 +22,18 @@ from tests.corpus import checkpoint, corpus
 from tests.oracle import pool_model
 from tests.publishing.test_hub_card import text_of
 from uptrain.architectures.model_class import stem
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.reader import read_config
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES
 from uptrain.models.register import own_class, register
 from uptrain.models.targets import TARGET_CLASSES
 from uptrain.training.recipes import load as load_recipe
 from uptrain.training.trainer import train
-from uptrain.workflows.sweeps.run import sweep
+from uptrain.workflows import SweepSettings, sweep
 
 EXACT = Request("mla", rope="longrope", kv_lora_rank=48, qk_rope_head_dim=48)
 SEQUENTIAL = {"use_parallel_residual": False}
@@ -138,11 +139,11 @@ def test_no_head_is_measured_or_trained_or_loaded_that_is_not_there(reward: Path
     out, text = tmp_path / "up", corpus(tmp_path / "text.txt")
     overrides = [f"model={reward}", f"output={out}", f"data=[{text}]", "tokens=128", "block_size=32", "distill=null"]
     for ask in (
-        lambda: evaluate(str(reward), repeats=0),
-        lambda: evaluate(str(tmp_path / "words"), str(reward), repeats=0),
+        lambda: evaluate(str(reward), EvaluationSettings(repeats=0)),
+        lambda: evaluate(str(tmp_path / "words"), EvaluationSettings(repeats=0), baseline=str(reward)),
         lambda: train(load_recipe("gqa-uptrain", overrides)),
         lambda: uptrain.load(reward),
-        lambda: sweep(str(reward), ["mqa"], ["mean"], out),
+        lambda: sweep(str(reward), ["mqa"], SweepSettings(methods=["mean"]), out=out),
     ):
         with pytest.raises(UsageError, match="LlamaForSequenceClassification"):
             ask()
@@ -161,7 +162,7 @@ def test_a_class_that_transformers_does_not_have_keeps_its_name_and_its_head(rew
     config = read_config(reward)
     (reward / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForRewardModel"]}))
     notes: list[str] = []
-    convert(str(reward), tmp_path / "out", Request("mqa"), on_note=notes.append)
+    convert(str(reward), tmp_path / "out", Request("mqa"), events=Events(note=notes.append))
     assert read_config(tmp_path / "out")["architectures"] == ["LlamaForRewardModel"]
     assert "score.weight" in load_file(tmp_path / "out" / "model.safetensors")
     assert [note for note in notes if "LlamaForRewardModel" in note]

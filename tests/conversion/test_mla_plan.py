@@ -281,7 +281,7 @@ def test_a_window_is_refused_even_where_only_the_class_knows_of_it(save_tiny: Sa
 
 def test_what_an_engine_cannot_load_is_refused(save_tiny: Save) -> None:
     source = llama(save_tiny, 2)
-    for rope in ("longrope", "re-rotate"):
+    for rope in ("longrope", "pre-rope"):
         with pytest.raises(UsageError, match=rf"llama\.cpp .*--rope {rope}"):
             plan_conversion(str(source), Request("mla", rope=rope, engine="llama.cpp"))
 

@@ -16,10 +16,12 @@ import pytest
 from tests.faults.boundaries import At, Boundaries, Call, Killed, failing_at, killed_at, watched
 from tests.faults.tally import CHANGED, SECOND, struck
 from tests.small import digests, save_small, small_tensors
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import MANIFEST, verify
 from uptrain.checkpoint.output_folder import LOCK, STATE, WORK_LOCKS
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
+from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 
 MQA = Request("mqa")
@@ -61,7 +63,7 @@ class World:
             shutil.copytree(self.old, self.out)
 
     def run(self, overwrite: bool) -> None:
-        convert(str(self.source), self.out, MQA, overwrite=overwrite, join=self.join)
+        convert(str(self.source), self.out, MQA, overwrite=overwrite, options=RunOptions(join=self.join))
 
     def calls(self, overwrite: bool) -> list[Call]:
         self.fresh(overwrite)
@@ -246,7 +248,7 @@ def test_a_source_that_changed_since_a_run_was_cut_off(world: World) -> None:
     world.cut_off()
     save_small(world.source, 3, small_tensors(7))
     notes: list[str] = []
-    convert(str(world.source), world.out, MQA, on_note=notes.append)
+    convert(str(world.source), world.out, MQA, events=Events(note=notes.append))
     assert notes == ["The source or uptrain changed since the run that was cut off: starting over."]
     convert(str(world.source), world.root / "later", MQA)
     assert digests(world.out) == digests(world.root / "later")

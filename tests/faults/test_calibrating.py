@@ -14,11 +14,13 @@ from tests.conftest import tiny_config, tiny_model
 from tests.faults.boundaries import At, Call, Killed, failing_at, killed_at, watched
 from tests.faults.tally import KILLED, struck
 from tests.small import digests
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import DEMO
-from uptrain.conversion.calibration.layer_search import LayerTask
+from uptrain.conversion.calibration.layer_search import LayerSearch
 from uptrain.conversion.calibration.store import NOTES
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import Conversion, convert
+from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import UptrainError
 
 LAYERS = 3
@@ -55,17 +57,17 @@ class World:
 
     def run(self, memory: int = 2**40, **more: Any) -> Conversion:
         """Convert, counting the layers that are calibrated."""
-        self.made, convert_layer = 0, LayerTask.convert
+        self.made, convert_layer = 0, LayerSearch.convert
 
-        def counted(task: LayerTask[Any]) -> Any:
+        def counted(task: LayerSearch[Any]) -> Any:
             self.made += 1
             return convert_layer(task)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LayerTask, "convert", counted)
+            patch.setattr(LayerSearch, "convert", counted)
             settings = {"calibrate": str(self.text), "calibration_tokens": 768, "repair_steps": 2}
             request = Request(**{**self.form, "method": "calibrated", "dtype": "float32", **settings})
-            return convert(str(self.source), self.out, request, memory=memory, **more)
+            return convert(str(self.source), self.out, request, options=RunOptions(memory=memory), **more)
 
     def disturbed(self, at: At, expected: type[BaseException], memory: int = 2**40) -> None:
         self.fresh()
@@ -144,9 +146,9 @@ def test_what_a_killed_run_left_is_used_and_cleared(world: World) -> None:
 
     world.fresh()
     with pytest.raises(Killed):
-        world.run(memory=1, on_layer=stop)
+        world.run(memory=1, events=Events(layer=stop))
     notes: list[str] = []
-    world.check_ends_well({LAYERS - 2}, on_note=notes.append)
+    world.check_ends_well({LAYERS - 2}, events=Events(note=notes.append))
     assert notes == [f"Going on after 2 of {LAYERS} layers, which an earlier run calibrated."]
 
 
@@ -175,7 +177,7 @@ def test_another_text_starts_over(world: World) -> None:
     old = world.text.read_text(encoding="utf-8")
     world.text.write_text(old[::-1], encoding="utf-8")
     notes: list[str] = []
-    world.run(on_note=notes.append)
+    world.run(events=Events(note=notes.append))
     assert world.made == LAYERS and "The calibration text changed" in notes[0]
     shutil.rmtree(world.out)
     world.text.write_text(old, encoding="utf-8")
@@ -190,4 +192,4 @@ def test_a_folder_of_a_similar_name_is_left_alone(world: World) -> None:
     (mine / "corpus.txt").write_text("years of work")
     world.run()
     assert (mine / "corpus.txt").read_text() == "years of work"
-    assert import_module("uptrain.conversion.run.convert")._calibration_of(world.out) != mine
+    assert import_module("uptrain.conversion.run.job").calibration_folder(world.out) != mine

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import tiny_config, tiny_model
 from tests.gauge import interleave_heads, scatter_heads
+from uptrain.checkpoint.events import Events
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run import layers
 from uptrain.conversion.run.convert import convert
+from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import UsageError
 from uptrain.methods import energy_numpy
 
@@ -35,7 +37,9 @@ def test_one_head_in_disguise_is_the_same_once_aligned(family: str, tmp_path: Pa
     """Free keys, rotated, partly rotated and interleaved ones: what each may be changed by is undone, and no more."""
     for name, model in (("plain", tiny_model(tiny_config(family))), ("one", tiny_model(tiny_config(family)))):
         (scatter_heads(model, 2) if name == "one" else model).save_pretrained(tmp_path / name)
-        convert(str(tmp_path / name), tmp_path / f"{name}-gqa2", Request("gqa", 2, "svd"), diagnose=True)
+        convert(
+            str(tmp_path / name), tmp_path / f"{name}-gqa2", Request("gqa", 2, "svd"), options=RunOptions(diagnose=True)
+        )
     for layer in recorded(tmp_path / "one-gqa2").values():
         for side in ("keys", "values"):
             assert layer["stored"][side] < 0.99
@@ -48,7 +52,7 @@ def test_one_head_in_disguise_is_the_same_once_aligned(family: str, tmp_path: Pa
 def test_figures_are_the_definition_s(tmp_path: Path) -> None:
     """Singular values of two heads stacked; for rotated keys, of each frequency's two complex rows."""
     tiny_model(tiny_config("llama", 4, attention_bias=False)).save_pretrained(tmp_path / "source")
-    convert(str(tmp_path / "source"), tmp_path / "mqa", Request("mqa"), diagnose=True)
+    convert(str(tmp_path / "source"), tmp_path / "mqa", Request("mqa"), options=RunOptions(diagnose=True))
     weights = {name: each.double().numpy() for name, each in load_file(tmp_path / "source/model.safetensors").items()}
     for layer, found in recorded(tmp_path / "mqa").items():
         keys, values = (
@@ -77,7 +81,10 @@ def test_what_is_compared_are_the_heads_that_come_to_share(tmp_path: Path) -> No
     found = {}
     for grouping in ("contiguous", "similar"):
         convert(
-            str(tmp_path / "source"), tmp_path / grouping, Request("gqa", 2, "svd", grouping=grouping), diagnose=True
+            str(tmp_path / "source"),
+            tmp_path / grouping,
+            Request("gqa", 2, "svd", grouping=grouping),
+            options=RunOptions(diagnose=True),
         )
         found[grouping] = recorded(tmp_path / grouping)["0"]["aligned"]["values"]
     assert found["similar"] == 1 > found["contiguous"] + 0.05
@@ -92,7 +99,7 @@ def test_keys_that_are_normed_are_not_aligned(tmp_path: Path) -> None:
 def test_a_conversion_measures_only_what_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing spends a few multiplications per byte on telling what is lost, and none on comparing heads."""
     tiny_model(tiny_config("llama", 4)).save_pretrained(tmp_path / "source")
-    every = convert(str(tmp_path / "source"), tmp_path / "every", Request("gqa", 2), diagnose=True)
+    every = convert(str(tmp_path / "source"), tmp_path / "every", Request("gqa", 2), options=RunOptions(diagnose=True))
     assert list(every.kept) == [0, 1] and list(recorded(tmp_path / "every")) == ["0", "1"]
     one = convert(str(tmp_path / "source"), tmp_path / "one", Request("gqa", 2))
     assert one.kept == {1: every.kept[1]} and recorded(tmp_path / "one") == {}
@@ -110,14 +117,19 @@ def test_a_conversion_measures_only_what_it_is_asked_to(tmp_path: Path, monkeypa
 def test_a_latent_has_no_heads_to_compare(tmp_path: Path) -> None:
     tiny_model(tiny_config("llama")).save_pretrained(tmp_path / "source")
     with pytest.raises(UsageError, match="--diagnose"):
-        convert(str(tmp_path / "source"), tmp_path / "mla", Request("mla", kv_lora_rank=8), diagnose=True)
+        convert(
+            str(tmp_path / "source"),
+            tmp_path / "mla",
+            Request("mla", kv_lora_rank=8),
+            options=RunOptions(diagnose=True),
+        )
     assert not (tmp_path / "mla").exists() and not (tmp_path / "mla.partial").exists()
 
 
 def test_what_was_compared_before_a_cut_stays(tmp_path: Path) -> None:
     tiny_model(tiny_config("llama")).save_pretrained(tmp_path / "source")
     request = Request("mqa", method="svd", max_shard_size=20_000)
-    convert(str(tmp_path / "source"), tmp_path / "whole", request, diagnose=True)
+    convert(str(tmp_path / "source"), tmp_path / "whole", request, options=RunOptions(diagnose=True))
 
     class Cut(Exception):
         pass
@@ -127,6 +139,12 @@ def test_what_was_compared_before_a_cut_stays(tmp_path: Path) -> None:
             raise Cut
 
     with pytest.raises(Cut):
-        convert(str(tmp_path / "source"), tmp_path / "cut", request, diagnose=True, on_progress=cut)
-    assert convert(str(tmp_path / "source"), tmp_path / "cut", request, diagnose=True).resumed
+        convert(
+            str(tmp_path / "source"),
+            tmp_path / "cut",
+            request,
+            options=RunOptions(diagnose=True),
+            events=Events(bytes=cut),
+        )
+    assert convert(str(tmp_path / "source"), tmp_path / "cut", request, options=RunOptions(diagnose=True)).resumed
     assert recorded(tmp_path / "cut") == recorded(tmp_path / "whole")

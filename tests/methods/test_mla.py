@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from tests.methods.layers import attention, random_layer, random_moment
 from uptrain.conversion.calibration.statistics import by_distance
 from uptrain.methods.head_maps import HeadMaps
-from uptrain.methods.mla import (
-    LatentShape,
+from uptrain.methods.mla import LatentShape, factor_latent
+from uptrain.methods.mla_energy import (
     LatentWeights,
-    choose_slots,
-    factor_latent,
-    mean_turn,
+    choose_rope_pairs,
+    mean_rotation,
     plain_weights,
     rotary_savings,
 )
@@ -44,7 +43,7 @@ def weights_of(layer: HeadMaps, position: Rotary | None, calibrated: bool) -> La
         return plain
     hidden = layer.q.shape[2]
     roots = torch.randn(layer.query_heads, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return LatentWeights(roots @ roots.mT, plain.outputs, random_moment(hidden, 0), plain.kept_turn)
+    return LatentWeights(roots @ roots.mT, plain.outputs, random_moment(hidden, 0), plain.mean_rotation)
 
 
 def inputs(hidden: int, tokens: int = 12) -> torch.Tensor:
@@ -99,7 +98,7 @@ def test_unrotated_pairs_are_exact_where_attention_looks_no_further_than_itself(
     distances = torch.zeros(4, 12, dtype=torch.float64)
     distances[:, 0] = 1
     weights = weights_of(layer, position, False)
-    weights = LatentWeights(weights.queries, weights.outputs, None, mean_turn(speeds(position), distances))
+    weights = LatentWeights(weights.queries, weights.outputs, None, mean_rotation(speeds(position), distances))
     maps, kept = factor_latent(layer, LatentShape("decoupled", 16, (0,)), position, weights)
     assert kept.keys > 1 - 1e-9
     x = inputs(15, tokens=1)
@@ -131,15 +130,15 @@ def test_a_slot_saves_what_leaving_the_component_unrotated_costs(seed):
 def test_slots_go_to_the_frequencies_that_cost_most_over_all_layers():
     one = torch.tensor([[5.0, 4.0], [3.0, 0.1], [0.2, 0.0]])
     two = torch.tensor([[1.0, 0.0], [3.0, 0.0], [9.0, 0.0]])
-    assert choose_slots([one], 3) == (0, 0, 1)
-    assert choose_slots([one, two], 3) == (0, 1, 2)
-    assert choose_slots([one, two], 6) == (0, 0, 1, 1, 2, 2)
+    assert choose_rope_pairs([one], 3) == (0, 0, 1)
+    assert choose_rope_pairs([one, two], 3) == (0, 1, 2)
+    assert choose_rope_pairs([one, two], 6) == (0, 0, 1, 1, 2, 2)
 
 
-def test_the_mean_turn_is_what_best_stands_in_for_a_rotation():
+def test_the_mean_rotation_is_what_best_stands_in_for_a_rotation():
     frequencies = torch.tensor([0.7], dtype=torch.float64)
     shares = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
-    rho = mean_turn(frequencies, shares)[0, 0]
+    rho = mean_rotation(frequencies, shares)[0, 0]
     turns = torch.exp(-0.7j * torch.arange(3, dtype=torch.float64))
 
     def error(value: torch.Tensor) -> float:

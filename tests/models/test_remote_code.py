@@ -16,15 +16,18 @@ from transformers import AutoModelForCausalLM
 from tests.conversion.test_families import load, request
 from tests.models.test_gpt2_checkpoint import run_python
 from tests.models.test_shared_heads import Save
+from uptrain.architectures.decoders import FAMILIES
+from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.conversion.run.convert import convert
 from uptrain.models.target import REMOTE_CODE, SHARED_CODE
 from uptrain.models.targets import TARGET_CLASSES
 
-OURS = {target.remote_code: target for target in TARGET_CLASSES.values() if target.remote_code}
+ROOT = Path(__file__).parents[2]
+OURS = {f"{own.module}.py": own for own in OWN_CLASSES.values()}
 
 
-def test_every_modelling_file_is_a_target_class_and_nothing_else_lies_there() -> None:
+def test_every_modelling_file_is_in_the_table_and_nothing_else_lies_there() -> None:
     assert {path.name for path in REMOTE_CODE.glob("*.py")} == {"__init__.py", SHARED_CODE, *OURS}
 
 
@@ -43,19 +46,33 @@ def test_a_modelling_file_imports_torch_transformers_and_the_shared_file_alone(n
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_config_names_the_classes_that_the_table_names(name: str) -> None:
-    file, target = name.removesuffix(".py"), OURS[name]
-    module = importlib.import_module(f"uptrain.models.remote_code.{file}")
-    config = getattr(module, target.auto_classes["AutoConfig"])
-    assert config.model_type == target.name
-    assert config().auto_map == {auto: f"{file}.{each}" for auto, each in target.auto_classes.items()}
-    for auto, each in target.auto_classes.items():
+    own = OURS[name]
+    module = importlib.import_module(f"uptrain.models.remote_code.{own.module}")
+    config = getattr(module, own.config_class)
+    assert config.model_type == own.model_type
+    assert config().auto_map == {auto: f"{own.module}.{each}" for auto, each in own.auto_classes.items()}
+    for auto, each in own.auto_classes.items():
         assert getattr(module, each)._auto_class == auto
+
+
+def test_every_class_of_ours_is_a_family_and_a_target_class() -> None:
+    for model_type, own in OWN_CLASSES.items():
+        family, target = FAMILIES[model_type], TARGET_CLASSES[model_type]
+        assert (family.class_name, family.auto_class) == (own.head_class, own.auto_class)
+        assert target.family is family and target.remote_code in OURS
+    assert {target.remote_code for target in TARGET_CLASSES.values()} - {""} == OURS.keys()
+
+
+def test_importing_uptrain_imports_no_numpy() -> None:
+    code = "import sys, uptrain; print(*sorted({'numpy', 'torch', 'transformers'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "\n"
 
 
 def test_a_modelling_file_can_be_the_first_that_a_process_imports() -> None:
     """Importing uptrain arranges that importing transformers registers all of them."""
     code = "from uptrain.models.remote_code.modeling_uptrain_gpt2 import UptrainGPT2Model"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_result_holds_both_files_and_its_manifest_lists_them(save_tiny: Save, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_the_convert_command_asks_for_the_same(request_: Request, monkeypatch: p
         asked.extend((model, request, options))
         raise UptrainError("enough")
 
-    monkeypatch.setattr(import_module("uptrain.conversion.run.convert"), "plan_conversion", plan_conversion)
+    monkeypatch.setattr(import_module("uptrain.conversion.run.prepare"), "plan_conversion", plan_conversion)
     source = {"name": "org/a b", "origin": "hub", "revision": SHA, "files": {"pytorch_model.bin": "…"}}
     heads = {"before": 8, "after": request_.groups or 4}
     stage = {"stage": "convert", "source": source, "request": asdict(request_), "num_key_value_heads": heads}

@@ -20,6 +20,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"
     root = Path(__file__).parents[2]
     # A process of its own: it gives the memory of the expanded weights back, and may warn as it likes.
-    command = [sys.executable, "benchmarks/make_smollm2.py", str(out)]
+    command = [sys.executable, "-m", "benchmarks", "make_smollm2", str(out)]
     subprocess.run(command, cwd=root, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True)
     return out

@@ -16,7 +16,7 @@ from uptrain.checkpoint.manifest import verify
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.training.batches import batch_of
 from uptrain.training.distillation import Objective
 from uptrain.training.recipe import Distill, Recipe
@@ -77,10 +77,8 @@ def test_a_converted_model_learns_back_what_its_source_says(tmp_path: Path) -> N
     done = train(recipe(tmp_path / "mqa", tmp_path / "out", text, distill={"weight": 1.0}))
     assert done is not None and not done.isolated
     verify(tmp_path / "out")
-    before, after = (
-        evaluate(str(tmp_path / name), str(source), [Files(files=str(text))], context=16, tokens=80, repeats=0)
-        for name in ("mqa", "out")
-    )
+    settings = EvaluationSettings(text=[Files(files=str(text))], context=16, tokens=80, repeats=0)
+    before, after = (evaluate(str(tmp_path / name), settings, baseline=str(source)) for name in ("mqa", "out"))
     assert before.kl is not None and after.kl is not None
     assert after.kl < 0.9 * before.kl
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")

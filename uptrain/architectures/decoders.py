@@ -12,6 +12,7 @@ from typing import Any
 
 from uptrain.architectures.encoder_decoders import ENCODER_DECODERS
 from uptrain.architectures.mha_only import CLIPPED, UNCOUNTED
+from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import (
     ConfigKeys,
     Family,
@@ -42,9 +43,8 @@ GPT2 = Family(
     native=False,
 )
 
-UPTRAIN_GPT2 = GPT2.for_model(
-    "uptrain_gpt2",
-    "UptrainGPT2LMHeadModel",
+UPTRAIN_GPT2 = GPT2.for_own_class(
+    OWN_CLASSES["uptrain_gpt2"],
     keys=replace(GPT2.keys, num_key_value_heads="num_key_value_heads"),
     targets={"mqa": ("gpt_bigcode", "uptrain_gpt2"), "mla": ("uptrain_gpt2_mla",)},
     native=True,
@@ -61,9 +61,7 @@ GPT_BIGCODE = GPT2.for_model(
     native=True,
 )
 
-UPTRAIN_GPT2_MLA = GPT2.for_model(
-    "uptrain_gpt2_mla", "UptrainGPT2MLALMHeadModel", keys=replace(GPT2.keys, latent=True), targets={}
-)
+UPTRAIN_GPT2_MLA = GPT2.for_own_class(OWN_CLASSES["uptrain_gpt2_mla"], keys=replace(GPT2.keys, latent=True), targets={})
 
 _PARTLY = RotaryWords(partly=True)
 
@@ -99,8 +97,8 @@ def _like_llama(
     return LLAMA.for_model(model_type, class_name, defaults=defaults, **changes)
 
 
-UPTRAIN_LLAMA_MLA = LLAMA.for_model(
-    "uptrain_llama_mla", "UptrainLlamaMLAForCausalLM", keys=replace(LLAMA.keys, latent=True), targets={}
+UPTRAIN_LLAMA_MLA = LLAMA.for_own_class(
+    OWN_CLASSES["uptrain_llama_mla"], keys=replace(LLAMA.keys, latent=True), targets={}
 )
 
 DEEPSEEK_V3 = LLAMA.for_model(

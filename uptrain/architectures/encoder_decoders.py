@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import ConfigKeys, Family, Position, Projections, Vocabulary
 
 _UNCALIBRATED = "its decoder reads an encoder's output, and calibration runs one stack of layers on text"
@@ -93,10 +94,10 @@ WHISPER = BART.for_model(
     head_indices={"alignment_heads": True},
 )  # fmt: skip
 
-UPTRAIN_BART = BART.with_groups("uptrain_bart", "UptrainBartForConditionalGeneration")
-UPTRAIN_WHISPER = WHISPER.with_groups("uptrain_whisper", "UptrainWhisperForConditionalGeneration")
-UPTRAIN_UMT5 = UMT5.with_groups("uptrain_umt5", "UptrainUMT5ForConditionalGeneration")
-UPTRAIN_T5 = T5.with_groups("uptrain_t5", "UptrainT5ForConditionalGeneration")
+UPTRAIN_BART = BART.with_groups(OWN_CLASSES["uptrain_bart"])
+UPTRAIN_WHISPER = WHISPER.with_groups(OWN_CLASSES["uptrain_whisper"])
+UPTRAIN_UMT5 = UMT5.with_groups(OWN_CLASSES["uptrain_umt5"])
+UPTRAIN_T5 = T5.with_groups(OWN_CLASSES["uptrain_t5"])
 
 ENCODER_DECODERS = (
     BART, UPTRAIN_BART, MT5, T5, UPTRAIN_T5, UMT5, UPTRAIN_UMT5, WHISPER, UPTRAIN_WHISPER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import (
     ConfigKeys,
     Family,
@@ -141,11 +142,11 @@ PERSIMMON = Family(
     native=False,
 )
 
-UPTRAIN_BLOOM = BLOOM.with_groups("uptrain_bloom", "UptrainBloomForCausalLM")
-UPTRAIN_GPT_NEO = GPT_NEO.with_groups("uptrain_gpt_neo", "UptrainGPTNeoForCausalLM")
-UPTRAIN_MPT = MPT.with_groups("uptrain_mpt", "UptrainMptForCausalLM")
-UPTRAIN_OPT = OPT.with_groups("uptrain_opt", "UptrainOPTForCausalLM")
-UPTRAIN_PERSIMMON = PERSIMMON.with_groups("uptrain_persimmon", "UptrainPersimmonForCausalLM")
+UPTRAIN_BLOOM = BLOOM.with_groups(OWN_CLASSES["uptrain_bloom"])
+UPTRAIN_GPT_NEO = GPT_NEO.with_groups(OWN_CLASSES["uptrain_gpt_neo"])
+UPTRAIN_MPT = MPT.with_groups(OWN_CLASSES["uptrain_mpt"])
+UPTRAIN_OPT = OPT.with_groups(OWN_CLASSES["uptrain_opt"])
+UPTRAIN_PERSIMMON = PERSIMMON.with_groups(OWN_CLASSES["uptrain_persimmon"])
 
 UNCOUNTED = (
     BLOOM, UPTRAIN_BLOOM, CODEGEN, GPT_NEO, UPTRAIN_GPT_NEO, GPT_NEOX, GPTJ, MPT, UPTRAIN_MPT, OPT, UPTRAIN_OPT,

@@ -8,6 +8,8 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
+from uptrain.architectures.own_classes import OwnClass
+
 BLOCKS = 4
 """The blocks of a projection that is packed in blocks, one for each core CodeGen was trained on."""
 
@@ -212,10 +214,14 @@ class Family:
         """Return the same layout under another `model_type`, with the given fields changed."""
         return replace(self, model_type=model_type, class_name=class_name, **changes)
 
-    def with_groups(self, model_type: str, class_name: str) -> Family:
+    def for_own_class(self, own: OwnClass, **changes: Any) -> Family:
+        """Return the same entry for a class of ours, with the given fields changed."""
+        return self.for_model(own.model_type, own.head_class, **changes)
+
+    def with_groups(self, own: OwnClass) -> Family:
         """Return the entry of our own class for a family that counts no key/value heads, which counts them."""
         keys = replace(self.keys, num_key_value_heads="num_key_value_heads")
-        return self.for_model(model_type, class_name, keys=keys, targets={}, native=True)
+        return self.for_own_class(own, keys=keys, targets={}, native=True)
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -30,9 +30,9 @@ _LATENT_OPTIONS = (
     click.option("--qk-rope-head-dim", type=int, help="Of --to mla: rotary values a token beside it."),
     click.option(
         "--rope",
-        help="Of --to mla, how keys carry positions: grid (the highest frequencies in a shared rotary key; stock "
-        "deepseek_v3, any engine; the default), longrope (a table of the model's own; transformers only), or "
-        "re-rotate (all keys in the latent, rotated when read; own class, decoding re-expands the context).",
+        help="(--to mla) Where the positions of keys are: decoupled (the fastest rope pairs in one shared rotary key; "
+        "stock deepseek_v3, any engine; the default), longrope (rope pairs that the model chooses; transformers only), "
+        "or pre-rope (in keys that are rotated after the latent is expanded; own class; each step expands all of it).",
     ),
     click.option("--q-lora-rank", type=int, help="Of --to mla: low-rank queries. Default: whole ones."),
     click.option(
@@ -124,8 +124,11 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
     uptrain convert org/llama --to gqa --groups 8 --dry-run
     """
+    from uptrain.checkpoint.events import Events
     from uptrain.conversion.request import Request
-    from uptrain.conversion.run.convert import check_memory, default_out, plan_conversion, run_plan, sidecars
+    from uptrain.conversion.run.convert import run_plan
+    from uptrain.conversion.run.options import RunOptions
+    from uptrain.conversion.run.prepare import default_out, plan_conversion, sidecars
 
     names = (
         "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
@@ -134,32 +137,26 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
-    check_memory(options["memory"], request)
+    running = RunOptions(join=options["join"], diagnose=options["diagnose"], memory=options["memory"])
+    running.check(request)
     check_device(request.chosen_method.needs_text)
-    source, checkpoint, plan = plan_conversion(
+    planned = plan_conversion(
         model,
         request,
         revision=options["revision"],
         allow_pickle=options["allow_pickle"],
         dry=options["dry_run"],
     )
+    source, checkpoint, plan = planned
     folder = Path(out) if out else default_out(source, plan)
     if options["dry_run"]:
         beside = sidecars(source, checkpoint, dry=True)
         _show_plan(source, plan, beside, folder, options["as_json"])
         return
     console.note(f"Reading {source.describe()}")
-    settings = {
-        "overwrite": options["overwrite"],
-        "join": options["join"],
-        "diagnose": options["diagnose"],
-        "memory": options["memory"],
-        "on_note": console.note,
-    }
     with console.bytes_progress("Converting", plan.total_bytes) as advance:
-        done = run_plan(
-            source, checkpoint, plan, folder, on_progress=advance, on_layer=console.layer_progress(), **settings
-        )
+        events = Events(bytes=advance, layer=console.layer_progress(), note=console.note)
+        done = run_plan(planned, folder, overwrite=options["overwrite"], options=running, events=events)
     _show(done, options["as_json"])
 
 
@@ -231,9 +228,9 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
     beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
     facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
-    if latent.target.form == "re-rotate":
+    if latent.target.rope.rotates_expanded:
         facts.append(("decoding", "every step expands and rotates the whole context again"))
-    if latent.target.form == "longrope":
+    if latent.target.rope.chooses_pairs:
         facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
     if plan.copied_head:
         facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from uptrain.architectures.decoders import FAMILIES
+from uptrain.architectures.description import auto_class_name
 from uptrain.architectures.prefixes import refuse_foreign
 from uptrain.architectures.unknown_models import refuse_wrapper, sections_of
 from uptrain.checkpoint.reader import Checkpoint, read_config
 from uptrain.checkpoint.source import Source
-from uptrain.models.register import auto_class_of
 
 
 def check_loadable(source: Source, opened: Checkpoint | None = None) -> None:
@@ -30,6 +31,17 @@ def check_loadable(source: Source, opened: Checkpoint | None = None) -> None:
         return
     if opened is not None:
         refuse_foreign(family, opened.tensors, source.name)
+
+
+def auto_class_of(folder: Path) -> Any:
+    """Return the Auto class of transformers that loads a checkpoint's language model.
+
+    Raises:
+        CheckpointError: config.json is missing or broken.
+    """
+    import transformers
+
+    return getattr(transformers, auto_class_name(read_config(folder)))
 
 
 def _has_class(source: Source, model_type: str) -> bool:

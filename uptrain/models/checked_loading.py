@@ -17,9 +17,9 @@ from uptrain.checkpoint.loadable import open_loadable
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, told_as
-from uptrain.models.auto_class import check_loadable
+from uptrain.models.auto_class import auto_class_of, check_loadable
 from uptrain.models.class_fit import Fit, check_fit
-from uptrain.models.register import auto_class_of, register
+from uptrain.models.register import register
 
 _ELSEWHERE = frozenset(("variant", "subfolder", "gguf_file", "state_dict", "use_safetensors"))
 """Options of `from_pretrained` that say which files to read; whoever gives one chooses them."""

@@ -7,21 +7,16 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.description import auto_class_name
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.model_class import is_language_model
+from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import Family
 from uptrain.architectures.wrappers import WRAPPERS
 
-_OWN_ATTENTION = "its attention is code of its own, which vLLM's backend for transformers can't replace"
-_LATENT = "vLLM has no class for this latent"
-
 VLLM_LOADS_NOT: Mapping[str, str] = MappingProxyType(
     {
-        "uptrain_bloom": _OWN_ATTENTION,
-        "uptrain_mpt": _OWN_ATTENTION,
-        "uptrain_gpt_neo": _OWN_ATTENTION,
-        "gpt_neo": _OWN_ATTENTION,
-        "uptrain_gpt2_mla": _LATENT,
-        "uptrain_llama_mla": _LATENT,
+        **{name: own.not_in_vllm for name, own in OWN_CLASSES.items() if own.not_in_vllm},
+        "gpt_neo": OWN_CLASSES["uptrain_gpt_neo"].not_in_vllm,
     }
 )
 """By model_type, why vLLM can't load it; `benchmarks/engines.py --families` asks vLLM itself (docs/targets.md)."""
@@ -37,6 +32,7 @@ def why_not_vllm(config: Mapping[str, Any], rope: str | None = None) -> str:
         return "vLLM has no class for this decoder, which reads an encoder"
     if not is_language_model(config):
         return "it has no language-model head"
-    if rope == "longrope":
+    found = MLARope.named(rope)
+    if found is not None and found.chooses_pairs:
         return "vLLM can't express its rotary table"
     return ""

@@ -6,71 +6,37 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any
 
-from uptrain.architectures.description import auto_class_name
-from uptrain.checkpoint.reader import read_config
-
-# Our modelling files: each one's config, body and language model.
-OWN_CLASSES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
-    {
-        "modeling_uptrain_gpt2": ("UptrainGPT2Config", "UptrainGPT2Model", "UptrainGPT2LMHeadModel"),
-        "modeling_uptrain_bloom": ("UptrainBloomConfig", "UptrainBloomModel", "UptrainBloomForCausalLM"),
-        "modeling_uptrain_gpt_neo": ("UptrainGPTNeoConfig", "UptrainGPTNeoModel", "UptrainGPTNeoForCausalLM"),
-        "modeling_uptrain_mpt": ("UptrainMptConfig", "UptrainMptModel", "UptrainMptForCausalLM"),
-        "modeling_uptrain_bart": ("UptrainBartConfig", "UptrainBartModel", "UptrainBartForConditionalGeneration"),
-        "modeling_uptrain_umt5": ("UptrainUMT5Config", "UptrainUMT5Model", "UptrainUMT5ForConditionalGeneration"),
-        "modeling_uptrain_whisper": (
-            "UptrainWhisperConfig", "UptrainWhisperModel", "UptrainWhisperForConditionalGeneration",
-        ),
-        "modeling_uptrain_t5": ("UptrainT5Config", "UptrainT5Model", "UptrainT5ForConditionalGeneration"),
-        "modeling_uptrain_opt": ("UptrainOPTConfig", "UptrainOPTModel", "UptrainOPTForCausalLM"),
-        "modeling_uptrain_persimmon": (
-            "UptrainPersimmonConfig",
-            "UptrainPersimmonModel",
-            "UptrainPersimmonForCausalLM",
-        ),
-        "modeling_uptrain_gpt2_mla": ("UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", "UptrainGPT2MLALMHeadModel"),
-        "modeling_uptrain_llama_mla": ("UptrainLlamaMLAConfig", "UptrainLlamaMLAModel", "UptrainLlamaMLAForCausalLM"),
-    }
-)  # fmt: skip
+from uptrain.architectures.own_classes import OWN_CLASSES, OwnClass
 
 
 def register() -> None:
     """Register our classes with transformers' Auto classes; again is harmless."""
     import transformers
-    from transformers import AutoConfig, AutoModel
 
-    for file, names in OWN_CLASSES.items():
-        module = importlib.import_module(f"uptrain.models.remote_code.{file}")
-        config, model, language_model = (getattr(module, name) for name in names)
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        auto_class = getattr(transformers, auto_class_name({"model_type": config.model_type}))
-        auto_class.register(config, language_model, exist_ok=True)
+    for own in OWN_CLASSES.values():
+        module = _module_of(own)
+        config = getattr(module, own.config_class)
+        transformers.AutoConfig.register(own.model_type, config, exist_ok=True)
+        transformers.AutoModel.register(config, getattr(module, own.model_class), exist_ok=True)
+        auto_class = getattr(transformers, own.auto_class)
+        auto_class.register(config, getattr(module, own.head_class), exist_ok=True)
 
 
 def own_class(name: str) -> Any:
     """Return our model class of that name, None where there is none."""
-    for file, names in OWN_CLASSES.items():
-        if name in names[1:]:
-            return getattr(importlib.import_module(f"uptrain.models.remote_code.{file}"), name)
+    for own in OWN_CLASSES.values():
+        if name in (own.model_class, own.head_class):
+            return getattr(_module_of(own), name)
     return None
 
 
-def auto_class_of(folder: Path) -> Any:
-    """Return the Auto class of transformers that loads a checkpoint's language model.
-
-    Raises:
-        CheckpointError: config.json is missing or broken.
-    """
-    import transformers
-
-    return getattr(transformers, auto_class_name(read_config(folder)))
+def _module_of(own: OwnClass) -> ModuleType:
+    return importlib.import_module(f"uptrain.models.remote_code.{own.module}")
 
 
 def register_with_transformers() -> None:

@@ -11,6 +11,7 @@ from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPTRAIN_UMT5, UPTRAIN_WHISPER
 from uptrain.architectures.mha_only import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
 from uptrain.architectures.model_class import class_named, is_language_model, stem
+from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import Family
 from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.errors import UsageError
@@ -22,14 +23,10 @@ OF_THE_FOLDER = ("auto_map", EXPLICIT)
 """Config keys that name code or weight files of the source's own folder."""
 
 
-def _ours(family: Family, config: str, model: str, **changes: Any) -> TargetClass:
-    """Return a target class whose modelling file, with these classes, ships inside the checkpoint."""
-    return TargetClass(
-        family,
-        remote_code=f"modeling_{family.model_type}.py",
-        auto_classes={"AutoConfig": config, "AutoModel": model, family.auto_class: family.class_name},
-        **changes,
-    )
+def _ours(family: Family, **changes: Any) -> TargetClass:
+    """Return a target class of ours, whose modelling file goes into the checkpoint."""
+    own = OWN_CLASSES[family.model_type]
+    return TargetClass(family, remote_code=f"{own.module}.py", auto_classes=own.auto_classes, **changes)
 
 
 TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
@@ -46,27 +43,21 @@ TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
         ),
         "uptrain_llama_mla": _ours(
             UPTRAIN_LLAMA_MLA,
-            "UptrainLlamaMLAConfig",
-            "UptrainLlamaMLAModel",
             fill={"rms_norm_eps": 1e-6},
             drop=("head_dim", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
         ),
-        "uptrain_gpt2_mla": _ours(
-            UPTRAIN_GPT2_MLA, "UptrainGPT2MLAConfig", "UptrainGPT2MLAModel", drop=("num_key_value_heads",)
-        ),
-        "uptrain_gpt2": _ours(UPTRAIN_GPT2, "UptrainGPT2Config", "UptrainGPT2Model"),
-        "uptrain_bloom": _ours(UPTRAIN_BLOOM, "UptrainBloomConfig", "UptrainBloomModel"),
-        "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO, "UptrainGPTNeoConfig", "UptrainGPTNeoModel"),
-        "uptrain_mpt": _ours(UPTRAIN_MPT, "UptrainMptConfig", "UptrainMptModel"),
-        "uptrain_bart": _ours(UPTRAIN_BART, "UptrainBartConfig", "UptrainBartModel"),
-        "uptrain_umt5": _ours(UPTRAIN_UMT5, "UptrainUMT5Config", "UptrainUMT5Model"),
-        "uptrain_whisper": _ours(UPTRAIN_WHISPER, "UptrainWhisperConfig", "UptrainWhisperModel"),
-        "uptrain_t5": _ours(UPTRAIN_T5, "UptrainT5Config", "UptrainT5Model"),
+        "uptrain_gpt2_mla": _ours(UPTRAIN_GPT2_MLA, drop=("num_key_value_heads",)),
+        "uptrain_gpt2": _ours(UPTRAIN_GPT2),
+        "uptrain_bloom": _ours(UPTRAIN_BLOOM),
+        "uptrain_gpt_neo": _ours(UPTRAIN_GPT_NEO),
+        "uptrain_mpt": _ours(UPTRAIN_MPT),
+        "uptrain_bart": _ours(UPTRAIN_BART),
+        "uptrain_umt5": _ours(UPTRAIN_UMT5),
+        "uptrain_whisper": _ours(UPTRAIN_WHISPER),
+        "uptrain_t5": _ours(UPTRAIN_T5),
         # mT5 is T5 v1.1 with other defaults, and never scales its decoder's output, which T5 does where it ties.
         "uptrain_t5_of_mt5": _ours(
             UPTRAIN_T5,
-            "UptrainT5Config",
-            "UptrainT5Model",
             fill={
                 "num_layers": 8,
                 "num_heads": 6,
@@ -77,8 +68,8 @@ TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
             },
             fix={"tie_word_embeddings": False},
         ),
-        "uptrain_opt": _ours(UPTRAIN_OPT, "UptrainOPTConfig", "UptrainOPTModel"),
-        "uptrain_persimmon": _ours(UPTRAIN_PERSIMMON, "UptrainPersimmonConfig", "UptrainPersimmonModel"),
+        "uptrain_opt": _ours(UPTRAIN_OPT),
+        "uptrain_persimmon": _ours(UPTRAIN_PERSIMMON),
     }
 )
 

@@ -13,7 +13,7 @@ from uptrain.methods.energy import LayerWeights, layer_weights, output_energy, r
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import damped
 from uptrain.methods.method import ExplainedEnergy
-from uptrain.methods.mla import LatentWeights, calibrated_weights
+from uptrain.methods.mla_energy import LatentWeights, calibrated_weights
 from uptrain.methods.rotary import Rotary
 from uptrain.methods.shared_heads import (
     DAMPING,

@@ -35,7 +35,7 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
     moves = plan.before != plan.after and mixes and any(spec.rotary_ndims != 0 for spec in plan.before)
     if not plan.source.family.position.rotates or not (writes or moves) or not _installed():
         return
-    chosen = plan.latent is None or not plan.latent.own_slots
+    chosen = not plan.chooses_rope_pairs
     configs = [plan.source.config, *([plan.config] if writes and chosen else [])]
     tables = _ask(configs, here=plan.latent is not None or mixes)
     for config, found in zip(configs, tables, strict=True):
@@ -58,7 +58,7 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
 def writes_rotation(plan: Plan) -> bool:
     """Tell whether a plan writes the result's rotary parameters instead of leaving them as they are."""
     if plan.latent is not None:
-        return plan.latent.target.form != "free"
+        return plan.latent.target.rope.rotates
     return plan.target.rotary
 
 

@@ -79,6 +79,11 @@ class Plan:
         return self.source.wrapped_in or self.target.name
 
     @property
+    def chooses_rope_pairs(self) -> bool:
+        """Whether the rotary pairs of a latent are still to be chosen, by what unrotated pairs would cost."""
+        return self.latent is not None and self.latent.own_slots
+
+    @property
     def total_bytes(self) -> int:
         """Return the bytes of all output tensors."""
         return sum(tensor.info.nbytes for shard in self.shards.values() for tensor in shard)

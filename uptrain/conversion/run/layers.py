@@ -207,13 +207,13 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
         raise ValueError("only latents have rotary pairs to choose")
     with needing(NEEDS_TORCH):
         from uptrain.methods.head_conversion import rotary_of
-        from uptrain.methods.mla_conversion import slots_by_weights
+        from uptrain.methods.mla_conversion import rope_pairs_by_weights
     family = plan.source.family
     layers = (
         read_layer(checkpoint, family.projections, spec, plan.source.attention_name(layer))
         for layer, spec in enumerate(plan.before)
     )
-    return slots_by_weights(layers, plan.latent.target, rotary_of(family.position, plan.before[0]))
+    return rope_pairs_by_weights(layers, plan.latent.target, rotary_of(family.position, plan.before[0]))
 
 
 def _one_thread() -> AbstractContextManager[None]:

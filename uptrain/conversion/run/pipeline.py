@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
 from uptrain.checkpoint.dtypes import Array, as_float32, cast, raw_bytes
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.nonfinite import ALLOW, only_finite
 from uptrain.checkpoint.progress import State
 from uptrain.checkpoint.reader import Checkpoint
@@ -28,36 +28,36 @@ from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.plan.rewrites import folded_bias, folded_weight
 from uptrain.conversion.run.layers import LayerMaker
 from uptrain.errors import Interrupted
-from uptrain.methods.method import CalibratedSource
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes just finished."""
-
 
 POOLED_AT_ONCE = 2**29
 """Bytes of layers that are pooled at the same time: more would only wait for memory and disk together."""
 
 
 class Pipeline:
-    """Writes the shards of a plan on a few threads, and digests the source's files beside them."""
+    """Writes the shards of a plan on a few threads, and digests the source's files meanwhile.
+
+    - `checkpoint`: the open source.
+    - `plan`: what is made of it.
+    - `state`: what is finished so far, in the folder that gets the shards.
+    - `layers`: makes the changed attention layers.
+    - `worker`: says which work is this process's.
+    - `events`: receives `bytes`.
+    """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        partial: Path,
         state: State,
-        on_progress: Progress,
-        calibrated: CalibratedSource | None = None,
-        worker: SharedWorker | SoleWorker | None = None,
-        diagnose: bool = False,
+        layers: LayerMaker,
+        worker: SoleWorker | SharedWorker,
+        events: Events,
     ) -> None:
-        self.checkpoint, self.plan, self.partial, self.state = checkpoint, plan, partial, state
-        self.on_progress, self.worker = on_progress, worker or SoleWorker()
+        self.checkpoint, self.plan, self.state, self.layers = checkpoint, plan, state, layers
+        self.worker, self.events, self.partial = worker, events, state.path.parent
         self.counted: set[str] = set()
         self.lock = threading.Lock()
         self.stop = threading.Event()
-        self.layers = LayerMaker(checkpoint, plan, calibrated, diagnose)
         self.followers = _followers(checkpoint, plan)
         pooled = plan.request.chosen_method.pools
         self.room = threading.Semaphore(max(1, POOLED_AT_ONCE // plan.peak_memory) if pooled else _workers())
@@ -79,7 +79,7 @@ class Pipeline:
     def left(self) -> Mapping[str, Callable[[], None]]:
         """Return what no process has finished, by what it is called: shards, and source files that no shard follows.
 
-        Nothing is left once OUT stands. Bytes of shards that others finished since are told to `on_progress`.
+        Nothing is left once OUT stands. Bytes of shards that others finished since are reported to `events.bytes`.
         """
         with self.lock:
             self.state.refresh()
@@ -87,7 +87,7 @@ class Pipeline:
                 return {}
             for name in (self.plan.shards.keys() & self.state.shards.keys()) - self.counted:
                 self.counted.add(name)
-                self.on_progress(sum(tensor.info.nbytes for tensor in self.plan.shards[name]))
+                self.events.bytes(sum(tensor.info.nbytes for tensor in self.plan.shards[name]))
             shards = [name for name in self.plan.shards if name not in self.state.shards]
             followed = {self.followers[name] for name in shards if name in self.followers}
             known = followed | self.state.sources.keys()
@@ -142,7 +142,7 @@ class Pipeline:
 
     def _advance(self, count: int) -> None:
         with self.lock:
-            self.on_progress(count)
+            self.events.bytes(count)
 
     def _checked(self, tensor: OutputTensor, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
         """Refuse NaN and infinity outside attention, where a layer's maker does, unless they are allowed."""

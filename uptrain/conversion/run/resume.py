@@ -6,20 +6,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.manifest import read_manifest
 from uptrain.checkpoint.output_folder import STATE, empty, leave, partial_of, remove, staged_output, taken
 from uptrain.checkpoint.progress import Earlier, State
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.reflink import can_clone
 from uptrain.checkpoint.shared_folder import enter_shared_folder
 from uptrain.checkpoint.shared_work import SharedState, SharedWorker, SoleWorker
 from uptrain.conversion.calibration.store import NOTES, CalibratedLayers
 from uptrain.conversion.plan.operations import unchanged_spans
 from uptrain.conversion.plan.planner import Plan
+from uptrain.conversion.run.job import Job
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 
 
@@ -36,71 +35,73 @@ class Begun:
 
 
 @contextmanager
-def begun(
-    out: Path,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    command: tuple[str, str],
-    *,
-    overwrite: bool,
-    join: bool,
-    temporary_folders: tuple[Path, ...],
-    others: int,
-    on_note: Callable[[str], None],
-) -> Iterator[Begun | None]:
-    """Enter OUT.partial for as long as the block runs; with `join`, yield None where others have finished OUT.
+def begun(job: Job) -> Iterator[Begun | None]:
+    """Enter OUT.partial for as long as the block runs; yield None where other processes have finished OUT.
 
-    Without `join`, OUT is made of it at the end; with it, by the worker's `finishing`. Then `temporary_folders` are
-    removed.
-    `command` is that of `State`, and its words; `others` are the bytes of the files that go along with the weights. A
-    run that ends with an error before it finished anything leaves nothing, and binds nobody.
+    A run that works alone makes OUT of the folder at the end. Workers do it together, in their `finishing`.
+    The calibration's folder is removed then. A run that ends with an error before it finished anything removes
+    what it made, so that any other command can follow.
 
     Raises:
         UptrainError: OUT exists, is being written, or holds another plan's unfinished conversion; the disk is full.
     """
-    state, resumed = State(partial_of(out), plan.digest, *command), tuple[str, ...]()
-
-    def unused() -> bool:
-        if _worked(state.load(), temporary_folders):
-            return False
-        for folder in temporary_folders:
-            if folder.is_dir() and not (folder / NOTES).exists():
-                remove(folder)
-        return True
-
-    def leave_alone() -> None:
-        if unused():
-            empty(state.path.parent, ())
-            leave(state.path.parent)
-
-    left = partial(_left, state, plan, overwrite, temporary_folders, on_note)
-    if not join:
-        with staged_output(out, overwrite, lambda _: left(), temporary_folders), _without_a_trace(leave_alone):
-            yield Begun(state, _begin(state, checkpoint, plan, others), SoleWorker())
+    if job.options.join:
+        with _begun_together(job) as work:
+            yield work
         return
+    folders = (job.calibration,)
+    state = State(partial_of(job.out), job.plan.digest, *job.command)
+    with (
+        staged_output(job.out, job.overwrite, lambda _: _left(job, state), folders),
+        _without_a_trace(lambda: _leave_alone(job, state)),
+    ):
+        yield Begun(state, _begin(job, state), SoleWorker())
+
+
+@contextmanager
+def _begun_together(job: Job) -> Iterator[Begun | None]:
+    """Enter OUT.partial together with other processes, as `begun` does."""
+    state, resumed = State(partial_of(job.out), job.plan.digest, *job.command), tuple[str, ...]()
 
     def prepare(first: bool) -> None:
         nonlocal resumed
         earlier = None if first else state.load()
         if first:
-            empty(partial_of(out), left())
-            with _without_a_trace(leave_alone):
-                resumed = _begin(state, checkpoint, plan, others)
-        elif earlier is None or earlier.plan != plan.digest:
-            raise taken(out)
+            empty(partial_of(job.out), _left(job, state))
+            with _without_a_trace(lambda: _leave_alone(job, state)):
+                resumed = _begin(job, state)
+        elif earlier is None or earlier.plan != job.plan.digest:
+            raise taken(job.out)
 
-    shared = SharedWorker(out, overwrite, temporary_folders, on_note)
-    with enter_shared_folder(shared, lambda: _stands(out, plan), prepare) as worker:
+    folders = (job.calibration,)
+    shared = SharedWorker(job.out, job.overwrite, folders, job.events.note)
+    with enter_shared_folder(shared, lambda: _stands(job.out, job.plan), prepare) as worker:
         if worker is None:
             yield None
         else:
-            with _without_a_trace(lambda: worker.remove_unused(unused)):
-                yield Begun(SharedState(worker, plan.digest, *command), resumed, worker)
+            with _without_a_trace(lambda: worker.remove_unused(lambda: _unused(job, state))):
+                yield Begun(SharedState(worker, job.plan.digest, *job.command), resumed, worker)
 
-    if not _stands(out, plan):
+    if not _stands(job.out, job.plan):
         raise UptrainError(
-            f"{partial_of(out)} was taken away while it was being written.", "Run the same command again."
+            f"{partial_of(job.out)} was taken away while it was being written.", "Run the same command again."
         )
+
+
+def _unused(job: Job, state: State) -> bool:
+    """Say whether nothing was finished, and then remove a calibration's folder that holds nothing."""
+    if _worked(state.load(), job.calibration):
+        return False
+    if job.calibration.is_dir() and not (job.calibration / NOTES).exists():
+        remove(job.calibration)
+    return True
+
+
+def _leave_alone(job: Job, state: State) -> None:
+    """Remove OUT.partial if nothing was finished in it."""
+    if _unused(job, state):
+        empty(state.path.parent, ())
+        leave(state.path.parent)
 
 
 @contextmanager
@@ -114,13 +115,11 @@ def _without_a_trace(leave_unused: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-def _worked(earlier: Earlier | None, temporary_folders: tuple[Path, ...]) -> bool:
-    """Say whether an earlier run finished a shard or, in a temporary folder, the calibration of a layer."""
+def _worked(earlier: Earlier | None, calibration: Path) -> bool:
+    """Say whether an earlier run finished a shard or, in the folder `calibration`, a layer."""
     if earlier is None:
         return False
-    return earlier.worked or any(
-        CalibratedLayers.left(folder, earlier.plan) is not None for folder in temporary_folders
-    )
+    return earlier.worked or CalibratedLayers.left(calibration, earlier.plan) is not None
 
 
 def _stands(out: Path, plan: Plan) -> bool:
@@ -131,21 +130,19 @@ def _stands(out: Path, plan: Plan) -> bool:
     return any(stage.get("plan") == plan.digest for stage in stages[-1:])
 
 
-def _left(
-    state: State, plan: Plan, overwrite: bool, temporary_folders: tuple[Path, ...], on_note: Callable[[str], None]
-) -> tuple[str, ...]:
+def _left(job: Job, state: State) -> tuple[str, ...]:
     """Return the files of OUT.partial that an earlier run of this plan finished."""
     earlier = state.load()
     if earlier is None:
         return ()
-    if earlier.plan == plan.digest:
-        _drop_damaged(state, plan)
+    if earlier.plan == job.plan.digest:
+        _drop_damaged(state, job.plan)
         return STATE, *state.shards
-    if not _worked(earlier, temporary_folders):
+    if not _worked(earlier, job.calibration):
         return ()
     if earlier.command == state.command:
-        on_note("The source or uptrain changed since the run that was cut off: starting over.")
-    elif not overwrite:
+        job.events.note("The source or uptrain changed since the run that was cut off: starting over.")
+    elif not job.overwrite:
         asked = f": {earlier.asked}" if earlier.asked else ""
         raise UsageError(
             f"{state.path.parent} holds an unfinished conversion of another plan{asked}.",
@@ -166,20 +163,21 @@ def _drop_damaged(state: State, plan: Plan) -> None:
             del state.shards[name]
 
 
-def _begin(state: State, checkpoint: Checkpoint, plan: Plan, others: int) -> tuple[str, ...]:
-    """Write the state to begin with; return the shards an earlier run finished."""
+def _begin(job: Job, state: State) -> tuple[str, ...]:
+    """Write the state to begin with; return the shards that an earlier run finished."""
     resumed = tuple(state.shards)
-    _check_space(state.path.parent, checkpoint, plan, resumed, others)
+    _check_space(job, state.path.parent, resumed)
     state.save()
     return resumed
 
 
-def _check_space(partial: Path, checkpoint: Checkpoint, plan: Plan, resumed: tuple[str, ...], others: int) -> None:
-    left = [tensor for name, tensors in plan.shards.items() if name not in resumed for tensor in tensors]
+def _check_space(job: Job, partial: Path, resumed: tuple[str, ...]) -> None:
+    left = [tensor for name, tensors in job.plan.shards.items() if name not in resumed for tensor in tensors]
+    others = job.sidecars.nbytes(job.source.path)
     needed, free = sum(tensor.info.nbytes for tensor in left) + others + 2**20, shutil.disk_usage(partial).free
     if needed > free:
         # Not to the byte: what lies otherwise in blocks is copied all the same, and a disk that gets full can be freed.
-        spans = unchanged_spans(left, checkpoint).values()
+        spans = unchanged_spans(left, job.checkpoint).values()
         files = {path for path in {span.path for span in spans} if can_clone(path, partial)}
         needed -= sum(span.nbytes for span in spans if span.path in files)
     if needed > free:
