@@ -162,7 +162,7 @@ def test_one_that_waits_long_says_for_whom(work: str, processes: Processes, monk
         hanging = SharedWorker(processes.out)
         hanging.work_locks.mkdir(parents=True)
         (hanging.partial / LOCK).touch()
-        held.enter_context(hanging.turn(work) if work == CALIBRATION else hanging.claim(work))
+        held.enter_context(hanging.alone(work) if work == CALIBRATION else hanging.lock_work(work))
         convert(str(processes.source), processes.out, GQA2, options=RunOptions(join=True), events=Events(note=note))
     (said,) = notes
     assert f"process {os.getpid()} on {os.uname().nodename}" in said and work in said
