@@ -8,10 +8,9 @@ from typing import Any
 
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.schema import Family, Position
-from uptrain.methods.registry import METHODS
-from uptrain.models.mla_targets import MLA_TARGET_CLASSES
-from uptrain.models.target import TargetClass
-from uptrain.models.targets import TARGET_CLASSES, own_target
+from uptrain.conversion.possible_targets import target_classes
+from uptrain.methods.registry import METHODS, TARGETS
+from uptrain.models.targets import TARGET_CLASSES
 
 
 @dataclass(frozen=True)
@@ -83,21 +82,15 @@ def _family(entry: Family) -> FamilyRow:
         position=_position(entry),
         gqa=_holders(entry, "gqa"),
         mqa=_holders(entry, "mqa"),
-        mla=tuple(_holder(MLA_TARGET_CLASSES[name].target) for name in entry.targets.get("mla", ())),
+        mla=_holders(entry, "mla"),
         methods=tuple(methods),
         pool_only_with=(*flags, *entry.pool_only),
     )
 
 
-def _holders(entry: Family, target: str) -> tuple[Holder, ...]:
-    named = tuple(_holder(TARGET_CLASSES[name]) for name in entry.targets.get(target, ()))
-    if named or not entry.native or entry.keys.latent or not entry.keys.num_key_value_heads:
-        return named
-    return (_holder(own_target(entry), "" if target == "mqa" else entry.keys.grouped or ""),)
-
-
-def _holder(target: TargetClass, needs: str = "") -> Holder:
-    return Holder(target.name, bool(target.remote_code), needs)
+def _holders(entry: Family, kind: str) -> tuple[Holder, ...]:
+    found = target_classes(entry, TARGETS[kind])
+    return tuple(Holder(target.name, bool(target.remote_code), needs) for target, needs in found)
 
 
 def _position(entry: Family) -> str:
