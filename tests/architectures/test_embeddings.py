@@ -24,7 +24,7 @@ from uptrain.errors import CheckpointError
 from uptrain.models.auto_class import auto_class_of
 from uptrain.models.register import register
 from uptrain.training.recipe import Recipe
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 Save = Callable[..., Path]
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))

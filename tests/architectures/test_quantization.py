@@ -32,7 +32,7 @@ from uptrain.publishing.hub.licence import Licence
 from uptrain.publishing.hub.subject import Subject
 from uptrain.publishing.page.head_maps import plot_heads
 from uptrain.training.recipe import Recipe
-from uptrain.training.setup import make_model
+from uptrain.training.student import make_student
 
 Save = Callable[..., Path]
 GQA = Request("gqa", 2)
@@ -312,7 +312,7 @@ def test_codes_are_not_trained(scheme: str, tmp_path: Path) -> None:
     source = save_quantised(tmp_path / "src", scheme, attention=False)
     recipe = Recipe.model_construct(attn_implementation=None, dtype=None)
     with pytest.raises(UsageError, match=SCHEMES[scheme].called):
-        make_model(recipe, resolve(str(source)), None)
+        make_student(recipe, resolve(str(source)), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)

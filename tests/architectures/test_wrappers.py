@@ -35,7 +35,7 @@ from uptrain.publishing.hub.licence import Licence
 from uptrain.publishing.hub.subject import Subject
 from uptrain.publishing.page.subjects import subjects_in
 from uptrain.training.recipe import Recipe
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 from uptrain.workflows import sweep
 
 THREE = ("gemma3", "llava", "mistral3")

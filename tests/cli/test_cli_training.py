@@ -23,7 +23,7 @@ def test_recipes_are_listed_shown_and_copied(
     listed = capsys.readouterr().out
     assert all(name in listed for name in recipes.shipped())
     assert run(["recipes", "copy", "gqa-uptrain"]) == 0
-    assert recipes.load("gqa-uptrain.yaml") == recipes.load("gqa-uptrain")
+    assert recipes.load_recipe("gqa-uptrain.yaml") == recipes.load_recipe("gqa-uptrain")
     assert run(["recipes", "copy", "gqa-uptrain"]) == 2
     capsys.readouterr()
     assert run(["recipes", "show", "gqa-uptrain"]) == 0

@@ -35,8 +35,8 @@ from uptrain.models import class_keys
 from uptrain.models.class_fit import Fit
 from uptrain.models.loading import load_model
 from uptrain.training.export import assemble, gather
-from uptrain.training.recipes import load as load_recipe
-from uptrain.training.trainer import train
+from uptrain.training.recipes import load_recipe
+from uptrain.training.run import train
 
 Save = Callable[..., Path]
 SINGLE = "model.safetensors"

@@ -31,8 +31,8 @@ from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES
 from uptrain.models.register import own_class, register
 from uptrain.models.targets import TARGET_CLASSES
-from uptrain.training.recipes import load as load_recipe
-from uptrain.training.trainer import train
+from uptrain.training.recipes import load_recipe
+from uptrain.training.run import train
 from uptrain.workflows import SweepSettings, sweep
 
 EXACT = Request("mla", rope="longrope", kv_lora_rank=48, qk_rope_head_dim=48)

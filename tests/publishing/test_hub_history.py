@@ -72,7 +72,7 @@ def test_repeating_the_commands_gives_the_same_bytes(tmp_path: Path, monkeypatch
 
 
 def test_the_recipe_is_the_one_that_was_run_on_the_model_before(tmp_path: Path) -> None:
-    recipe = recipes.parse(
+    recipe = recipes.parse_recipe(
         {"model": "/home/me/half", "output": "/home/me/done", "data": ["python-stdlib"], "steps": 3, "batch_size": 2,
          "learning_rate": 1e-5, "overwrite": True}
     )  # fmt: skip
@@ -81,13 +81,13 @@ def test_the_recipe_is_the_one_that_was_run_on_the_model_before(tmp_path: Path) 
     _, step = steps([first, {**stage, "num_processes": 2}], "done")
     assert step.command == "torchrun --nproc_per_node 2 -m uptrain train recipe.yaml"
     (tmp_path / step.recipe_file).write_text(step.recipe)
-    again = recipes.load(str(tmp_path / step.recipe_file))
+    again = recipes.load_recipe(str(tmp_path / step.recipe_file))
     changed = {"model": "./done-step1", "output": Path("done"), "overwrite": False}
     assert again == recipe.model_copy(update=changed)
     # A model on the Hub is named with the commit that was trained.
     (step,) = steps([{**stage, "source": "org/half", "revision": SHA}], "done")
     (tmp_path / "hub.yaml").write_text(step.recipe)
-    again = recipes.load(str(tmp_path / "hub.yaml"))
+    again = recipes.load_recipe(str(tmp_path / "hub.yaml"))
     assert (again.model, again.revision, step.command) == ("org/half", SHA, "uptrain train recipe.yaml")
 
 

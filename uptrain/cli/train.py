@@ -42,11 +42,11 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
 
     first = not devices.rank()
     try:
-        loaded = recipes.load(recipe, overrides)
+        loaded = recipes.load_recipe(recipe, overrides)
         if first:
             console.note(f"Training {loaded.model or 'a new model'} for {loaded.total_steps:,} steps → {loaded.output}")
         from uptrain.checkpoint.events import Events
-        from uptrain.training.trainer import train as run
+        from uptrain.training.run import train as run
 
         with console.training_progress(loaded.total_steps, hidden=not first) as show:
             done = run(loaded, restart=restart, plot=plot, events=Events(step=show))
