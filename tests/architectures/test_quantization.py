@@ -29,7 +29,7 @@ from uptrain.models import loading
 from uptrain.models.loading import load as load_for_generating
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
-from uptrain.publishing.hub.subject import Subject
+from uptrain.publishing.hub.subject import CardSubject
 from uptrain.publishing.page.head_maps import plot_heads
 from uptrain.training.recipe import Recipe
 from uptrain.training.student import make_student
@@ -337,7 +337,7 @@ def test_a_card_says_what_is_quantised(scheme: str, tmp_path: Path) -> None:
     source = save_quantised(tmp_path / "src", scheme, attention=False)
     out = convert(str(source), tmp_path / "out", GQA).out
     stages = json.loads((out / "uptrain.json").read_text())["stages"]
-    card = build_card(Subject("me/small", stages, read_config(out), None), Licence("mit", "a test"), None, ({}, ""))
+    card = build_card(CardSubject("me/small", stages, read_config(out), None), Licence("mit", "a test"), None, ({}, ""))
     assert f"outside attention are quantised ({SCHEMES[scheme].called})" in str(card)
     assert f"{2 * 2 * 32 * 2:,} bytes per token" in str(card)  # bfloat16, as the model computes
 
