@@ -249,8 +249,8 @@ def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
         *_cross_facts(plan),
-        *([expanded_in_transformers(plan.target.architecture.class_name)] if expanded else []),
-        ("class", f"{plan.holder} · {plan.target.architecture.class_name}{code}"),
+        *([expanded_in_transformers(plan.target.family.class_name)] if expanded else []),
+        ("class", f"{plan.holder} · {plan.target.family.class_name}{code}"),
     ]
 
 
