@@ -83,7 +83,7 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
     written, biases = latent_config(entry, source), (biased, output_bias)
     written.update(_attention_config(entry, source, mla, heads, biases, q_lora_rank))
     _set_rotation(mla, written, parameters, spec.head_dim)
-    _check_truncated(mla, ModelDescription(family=entry.architecture, config=written, name=source.name))
+    _check_truncated(mla, ModelDescription(family=entry.family, config=written, name=source.name))
     return LatentPlan(
         entry, mla, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
         alpha, scales, rope.chooses_pairs and not mla.rope_pairs,
@@ -232,7 +232,7 @@ def _attention_config(
     entry: MLATargetClass, source: CheckpointDescription, mla: MLASpec, heads: int, biases: tuple[bool, bool],
     q_lora_rank: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    keys, spec = entry.architecture.keys, source.attention[0]
+    keys, spec = entry.family.keys, source.attention[0]
     found: dict[str, Any] = {
         "kv_lora_rank": mla.kv_lora_rank,
         "qk_rope_head_dim": mla.qk_rope_head_dim,
