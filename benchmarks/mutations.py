@@ -45,6 +45,7 @@ NOTICED_BY: dict[str, tuple[str, ...]] = {
     "uptrain/conversion/plan/target_tensors.py": PLANS,
     "uptrain/conversion/request.py": PLANS,
     "uptrain/architectures/description.py": PLANS,
+    "uptrain/architectures/layer_attention.py": PLANS,
     "uptrain/architectures/validation.py": PLANS,
     "uptrain/architectures/rope.py": PLANS,
     "uptrain/architectures/head_order.py": ORDER,

@@ -29,10 +29,10 @@ from uptrain.models import loading
 from uptrain.models.loading import load as load_for_generating
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
-from uptrain.publishing.hub.subject import Subject
+from uptrain.publishing.hub.subject import CardSubject
 from uptrain.publishing.page.head_maps import plot_heads
 from uptrain.training.recipe import Recipe
-from uptrain.training.setup import make_model
+from uptrain.training.student import make_student
 
 Save = Callable[..., Path]
 GQA = Request("gqa", 2)
@@ -312,7 +312,7 @@ def test_codes_are_not_trained(scheme: str, tmp_path: Path) -> None:
     source = save_quantised(tmp_path / "src", scheme, attention=False)
     recipe = Recipe.model_construct(attn_implementation=None, dtype=None)
     with pytest.raises(UsageError, match=SCHEMES[scheme].called):
-        make_model(recipe, resolve(str(source)), None)
+        make_student(recipe, resolve(str(source)), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
@@ -337,7 +337,7 @@ def test_a_card_says_what_is_quantised(scheme: str, tmp_path: Path) -> None:
     source = save_quantised(tmp_path / "src", scheme, attention=False)
     out = convert(str(source), tmp_path / "out", GQA).out
     stages = json.loads((out / "uptrain.json").read_text())["stages"]
-    card = build_card(Subject("me/small", stages, read_config(out), None), Licence("mit", "a test"), None, ({}, ""))
+    card = build_card(CardSubject("me/small", stages, read_config(out), None), Licence("mit", "a test"), None, ({}, ""))
     assert f"outside attention are quantised ({SCHEMES[scheme].called})" in str(card)
     assert f"{2 * 2 * 32 * 2:,} bytes per token" in str(card)  # bfloat16, as the model computes
 

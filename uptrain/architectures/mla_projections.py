@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.dtypes import Array
-
-Rope = Literal["free", "grid", "longrope", "re-rotate"]
 
 NEUTRAL_EPS = 1e-6
 """The ε that transformers hard-codes in the latent's norm."""
@@ -22,13 +20,13 @@ NEUTRAL_SCALE = NEUTRAL_EPS**0.5 / NEUTRAL_WEIGHT
 
 @dataclass(frozen=True)
 class LatentTarget:
-    """Say what a layer becomes: `form` of rotation, sizes, and which source frequency each rotary pair has.
+    """Say what a layer becomes: where positions are, its sizes, and which source frequency each rotary pair has.
 
     `frequencies` (D/2,) are the source's, radians a token; empty without rotation, as `slots` are then.
     `rotary_factor` is what the source's rotary tables are multiplied by; `key_weight` None is the default or searched.
     """
 
-    form: Rope
+    rope: MLARope
     kv_lora_rank: int
     qk_rope_head_dim: int
     qk_nope_head_dim: int

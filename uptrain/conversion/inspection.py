@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +15,9 @@ from uptrain.architectures.projections import module_of
 from uptrain.architectures.rope_parameters import EVERY
 from uptrain.architectures.running_dtype import cached_itemsize
 from uptrain.checkpoint.remote import open_headers
-from uptrain.conversion.plan.mla import plan_latent
-from uptrain.conversion.plan.quantized import check_attention, check_target
-from uptrain.conversion.request import Request
-from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import TargetClass
-from uptrain.models.targets import choose_target
+from uptrain.conversion.plan.quantized import check_attention
+from uptrain.conversion.possible_targets import head_requests, latent_requests, possible_targets
+from uptrain.errors import CheckpointError
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
@@ -130,9 +128,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         cross_bytes_per_token=cross_bytes_per_token(layers, itemsize),
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
         cache_expanded=source.expands_cache,
-        options=()
-        if layers[0].kind == "mla" or unreadable
-        else (*_options(source, itemsize), *_latent_options(source, itemsize)),
+        options=() if layers[0].kind == "mla" or unreadable else tuple(_options(source, itemsize)),
         quantised=quantised.describe() if quantised else "",
         unreadable=unreadable,
         wrapped_in=source.wrapped_in,
@@ -173,38 +169,17 @@ def _biases(source: CheckpointDescription) -> str:
     return ", ".join(parts) or "none"
 
 
-def _options(source: CheckpointDescription, itemsize: int) -> list[Option]:
+def _options(source: CheckpointDescription, itemsize: int) -> Iterator[Option]:
+    """Yield what the checkpoint can become: fewer heads, the most first, then latents."""
     heads = source.attention[0].num_key_value_heads
-    out = []
-    for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
-        kind = "mqa" if groups == 1 else "gqa"
-        target = choose_target(source, kind, same=False)
-        if not source.as_family(target.architecture).holds_groups(groups) or not _holds(source, target):
-            continue
-        after = [spec.grouped(groups) for spec in source.attention]
-        size = cache_bytes_per_token(after, itemsize)
-        out.append(Option(kind, groups, size, source.wrapped_in or target.name, bool(target.remote_code)))
-    return out
-
-
-def _holds(source: CheckpointDescription, target: TargetClass) -> bool:
-    try:
-        check_target(source, target, False)
-    except UsageError:
-        return False
-    return True
-
-
-def _latent_options(source: CheckpointDescription, itemsize: int) -> list[Option]:
-    out = []
-    for cache in SHARES:
-        try:
-            latent = plan_latent(source, Request("mla", cache=cache))
-            check_target(source, latent.entry.target, True)
-        except UsageError:
-            continue
-        size, target = cache_bytes_per_token(latent.after, itemsize), latent.entry.target
-        out.append(
-            Option("mla", latent.after[0].num_key_value_heads, size, target.name, bool(target.remote_code), cache)
+    for found in possible_targets(source, [*reversed(head_requests(heads)), *latent_requests(SHARES)]):
+        # A wrapper keeps its own class, whichever class holds the language model in it.
+        wrapper = "" if found.request.kind.latent else source.wrapped_in
+        yield Option(
+            target=found.request.target,
+            num_key_value_heads=found.attention[0].num_key_value_heads,
+            cache_bytes_per_token=cache_bytes_per_token(found.attention, itemsize),
+            host=wrapper or found.target.name,
+            remote_code=bool(found.target.remote_code),
+            cache=found.request.cache,
         )
-    return out

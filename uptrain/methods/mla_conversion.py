@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from uptrain.architectures.mla_projections import LatentHeads, LatentTarget
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.projections import LayerHeads
 from uptrain.checkpoint.dtypes import Array
 from uptrain.methods.head_conversion import maps_of
@@ -18,13 +19,15 @@ from uptrain.methods.mla_energy import choose_rope_pairs, plain_weights, rotary_
 from uptrain.methods.mla_layer import LatentMaps
 from uptrain.methods.rotary import Rotary
 
-FORMS = {"free": "free", "grid": "decoupled", "longrope": "decoupled", "re-rotate": "re-rotate"}
+FORMS = {
+    MLARope.NONE: "free", MLARope.DECOUPLED: "decoupled", MLARope.LONGROPE: "decoupled", MLARope.PRE_ROPE: "re-rotate",
+}  # fmt: skip
 """What the mathematics calls each form of a request: where a rotary key's frequencies come from is no matter to it."""
 
 
 def latent_shape(target: LatentTarget) -> LatentShape:
     """Return what a layer becomes, in the factorisation's words."""
-    form: Any = FORMS[target.form]
+    form: Any = FORMS[target.rope]
     return LatentShape(form, target.kv_lora_rank, target.slots, target.qk_nope_head_dim > 0, target.rotary_factor)
 
 

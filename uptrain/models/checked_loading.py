@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.model_class import check_language_model
 from uptrain.architectures.quantization import check_read, check_scheme, quantisation_in, quantisation_of
 from uptrain.architectures.wrappers import language_config, tower_in
@@ -54,7 +54,7 @@ def load_language_model(source: Source, **options: Any) -> Any:
     fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)
     # What a quantised checkpoint stores beside its weights, the quantiser alone knows.
     tower, spoken = tower_in(config), language_config(config)
-    family = None if quantised else ARCHITECTURES.get(str(spoken.get("model_type")))
+    family = None if quantised else FAMILIES.get(str(spoken.get("model_type")))
     family = tower.named(family) if tower and family else family
     check_fit(fit, name, family, spoken.get(family.keys.num_hidden_layers) if family else None)
     return model

@@ -58,7 +58,7 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
 def writes_rotation(plan: Plan) -> bool:
     """Tell whether a plan writes the result's rotary parameters instead of leaving them as they are."""
     if plan.latent is not None:
-        return plan.latent.target.form != "free"
+        return plan.latent.target.rope.rotates
     return plan.target.rotary
 
 

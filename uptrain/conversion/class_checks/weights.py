@@ -82,7 +82,7 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
         where = f"{name} was checked by its tensors' names and sizes alone, without asking its class"
         return (f"{where}: {problem}",)
     check_fit(before, name, family, layers)
-    check_fit(after, f"The result of {name}", plan.target.architecture)
+    check_fit(after, f"The result of {name}", plan.target.family)
     lost = [key for key in after.unexpected if not is_buffer(key, family) and key in outputs]
     lost = [key for key in lost if outputs[key].source not in before.unexpected]
     if lost:

@@ -74,7 +74,7 @@ def check_target(source: CheckpointDescription, target: TargetClass, latent: boo
     Raises:
         UsageError: codes would have to be folded, turned or scaled, or lists of modules wouldn't fit any more.
     """
-    own, other = source.family, target.architecture
+    own, other = source.family, target.family
     renamed = latent or (own.projections, own.layer, own.prefixes) != (other.projections, other.layer, other.prefixes)
     changed = (
         target.renames or target.folds or target.transposes or target.shifts or target.zeros or target.attention_norm

@@ -83,7 +83,7 @@ def _latent(plan: Plan) -> dict[str, Any]:
         "latent": {
             **{name: getattr(plan.after[0], name) for name in sizes},
             "q_lora_rank": plan.latent.stored.q_lora_rank,
-            "rope": plan.latent.target.form,
+            "rope": plan.latent.target.rope.recorded,
             "slots": plan.latent.target.slots,
             "residual_scale": plan.latent.alpha,
         }
