@@ -17,8 +17,9 @@ from tests.faults.boundaries import At, Boundaries, Call, Killed, failing_at, ki
 from tests.faults.tally import CHANGED, SECOND, struck
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint.events import Events
+from uptrain.checkpoint.locks import LOCK, WORK_LOCKS
 from uptrain.checkpoint.manifest import MANIFEST, verify
-from uptrain.checkpoint.output_folder import LOCK, STATE, WORK_LOCKS
+from uptrain.checkpoint.output_folder import STATE
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.conversion.run.options import RunOptions

@@ -25,7 +25,7 @@ from uptrain.conversion.plan.embeddings import shared_outputs
 from uptrain.conversion.plan.mla import LatentPlan, plan_latent
 from uptrain.conversion.plan.norms import pooled_norms
 from uptrain.conversion.plan.operations import OutputTensor
-from uptrain.conversion.plan.quantized import check_quantised, check_target
+from uptrain.conversion.plan.quantized import check_quantized, check_target
 from uptrain.conversion.plan.sharding import into_shards
 from uptrain.conversion.plan.target_tensors import TargetTensors, rotate_as_before
 from uptrain.conversion.request import Request, resolve_groups
@@ -140,7 +140,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     before = source.attention
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
-    check_quantised(source, request)
+    check_quantized(source, request)
     if request.kind.latent:
         return _latent_plan(source, request)
     groups = resolve_groups(request, before[0], name)
@@ -305,7 +305,7 @@ class _Planner:
         if bias is not None and (bias.shape != (rows,) or not is_float(bias.dtype)):
             raise CheckpointError(f"Tensor {bias.name} is {bias.dtype} {list(bias.shape)}, not {rows} floating values.")
         if info.dtype not in FLOAT_DTYPES.values():
-            raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantised?")
+            raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantized?")
         return ["weight"] if bias is None else ["weight", "bias"]
 
     def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
