@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from uptrain.evaluation.settings import EvaluationSettings as EvaluationSettings
     from uptrain.models.loading import load as load
     from uptrain.publishing.hub.push import push as push
-    from uptrain.training.trainer import train as train
+    from uptrain.training.run import train as train
     from uptrain.workflows.sweeps.run import sweep as sweep
     from uptrain.workflows.sweeps.settings import SweepSettings as SweepSettings
 
@@ -34,7 +34,7 @@ _PUBLIC = {
     "load": "uptrain.models.loading",
     "push": "uptrain.publishing.hub.push",
     "sweep": "uptrain.workflows.sweeps.run",
-    "train": "uptrain.training.trainer",
+    "train": "uptrain.training.run",
     "verify": "uptrain.checkpoint.manifest",
 }
 

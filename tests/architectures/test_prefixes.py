@@ -24,7 +24,7 @@ from uptrain.data.sources import parse_source
 from uptrain.errors import CheckpointError
 from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.training.recipe import Recipe
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 Save = Callable[..., Path]
 

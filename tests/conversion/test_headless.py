@@ -31,8 +31,8 @@ from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES
 from uptrain.models.register import own_class, register
 from uptrain.models.targets import TARGET_CLASSES
-from uptrain.training.recipes import load as load_recipe
-from uptrain.training.trainer import train
+from uptrain.training.recipes import load_recipe
+from uptrain.training.run import train
 from uptrain.workflows import SweepSettings, sweep
 
 EXACT = Request("mla", rope="longrope", kv_lora_rank=48, qk_rope_head_dim=48)
@@ -121,7 +121,7 @@ def test_a_target_without_a_class_for_the_purpose_is_refused(
 def test_every_purpose_that_a_target_claims_is_a_class() -> None:
     for target in (*TARGET_CLASSES.values(), *(entry.target for entry in MLA_TARGET_CLASSES.values())):
         for purpose in target.purposes:
-            assert class_of(stem(target.architecture.class_name) + purpose)
+            assert class_of(stem(target.family.class_name) + purpose)
 
 
 @pytest.fixture

@@ -29,13 +29,13 @@ from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.evaluation.settings import NeedleSettings
 from uptrain.models import devices
 from uptrain.training import recipes
-from uptrain.training.accelerator import seed_own
+from uptrain.training.accelerator import seed_process
 from uptrain.training.losses import IGNORED, token_losses
 from uptrain.training.recipe import Distill
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 from uptrain.workflows import SweepSettings, sweep
 
-training = importlib.import_module("uptrain.training.trainer")
+training = importlib.import_module("uptrain.training.setup")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def small_recipe(tmp_path: Path, **changes: Any) -> recipes.Recipe:
     corpus(tmp_path / "text.txt")
     if not (tmp_path / "model").exists():
         checkpoint(tmp_path / "model", **NO_DROPOUT)
-    return recipes.parse({
+    return recipes.parse_recipe({
         "model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "data": [str(tmp_path / "text.txt")],
         "block_size": 32, "batch_size": 4, "steps": 3, "learning_rate": 1e-3, "warmup": 0, **changes,
     })  # fmt: skip
@@ -330,7 +330,7 @@ def test_each_process_but_the_first_draws_numbers_of_its_own() -> None:
     drawn = []
     for index in (0, 1, 2, 1):
         torch.manual_seed(5)
-        seed_own(5, SimpleNamespace(process_index=index))  # type: ignore[arg-type]
+        seed_process(5, SimpleNamespace(process_index=index))  # type: ignore[arg-type]
         drawn.append(torch.rand(4))
     torch.manual_seed(5)
     assert torch.equal(drawn[0], torch.rand(4))

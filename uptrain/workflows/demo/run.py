@@ -59,7 +59,7 @@ def run_demo(
     Raises:
         UptrainError: as `convert`, `train` and `evaluate`.
     """
-    from uptrain.training.trainer import train
+    from uptrain.training.run import train
 
     say = events.note
     converted, uptrained = out / f"demo-gqa{GROUPS}", out / f"demo-gqa{GROUPS}-uptrained"
@@ -69,7 +69,7 @@ def run_demo(
     before = evaluate(str(converted), EvaluationSettings(tokens=tokens), baseline="demo")
     say(f"Uptraining it with recipes/{RECIPE}.yaml → {uptrained}")
     given = (f"model={converted}", f"output={uptrained}", "overwrite=true", "held_out=[]", f"tokens={UPTRAINED_ON}")
-    train(recipes.load(RECIPE, (*given, *overrides)), restart=True, events=Events(step=events.step))
+    train(recipes.load_recipe(RECIPE, (*given, *overrides)), restart=True, events=Events(step=events.step))
     say("Measuring the result")
     after = evaluate(str(uptrained), EvaluationSettings(tokens=tokens), baseline="demo")
     assert before.baseline is not None
