@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 import uptrain
 from tests.hub_server import serve
 from tests.wrapped import load, logits, picture_of, pool_language_model, save_wrapper, tensors, tiny_wrapper, words
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import ModelDescription, describe_checkpoint
 from uptrain.architectures.wrappers import WRAPPERS, tower_in
 from uptrain.checkpoint.reader import open_checkpoint
@@ -98,7 +98,7 @@ def test_a_section_that_is_silent_means_what_the_class_makes_of_it(model_type: s
     made = type(AutoConfig.for_model(model_type))(text_config=dict(section)).get_text_config()
     tower = tower_in({"model_type": model_type, "text_config": section})
     assert tower is not None
-    family = ARCHITECTURES[tower.config["model_type"]]
+    family = FAMILIES[tower.config["model_type"]]
     layers = ModelDescription(family=family, config=tower.config, name="m").attention
     assert len(layers) == made.num_hidden_layers
     assert layers[0].num_attention_heads == made.num_attention_heads
@@ -275,7 +275,7 @@ def test_codes_in_the_language_model_are_named(place: str, tmp_path: Path) -> No
     assert "GPTQ" in inspect(str(source)).quantised
 
 
-def test_a_quantised_part_that_sees_goes_along(tmp_path: Path) -> None:
+def test_a_quantized_part_that_sees_goes_along(tmp_path: Path) -> None:
     source = save_wrapper(tmp_path / "s", "llava")
     found = tensors(source)
     key = next(key for key in found if "vision" in key and key.endswith("fc1.weight"))

@@ -218,6 +218,19 @@ def test_code_in_brackets_is_printed_and_no_markup(capsys: pytest.CaptureFixture
     assert all(words in shown for words in ("[bold]", "[i]", "x[red] = [/] y", "a[b]"))
 
 
+def test_the_time_left_begins_again_with_another_calibration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 200.0, 230.0, 300.0, 310.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    show = console.layer_progress()
+    for done in (0, 1, 0, 1):
+        show(done, 4)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "layer 1 of 4, 1:30 left" in first and "layer 1 of 4, 0:30 left" in second
+
+
 def test_the_time_left_counts_no_layer_that_an_earlier_run_calibrated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

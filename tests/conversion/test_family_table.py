@@ -11,14 +11,14 @@ import pytest
 from tests.conversion.test_families import TARGETS, family, request
 from uptrain.cli import console
 from uptrain.cli.app import run
-from uptrain.conversion.family_table import Family, families
+from uptrain.conversion.family_table import FamilyRow, families
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import plan_conversion
 from uptrain.errors import UsageError
 from uptrain.methods import METHODS
 
 Save = Callable[..., Path]
-KNOWN: dict[str, Family] = {found.model_type: found for found in families()}
+KNOWN: dict[str, FamilyRow] = {found.model_type: found for found in families()}
 DOCUMENT = Path(__file__).parents[2] / "docs/families.md"
 BEGIN, END = "<!-- uptrain families --markdown -->\n", "\n<!-- /families -->"
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, SIGNATURE, read_manifest, unlisted, verify
-from uptrain.checkpoint.writer import friendly_errors, write_atomic
+from uptrain.checkpoint.output_folder import friendly_errors
 from uptrain.errors import CheckpointError, UptrainError, UsageError, VerificationError
 
 NAMESPACE = "uptrain"

@@ -233,9 +233,9 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
     rotary = f" and a rotary key of {spec.qk_rope_head_dim}" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
     facts = [("latent", f"{heads} → a latent of {spec.kv_lora_rank} values{rotary}, per token and layer")]
-    if latent.target.rope.rotates_expanded:
+    if latent.spec.rope.rotates_expanded:
         facts.append(("decoding", "every step expands and rotates the whole context"))
-    if latent.target.rope.chooses_pairs:
+    if latent.spec.rope.chooses_pairs:
         facts.append(("rotary table", "the model's own inverse frequencies, which only transformers supports"))
     if plan.copied_head:
         facts.append(("head", "a copy of the embedding, because vLLM's class does not tie them"))
@@ -251,8 +251,8 @@ def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token ({kept:.1%})"),
         *_cross_facts(plan),
-        *([expanded_in_transformers(plan.target.architecture.class_name)] if expanded else []),
-        ("class", f"{plan.holder} · {plan.target.architecture.class_name}{code}"),
+        *([expanded_in_transformers(plan.target.family.class_name)] if expanded else []),
+        ("class", f"{plan.holder} · {plan.target.family.class_name}{code}"),
     ]
 
 

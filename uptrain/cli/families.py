@@ -9,7 +9,7 @@ import click
 
 from uptrain.cli import console
 from uptrain.cli.options import examples, json_option
-from uptrain.conversion.family_table import Family, Holder, alike
+from uptrain.conversion.family_table import FamilyRow, Holder, alike
 from uptrain.methods.registry import METHODS
 
 
@@ -30,7 +30,7 @@ def families(as_json: bool, markdown: bool) -> None:
     _show(known(), as_json)
 
 
-def _show(found: Sequence[Family], as_json: bool) -> None:
+def _show(found: Sequence[FamilyRow], as_json: bool) -> None:
     """Print what each family becomes, in 80 columns."""
     if as_json:
         console.result_json([family.to_dict() for family in found])
@@ -51,7 +51,7 @@ def _show(found: Sequence[Family], as_json: bool) -> None:
     console.note("--markdown adds how each family stores its heads and encodes positions.")
 
 
-def _markdown(found: Sequence[Family]) -> str:
+def _markdown(found: Sequence[FamilyRow]) -> str:
     """Return the table of docs/families.md; families that differ in nothing but their name share a row."""
     columns = ("family", "q, k, v", "position", "to GQA", "to MQA", "to MLA", "methods")
     rows = []
@@ -76,7 +76,7 @@ def _pooling_note() -> str:
     return f"pooling: --method {', '.join(_pooling())}"
 
 
-def _heads_class(family: Family) -> str:
+def _heads_class(family: FamilyRow) -> str:
     """Return the classes for GQA and MQA in one cell, in lines of their own where they differ."""
     shared, one = (_target_class(family, classes) for classes in (family.gqa, family.mqa))
     for holder in family.gqa:
@@ -92,7 +92,7 @@ def _in_lines(cell: str) -> str:
     return re.sub(r"; with (?:\w+\.)*(\w+) pooling", r"; pooling with\n\1", cell)
 
 
-def _target_class(family: Family, holders: tuple[Holder, ...]) -> str:
+def _target_class(family: FamilyRow, holders: tuple[Holder, ...]) -> str:
     words = [
         ("itself" if holder.model_type == family.model_type else holder.model_type)
         + (" *" if holder.remote_code else "")
@@ -102,7 +102,7 @@ def _target_class(family: Family, holders: tuple[Holder, ...]) -> str:
     return ", else ".join(words) or "–"
 
 
-def _methods(family: Family) -> str:
+def _methods(family: FamilyRow) -> str:
     missing = [name for name in METHODS if name not in family.methods]
     words = f"all but {', '.join(missing)}" if missing else "all"
     words = "pooling" if list(family.methods) == _pooling() else words

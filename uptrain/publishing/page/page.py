@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from uptrain.checkpoint.writer import write_atomic
+from uptrain.checkpoint.files import write_atomic
 from uptrain.errors import UsageError, needing
 from uptrain.evaluation.sweep_results import read_sweep
 from uptrain.publishing.page.models import find_models, models_in
