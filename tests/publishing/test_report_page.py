@@ -175,7 +175,7 @@ def test_tasks_retrieval_contexts_and_speeds_stand_on_the_page(
     assert contexts == [["256", "12.50"], ["1,024", "15.00"]] * 3
     assert {"Tasks", "Retrieval", "Decode speed", "Quality against cache"} <= headings(text)
     pictures = dict(re.findall(r'<figure role="img" aria-label="([^"]*)">(.*?)</figure>', text, re.DOTALL))
-    (grid,) = (Document(svg).words for says, svg in pictures.items() if says.startswith("Grids of keys"))
+    (grid,) = (Document(svg).words for says, svg in pictures.items() if says.startswith("Keys found"))
     shown = Counter(grid.split())
     # Twelve numbers of each grid's cells: the original's four, and the converted model's by depth.
     assert (shown["90%"], shown["70%"], shown["35%"]) == (4, 2, 2) and shown["-1.2"] == shown["-0.1"] == 4
@@ -281,8 +281,8 @@ def test_several_are_compared_and_pictures_lie_beside_the_page(
     document, _ = page(converted.parent)
     names = [row[0] for row in document.tables[0][1:]]
     assert names == ["the original", "a<b>-mqa", "the original", "gqa2"]
-    assert "gqa2 was measured on other text or otherwise than a<b>-mqa" in document.words
-    assert "gqa2 has no record of it: uptrain convert --diagnose measures it." in document.words
+    assert "gqa2 was measured on other text or with other settings than a<b>-mqa" in document.words
+    assert "gqa2 has no head similarity: uptrain convert --diagnose measures it." in document.words
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert pictures == [
         "page-energy-a_3cb_3e-mqa.png", "page-memory.png", "page-quality.png", "page-similarity-a_3cb_3e-mqa.png",
