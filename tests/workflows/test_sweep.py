@@ -186,7 +186,6 @@ def test_the_source_runs_once_where_memory_holds_it(here: Path, counted: dict[st
     assert plain(read(here / "apart"))["arms"] == plain(read(here / "shared"))["arms"]
 
 
-@pytest.mark.slow
 def test_each_calibration_reports_its_layers_from_the_first(here: Path) -> None:
     layers: list[tuple[int, int]] = []
     settings = SweepSettings(
@@ -198,6 +197,7 @@ def test_each_calibration_reports_its_layers_from_the_first(here: Path) -> None:
     assert layers == [(done, 2) for _ in TARGETS for done in (0, 1, 2)]
 
 
+@pytest.mark.slow
 def test_only_what_is_to_stay_stays(here: Path) -> None:
     for keep, methods in (("best", "first,svd"), ("none", "first,svd")):
         assert run(command(here, keep, "--methods", methods, "--keep", keep)) == 0
