@@ -28,7 +28,9 @@ FORMS = {
 def latent_shape(target: LatentTarget) -> LatentShape:
     """Return what a layer becomes, in the factorisation's words."""
     form: Any = FORMS[target.rope]
-    return LatentShape(form, target.kv_lora_rank, target.slots, target.qk_nope_head_dim > 0, target.rotary_factor)
+    return LatentShape(
+        form, target.kv_lora_rank, target.rope_pairs, target.qk_nope_head_dim > 0, target.attention_factor
+    )
 
 
 def latent_layer(heads: LayerHeads, target: LatentTarget, position: Rotary | None) -> Converted[LatentHeads]:
@@ -70,4 +72,4 @@ def maps_of_latent(heads: LatentHeads) -> LatentMaps:
 
 def inverse_frequencies_of(target: LatentTarget) -> Tensor | None:
     """Return the source's inverse frequencies (pairs,) in radians per token, None where keys see no rotation."""
-    return torch.tensor(target.frequencies, dtype=torch.float64) if target.frequencies else None
+    return torch.tensor(target.inverse_frequencies, dtype=torch.float64) if target.inverse_frequencies else None

@@ -173,8 +173,8 @@ def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
     return MLATarget(
         source=plan.source,
         shape=latent_shape(wanted),
-        inverse_frequencies=wanted.frequencies,
-        rotary_factor=wanted.rotary_factor,
+        inverse_frequencies=wanted.inverse_frequencies,
+        rotary_factor=wanted.attention_factor,
         key_weight=wanted.key_weight,
     )
 

@@ -68,12 +68,12 @@ def _as_planned(plan: Plan, source: Mapping[str, Table], results: Sequence[Mappi
         rotated = {spec.rotary_ndims or spec.head_dim for spec in plan.before if spec.rotary_ndims != 0}
         return rotated <= dims
     was = wanted = source[EVERY]
-    if plan.latent is not None and plan.latent.target.frequencies:
+    if plan.latent is not None and plan.latent.target.inverse_frequencies:
         target = plan.latent.target
-        if not _same(was, Table(target.frequencies, target.frequencies, target.rotary_factor)):
+        if not _same(was, Table(target.inverse_frequencies, target.inverse_frequencies, target.attention_factor)):
             return False
-        kept = tuple(target.frequencies[slot] for slot in target.slots)
-        wanted = Table(kept, kept, target.rotary_factor)
+        kept = tuple(target.inverse_frequencies[slot] for slot in target.rope_pairs)
+        wanted = Table(kept, kept, target.attention_factor)
     return all(_same(found[EVERY], wanted) for found in results)
 
 

@@ -63,7 +63,7 @@ def with_rotary_pairs(checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated
     if plan.latent is None or not plan.chooses_rope_pairs:
         return plan
     slots = calibrated.rope_pairs if calibrated else choose_by_weights(checkpoint, plan)
-    latent = plan.latent.with_slots(slots)
+    latent = plan.latent.with_rope_pairs(slots)
     return replace(plan, latent=latent, config=with_rotation(plan.config, latent.config))
 
 

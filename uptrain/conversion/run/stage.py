@@ -84,7 +84,7 @@ def _latent(plan: Plan) -> dict[str, Any]:
             **{name: getattr(plan.after[0], name) for name in sizes},
             "q_lora_rank": plan.latent.stored.q_lora_rank,
             "rope": plan.latent.target.rope.recorded,
-            "slots": plan.latent.target.slots,
+            "slots": plan.latent.target.rope_pairs,
             "residual_scale": plan.latent.alpha,
         }
     }
