@@ -80,6 +80,24 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values, str(path))
 
 
+def check_model(recipe: Recipe) -> None:
+    """Refuse the `model` of a shipped recipe where no such folder exists.
+
+    A shipped recipe names a folder that the user makes with `uptrain convert`. The name must not be taken for a Hub id.
+
+    Raises:
+        UsageError: the user did not replace it.
+    """
+    model = recipe.model
+    if model is None or Path(model).is_dir():
+        return
+    if any(read_yaml(path.read_text(encoding="utf-8")).get("model") == model for path in shipped().values()):
+        raise UsageError(
+            f"The recipe's model is not a folder: {model}.",
+            "Make it with `uptrain convert`, or name your own: model=CHECKPOINT.",
+        )
+
+
 class _Loader(yaml.SafeLoader):
     """Plain values only, and no aliases: a few lines of them can stand for more than memory holds."""
 
