@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from uptrain.data.sources import KINDS, Strict
+from uptrain.data.sources import TEXT_SOURCES, Strict
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.training.recipe import Distill, Lora, Recipe, TokenizerSpec
 
@@ -179,7 +179,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _sentence(error: ValidationError, where: str) -> tuple[str, str]:
     first = error.errors()[0]
-    sections = {"TokenizerSpec", "Distill", "Lora", *(kind.__name__ for _, kind in KINDS)}
+    sections = {"TokenizerSpec", "Distill", "Lora", *(source.__name__ for source in TEXT_SOURCES.values())}
     place = [part for part in map(str, first["loc"]) if part not in sections and not part.startswith("function-")]
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
@@ -198,5 +198,5 @@ def _known_beside(place: Sequence[str]) -> list[str]:
     if len(place) == 1:
         return list(Recipe.model_fields)
     named: dict[str, list[type[Strict]]] = {"tokenizer": [TokenizerSpec], "distill": [Distill], "lora": [Lora]}
-    sections = named.get(place[0], [kind for _, kind in KINDS])
+    sections = named.get(place[0], list(TEXT_SOURCES.values()))
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
