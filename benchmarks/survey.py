@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import options
 from tests.conftest import tiny_config, tiny_model
-from tests.conversion.test_families import FAMILIES, TOKENS, family, read
+from tests.conversion.test_families import FAMILY_NAMES, TOKENS, family, read
 from tests.oracle import pool_model
 from uptrain.architectures.description import ModelDescription
 from uptrain.conversion.request import Request
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--settings", help="only settings whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
-    names = arguments.families.split(",") if arguments.families else FAMILIES
+    names = arguments.families.split(",") if arguments.families else FAMILY_NAMES
     chosen = [each for each in SETTINGS if (arguments.settings or "") in each.name]
     work = [(name, setting) for name in names for setting in chosen if fits(name, setting)]
     rows = []

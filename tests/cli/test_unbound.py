@@ -15,8 +15,8 @@ from tests.corpus import checkpoint, corpus
 from tests.faults.boundaries import Killed, killed_at, watched
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint.events import Events
+from uptrain.checkpoint.output_folder import STATE, partial_of
 from uptrain.checkpoint.source import DEMO
-from uptrain.checkpoint.writer import STATE, partial_of
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert

@@ -34,7 +34,7 @@ from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of
 from uptrain.methods.head_maps import reorder
 
 QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
-FAMILIES = [name for name in SOURCES if name not in NORMED and not family(name).uncalibrated]
+FAMILY_NAMES = [name for name in SOURCES if name not in NORMED and not family(name).uncalibrated]
 LAYOUTS = [
     "gpt2", "llama", "gemma2", "granite", "phi", "phi3", "smollm3", "cohere2", "falcon", "falcon+alibi", "glm",
     "gpt_neox", "gptj", "codegen", "opt", "bloom", "mpt", "gpt_neo",
@@ -81,7 +81,7 @@ def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch
     return model(blocks).logits
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_activations_are_the_hidden_states_that_transformers_gives(tmp_path, model_type):
     shallow = model_type in ("gpt2", "gptj", "codegen", "bloom", "mpt", "gpt_neo")
     folder = save(tmp_path, model_type) if shallow else save(tmp_path, model_type, num_hidden_layers=3)
@@ -102,7 +102,7 @@ def test_activations_are_the_hidden_states_that_transformers_gives(tmp_path, mod
         torch.testing.assert_close(norm(states), expected[-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_heads_become_the_modules_own_parameters_and_probabilities_are_transformers(tmp_path, model_type, monkeypatch):
     monkeypatch.setattr(attention_probabilities, "VALUES", 4 * 24 * 5)  # five queries of four heads
     folder = save(tmp_path, model_type)

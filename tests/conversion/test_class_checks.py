@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import uptrain
 from tests.conftest import auto_class, tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.header import TensorInfo
@@ -187,12 +187,12 @@ def test_a_trained_model_is_not_written_without_all_its_weights() -> None:
             assemble(model, changed, torch.float32)
 
 
-def test_a_source_that_is_quantised_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
+def test_a_source_that_is_quantized_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
     _, found, planned = plan_conversion(str(save_tiny("llama")), Request("mqa"))
-    quantised = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
-    planned = replace(planned, source=replace(planned.source, checkpoint=quantised))
-    (note,) = weights.check_classes(quantised, planned, "it")
-    assert "quantised" in note
+    quantized = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
+    planned = replace(planned, source=replace(planned.source, checkpoint=quantized))
+    (note,) = weights.check_classes(quantized, planned, "it")
+    assert "quantized" in note
 
 
 def question(folder: Path) -> weights.Question:
@@ -282,7 +282,7 @@ def test_names_alone_show_what_is_missing_where_no_class_can_be_asked(
         plan_conversion(str(source), Request("mqa"))
 
 
-@pytest.mark.parametrize("model_type", sorted(key for key in ARCHITECTURES if not key.startswith(("uptrain", "deep"))))
+@pytest.mark.parametrize("model_type", sorted(key for key in FAMILIES if not key.startswith(("uptrain", "deep"))))
 def test_names_alone_refuse_no_whole_checkpoint(model_type: str) -> None:
     config = tiny_config(model_type)
     with torch.device("meta"):
@@ -295,5 +295,5 @@ def test_names_alone_refuse_no_whole_checkpoint(model_type: str) -> None:
     }
     values = json.loads(config.to_json_string(use_diff=False))
     checkpoint = Checkpoint(Path(), values, tensors)
-    family = ARCHITECTURES[model_type]
+    family = FAMILIES[model_type]
     check_kin(CheckpointDescription(family=family, config=values, name=model_type, checkpoint=checkpoint))

@@ -121,7 +121,7 @@ def test_a_target_without_a_class_for_the_purpose_is_refused(
 def test_every_purpose_that_a_target_claims_is_a_class() -> None:
     for target in (*TARGET_CLASSES.values(), *(entry.target for entry in MLA_TARGET_CLASSES.values())):
         for purpose in target.purposes:
-            assert class_of(stem(target.architecture.class_name) + purpose)
+            assert class_of(stem(target.family.class_name) + purpose)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import describe_checkpoint
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.conversion.plan.planner import make_plan
@@ -34,7 +34,7 @@ def test_what_is_possible_is_what_the_plan_makes_and_the_rest_is_refused(family:
     for found in possible:
         plan = make_plan(checkpoint, found.request, family)
         assert (plan.target, plan.after) == (found.target, found.attention)
-        classes = [target.name for target, _ in target_classes(ARCHITECTURES[family], TARGETS[found.request.target])]
+        classes = [target.name for target, _ in target_classes(FAMILIES[family], TARGETS[found.request.target])]
         assert found.target.name in classes
     for request in requests:
         if request not in [found.request for found in possible]:

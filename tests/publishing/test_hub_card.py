@@ -25,21 +25,21 @@ from uptrain.evaluation.result import ModelMetrics
 from uptrain.evaluation.speed import SpeedCell
 from uptrain.evaluation.tasks import TaskMetric
 from uptrain.publishing.hub.card import build_card
-from uptrain.publishing.hub.figures import read_figures
+from uptrain.publishing.hub.card_metrics import read_metrics
 from uptrain.publishing.hub.licence import Licence, read_card
-from uptrain.publishing.hub.subject import Subject
+from uptrain.publishing.hub.subject import CardSubject
 
 MIT = Licence("mit", "a test")
 NOTHING: tuple[dict[str, Any], str] = ({}, "")
 
 
-def subject(folder: Path, base: str | None = None, **changes: Any) -> Subject:
+def subject(folder: Path, base: str | None = None, **changes: Any) -> CardSubject:
     stages = json.loads((folder / "uptrain.json").read_text())["stages"]
-    return Subject("me/small", stages, read_config(folder), base, **changes)
+    return CardSubject("me/small", stages, read_config(folder), base, **changes)
 
 
 def text_of(folder: Path, base: str | None = None, **changes: Any) -> str:
-    return str(build_card(subject(folder, base, **changes), MIT, read_figures(folder), NOTHING))
+    return str(build_card(subject(folder, base, **changes), MIT, read_metrics(folder), NOTHING))
 
 
 def evaluation(**changes: Any) -> Evaluation:
@@ -62,7 +62,7 @@ def test_the_hub_takes_every_card(tmp_path: Path) -> None:
         if figures:
             (folder / "eval.json").write_text(json.dumps(figures.to_dict()))
         for licence in (MIT, Licence("other", "a test", "terms", "LICENSE")):
-            card = build_card(subject(folder, "org/base"), licence, read_figures(folder), NOTHING)
+            card = build_card(subject(folder, "org/base"), licence, read_metrics(folder), NOTHING)
             assert validated(str(card)) == {"errors": [], "warnings": []}
 
 
@@ -145,19 +145,19 @@ def test_contexts_tasks_retrieval_and_speeds_are_told_where_they_were_measured(t
 )  # fmt: skip
 def test_an_evaluation_without_usable_figures_is_none(tmp_path: Path, found: dict[str, Any]) -> None:
     (tmp_path / "eval.json").write_text(json.dumps(found))
-    assert read_figures(tmp_path) is None
+    assert read_metrics(tmp_path) is None
 
 
 def test_later_schemas_are_read_as_far_as_they_agree(tmp_path: Path) -> None:
     found = {"schema": 7, "texts": ["/data/wiki.txt", "code.txt"], "model": {"perplexity": 3, "tasks": {"arc": 0.5}}}
     (tmp_path / "eval.json").write_text(json.dumps({**found, "kl": {"mean": 1}}))
-    figures = read_figures(tmp_path)
+    figures = read_metrics(tmp_path)
     assert figures is not None
     assert [(row.name, row.value) for row in figures.rows] == [("perplexity", 3.0)]
     assert figures.text == "wiki.txt, code.txt"
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"eval\.json"):
-        read_figures(tmp_path)
+        read_metrics(tmp_path)
 
 
 def test_the_cache_is_that_of_the_whole_way_from_the_public_model(tmp_path: Path) -> None:

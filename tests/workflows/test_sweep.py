@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.corpus import checkpoint, corpus
 from tests.evaluation.test_eval_file import keys_of
 from tests.publishing.test_report_page import Document
+from uptrain.checkpoint.events import Events
 from uptrain.cli.app import run
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.request import Request
@@ -23,6 +24,7 @@ from uptrain.conversion.run.convert import convert
 from uptrain.data.sources import Files
 from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.evaluation.sweep_results import pareto
+from uptrain.workflows import SweepSettings, sweep
 from uptrain.workflows.sweeps import trials
 from uptrain.workflows.sweeps.targets import parse_target
 
@@ -185,6 +187,17 @@ def test_the_source_runs_once_where_memory_holds_it(here: Path, counted: dict[st
 
 
 @pytest.mark.slow
+def test_each_calibration_reports_its_layers_from_the_first(here: Path) -> None:
+    layers: list[tuple[int, int]] = []
+    settings = SweepSettings(
+        methods=["calibrated"], calibrate=str(here / "calibration.txt"), calibration_tokens=128, repair_steps=0,
+        text=[Files(files=str(here / "text.txt"))], context=32, tokens=100, keep="none",
+    )  # fmt: skip
+    events = Events(layer=lambda done, total: layers.append((done, total)))
+    sweep(str(here / "source"), list(TARGETS), settings, out=here / "reported", events=events)
+    assert layers == [(done, 2) for _ in TARGETS for done in (0, 1, 2)]
+
+
 def test_only_what_is_to_stay_stays(here: Path) -> None:
     for keep, methods in (("best", "first,svd"), ("none", "first,svd")):
         assert run(command(here, keep, "--methods", methods, "--keep", keep)) == 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.conversion.plan.checks import check_groups
 from uptrain.conversion.plan.mla import plan_latent
 from uptrain.conversion.plan.quantized import check_target
@@ -57,7 +57,7 @@ def possible_targets(source: CheckpointDescription, requests: Iterable[Request])
             continue
 
 
-def target_classes(family: Architecture, kind: TargetKind) -> list[tuple[TargetClass, str]]:
+def target_classes(family: Family, kind: TargetKind) -> list[tuple[TargetClass, str]]:
     """Return the classes that can hold a family's result, in the order in which they are tried.
 
     With each comes the config flag that the source must have for it, empty where there is none.
@@ -77,7 +77,7 @@ def _possible_target(source: CheckpointDescription, request: Request) -> Possibl
     else:
         groups = resolve_groups(request, source.attention[0], source.name)
         target = choose_target(source, request.target, same=False)
-        check_groups(source, target.architecture, groups)
+        check_groups(source, target.family, groups)
         attention = tuple(spec.grouped(groups) for spec in source.attention)
     check_target(source, target, request.kind.latent)
     return PossibleTarget(request=request, target=target, attention=attention)

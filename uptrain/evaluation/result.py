@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.locks import alone_in
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest, versions
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation.merge import PARTS, merged
 from uptrain.evaluation.needle import NeedleCell

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.manifest import versions
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError
 
 SWEEP = "sweep.json"

@@ -12,7 +12,7 @@ from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.mla_projections import LatentLayout
 from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.rope_parameters import WORDS
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.models.target import TargetClass
 from uptrain.models.targets import TARGET_CLASSES, target_config
 
@@ -49,9 +49,9 @@ class MLATargetClass:
     untied: bool = False
 
     @property
-    def architecture(self) -> Architecture:
+    def family(self) -> Family:
         """Return the target class's own family."""
-        return self.target.architecture
+        return self.target.family
 
 
 _KEPT = (
@@ -80,7 +80,7 @@ MLA_TARGET_CLASSES: Mapping[str, MLATargetClass] = MappingProxyType(
             ropes=(MLARope.DECOUPLED, MLARope.LONGROPE),
             biased=False,
             refuses={"attention_bias": (True,), "mlp_bias": (True,)},
-            # llama.cpp has no place for a table of frequencies in this architecture.
+            # llama.cpp has no place for a table of frequencies in this family.
             engines={"any": (MLARope.DECOUPLED, MLARope.LONGROPE), "llama.cpp": (MLARope.DECOUPLED,)},
             keep=_KEPT,
             dtypes=("F64", "F32", "BF16"),

@@ -7,7 +7,7 @@ import shutil
 import time
 
 from uptrain.checkpoint.manifest import append_stage
-from uptrain.checkpoint.writer import staged
+from uptrain.checkpoint.output_folder import staged_output
 from uptrain.data.readers import counts_of
 from uptrain.training import plots
 from uptrain.training.accelerator import precision_of
@@ -79,7 +79,7 @@ def _write(trainer: Trainer, result: TrainingResult, plot: bool) -> None:
         "data": counts_of(setup.reader),
         **{key: value for key, value in result.to_dict().items() if key not in ("out", "resumed_from", "seconds")},
     }
-    with staged(recipe.output, recipe.overwrite) as folder:
+    with staged_output(recipe.output, recipe.overwrite) as folder:
         if result.best_step is not None:
             shutil.copytree(trainer.folder.path / "best", folder, dirs_exist_ok=True)
         else:

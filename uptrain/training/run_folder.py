@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
@@ -13,8 +12,9 @@ from typing import IO, Any, NoReturn
 
 from accelerate import Accelerator
 
+from uptrain.checkpoint.files import rename_folder, sync_folder, write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import LOCK, sync, write_atomic
+from uptrain.checkpoint.locks import LOCK, try_lock
 from uptrain.errors import UptrainError, UsageError
 from uptrain.training.recipe import Recipe
 
@@ -51,8 +51,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = try_lock(self._lock)
         except OSError:
+            free = False
+        if not free:
             raise UsageError(
                 f"Another run is training in {self.path}.", "Wait for it, or choose another output."
             ) from None
@@ -155,13 +157,12 @@ class RunFolder:
 
     def _commit(self, partial: Path, values: dict[str, Any]) -> None:
         (partial / "state.json").write_text(json.dumps(values))
-        _sync_all(partial)
+        sync_folder(partial)
         older = self.checkpoints()
         final = partial.with_suffix("")
         if final.exists():
             shutil.rmtree(final)
-        partial.rename(final)
-        sync(self.path)
+        rename_folder(partial, final)
         for path in older:
             if path != final:
                 shutil.rmtree(path)
@@ -183,10 +184,9 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        _sync_all(partial)
+        sync_folder(partial)
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync(self.path)
+        rename_folder(partial, final)
 
     def rewind_log(self, step: int) -> None:
         """Drop log lines after `step`: a run that was cut off logged steps that it is about to repeat."""
@@ -200,13 +200,6 @@ class RunFolder:
         """Append one line to the log."""
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def _sync_all(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            sync(path)
-    sync(folder)
 
 
 def _is_hidden_file(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.errors import UsageError, needing
 from uptrain.training.recipe import Recipe
 
@@ -16,7 +16,7 @@ def is_attention(model_type: str, name: str) -> bool:
     Raises:
         UsageError: the family is not in the table.
     """
-    entry = ARCHITECTURES.get(model_type)
+    entry = FAMILIES.get(model_type)
     if entry is None:
         raise UsageError(
             f"Which weights of a {model_type} model are its attention is not known.",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from uptrain.checkpoint.output_folder import check_out
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.writer import check_out
 from uptrain.data.block_reader import BlockReader
 from uptrain.data.readers import build_tokens, open_reader
 from uptrain.data.sources import TeacherText

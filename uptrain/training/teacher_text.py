@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.data.content_digest import content_digest, tokenizer_digest
 from uptrain.data.token_file import TokenCount, TokenFile
 from uptrain.data.token_text import dtype_of

@@ -23,7 +23,7 @@ from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
-from uptrain.data.sources import parse_source
+from uptrain.data.sources import text_of_option
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.methods.mla_conversion import latent_shape
@@ -169,11 +169,11 @@ def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
     """Return what a plan makes of its source's layers."""
     if plan.latent is None:
         return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
-    wanted = plan.latent.target
+    wanted = plan.latent.spec
     return MLATarget(
         source=plan.source,
         shape=latent_shape(wanted),
-        inverse_frequencies=wanted.frequencies,
+        inverse_frequencies=wanted.inverse_frequencies,
         rotary_factor=wanted.rotary_factor,
         key_weight=wanted.key_weight,
     )
@@ -206,10 +206,7 @@ def calibration_text(plan: Plan) -> TokenText:
         UsageError: it names no text, or text that is empty or binary.
     """
     name = plan.request.chosen_text
-    try:
-        source = parse_source("python-stdlib" if name == "builtin" else name)
-    except ValueError:
-        raise UsageError(f"--calibrate {name} is not a text.", "Name a file, a dataset, or 'builtin'.") from None
+    source = text_of_option("--calibrate", "python-stdlib" if name == "builtin" else name)
     tokenizer = loading.load_tokenizer(plan.source.checkpoint.path)
     try:
         return read_tokens([source], tokenizer, plan.request.chosen_tokens)

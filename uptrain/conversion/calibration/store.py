@@ -5,7 +5,6 @@ A layer counts once its file and its entry in calibration.json are on the disk: 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ from uptrain.architectures.mla_projections import LatentHeads
 from uptrain.architectures.projections import Heads, LayerHeads
 from uptrain.checkpoint.checksum import checksum_file
 from uptrain.checkpoint.dtypes import Array
+from uptrain.checkpoint.files import replaced_file, write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import remove, write_atomic
+from uptrain.checkpoint.output_folder import remove
 from uptrain.errors import CheckpointError
 from uptrain.methods.method import ExplainedEnergy
 
@@ -79,12 +79,8 @@ class CalibratedLayers:
     def add(self, heads: LayerHeads | LatentHeads, note: Mapping[str, Any]) -> None:
         """Store the next layer's heads, and what is recorded of it."""
         path = self.folder / _file_of(len(self))
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
+        with replaced_file(path) as file:
             np.savez(file, **_arrays(heads))  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
         self.notes.append(dict(note))
         self.files.append(checksum_file(path))
         stored = _Notes(plan=self.plan, text=self.text, slots=self.rope_pairs, notes=self.notes, files=self.files)

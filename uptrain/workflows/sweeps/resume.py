@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.output_folder import check_out
 from uptrain.checkpoint.source import Source
-from uptrain.checkpoint.writer import check_out
 from uptrain.errors import UsageError
 from uptrain.evaluation.sweep_results import Sweep, read_sweep, write_sweep
 from uptrain.methods.registry import needs_text, text_options
