@@ -231,9 +231,9 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
     beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
     facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
-    if latent.target.rope.rotates_expanded:
+    if latent.spec.rope.rotates_expanded:
         facts.append(("decoding", "every step expands and rotates the whole context again"))
-    if latent.target.rope.chooses_pairs:
+    if latent.spec.rope.chooses_pairs:
         facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
     if plan.copied_head:
         facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))

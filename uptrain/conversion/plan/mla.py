@@ -9,7 +9,7 @@ from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription, ModelDescription
-from uptrain.architectures.mla_projections import LatentTarget, MLAStorage
+from uptrain.architectures.mla_projections import MLASpec, MLAStorage
 from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.rope import InverseFrequencies, inverse_frequencies, longrope_table, truncated
 from uptrain.architectures.rope_parameters import EVERY, write_rotation
@@ -27,11 +27,11 @@ class LatentPlan:
     """All that a conversion to a latent needs beyond what every plan has.
 
     `scales` maps the ends of tensor names outside attention to what they are multiplied by, `alpha` is the residual
-    stream's factor. With `chooses_pairs` the target's pairs are still to be chosen, by what unrotated pairs would cost.
+    stream's factor. With `pairs_to_choose` the rope pairs are still to be chosen, by what unrotated ones would cost.
     """
 
     entry: MLATargetClass
-    target: LatentTarget
+    spec: MLASpec
     stored: MLAStorage
     after: tuple[AttentionSpec, ...]
     config: dict[str, Any]
@@ -39,14 +39,14 @@ class LatentPlan:
     output_bias: bool
     alpha: float = 1.0
     scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    chooses_pairs: bool = False
+    pairs_to_choose: bool = False
 
-    def with_rope_pairs(self, pairs: tuple[int, ...]) -> LatentPlan:
+    def with_rope_pairs(self, rope_pairs: tuple[int, ...]) -> LatentPlan:
         """Return the plan with its rotary pairs chosen and their table in the config."""
-        target = replace(self.target, rope_pairs=pairs)
+        spec = replace(self.spec, rope_pairs=rope_pairs)
         config = dict(self.config)
-        _set_rotation(target, config, self.config["rope_parameters"])
-        return replace(self, target=target, config=config, chooses_pairs=False)
+        _set_rotation(spec, config, self.config["rope_parameters"])
+        return replace(self, spec=spec, config=config, pairs_to_choose=False)
 
 
 def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
@@ -68,7 +68,7 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
         )
     parameters, frequencies = _source_rotation(source, rope)
     rank, rotary = _sizes(request, source, rope)
-    target = _target(request, spec, rope, rank, rotary, frequencies)
+    mla = _spec(request, spec, rope, rank, rotary, frequencies)
     dtype = _dtype(source, request)
     if dtype not in entry.dtypes:
         raise UsageError(
@@ -79,16 +79,14 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
     q_lora_rank = _q_lora_rank(request, entry, source)
     schema = replace(entry.schema, per_query=not rope.rotates_expanded)
     heads = spec.num_attention_heads if schema.per_query else spec.num_key_value_heads
-    after = tuple(
-        layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in source.attention
-    )
+    after = tuple(layer.latent(rank, mla.qk_rope_head_dim, mla.qk_nope_head_dim, heads) for layer in source.attention)
     written, biases = latent_config(entry, source), (biased, output_bias)
-    written.update(_attention_config(entry, source, target, heads, biases, q_lora_rank))
-    _set_rotation(target, written, parameters, spec.head_dim)
-    _check_truncated(target, ModelDescription(family=entry.family, config=written, name=source.name))
+    written.update(_attention_config(entry, source, mla, heads, biases, q_lora_rank))
+    _set_rotation(mla, written, parameters, spec.head_dim)
+    _check_truncated(mla, ModelDescription(family=entry.family, config=written, name=source.name))
     return LatentPlan(
-        entry, target, MLAStorage(schema, alpha, q_lora_rank), after, written, biased, output_bias,
-        alpha, scales, rope.chooses_pairs and not target.rope_pairs,
+        entry, mla, MLAStorage(schema, alpha, q_lora_rank), after, written, biased, output_bias,
+        alpha, scales, rope.chooses_pairs and not mla.rope_pairs,
     )  # fmt: skip
 
 
@@ -172,20 +170,20 @@ def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: MLARo
         return 64 if budget >= FAST and spec.head_dim >= 64 else max(2, min(64, spec.head_dim // 4 * 2))
     most = spec.head_dim * (spec.num_key_value_heads if rope.chooses_pairs else 1)
     if dims < 2 or dims % 2 or dims > most:
-        hint = " --rope longrope takes more." if not rope.chooses_pairs and dims > most else ""
+        hint = " --rope longrope takes more." if rope.truncates and dims > most else ""
         raise UsageError(f"--qk-rope-head-dim {dims} is no even number from 2 to {name}'s {most}.{hint}")
     return dims
 
 
-def _target(
+def _spec(
     request: Request, spec: AttentionSpec, rope: MLARope, rank: int, rotary: int, frequencies: InverseFrequencies
-) -> LatentTarget:
+) -> MLASpec:
     pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
     every = rope.chooses_pairs and rotary == spec.head_dim * heads
     rope_pairs: tuple[int, ...] = () if rope.chooses_pairs else tuple(range(rotary // 2))
     if every:
         rope_pairs = tuple(pair for pair in range(pairs) for _ in range(heads))
-    return LatentTarget(
+    return MLASpec(
         rope, rank, rotary, 0 if every else spec.head_dim, frequencies.values, rope_pairs, frequencies.attention_factor,
         request.key_weight,
     )  # fmt: skip
@@ -231,14 +229,14 @@ def _neutral() -> list[str]:
 
 
 def _attention_config(
-    entry: MLATargetClass, source: CheckpointDescription, target: LatentTarget, heads: int, biases: tuple[bool, bool],
+    entry: MLATargetClass, source: CheckpointDescription, mla: MLASpec, heads: int, biases: tuple[bool, bool],
     q_lora_rank: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     keys, spec = entry.family.keys, source.attention[0]
     found: dict[str, Any] = {
-        "kv_lora_rank": target.kv_lora_rank,
-        "qk_rope_head_dim": target.qk_rope_head_dim,
-        "qk_nope_head_dim": target.qk_nope_head_dim,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
         "v_head_dim": spec.v_head_dim or spec.head_dim,
     }
     if keys.num_key_value_heads:
@@ -246,9 +244,9 @@ def _attention_config(
     if entry.schema.neutral:
         layers = source.value(source.family.keys.num_hidden_layers)
         found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": layers}
-    elif target.rope.rotates:
+    elif mla.rope.rotates:
         found |= {
-            "rope_mode": "re-rotate" if target.rope.rotates_expanded else "decoupled",
+            "rope_mode": "re-rotate" if mla.rope.rotates_expanded else "decoupled",
             "qkv_bias": biases[0],
             "attention_bias": biases[1],
             "attention_scale": spec.head_dim**-0.5,
@@ -256,29 +254,27 @@ def _attention_config(
     return found
 
 
-def _check_truncated(target: LatentTarget, written: ModelDescription) -> None:
+def _check_truncated(mla: MLASpec, written: ModelDescription) -> None:
     """Refuse a shared rotary key whose table the target would make another of; yarn's ramp ends with the dims."""
-    if not target.rope.shares_key or target.rope.chooses_pairs:
+    if not mla.rope.truncates:
         return
     parameters = written.rope[EVERY]
-    found = inverse_frequencies(parameters, written.config, target.qk_rope_head_dim, written.name).values
-    if any(abs(one - other) > 1e-6 * other for one, other in zip(found, target.inverse_frequencies, strict=False)):
+    found = inverse_frequencies(parameters, written.config, mla.qk_rope_head_dim, written.name).values
+    if any(abs(one - other) > 1e-6 * other for one, other in zip(found, mla.inverse_frequencies, strict=False)):
         raise UsageError(
             f"{written.name}'s {written.config['rope_parameters']['rope_type']} scaling of its highest frequencies "
-            f"can't be written for {target.qk_rope_head_dim} rotary dims alone.",
+            f"can't be written for {mla.qk_rope_head_dim} rotary dims alone.",
             "Raise --qk-rope-head-dim, or use --rope longrope.",
         )
 
 
-def _set_rotation(
-    target: LatentTarget, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
-) -> None:
-    """Write the rotation into a latent's config; for pairs that are still to be chosen, the source's for now."""
-    if target.rope.shares_key and not target.rope.chooses_pairs:
-        parameters = truncated(parameters, target.qk_rope_head_dim, head_dim, target.attention_factor)
-    elif target.rope.chooses_pairs and target.rope_pairs:
-        values = tuple(target.inverse_frequencies[pair] for pair in target.rope_pairs)
+def _set_rotation(mla: MLASpec, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0) -> None:
+    """Write the rotation into a latent's config; for rope pairs that are still to be chosen, the source's for now."""
+    if mla.rope.truncates:
+        parameters = truncated(parameters, mla.qk_rope_head_dim, head_dim, mla.attention_factor)
+    elif mla.rope.chooses_pairs and mla.rope_pairs:
+        values = tuple(mla.inverse_frequencies[pair] for pair in mla.rope_pairs)
         longest = int(config.get("max_position_embeddings") or 2048)
-        parameters = longrope_table(parameters, values, target.attention_factor, longest)
-    if target.rope.rotates:
+        parameters = longrope_table(parameters, values, mla.attention_factor, longest)
+    if mla.rope.rotates:
         write_rotation(config, parameters)

@@ -81,7 +81,7 @@ class Plan:
     @property
     def chooses_rope_pairs(self) -> bool:
         """Whether the rotary pairs of a latent are still to be chosen, by what unrotated pairs would cost."""
-        return self.latent is not None and self.latent.chooses_pairs
+        return self.latent is not None and self.latent.pairs_to_choose
 
     @property
     def total_bytes(self) -> int:

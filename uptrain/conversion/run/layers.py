@@ -176,7 +176,7 @@ class LayerMaker:
         if self._uses_torch:
             self._check_finite(heads, layer)
         with needing(NEEDS_TORCH):
-            return self._recorded(method.convert_latent(heads, latent.target, self._context(layer)), layer)
+            return self._recorded(method.convert_latent(heads, latent.spec, self._context(layer)), layer)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
         for part in map(heads.part, "qkvo"):
@@ -213,7 +213,7 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
         read_layer(checkpoint, family.projections, spec, plan.source.attention_name(layer))
         for layer, spec in enumerate(plan.before)
     )
-    return rope_pairs_by_weights(layers, plan.latent.target, rotary_of(family.position, plan.before[0]))
+    return rope_pairs_by_weights(layers, plan.latent.spec, rotary_of(family.position, plan.before[0]))
 
 
 def _one_thread() -> AbstractContextManager[None]:
