@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from benchmarks.common import Llama, child, options, peak_memory, shard_name, timed, write_index
 from uptrain.checkpoint.checksum import Checksum
@@ -22,9 +21,8 @@ from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.progress import State
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.checkpoint.reflink import Span
-from uptrain.checkpoint.shared_work import Alone
-from uptrain.checkpoint.writer import shard_header
+from uptrain.checkpoint.shard_writer import ShardContents, shard_header
+from uptrain.checkpoint.shared_work import SoleWorker
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import plan_conversion
@@ -66,23 +64,17 @@ def make_sparse(folder: Path, shape: Llama, limit: int = SHARD) -> int:
     return total
 
 
-class NoDisk(Alone):
+class NoDisk(SoleWorker):
     """Takes all work, and digests shards without writing them."""
 
     @staticmethod
     def write_shard(
-        path: Path,
-        tensors: Sequence[TensorInfo],
-        chunks: Callable[[str], Iterable[memoryview]],
-        checksum: Checksum,
-        on_bytes: Callable[[int], None],
-        spans: Mapping[str, Span] = MappingProxyType({}),
-        ending: str = "",
+        path: Path, shard: ShardContents, checksum: Checksum, on_bytes: Callable[[int], None], ending: str = ""
     ) -> None:
-        """Do as `uptrain.checkpoint.writer.write_shard` does, but for the writing."""
-        checksum.update(shard_header(tensors, spans))
-        for info in tensors:
-            for chunk in chunks(info.name):
+        """Do as `uptrain.checkpoint.shard_writer.write_shard` does, but for the writing."""
+        checksum.update(shard_header(shard.tensors, shard.spans))
+        for info in shard.tensors:
+            for chunk in shard.chunks(info.name):
                 checksum.update(chunk)
                 on_bytes(len(chunk))
 

@@ -4,7 +4,7 @@
     python -m benchmarks decode ORIGINAL CONVERTED …
 
 Every model decodes --tokens tokens, one by one, after a context of the given length, greedily and one sequence at a
-time; models take turns within a repeat, and the figures are medians over repeats with the range beside them. Contexts
+time; models alternate within a repeat, and the results are medians over repeats, with their range. Contexts
 are random values in caches of each model's own shape, since prefilling 16 K tokens on a CPU takes longer than all the
 rest. Speed depends on shapes and not on what values say, so --synthetic builds random models: the sizes of the demo
 and of SmolLM2-135M, as the original, MQA, and a latent with absorbed decoding (as `uptrain.load` gives it) and as the

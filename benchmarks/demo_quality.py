@@ -15,10 +15,10 @@ import numpy as np
 
 from benchmarks.common import options
 from uptrain.checkpoint.source import DEMO
-from uptrain.data.sources import Builtin
+from uptrain.data.sources import HELD_OUT, Builtin
 from uptrain.data.stdlib_text import documents
 from uptrain.data.token_text import read_tokens
-from uptrain.evaluation.run import HELD_OUT, evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models.loading import load_tokenizer
 
 TRAIN = Builtin(builtin="python-stdlib")
@@ -34,7 +34,7 @@ def quality(tokens: int = 10**7) -> dict[str, float]:
     counts = np.bincount(read_tokens([TRAIN], tokenizer, 10**7).ids, minlength=len(tokenizer)) + 1
     text = "\n".join(documents("held-out")).encode()
     return {
-        "model": evaluate("demo", tokens=tokens, repeats=0).model.bits_per_byte,
+        "model": evaluate("demo", EvaluationSettings(tokens=tokens, repeats=0)).model.bits_per_byte,
         "unigram": float(-np.log(counts / counts.sum())[held_out.ids].sum() / math.log(2) / held_out.bytes),
         "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
         "bz2": 8 * len(bz2.compress(text, 9)) / len(text),

@@ -135,7 +135,7 @@ print("RESULT " + json.dumps({"version": llama_cpp.__version__, "ids": ids, "log
 
 
 def synthetic(folder: Path, q_lora_rank: int | None) -> Path:
-    """Write a random dense deepseek_v3 with a cache of 512 + 64 values a token and neutral norms."""
+    """Write a random dense deepseek_v3 with a cache of 512 + 64 values per token and neutral norms."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -300,9 +300,9 @@ def main() -> None:
         for folder in folders:
             for row in engines(arguments, folder, Path(work), by_transformers(folder)):
                 rows.append({"checkpoint": folder.name, **row})
-                told = row.get("failed") or (
+                shown = row.get("failed") or (
                     f"{row['version']:9} {'same' if row['same_tokens'] else 'OTHER':12} "
                     f"{row['largest_logprob_difference']:<9.1e} {row['seconds']:7.1f}"
                 )
-                print(f"{folder.name:24} {row['engine']:24} {told}", flush=True)
+                print(f"{folder.name:24} {row['engine']:24} {shown}", flush=True)
     write_json(arguments.out, rows)

@@ -167,7 +167,10 @@ def latents(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     for rope in arguments.rope.split(",") if arguments.rope else [None]:
         for text in arguments.kv_lora_rank.split(","):
             rank, _, dims = text.partition("+")
-            sizes = {"kv_lora_rank": int(rank), "qk_rope_head_dim": int(dims) if dims and rope != "re-rotate" else None}
+            sizes = {
+                "kv_lora_rank": int(rank),
+                "qk_rope_head_dim": int(dims) if dims and rope not in ("pre-rope", "re-rotate") else None,
+            }
             found.append((f"mla-{text}{f'-{rope}' if rope else ''}", {"target": "mla", "rope": rope, **sizes}))
     return found
 
@@ -229,7 +232,9 @@ def main() -> None:
     parser.add_argument(
         "--kv-lora-rank", default="256,128,64,32", help="of --to mla: ranks, or RANK+ROTARY, with commas"
     )
-    parser.add_argument("--rope", help="of --to mla: grid, longrope, re-rotate, with commas (default: the model's own)")
+    parser.add_argument(
+        "--rope", help="of --to mla: decoupled, longrope, pre-rope, with commas (default: the model's own)"
+    )
     parser.add_argument("--grouping", default="contiguous")
     parser.add_argument("--blocks", type=int, default=32)
     arguments = parser.parse_args()

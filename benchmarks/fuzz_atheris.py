@@ -65,7 +65,7 @@ def recipe(data: bytes, folder: Path) -> None:
     """Load it as a recipe."""
     path = folder / "recipe.yaml"
     path.write_bytes(data)
-    attempt(recipes.load, str(path))
+    attempt(recipes.load_recipe, str(path))
 
 
 KINDS = {kind.__name__: kind for kind in (header, index, config, tokenizer, manifest, recipe)}
@@ -81,7 +81,7 @@ def right(kind: str, folder: Path) -> list[bytes]:
     if kind == "tokenizer":
         return [json.dumps(tokenizer).encode() for tokenizer in TOKENIZERS]
     if kind == "recipe":
-        return [recipes.find("demo-uptrain").read_bytes()]
+        return [recipes.find_recipe("demo-uptrain").read_bytes()]
     if kind == "index":
         return [b'{"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors"}}']
     files = {"config.json": {"size": 1, "checksum": "blake3:0"}}

@@ -42,7 +42,7 @@ def score(model: Any, original: Any, blocks: torch.Tensor, options: Any = dict) 
 
 @torch.no_grad()
 def cached_values(model: Any, block: torch.Tensor) -> float:
-    """Return how many values a token takes in the cache that the model fills, counted in its tensors."""
+    """Return how many values the cache that the model fills holds per token, counted in its tensors."""
     cache = model(block[None, :CACHE_TOKENS], use_cache=True).past_key_values
     return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) / CACHE_TOKENS
 
@@ -57,16 +57,16 @@ def cacheshrink(job: dict[str, Any]) -> tuple[Any, Any]:
     from cacheshrink import config, convert_to_mla
 
     if job["method"].endswith("+rotary"):
-        # It asks the config for rope_theta, which newer transformers keep in rope_parameters: told by hand.
+        # It asks the config for rope_theta, which newer transformers keep in rope_parameters: given by hand.
         plain = config.MLAConfig._extract_config
 
-        def told(hf_config: Any, model_type: str) -> dict[str, Any]:
+        def extracted(hf_config: Any, model_type: str) -> dict[str, Any]:
             found = plain(hf_config, model_type)
             found["rope_theta"] = hf_config.rope_parameters["rope_theta"]
             found["extra_config"] = {**found.get("extra_config", {}), "uses_rope": True}
             return found
 
-        config.MLAConfig._extract_config = staticmethod(told)
+        config.MLAConfig._extract_config = staticmethod(extracted)
     model, _ = convert_to_mla(
         job["model"],
         compression_ratio=1 / job["share"],

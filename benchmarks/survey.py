@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import options
 from tests.conftest import tiny_config, tiny_model
-from tests.conversion.test_families import FAMILIES, TOKENS, family, read
+from tests.conversion.test_families import FAMILY_NAMES, TOKENS, family, read
 from tests.oracle import pool_model
 from uptrain.architectures.description import ModelDescription
 from uptrain.conversion.request import Request
@@ -62,7 +62,7 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def older_spelling(config: dict[str, Any]) -> None:
-    """Spell rotary parameters as transformers 4 did: beside each other, the scaling in a section of its own."""
+    """Spell rotary parameters as transformers 4 did: at the top level, the scaling in a section of its own."""
     said = dict(config.pop("rope_parameters"))
     config["rope_theta"] = said.pop("rope_theta")
     if "partial_rotary_factor" in said:
@@ -72,7 +72,7 @@ def older_spelling(config: dict[str, Any]) -> None:
 
 
 def both_spellings(config: dict[str, Any]) -> None:
-    """Put an older section beside the newer, as a checkpoint has it that was edited for long context."""
+    """Add an older section to the newer one, as in a checkpoint that was edited for long context."""
     config["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
     config["rope_theta"] = 5_000.0
 
@@ -83,7 +83,7 @@ def rotary(folder: Path) -> bool:
 
 
 def head_stored(folder: Path, different: bool) -> None:
-    """Store a head beside the embedding it is tied to: an equal one, or another."""
+    """Store a head as well as the embedding that it is tied to: an equal one, or another."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith(EMBEDDINGS))
@@ -93,7 +93,7 @@ def head_stored(folder: Path, different: bool) -> None:
 
 
 def stale_index(folder: Path) -> None:
-    """Leave the index of a sharded download beside the single file that took its place."""
+    """Leave the index of a sharded download next to the single file that replaced it."""
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--settings", help="only settings whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
-    names = arguments.families.split(",") if arguments.families else FAMILIES
+    names = arguments.families.split(",") if arguments.families else FAMILY_NAMES
     chosen = [each for each in SETTINGS if (arguments.settings or "") in each.name]
     work = [(name, setting) for name in names for setting in chosen if fits(name, setting)]
     rows = []

@@ -36,10 +36,9 @@ def now() -> Moment:
 def run_uptrain(args: argparse.Namespace, folder: Path) -> list[Moment]:
     """Return the moment at which each step ended."""
     from uptrain.checkpoint.events import Events
-    from uptrain.training import recipes
-    from uptrain.training.trainer import train
+    from uptrain.training import recipes, train
 
-    recipe = recipes.parse({
+    recipe = recipes.parse_recipe({
         "model": args.model, "output": str(folder / "out"), "data": [args.data], "block_size": args.block,
         "batch_size": args.batch, "steps": args.steps, "precision": args.precision, "isolate_documents": False,
         "save_every": 10**6, "log_every": 10**6,

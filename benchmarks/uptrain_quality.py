@@ -31,7 +31,7 @@ from uptrain.models import loading
 from uptrain.training import recipes
 from uptrain.training.losses import lm_loss
 from uptrain.training.metrics import TrainingStep
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def run_trial(args: argparse.Namespace, target: str, start: str, objective: str,
     seen = [(0, held_out_loss(str(source), text, args.held_out_tokens, args.held_out_block))]
     print(f"{target} {start} converted: perplexity {math.exp(seen[0][1]):.3f}", file=sys.stderr, flush=True)
     distill = {} if objective == "lm" else {"distill": {"weight": args.weight}}
-    recipe = recipes.parse({
+    recipe = recipes.parse_recipe({
         "model": str(source), "output": str(folder / f"{target}-{start}-{objective}"), "overwrite": True,
         "data": [data.model_dump()], "held_out": [text.model_dump()], "held_out_tokens": args.held_out_tokens,
         "held_out_block_size": args.held_out_block, "block_size": args.block, "batch_size": args.batch,

@@ -24,7 +24,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.conversion.class_checks import weights
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -150,7 +150,7 @@ def tiny_config(model_type: str, num_key_value_heads: int | None = None, **chang
 
 
 def auto_class(model_type: str) -> Any:
-    return getattr(transformers, ARCHITECTURES[model_type].auto_class)
+    return getattr(transformers, FAMILIES[model_type].auto_class)
 
 
 _BUILT: dict[tuple[object, ...], tuple[PreTrainedModel, torch.Tensor]] = {}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from tests.conftest import save_model, tiny_config
-from uptrain.training.new_tokenizer import new_tokenizer
 from uptrain.training.recipe import TokenizerSpec
+from uptrain.training.tokenizer import new_tokenizer
 
 WORDS = [
     "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew",

@@ -70,7 +70,7 @@ def thrifty(words: list[str]) -> list[str]:
     """Return an uptrain command with options after its own that make it short."""
     match words[0]:
         case "train":
-            recipe = recipes.load(words[1])
+            recipe = recipes.load_recipe(words[1])
             given = {word.partition("=")[0] for word in words}
             text = [name for name in ("data", "held_out") if getattr(recipe, name) and name not in given]
             new = ["tokenizer.vocab_size=300"] if recipe.config else []

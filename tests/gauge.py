@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.oracle import head_views, linears_of
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.schema import Position
 
 
@@ -36,7 +36,7 @@ def _invertible(head_dim: int) -> torch.Tensor:
 def scatter_heads(model: PreTrainedModel, groups: int, seed: int = 0) -> PreTrainedModel:
     """Replace each group's key and value heads by gauge images of its first one, in place."""
     torch.manual_seed(seed)
-    position = ARCHITECTURES[model.config.model_type].position
+    position = FAMILIES[model.config.model_type].position
     share = (getattr(model.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1)
     counted = getattr(model.config, "rotary_dim", None)
     for module in filter(linears_of, model.modules()):

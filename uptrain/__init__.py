@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from uptrain.conversion.run.convert import convert as convert
     from uptrain.errors import UptrainError as UptrainError
     from uptrain.evaluation.run import evaluate as evaluate
+    from uptrain.evaluation.settings import EvaluationSettings as EvaluationSettings
     from uptrain.models.loading import load as load
     from uptrain.publishing.hub.push import push as push
-    from uptrain.training.trainer import train as train
+    from uptrain.training.run import train as train
     from uptrain.workflows.sweeps.run import sweep as sweep
+    from uptrain.workflows.sweeps.settings import SweepSettings as SweepSettings
 
 _PUBLIC = {
+    "EvaluationSettings": "uptrain.evaluation.settings",
     "Request": "uptrain.conversion.request",
+    "SweepSettings": "uptrain.workflows.sweeps.settings",
     "UptrainError": "uptrain.errors",
     "convert": "uptrain.conversion.run.convert",
     "evaluate": "uptrain.evaluation.run",
@@ -30,11 +34,24 @@ _PUBLIC = {
     "load": "uptrain.models.loading",
     "push": "uptrain.publishing.hub.push",
     "sweep": "uptrain.workflows.sweeps.run",
-    "train": "uptrain.training.trainer",
+    "train": "uptrain.training.run",
     "verify": "uptrain.checkpoint.manifest",
 }
 
-__all__ = ["Request", "UptrainError", "convert", "evaluate", "inspect", "load", "push", "sweep", "train", "verify"]
+__all__ = [
+    "EvaluationSettings",
+    "Request",
+    "SweepSettings",
+    "UptrainError",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
+    "push",
+    "sweep",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Figures as people read them, and names as they type them."""
+"""Numbers as people read them, and names as they type them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: 1 step, 2,000 steps. `plural` is needed where it is not `noun` with an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def tokens(count: int) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from tests.conftest import tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
 from tests.oracle import pool_model
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
@@ -24,7 +24,7 @@ from uptrain.errors import CheckpointError
 from uptrain.models.auto_class import auto_class_of
 from uptrain.models.register import register
 from uptrain.training.recipe import Recipe
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 Save = Callable[..., Path]
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -97,10 +97,10 @@ def assert_same(found: PreTrainedModel, wanted: PreTrainedModel) -> None:
     torch.testing.assert_close(logits(found), logits(wanted), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_names_and_defaults_are_the_class_s_own(model_type: str) -> None:
     register()
-    entry = ARCHITECTURES[model_type]
+    entry = FAMILIES[model_type]
     words, config = entry.vocabulary, AutoConfig.for_model(model_type)
     ties = getattr(transformers, entry.auto_class)._model_mapping[type(config)]._tied_weights_keys
     assert ties[words.heads[0]] in {f"{prefix}{words.table}" for prefix in entry.prefixes}
@@ -108,12 +108,12 @@ def test_names_and_defaults_are_the_class_s_own(model_type: str) -> None:
     assert AutoConfig.for_model(model_type, tie_word_embeddings=False).tie_word_embeddings == words.always
 
 
-@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if not name.startswith("uptrain_")])
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if not name.startswith("uptrain_")])
 def test_the_flag_decides_about_more_than_the_head_where_the_table_says_so(model_type: str) -> None:
     config = tiny_config(model_type)
     config.tie_word_embeddings = True
     tied = tiny_model(config).get_expanded_tied_weights_keys(all_submodels=True)
-    words = ARCHITECTURES[model_type].vocabulary
+    words = FAMILIES[model_type].vocabulary
     assert words.more == (words.always or len(tied) > 1)
 
 

@@ -22,9 +22,9 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import plan_conversion
 from uptrain.data.sources import parse_source
 from uptrain.errors import CheckpointError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.training.recipe import Recipe
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 Save = Callable[..., Path]
 
@@ -90,7 +90,7 @@ def test_no_command_takes_a_prefixed_model_for_random_weights(tmp_path: Path) ->
     })  # fmt: skip
     commands: tuple[Callable[[], object], ...] = (
         lambda: train(recipe),
-        lambda: evaluate(str(source), text=[parse_source(str(text))], context=16, repeats=0),
+        lambda: evaluate(str(source), EvaluationSettings(text=[parse_source(str(text))], context=16, repeats=0)),
         lambda: uptrain.load(source),
     )
     for command in commands:

@@ -22,7 +22,7 @@ from tests.conversion.test_families import TOKENS, load, request
 from tests.oracle import pool_model
 from tests.rotary_configs import LINEAR, PLAIN, SPELLINGS, YARN
 from uptrain.architectures import description
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.rope import source_frequencies
 from uptrain.architectures.rope_parameters import EVERY, STATIC, WORDS, rotary_parameters, rotated_dims
@@ -38,7 +38,7 @@ from uptrain.models.rotary_tables import rotary_tables
 register()
 Save = Callable[..., Path]
 ROTATING = [
-    name for name, entry in ARCHITECTURES.items()
+    name for name, entry in FAMILIES.items()
     if entry.position.rotates and not entry.keys.latent and not name.startswith("uptrain_")
 ]  # fmt: skip
 WIDE = {"head_dim": 16, "hidden_size": 64, "n_embd": 64}
@@ -48,7 +48,7 @@ WIDE = {"head_dim": 16, "hidden_size": 64, "n_embd": 64}
 @cache
 def sizes(model_type: str) -> dict[str, Any]:
     """Return a tiny config.json of a family that says nothing of rotation."""
-    heads_key = ARCHITECTURES[model_type].keys
+    heads_key = FAMILIES[model_type].keys
     wide = {key: value for key, value in WIDE.items() if key in (heads_key.hidden_size, heads_key.head_dim)}
     config = json.loads(tiny_config(model_type, **wide).to_json_string(use_diff=False))
     return {key: value for key, value in config.items() if key not in WORDS}
@@ -79,7 +79,7 @@ def tables(config: dict[str, Any]) -> dict[str, tuple[torch.Tensor, float]]:
 @pytest.mark.parametrize("model_type", ROTATING)
 def test_every_spelling_is_read_as_the_family_s_own_classes_read_it(model_type: str) -> None:
     """Or refused where they can't compute with it, or leave without a word what the config says."""
-    entry, equal = ARCHITECTURES[model_type], 0
+    entry, equal = FAMILIES[model_type], 0
     for name, said in SPELLINGS.items():
         config = {**sizes(model_type), **deepcopy(said)}
         try:

@@ -16,7 +16,7 @@ from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.evaluation.speed import cache_bytes_per_token
-from uptrain.publishing.page.subjects import find_subjects
+from uptrain.publishing.page.models import find_models
 
 WIDE = {"hidden_size": 8, "vocab_size": 64}
 
@@ -41,7 +41,7 @@ def test_the_cache_is_what_the_loaded_model_fills(
     assert [inspect(str(folder)).cache_bytes_per_token for folder in (source, out)] == held
     (stage,) = json.loads((out / "uptrain.json").read_text())["stages"]
     assert list(stage["cache_bytes_per_token"].values()) == held
-    (subject,) = find_subjects(out)
+    (subject,) = find_models(out)
     assert subject.itemsize * sum(layer.cache_values_per_token for layer in subject.layers) == held[1]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from uptrain.architectures import unknown_models
-from uptrain.architectures.decoders import ARCHITECTURES, NO_CACHE
+from uptrain.architectures.decoders import FAMILIES, NO_CACHE
 from uptrain.architectures.description import describe
 from uptrain.checkpoint.source import resolve
 from uptrain.conversion.inspection import inspect
@@ -23,7 +23,7 @@ from uptrain.conversion.run.convert import plan_conversion
 from uptrain.errors import UsageError
 from uptrain.models.auto_class import check_loadable
 
-OTHERS = sorted(set(CONFIG_MAPPING_NAMES) - set(ARCHITECTURES) - NO_CACHE)
+OTHERS = sorted(set(CONFIG_MAPPING_NAMES) - set(FAMILIES) - NO_CACHE)
 
 
 def refusal(config: dict[str, Any]) -> UsageError:
@@ -66,7 +66,7 @@ def test_a_wrapper_is_named_with_its_text_tower(model_type: str, tmp_path: Path)
             command()
         assert model_type in caught.value.message and "Did you mean" not in str(caught.value)
         assert tower in caught.value.hint
-        assert ("that uptrain knows" in caught.value.hint) == (tower in ARCHITECTURES)
+        assert ("that uptrain knows" in caught.value.hint) == (tower in FAMILIES)
 
 
 def test_a_wrapper_that_keeps_its_text_tower_s_values_beside_the_others() -> None:

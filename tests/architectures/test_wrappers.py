@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 import uptrain
 from tests.hub_server import serve
 from tests.wrapped import load, logits, picture_of, pool_language_model, save_wrapper, tensors, tiny_wrapper, words
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import ModelDescription, describe_checkpoint
 from uptrain.architectures.wrappers import WRAPPERS, tower_in
 from uptrain.checkpoint.reader import open_checkpoint
@@ -32,11 +32,11 @@ from uptrain.evaluation import evaluate
 from uptrain.models import loading
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
-from uptrain.publishing.hub.subject import Subject
-from uptrain.publishing.page.subjects import subjects_in
+from uptrain.publishing.hub.subject import CardSubject
+from uptrain.publishing.page.models import models_in
 from uptrain.training.recipe import Recipe
-from uptrain.training.trainer import train
-from uptrain.workflows.sweeps.run import sweep
+from uptrain.training.run import train
+from uptrain.workflows import sweep
 
 THREE = ("gemma3", "llava", "mistral3")
 NEAR = 1e-5
@@ -98,7 +98,7 @@ def test_a_section_that_is_silent_means_what_the_class_makes_of_it(model_type: s
     made = type(AutoConfig.for_model(model_type))(text_config=dict(section)).get_text_config()
     tower = tower_in({"model_type": model_type, "text_config": section})
     assert tower is not None
-    family = ARCHITECTURES[tower.config["model_type"]]
+    family = FAMILIES[tower.config["model_type"]]
     layers = ModelDescription(family=family, config=tower.config, name="m").attention
     assert len(layers) == made.num_hidden_layers
     assert layers[0].num_attention_heads == made.num_attention_heads
@@ -275,7 +275,7 @@ def test_codes_in_the_language_model_are_named(place: str, tmp_path: Path) -> No
     assert "GPTQ" in inspect(str(source)).quantised
 
 
-def test_a_quantised_part_that_sees_goes_along(tmp_path: Path) -> None:
+def test_a_quantized_part_that_sees_goes_along(tmp_path: Path) -> None:
     source = save_wrapper(tmp_path / "s", "llava")
     found = tensors(source)
     key = next(key for key in found if "vision" in key and key.endswith("fc1.weight"))
@@ -338,7 +338,7 @@ def test_the_processor_goes_along_and_the_card_names_it(tmp_path: Path) -> None:
     convert(str(source), tmp_path / "o", Request("gqa", 2))
     assert all((tmp_path / "o" / name).read_text() == "{}" for name in beside)
     stages = json.loads((tmp_path / "o" / "uptrain.json").read_text())["stages"]
-    subject = Subject("you/m", stages, config_of(tmp_path / "o"), "them/llava")
+    subject = CardSubject("you/m", stages, config_of(tmp_path / "o"), "them/llava")
     assert subject.cache_bytes[0] == 4 * subject.cache_bytes[1]
     card = str(build_card(subject, Licence("mit", "a test"), None, ({}, "")))
     assert "AutoModelForImageTextToText.from_pretrained" in card and "AutoProcessor.from_pretrained" in card
@@ -364,7 +364,7 @@ def test_a_wrapper_on_the_hub_is_looked_at_by_its_headers(
 
 def test_the_report_counts_the_language_model_s_heads(tmp_path: Path) -> None:
     convert(str(save_wrapper(tmp_path / "s", "llava")), tmp_path / "o", Request("gqa", 2))
-    (subject,) = subjects_in([tmp_path / "o"])
+    (subject,) = models_in([tmp_path / "o"])
     assert [layer.num_key_value_heads for layer in subject.layers] == [2, 2]
 
 

@@ -18,9 +18,9 @@ from uptrain.checkpoint.checksum import FollowingChecksum, checksum_file
 from uptrain.checkpoint.header import read_header
 from uptrain.checkpoint.jsonfile import JSON_LIMIT, read_json
 from uptrain.checkpoint.manifest import read_manifest
+from uptrain.checkpoint.output_folder import staged_output
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
-from uptrain.checkpoint.writer import staged
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError, UptrainError, UsageError
@@ -113,7 +113,7 @@ def test_a_folder_of_somebody_else_is_not_written_into(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UptrainError, match="written"), staged(tmp_path / "out", overwrite=False):
+    with pytest.raises(UptrainError, match="written"), staged_output(tmp_path / "out", overwrite=False):
         raise PermissionError(13, "Permission denied", str(tmp_path / "out.partial/model.safetensors"))
 
 

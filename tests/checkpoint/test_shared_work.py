@@ -22,9 +22,10 @@ import pytest
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint import shared_work
 from uptrain.checkpoint.events import Events
+from uptrain.checkpoint.locks import LOCK
 from uptrain.checkpoint.manifest import verify
-from uptrain.checkpoint.shared_work import CALIBRATION, Joint
-from uptrain.checkpoint.writer import LOCK, STATE, partial_of
+from uptrain.checkpoint.output_folder import STATE, partial_of
+from uptrain.checkpoint.shared_work import CALIBRATION, SharedWorker
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.conversion.run.options import RunOptions
@@ -81,9 +82,9 @@ class Processes:
         """Wait until so many shards are finished."""
         wait_until(lambda: len(finished(self.out)) >= count)
 
-    def claimed(self, number: int) -> bool:
+    def locked(self, number: int) -> bool:
         """Say whether a process has a shard."""
-        shards = Joint(self.out).claims.glob("shard *")
+        shards = SharedWorker(self.out).work_locks.glob("shard *")
         return any(f"process {self.running[number].pid} " in path.read_text() for path in shards)
 
     def codes(self) -> list[int | None]:
@@ -106,7 +107,7 @@ def test_four_processes_one_killed_and_restarted_give_the_bytes_of_one(processes
     shards = processes.alone.plan.shards
     assert len(shards) > 12
     processes.start(1, until=0)
-    wait_until(lambda: processes.claimed(0))
+    wait_until(lambda: processes.locked(0))
     processes.start(3)
     processes.wait_for(1)
     processes.running[0].kill()
@@ -159,12 +160,13 @@ def test_one_that_waits_long_says_for_whom(work: str, processes: Processes, monk
         held.close()
 
     with held:
-        hanging = Joint(processes.out)
-        hanging.claims.mkdir(parents=True)
+        hanging = SharedWorker(processes.out)
+        hanging.work_locks.mkdir(parents=True)
         (hanging.partial / LOCK).touch()
-        held.enter_context(hanging.turn(work) if work == CALIBRATION else hanging.claim(work))
+        held.enter_context(hanging.alone(work) if work == CALIBRATION else hanging.lock_work(work))
         convert(str(processes.source), processes.out, GQA2, options=RunOptions(join=True), events=Events(note=note))
-    assert notes == [f"Waiting for process {os.getpid()} on {os.uname().nodename}, which has the {work}."]
+    (said,) = notes
+    assert f"process {os.getpid()} on {os.uname().nodename}" in said and work in said
     assert digests(processes.out) == processes.bytes
 
 
@@ -186,7 +188,7 @@ def test_one_that_waits_for_another_sees_it_finish(tmp_path: Path, monkeypatch: 
     last = list(alone.plan.shards)[-1]
 
     def hold(count: int) -> None:
-        held.enter_context(Joint(out).claim(f"shard {last}"))
+        held.enter_context(SharedWorker(out).lock_work(f"shard {last}"))
 
     def meanwhile(seconds: float) -> None:
         held.close()

@@ -21,7 +21,7 @@ from tests.small import digests, save_small
 from uptrain.checkpoint.checksum import Checksum, checksum_file
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reflink import BLOCK, Span, clone, residue
-from uptrain.checkpoint.writer import write_shard
+from uptrain.checkpoint.shard_writer import ShardContents, write_shard
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import Interrupted, UptrainError
@@ -77,7 +77,8 @@ def test_a_shard_with_shared_blocks_has_the_bytes_of_one_without(
         with pytest.MonkeyPatch.context() as patch:
             if sharing:
                 patch.setattr(fcntl, "ioctl", sharing.ioctl)
-            write_shard(folder / name, infos, chunks.__getitem__, checksum, lambda count: None, spans)
+            contents = ShardContents(tensors=infos, chunks=chunks.__getitem__, spans=spans)
+            write_shard(folder / name, contents, checksum, lambda count: None)
         assert checksum.text() == checksum_file(folder / name)
         digests.append(checksum.text())
     assert digests[0] == digests[1]

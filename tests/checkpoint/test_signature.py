@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import VerificationError
-from uptrain.publishing.hub import push
+from uptrain.publishing import push
+from uptrain.publishing.hub.upload import Prepared
 
 KEYGEN = shutil.which("ssh-keygen")
 pytestmark = pytest.mark.skipif(KEYGEN is None, reason="OpenSSH's ssh-keygen is not installed")
@@ -120,6 +120,17 @@ def test_a_changed_weight_or_a_file_slipped_in_is_refused(
     assert "model.safetensors" in says(capsys, "sign", signed, "--key", keys / "mine", code=3)
 
 
+def test_a_report_of_a_signed_folder_needs_no_signature(
+    signed: Path, keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = ("verify", signed, "--allowed-signers", keys / "allowed")
+    assert run(["report", str(signed)]) == 0
+    assert list(signed.glob("report-*.png")), "the report drew nothing, so this test shows nothing"
+    says(capsys, *check, code=0)
+    (signed / "report-x.py").write_text("import os")
+    assert "report-x.py" in says(capsys, *check, code=3)
+
+
 def test_an_unsigned_folder_is_refused_where_a_signer_is_asked(
     made: Path, keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,15 +181,12 @@ def test_what_is_made_from_a_signed_checkpoint_is_not_signed(signed: Path, keys:
     assert not (signed / SIGNATURE).exists(), "the old signature stayed on new bytes"
 
 
-@pytest.fixture
-def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], push.Prepared]:
-    return lambda folder: push.prepare(folder, "me/demo", license="apache-2.0", dry=True)
+def prepare(folder: Path) -> Prepared:
+    return push(folder, "me/demo", license="apache-2.0", dry_run=True)
 
 
 @pytest.mark.slow
-def test_push_takes_the_signature_along_and_refuses_a_stale_one(
-    signed: Path, made: Path, keys: Path, prepare: Callable[[Path], push.Prepared]
-) -> None:
+def test_push_takes_the_signature_along_and_refuses_a_stale_one(signed: Path, made: Path, keys: Path) -> None:
     assert SIGNATURE in prepare(signed).files
     assert SIGNATURE not in prepare(made).files
     manifest = signed / "uptrain.json"

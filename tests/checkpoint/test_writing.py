@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from uptrain.checkpoint.checksum import Checksum, checksum_file
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.manifest import MANIFEST, append_stage, read_manifest, verify
-from uptrain.checkpoint.writer import partial_of, staged, write_shard
+from uptrain.checkpoint.output_folder import partial_of, staged_output
+from uptrain.checkpoint.shard_writer import ShardContents, write_shard
 from uptrain.errors import CheckpointError, UptrainError, UsageError, VerificationError
 
 
@@ -30,7 +31,7 @@ def test_a_shard_reads_back_through_safetensors_and_its_digest_is_the_file_s(tmp
     def chunks(name: str) -> list[memoryview]:
         return [memoryview(tensors[name].numpy().tobytes())]
 
-    write_shard(path, infos, chunks, checksum, lambda count: None)
+    write_shard(path, ShardContents(tensors=infos, chunks=chunks), checksum, lambda count: None)
     back = load_file(path)
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert checksum.text() == f"blake3:{blake3(path.read_bytes()).hexdigest()}" == checksum_file(path)
@@ -44,17 +45,18 @@ def test_a_shard_reads_back_through_safetensors_and_its_digest_is_the_file_s(tmp
 def test_a_tensor_of_the_wrong_size_never_becomes_a_file(tmp_path: Path) -> None:
     info = TensorInfo("a", "F32", (2,), "", -1, -1)
     with pytest.raises(UptrainError, match="size"):
-        write_shard(tmp_path / "m.safetensors", [info], lambda n: [memoryview(b"1234")], Checksum(), lambda n: None)
+        contents = ShardContents(tensors=[info], chunks=lambda name: [memoryview(b"1234")])
+        write_shard(tmp_path / "m.safetensors", contents, Checksum(), lambda n: None)
     assert not (tmp_path / "m.safetensors").exists()
 
 
 def test_out_stands_only_after_the_block_and_an_error_leaves_none(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), staged(out) as folder:
+    with pytest.raises(RuntimeError), staged_output(out) as folder:
         (folder / "a").write_text("1")
         raise RuntimeError
     assert not out.exists() and (partial_of(out) / "a").exists()
-    with staged(out) as folder:
+    with staged_output(out) as folder:
         assert list(folder.glob("a")) == []
         (folder / "b").write_text("2")
         assert not out.exists()
@@ -65,13 +67,13 @@ def test_overwrite_keeps_the_old_folder_until_the_new_is_whole(tmp_path: Path) -
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
-    with pytest.raises(UsageError, match="--overwrite"), staged(out):
+    with pytest.raises(UsageError, match="--overwrite"), staged_output(out):
         pass
-    with pytest.raises(RuntimeError), staged(out, overwrite=True):
+    with pytest.raises(RuntimeError), staged_output(out, overwrite=True):
         assert (out / "old").exists()
         raise RuntimeError
     assert (out / "old").read_text() == "old"
-    with staged(out, overwrite=True) as folder:
+    with staged_output(out, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -80,15 +82,15 @@ def test_overwrite_keeps_the_old_folder_until_the_new_is_whole(tmp_path: Path) -
 def test_a_crash_between_the_two_renames_of_an_overwrite_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "out.uptrain-replaced").mkdir()
     (tmp_path / "out.uptrain-replaced" / "old").write_text("old")
-    with pytest.raises(UsageError, match="exists"), staged(tmp_path / "out"):
+    with pytest.raises(UsageError, match="exists"), staged_output(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "old").read_text() == "old"
 
 
 def test_two_runs_cannot_write_one_out(tmp_path: Path) -> None:
-    with staged(tmp_path / "out") as folder:
+    with staged_output(tmp_path / "out") as folder:
         (folder / "mine").write_text("")
-        with pytest.raises(UsageError, match=r"[Aa]nother"), staged(tmp_path / "out"):
+        with pytest.raises(UsageError, match=r"[Aa]nother"), staged_output(tmp_path / "out"):
             pass
         assert (folder / "mine").exists()
 
@@ -96,7 +98,7 @@ def test_two_runs_cannot_write_one_out(tmp_path: Path) -> None:
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     out = tmp_path / "out"
-    with staged(out) as folder:
+    with staged_output(out) as folder:
         (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
         (folder / "config.json").write_text("{}")
         append_stage(folder, None, {"stage": "convert"})
@@ -104,7 +106,7 @@ def written(tmp_path: Path) -> Path:
 
 
 def test_history_is_carried_on(written: Path, tmp_path: Path) -> None:
-    with staged(tmp_path / "next") as folder:
+    with staged_output(tmp_path / "next") as folder:
         (folder / "config.json").write_text("{}")
         append_stage(folder, written, {"stage": "train"})
     manifest = read_manifest(tmp_path / "next")

@@ -129,6 +129,33 @@ def test_dry_run_writes_nothing_and_says_what_it_would(capsys: pytest.CaptureFix
     }
 
 
+def test_a_dry_run_that_is_to_diagnose_is_refused(refused: Callable[..., str]) -> None:
+    text = refused("convert", "demo", "--groups", "2", "--dry-run", "--diagnose", code=2)
+    assert "--diagnose" in text and "--dry-run" in text
+
+
+@pytest.mark.parametrize("name", ["text", "json"])
+@pytest.mark.parametrize(
+    "command", [["eval", "demo", "--no-speed", "--text"], ["convert", "demo", "out", "--to", "mqa", "--calibrate"]]
+)
+def test_the_name_of_a_file_format_is_no_text(
+    name: str, command: list[str], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """`datasets` would read every such file of the current folder."""
+    (tmp_path / "mine.txt").write_text("my own text " * 2000)
+    (tmp_path / "mine.json").write_text(json.dumps([{"text": "my own text " * 2000}]))
+    assert f"{command[-1]} {name} is not a text" in refused(*command, name, code=2)
+
+
+@pytest.mark.parametrize(("method", "negative"), [("svd", True), ("mean", False)])
+def test_an_energy_below_zero_is_explained(method: str, negative: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """With svd the table compares the method first, which adds more error than it explains."""
+    assert run(["convert", "demo", "out", "--to", "mqa", "--method", method, "--diagnose"]) == 0
+    shown = capsys.readouterr()
+    assert ("%" in shown.out, "-" in shown.out.partition("Wrote")[0]) == (True, negative)
+    assert ("Below 0 %" in shown.err) is negative
+
+
 def test_inspect_json_is_what_the_config_class_says(capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoConfig
 
@@ -189,6 +216,19 @@ def test_code_in_brackets_is_printed_and_no_markup(capsys: pytest.CaptureFixture
     console.table("", ["name"], [["a[b]"]])
     shown = capsys.readouterr().out
     assert all(words in shown for words in ("[bold]", "[i]", "x[red] = [/] y", "a[b]"))
+
+
+def test_the_time_left_begins_again_with_another_calibration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 200.0, 230.0, 300.0, 310.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    show = console.layer_progress()
+    for done in (0, 1, 0, 1):
+        show(done, 4)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "layer 1 of 4, 1:30 left" in first and "layer 1 of 4, 0:30 left" in second
 
 
 def test_the_time_left_counts_no_layer_that_an_earlier_run_calibrated(

@@ -23,7 +23,7 @@ def test_recipes_are_listed_shown_and_copied(
     listed = capsys.readouterr().out
     assert all(name in listed for name in recipes.shipped())
     assert run(["recipes", "copy", "gqa-uptrain"]) == 0
-    assert recipes.load("gqa-uptrain.yaml") == recipes.load("gqa-uptrain")
+    assert recipes.load_recipe("gqa-uptrain.yaml") == recipes.load_recipe("gqa-uptrain")
     assert run(["recipes", "copy", "gqa-uptrain"]) == 2
     capsys.readouterr()
     assert run(["recipes", "show", "gqa-uptrain"]) == 0
@@ -39,7 +39,7 @@ def test_train_then_eval_on_ones_own_text(tmp_path: Path, capsys: pytest.Capture
     assert (
         run(["train", "gqa-uptrain", *overrides, "batch_size=4", "learning_rate=1e-2", "warmup=0", "distill=null"]) == 0
     )
-    assert "5 steps, 640 tokens on 1 process(es)" in capsys.readouterr().out
+    assert "5 steps, 640 tokens on 1 process\n" in capsys.readouterr().out
     command = ["eval", str(tmp_path / "out"), "--baseline", str(source), "--text", text, "--context", "64"]
     assert run([*command, "--no-speed", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -17,9 +17,9 @@ from uptrain.conversion.run.convert import convert
 from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import UsageError
 from uptrain.publishing.hub.card import build_card
-from uptrain.publishing.hub.history import steps
+from uptrain.publishing.hub.history import reproduction_commands
 from uptrain.publishing.hub.licence import Licence
-from uptrain.publishing.hub.subject import Subject
+from uptrain.publishing.hub.subject import CardSubject
 
 OLD = {
     "target": "gqa", "groups": None, "method": "mean", "seed": 0, "dtype": None, "max_shard_size": None,
@@ -138,7 +138,7 @@ def test_the_commands_of_an_old_manifest_still_run(
     stored: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     where = {"source": {"name": "demo", "origin": "demo"}, "num_key_value_heads": {"before": 8, "after": 4}}
-    (step,) = steps([{"stage": "convert", "request": stored, **where}], "out")
+    (step,) = reproduction_commands([{"stage": "convert", "request": stored, **where}], "out")
     monkeypatch.chdir(tmp_path)
     assert run([*step.command.split()[1:], "--dry-run"]) == 0
 
@@ -150,7 +150,7 @@ def test_the_card_of_an_old_manifest_names_no_option_without_effect() -> None:
         "num_key_value_heads": {"before": 8, "after": 4}, "cache_bytes_per_token": {"before": 8, "after": 4},
     }  # fmt: skip
     for request_, wanted in ((OLD, "averaged"), ({"target": "gqa", "groups": 8}, "as they were")):
-        subject = Subject("me/out", [{**stage, "request": request_}], config, None)
+        subject = CardSubject("me/out", [{**stage, "request": request_}], config, None)
         card = str(build_card(subject, Licence("mit", "the card"), None, ({}, "")))
         assert wanted in card
         assert not any(word in card for word in ("seed", "calibrat", "65536", "contiguous", "engine"))

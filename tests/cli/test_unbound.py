@@ -15,15 +15,15 @@ from tests.corpus import checkpoint, corpus
 from tests.faults.boundaries import Killed, killed_at, watched
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint.events import Events
+from uptrain.checkpoint.output_folder import STATE, partial_of
 from uptrain.checkpoint.source import DEMO
-from uptrain.checkpoint.writer import STATE, partial_of
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import CheckpointError, Interrupted, UsageError
-from uptrain.training.recipes import parse
-from uptrain.training.trainer import train
+from uptrain.training.recipes import parse_recipe
+from uptrain.training.run import train
 
 MQA = Request("mqa")
 
@@ -129,7 +129,7 @@ def recipe(here: Path) -> Callable[..., Any]:
     def make(**changes: Any) -> Any:
         values = {"model": "model", "output": "trained", "data": ["text.txt"], "block_size": 16, "batch_size": 2}
         more = {"steps": 3, "learning_rate": 1e-3, "precision": "fp32", "save_every": 1}
-        return parse({**values, **more, **changes})
+        return parse_recipe({**values, **more, **changes})
 
     return make
 

@@ -19,22 +19,22 @@ from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_families import SOURCES, family
 from tests.conversion.test_svd import NORMED
 from tests.gauge import scatter_heads
+from tests.methods.layers import reorder
 from uptrain.architectures.description import describe_checkpoint
 from uptrain.architectures.projections import LayerHeads
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
-from uptrain.conversion.calibration import activations as streams_module
-from uptrain.conversion.calibration import attention_probabilities, layer_runner
-from uptrain.conversion.calibration.engine import LayerReport, Target, calibrate
-from uptrain.conversion.calibration.layer_runner import LayeredModel
+from uptrain.conversion.calibration import activations, attention_probabilities, layer_runner
+from uptrain.conversion.calibration.engine import LayerReport, calibrate
+from uptrain.conversion.calibration.layer_runner import LayerRunner
 from uptrain.conversion.calibration.layer_search import held_out
 from uptrain.conversion.calibration.refit import Check, Regression, best_dampings, gradient_steps, ridge
+from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of
-from uptrain.methods.head_maps import reorder
 
 QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
-FAMILIES = [name for name in SOURCES if name not in NORMED and not family(name).uncalibrated]
+FAMILY_NAMES = [name for name in SOURCES if name not in NORMED and not family(name).uncalibrated]
 LAYOUTS = [
     "gpt2", "llama", "gemma2", "granite", "phi", "phi3", "smollm3", "cohere2", "falcon", "falcon+alibi", "glm",
     "gpt_neox", "gptj", "codegen", "opt", "bloom", "mpt", "gpt_neo",
@@ -54,9 +54,9 @@ def save(folder: Path, model_type: str, *, scattered: int = 0, **changes: Any) -
     return folder
 
 
-def opened(folder: Path, groups: int) -> tuple[Checkpoint, Target]:
+def opened(folder: Path, groups: int) -> HeadsTarget:
     checkpoint = open_checkpoint(folder)
-    return checkpoint, Target(describe_checkpoint(checkpoint, "tiny"), groups)
+    return HeadsTarget(source=describe_checkpoint(checkpoint, "tiny"), groups=groups)
 
 
 def tokens(blocks: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
@@ -64,14 +64,14 @@ def tokens(blocks: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
 
 
 def convert(folder: Path, groups: int, settings: CalibrationSettings = QUICK) -> list[tuple[LayerHeads, LayerReport]]:
-    checkpoint, target = opened(folder, groups)
-    return [(heads, report) for _, heads, report in calibrate(checkpoint, target, tokens(), settings)]
+    target = opened(folder, groups)
+    return [(heads, report) for _, heads, report in calibrate(target, tokens(), settings)]
 
 
 @torch.no_grad()
 def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch.Tensor:
     """Run the source's class with the layers' heads, shared ones repeated, in place of its own."""
-    _, target = opened(folder, 1)
+    target = opened(folder, 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     path, _, attention = target.source.family.layer.removeprefix("{prefix}").partition(".{layer}.")
     for module, layer, spec in zip(model.base_model.get_submodule(path), heads, target.before, strict=True):
@@ -81,12 +81,12 @@ def logits(folder: Path, heads: list[LayerHeads], blocks: torch.Tensor) -> torch
     return model(blocks).logits
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_type):
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_activations_are_the_hidden_states_that_transformers_gives(tmp_path, model_type):
     shallow = model_type in ("gpt2", "gptj", "codegen", "bloom", "mpt", "gpt_neo")
     folder = save(tmp_path, model_type) if shallow else save(tmp_path, model_type, num_hidden_layers=3)
-    _, target = opened(folder, 1)
-    model = LayeredModel(target.source, torch.device("cpu"))
+    target = opened(folder, 1)
+    model = LayerRunner(target.source, torch.device("cpu"))
     blocks = tokens(3)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -102,14 +102,14 @@ def test_streams_are_the_hidden_states_that_transformers_gives(tmp_path, model_t
         torch.testing.assert_close(norm(states), expected[-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_heads_become_the_modules_own_parameters_and_probabilities_are_transformers(tmp_path, model_type, monkeypatch):
     monkeypatch.setattr(attention_probabilities, "VALUES", 4 * 24 * 5)  # five queries of four heads
     folder = save(tmp_path, model_type)
-    checkpoint, target = opened(folder, 4)
-    model = LayeredModel(target.source, torch.device("cpu"))
+    target = opened(folder, 4)
+    model = LayerRunner(target.source, torch.device("cpu"))
     block = next(iter(list(model.embed(tokens(2)))))
-    heads = [heads for _, heads, _ in calibrate(checkpoint, target, tokens(2), QUICK)]
+    heads = [heads for _, heads, _ in calibrate(target, tokens(2), QUICK)]
     weights = ModuleWeights(target.source.family.projections, target.before[0]).parameters(maps_of(heads[0]))
     with model.layer(0) as layer, torch.no_grad():
         same = layer.run(block, {name: value.float() for name, value in weights.items()})
@@ -129,7 +129,7 @@ def test_as_many_groups_as_heads_is_the_identity(tmp_path, model_type):
     folder = save(tmp_path, model_type)
     for heads, report in convert(folder, 4):
         assert report.choice is None
-        assert report.kept["calibrated"].keys == 1.0
+        assert report.explained["calibrated"].keys == 1.0
         assert heads.part("k").weight.shape[0] == 4
     torch.testing.assert_close(
         logits(folder, [heads for heads, _ in convert(folder, 4)], tokens()),
@@ -144,8 +144,8 @@ def test_one_head_in_disguise_is_found_again(tmp_path, model_type, groups):
     found = convert(folder, groups)
     for heads, report in found:
         assert heads.part("k").weight.shape[0] == heads.part("v").weight.shape[0] == groups
-        assert report.kept["calibrated"].keys > 1 - 1e-6
-        assert report.kept["calibrated"].values > 1 - 1e-6
+        assert report.explained["calibrated"].keys > 1 - 1e-6
+        assert report.explained["calibrated"].values > 1 - 1e-6
         assert report.choice.error < 1e-6
     unseen = tokens(4, seed=9)
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()(unseen).logits.detach()
@@ -156,23 +156,24 @@ def test_one_head_in_disguise_is_found_again(tmp_path, model_type, groups):
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_every_choice_lowers_the_error_and_no_method_keeps_more(tmp_path, model_type, groups):
     reports: list[LayerReport] = []
-    checkpoint, target = opened(save(tmp_path, model_type), groups)
+    target = opened(save(tmp_path, model_type), groups)
     settings = replace(QUICK, repair_steps=6)
-    for layer, (index, _, report) in enumerate(calibrate(checkpoint, target, tokens(), settings, reports.append)):
+    for layer, (index, _, report) in enumerate(calibrate(target, tokens(), settings)):
         assert index == report.layer == layer
-        best = report.kept["calibrated"]
+        reports.append(report)
+        best = report.explained["calibrated"]
         for other in ("svd", "mean"):
-            assert best.keys >= report.kept[other].keys - 1e-9
-            assert best.values >= report.kept[other].values - 1e-9
+            assert best.keys >= report.explained[other].keys - 1e-9
+            assert best.values >= report.explained[other].values - 1e-9
         assert report.choice.error <= report.choice.error_refit <= report.choice.error_shared < float("inf")
     assert len(reports) == len(target.before)
 
 
-def as_if_all_were_made(checkpoint: Checkpoint, target: Target, settings: CalibrationSettings) -> None:
+def as_if_all_were_made(target: CalibrationTarget[Any], settings: CalibrationSettings) -> None:
     """Check that layers which an earlier run made leave the others as they are, to the bit."""
-    whole = [heads for _, heads, _ in calibrate(checkpoint, target, tokens(), settings)]
+    whole = [heads for _, heads, _ in calibrate(target, tokens(), settings)]
     for made in range(len(whole) + 1):
-        rest = calibrate(checkpoint, target, tokens(), settings, made=dict(enumerate(whole[:made])).get)
+        rest = calibrate(target, tokens(), settings, made=dict(enumerate(whole[:made])).get)
         found = {index: heads for index, heads, _ in rest}
         assert list(found) == list(range(made, len(whole)))
         for index, heads in found.items():
@@ -188,7 +189,7 @@ def parts_of(value: Any) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_layers_made_earlier_are_run_and_not_made_again(tmp_path, model_type):
-    as_if_all_were_made(*opened(save(tmp_path, model_type), 2), replace(QUICK, repair_steps=3))
+    as_if_all_were_made(opened(save(tmp_path, model_type), 2), replace(QUICK, repair_steps=3))
 
 
 def test_the_same_text_gives_the_same_heads(tmp_path):
@@ -199,7 +200,7 @@ def test_the_same_text_gives_the_same_heads(tmp_path):
             np.testing.assert_array_equal(one.part(part).weight, two.part(part).weight)
 
 
-def test_streams_in_files_give_the_same_result_and_leave_none(tmp_path):
+def test_activations_in_files_give_the_same_result_and_leave_none(tmp_path):
     folder = save(tmp_path / "src", "llama")
     spill = tmp_path / "spill"
     spill.mkdir()
@@ -224,19 +225,19 @@ def test_the_next_layers_weights_are_read_ahead_while_one_is_converted(tmp_path,
 
 
 def test_of_the_table_of_tokens_only_the_rows_of_the_text_are_read(tmp_path, monkeypatch):
-    _, target = opened(save(tmp_path, "llama", vocab_size=4096), 1)
+    target = opened(save(tmp_path, "llama", vocab_size=4096), 1)
     read = Checkpoint.read
     names: list[str] = []
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: names.append(name) or read(self, name))
     blocks = tokens(3)
-    embedded = list(LayeredModel(target.source, torch.device("cpu")).embed(blocks))
+    embedded = list(LayerRunner(target.source, torch.device("cpu")).embed(blocks))
     table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     torch.testing.assert_close(torch.stack(embedded), table[blocks], rtol=0, atol=0)
     assert names and "model.embed_tokens.weight" not in names
 
 
-def test_a_disk_too_small_for_the_streams_is_told_by_how_much(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams_module.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=1000))
+def test_a_disk_too_small_for_the_activations_is_refused_with_the_difference(tmp_path, monkeypatch):
+    monkeypatch.setattr(activations.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=1000))
     with pytest.raises(UptrainError, match="147,456"):
         convert(save(tmp_path, "llama"), 1, replace(QUICK, memory=0, folder=tmp_path))
 
@@ -260,23 +261,21 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 
 def test_one_block_is_too_few(tmp_path):
-    checkpoint, target = opened(save(tmp_path, "llama"), 1)
+    target = opened(save(tmp_path, "llama"), 1)
     with pytest.raises(UsageError, match="blocks"):
-        next(calibrate(checkpoint, target, tokens(1), QUICK))
+        next(calibrate(target, tokens(1), QUICK))
 
 
 def test_heads_may_be_put_in_another_order_first(tmp_path):
     folder = save(tmp_path, "llama", scattered=2)
-    checkpoint, target = opened(folder, 2)
+    target = opened(folder, 2)
 
     def turned(order: list[int], layer: LayerHeads) -> LayerHeads:
         return heads_of(reorder(maps_of(layer), order), layer)
 
     apart = replace(target, arrange=lambda layer: turned([0, 2, 1, 3], layer))
     together = replace(target, arrange=lambda layer: turned([2, 3, 0, 1], layer))
-    errors = [
-        next(calibrate(checkpoint, facts, tokens(), QUICK))[2].choice.error for facts in (target, apart, together)
-    ]
+    errors = [next(calibrate(facts, tokens(), QUICK))[2].choice.error for facts in (target, apart, together)]
     assert errors[0] < 1e-6
     assert errors[2] < 1e-6 < 1e-4 < errors[1]
 
@@ -306,7 +305,7 @@ def noisy(count: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tenso
     features, truth = torch.randn(count, 20, generator=generator), torch.arange(40.0).view(20, 2) / 20
     noise = 0.3 * torch.randn(count, 2, generator=generator)
     gap = torch.randn(count, 2, generator=generator)
-    return features, torch.rand(count, generator=generator), {"attended": features @ truth + noise, "gap": gap}
+    return features, torch.rand(count, generator=generator), {"attention": features @ truth + noise, "gap": gap}
 
 
 def gathered(into: Regression | Check, *counts: int) -> Regression | Check:
@@ -316,14 +315,14 @@ def gathered(into: Regression | Check, *counts: int) -> Regression | Check:
 
 
 def test_the_damping_is_chosen_on_text_that_was_not_fitted():
-    fit = gathered(Regression(20, 2, ("attended", "gap")), 24)
+    fit = gathered(Regression(20, 2, ("attention", "gap")), 24)
     near = torch.arange(40.0, dtype=torch.float64).view(20, 2) / 20 + 0.1
     assert best_dampings(fit, gathered(Check(), 400), near, (0.0,), (1e-6, 10.0)) == [10.0]
     assert best_dampings(fit, gathered(Check(), 24), near, (0.0,), (1e-6, 10.0)) == [1e-6]
 
 
 def test_one_factorisation_a_damping_chooses_as_a_refit_for_every_drift_would():
-    fit, check = gathered(Regression(20, 2, ("attended", "gap")), 24, 30), gathered(Check(), 50, 60)
+    fit, check = gathered(Regression(20, 2, ("attention", "gap")), 24, 30), gathered(Check(), 50, 60)
     start, drifts, dampings = torch.zeros(20, 2, dtype=torch.float64), (0.0, 0.5, 30.0), (1e-6, 1e-2, 0.3, 3.0, 1e4)
     found = best_dampings(fit, check, start, drifts, dampings)
     for drift, chosen in zip(drifts, found, strict=True):
@@ -332,7 +331,7 @@ def test_one_factorisation_a_damping_chooses_as_a_refit_for_every_drift_would():
             solution = ridge(fit.gram, fit.product(drift), start, damping)
             missed = 0.0
             for features, weights, targets in (noisy(50), noisy(60)):
-                wanted = targets["attended"].double() + drift * targets["gap"].double()
+                wanted = targets["attention"].double() + drift * targets["gap"].double()
                 missed += float((weights.double()[:, None] * (features.double() @ solution - wanted).square()).sum())
             return missed
 

@@ -24,7 +24,7 @@ from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.conversion.run.options import RunOptions
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 
 SHORT: dict[str, Any] = {"calibration_tokens": 2048, "repair_steps": 0}
 
@@ -52,7 +52,8 @@ def stage(folder: Path) -> dict[str, Any]:
 def test_it_is_closer_than_svd_and_says_what_it_did() -> None:
     calibrated = mqa("calibrated")
     convert("demo", "svd", Request("mqa", method="svd"))
-    found = [evaluate(str(name), "demo", tokens=4096, repeats=0).kl for name in (calibrated, "svd")]
+    settings = EvaluationSettings(tokens=4096, repeats=0)
+    found = [evaluate(str(name), settings, baseline="demo").kl for name in (calibrated, "svd")]
     assert found[0] < found[1]
     notes = stage(calibrated)["calibration"]
     assert notes["text"]["tokens"] == 2048 and notes["text"]["token_digest"].startswith("blake3:")

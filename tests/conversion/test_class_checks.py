@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import uptrain
 from tests.conftest import auto_class, tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.header import TensorInfo
@@ -30,13 +30,13 @@ from uptrain.conversion.plan import planner
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models import class_keys
 from uptrain.models.class_fit import Fit
 from uptrain.models.loading import load_model
 from uptrain.training.export import assemble, gather
-from uptrain.training.recipes import load as load_recipe
-from uptrain.training.trainer import train
+from uptrain.training.recipes import load_recipe
+from uptrain.training.run import train
 
 Save = Callable[..., Path]
 SINGLE = "model.safetensors"
@@ -147,7 +147,7 @@ def test_eval_and_train_refuse_what_lacks_a_weight(missing: str, tmp_path: Path)
     text = corpus(tmp_path / "text.txt")
     for model, baseline in ((source, None), (whole, source)):
         with pytest.raises(CheckpointError, match=missing):
-            evaluate(str(model), None if baseline is None else str(baseline), repeats=0)
+            evaluate(str(model), EvaluationSettings(repeats=0), baseline=None if baseline is None else str(baseline))
     base = [f"data=[{text}]", "tokens=128", "block_size=32", "batch_size=2"]
     for number, (model, teacher) in enumerate(((source, whole), (whole, source))):
         out = tmp_path / f"up{number}"
@@ -187,12 +187,12 @@ def test_a_trained_model_is_not_written_without_all_its_weights() -> None:
             assemble(model, changed, torch.float32)
 
 
-def test_a_source_that_is_quantised_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
+def test_a_source_that_is_quantized_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
     _, found, planned = plan_conversion(str(save_tiny("llama")), Request("mqa"))
-    quantised = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
-    planned = replace(planned, source=replace(planned.source, checkpoint=quantised))
-    (note,) = weights.check_classes(quantised, planned, "it")
-    assert "quantised" in note
+    quantized = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
+    planned = replace(planned, source=replace(planned.source, checkpoint=quantized))
+    (note,) = weights.check_classes(quantized, planned, "it")
+    assert "quantized" in note
 
 
 def question(folder: Path) -> weights.Question:
@@ -282,7 +282,7 @@ def test_names_alone_show_what_is_missing_where_no_class_can_be_asked(
         plan_conversion(str(source), Request("mqa"))
 
 
-@pytest.mark.parametrize("model_type", sorted(key for key in ARCHITECTURES if not key.startswith(("uptrain", "deep"))))
+@pytest.mark.parametrize("model_type", sorted(key for key in FAMILIES if not key.startswith(("uptrain", "deep"))))
 def test_names_alone_refuse_no_whole_checkpoint(model_type: str) -> None:
     config = tiny_config(model_type)
     with torch.device("meta"):
@@ -295,5 +295,5 @@ def test_names_alone_refuse_no_whole_checkpoint(model_type: str) -> None:
     }
     values = json.loads(config.to_json_string(use_diff=False))
     checkpoint = Checkpoint(Path(), values, tensors)
-    family = ARCHITECTURES[model_type]
+    family = FAMILIES[model_type]
     check_kin(CheckpointDescription(family=family, config=values, name=model_type, checkpoint=checkpoint))

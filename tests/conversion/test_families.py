@@ -16,10 +16,10 @@ from transformers import CONFIG_MAPPING, DynamicCache, EncoderDecoderCache, PreT
 from tests.conftest import tiny_config, tiny_model
 from tests.oracle import computed_heads, pool_model
 from uptrain.architectures.attention import AttentionSpec, cache_bytes_per_token, cross_bytes_per_token
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import ModelDescription, describe_checkpoint
 from uptrain.architectures.projections import Heads, join, modules_of, split
-from uptrain.architectures.schema import Architecture, Sliding
+from uptrain.architectures.schema import Family, Sliding
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.cli.app import run
 from uptrain.conversion.plan.planner import result_attention
@@ -32,13 +32,13 @@ from uptrain.models.register import register
 from uptrain.models.targets import TARGET_CLASSES
 
 
-def family(name: str) -> Architecture:
-    return ARCHITECTURES[name.partition("+")[0]]
+def family(name: str) -> Family:
+    return FAMILIES[name.partition("+")[0]]
 
 
 register()
 RESULTS = {"gpt_bigcode", *(target.name for target in TARGET_CLASSES.values() if target.remote_code)}
-FAMILIES = [name for name, entry in ARCHITECTURES.items() if name not in RESULTS and not entry.keys.latent]
+FAMILY_NAMES = [name for name, entry in FAMILIES.items() if name not in RESULTS and not entry.keys.latent]
 EXPANDED = "falcon+new_decoder_architecture+parallel_attn"
 """Its class caches a copy of keys and values for every query head, whatever their number."""
 VARIANTS = [
@@ -46,7 +46,7 @@ VARIANTS = [
     "gpt_neox+no_use_parallel_residual", "gpt2+scale_attn_by_inverse_layer_idx",
     "persimmon+qk_layernorm",
 ]  # fmt: skip
-SOURCES = [*FAMILIES, *VARIANTS]
+SOURCES = [*FAMILY_NAMES, *VARIANTS]
 UNGROUPED = ["falcon", "falcon+parallel_attn", "falcon+alibi"]
 TARGETS = (
     [(name, 4, 1) for name in SOURCES]
@@ -84,18 +84,18 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def attention_of(model_type: str, config: dict[str, Any]) -> tuple[AttentionSpec, ...]:
-    return ModelDescription(family=ARCHITECTURES[model_type], config=config, name="src").attention
+    return ModelDescription(family=FAMILIES[model_type], config=config, name="src").attention
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_defaults_are_the_config_class_own(model_type: str) -> None:
-    entry, config = ARCHITECTURES[model_type], CONFIG_MAPPING[model_type]()
+    entry, config = FAMILIES[model_type], CONFIG_MAPPING[model_type]()
     assert {key: getattr(config, key) for key in entry.defaults} == dict(entry.defaults)
     rotary = getattr(config, "rope_parameters", None) or {}
     assert rotary.get("partial_rotary_factor", 1) == entry.partial_rotary_factor
 
 
-@pytest.mark.parametrize("model_type", [name for name in FAMILIES if ARCHITECTURES[name].sliding is not Sliding.NEVER])
+@pytest.mark.parametrize("model_type", [name for name in FAMILY_NAMES if FAMILIES[name].sliding is not Sliding.NEVER])
 def test_windows_are_the_class_own_where_the_config_does_not_list_them(model_type: str) -> None:
     settings = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3, "layer_types": None}
     own = tiny_config(model_type, num_hidden_layers=8, **settings)
@@ -105,7 +105,7 @@ def test_windows_are_the_class_own_where_the_config_does_not_list_them(model_typ
     assert found == [8 if kind == "sliding_attention" else None for kind in kinds]
 
 
-@pytest.mark.parametrize("model_type", [name for name in FAMILIES if ARCHITECTURES[name].partial_rotary_factor < 1])
+@pytest.mark.parametrize("model_type", [name for name in FAMILY_NAMES if FAMILIES[name].partial_rotary_factor < 1])
 @pytest.mark.parametrize("said", [{}, {"partial_rotary_factor": 0.4}], ids=["silent", "said"])
 def test_rotated_dims_of_an_older_config_are_the_class_own(model_type: str, said: dict[str, float]) -> None:
     """Before transformers 5 the share of rotated dims stood beside the rotary parameters."""

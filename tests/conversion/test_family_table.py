@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from tests.conversion.test_families import TARGETS, family, request
+from uptrain.cli import console
 from uptrain.cli.app import run
-from uptrain.conversion.family_table import Family, families
+from uptrain.conversion.family_table import FamilyRow, families
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import plan_conversion
 from uptrain.errors import UsageError
 from uptrain.methods import METHODS
 
 Save = Callable[..., Path]
-KNOWN: dict[str, Family] = {found.model_type: found for found in families()}
+KNOWN: dict[str, FamilyRow] = {found.model_type: found for found in families()}
 DOCUMENT = Path(__file__).parents[2] / "docs/families.md"
 BEGIN, END = "<!-- uptrain families --markdown -->\n", "\n<!-- /families -->"
 
@@ -59,3 +60,20 @@ def test_json_and_table_name_every_family(capsys: pytest.CaptureFixture[str]) ->
     assert run(["families"]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in listed)
+
+
+def test_the_table_breaks_no_name_on_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    console._console.cache_clear()
+    assert run(["families"]) == 0
+    console._console.cache_clear()
+    shown = capsys.readouterr().out.splitlines()
+    table = shown[: next(at for at, line in enumerate(shown) if line.startswith("Of two classes"))]
+    assert max(map(len, table)) <= 80
+    words = {word.rstrip("*;") for line in table for word in line.split()}
+    for known in KNOWN.values():
+        holders = {holder.model_type for holder in (*known.gqa, *known.mqa, *known.mla)}
+        keys = {key.rpartition(".")[2] for key in known.pool_only_with}
+        assert {known.model_type, *(holders - {known.model_type}), *keys} <= words

@@ -27,13 +27,13 @@ from uptrain.checkpoint.reader import read_config
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES
 from uptrain.models.register import own_class, register
 from uptrain.models.targets import TARGET_CLASSES
-from uptrain.training.recipes import load as load_recipe
-from uptrain.training.trainer import train
-from uptrain.workflows.sweeps.run import sweep
+from uptrain.training.recipes import load_recipe
+from uptrain.training.run import train
+from uptrain.workflows import SweepSettings, sweep
 
 EXACT = Request("mla", rope="longrope", kv_lora_rank=48, qk_rope_head_dim=48)
 SEQUENTIAL = {"use_parallel_residual": False}
@@ -121,7 +121,7 @@ def test_a_target_without_a_class_for_the_purpose_is_refused(
 def test_every_purpose_that_a_target_claims_is_a_class() -> None:
     for target in (*TARGET_CLASSES.values(), *(entry.target for entry in MLA_TARGET_CLASSES.values())):
         for purpose in target.purposes:
-            assert class_of(stem(target.architecture.class_name) + purpose)
+            assert class_of(stem(target.family.class_name) + purpose)
 
 
 @pytest.fixture
@@ -139,11 +139,11 @@ def test_no_head_is_measured_or_trained_or_loaded_that_is_not_there(reward: Path
     out, text = tmp_path / "up", corpus(tmp_path / "text.txt")
     overrides = [f"model={reward}", f"output={out}", f"data=[{text}]", "tokens=128", "block_size=32", "distill=null"]
     for ask in (
-        lambda: evaluate(str(reward), repeats=0),
-        lambda: evaluate(str(tmp_path / "words"), str(reward), repeats=0),
+        lambda: evaluate(str(reward), EvaluationSettings(repeats=0)),
+        lambda: evaluate(str(tmp_path / "words"), EvaluationSettings(repeats=0), baseline=str(reward)),
         lambda: train(load_recipe("gqa-uptrain", overrides)),
         lambda: uptrain.load(reward),
-        lambda: sweep(str(reward), ["mqa"], ["mean"], out),
+        lambda: sweep(str(reward), ["mqa"], SweepSettings(methods=["mean"]), out=out),
     ):
         with pytest.raises(UsageError, match="LlamaForSequenceClassification"):
             ask()

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from uptrain.architectures.attention import AttentionSpec
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.rope import Frequencies, source_frequencies
 from uptrain.architectures.rope_parameters import EVERY, rotary_parameters
@@ -66,7 +66,7 @@ def llama(save_tiny: Save, heads: int, **changes: Any) -> Path:
 
 
 def read(config: dict[str, Any], dims: int) -> Frequencies:
-    return source_frequencies(rotary_parameters(ARCHITECTURES["llama"], config, "m")[EVERY], config, dims, "m")
+    return source_frequencies(rotary_parameters(FAMILIES["llama"], config, "m")[EVERY], config, dims, "m")
 
 
 @every_rope
@@ -201,7 +201,7 @@ def stub(config: dict[str, Any], base: str) -> Any:
 
 
 def planned(checkpoint: Any, request: Request) -> Any:
-    family = ARCHITECTURES[checkpoint.config["model_type"]]
+    family = FAMILIES[checkpoint.config["model_type"]]
     source = CheckpointDescription(family=family, config=checkpoint.config, name="m", checkpoint=checkpoint)
     return plan_latent(source, request)
 
@@ -281,7 +281,7 @@ def test_a_window_is_refused_even_where_only_the_class_knows_of_it(save_tiny: Sa
 
 def test_what_an_engine_cannot_load_is_refused(save_tiny: Save) -> None:
     source = llama(save_tiny, 2)
-    for rope in ("longrope", "re-rotate"):
+    for rope in ("longrope", "pre-rope"):
         with pytest.raises(UsageError, match=rf"llama\.cpp .*--rope {rope}"):
             plan_conversion(str(source), Request("mla", rope=rope, engine="llama.cpp"))
 

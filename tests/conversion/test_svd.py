@@ -20,7 +20,7 @@ from uptrain.checkpoint.manifest import read_manifest
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 
 Save = Callable[..., Path]
 
@@ -150,8 +150,8 @@ def test_heads_with_a_norm_a_slope_or_a_gate_of_their_own_are_not_moved(model_ty
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [4, 1])
 def test_on_the_demo_it_stays_closer_than_mean_before_any_training(groups: int, tmp_path: Path) -> None:
-    divergence = {}
+    divergence, settings = {}, EvaluationSettings(tokens=4096, repeats=0)
     for method in ("mean", "svd"):
         convert("demo", tmp_path / method, request(groups, method))
-        divergence[method] = evaluate(str(tmp_path / method), "demo", tokens=4096, repeats=0).kl
+        divergence[method] = evaluate(str(tmp_path / method), settings, baseline="demo").kl
     assert divergence["svd"] < divergence["mean"]

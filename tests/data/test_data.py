@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.corpus import corpus, sentences, tokenizer
 from uptrain.data import documents, text_files
 from uptrain.data.block_reader import BlockReader
-from uptrain.data.sources import Builtin, Dataset, Files, TextSource
+from uptrain.data.sources import Builtin, Dataset, Files, TextSource, parse_source, text_of_option
 from uptrain.data.token_file import TokenFile
 from uptrain.data.token_stream import TokenStream
 from uptrain.data.token_text import read_tokens
@@ -184,3 +184,16 @@ def test_too_little_text_for_a_block_says_so(tmp_path: Path) -> None:
 def test_a_dataset_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UptrainError, match="loaded"):
         documents.open_dataset(Dataset(dataset=str(tmp_path / "nowhere")))
+
+
+def test_every_file_format_of_the_installed_datasets_is_known() -> None:
+    """What `load_dataset` takes for a format reads the files of the current folder instead of a dataset."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    for name in _PACKAGED_DATASETS_MODULES:
+        with pytest.raises(ValueError, match="format"):
+            parse_source(name)
+        with pytest.raises(UsageError, match=f"--text {name}"):
+            text_of_option("--text", name)
+    assert parse_source("text.txt") == Files(files="text.txt")
+    assert parse_source("./text") == Dataset(dataset="./text")

@@ -22,8 +22,7 @@ from uptrain.data.readers import build_tokens, open_reader
 from uptrain.data.token_file import TokenFile
 from uptrain.data.token_stream import TokenStream
 from uptrain.errors import Interrupted, UsageError
-from uptrain.training import recipes
-from uptrain.training.trainer import train
+from uptrain.training import recipes, train
 
 
 class Counting:
@@ -98,7 +97,7 @@ def mixed_data(tmp_path: Path) -> list[dict[str, Any]]:
 
 def open_recipe(tmp_path: Path, words: Any, **changes: Any) -> BlockReader:
     data = mixed_data(tmp_path)
-    recipe = recipes.parse({"model": "m", "output": "o", "steps": 1, "data": data, **changes})
+    recipe = recipes.parse_recipe({"model": "m", "output": "o", "steps": 1, "data": data, **changes})
     folders = build_tokens(recipe.data, words, tmp_path / "run")
     return open_reader(recipe.data, words, folders, 16, recipe.seed)
 
@@ -146,7 +145,7 @@ def test_a_mixed_run_that_was_cut_off_and_lost_its_cache_ends_at_the_same_bits(
     def run(name: str, until: int = 8) -> Path:
         values = {"model": str(tmp_path / "model"), "output": str(tmp_path / name), "data": mixed_data(tmp_path),
                   "block_size": 32, "batch_size": 4, "steps": 8, "learning_rate": 1e-2}  # fmt: skip
-        train(recipes.parse(values), events=Events(step=interrupt_at(until)) if until < 8 else Events())
+        train(recipes.parse_recipe(values), events=Events(step=interrupt_at(until)) if until < 8 else Events())
         return tmp_path / name / "model.safetensors"
 
     whole = run("whole").read_bytes()

@@ -15,7 +15,7 @@ from uptrain.checkpoint.manifest import verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.cli.app import run
 from uptrain.evaluation.tasks import TaskMetric
-from uptrain.publishing.hub.figures import read_figures
+from uptrain.publishing.hub.card_metrics import read_metrics
 
 DOCS = Path(__file__).parents[2] / "docs/evaluation.md"
 
@@ -65,7 +65,7 @@ def test_every_key_is_documented_and_every_documented_key_is_there(
 def test_the_folder_still_verifies_and_the_card_reads_it(converted: Path) -> None:
     assert run(command(converted, "--no-speed")) == 0
     verify(converted)
-    figures = read_figures(converted)
+    figures = read_metrics(converted)
     assert figures is not None
     assert figures.text == "one.txt, two.txt"
     assert {"kl_divergence", "top5_agreement", "flip_rate"} <= {row.metric for row in figures.rows}

@@ -1,4 +1,4 @@
-"""Every part of an evaluation tells how far it is, to the end, and a terminal shows it as bars."""
+"""Every part of an evaluation reports its progress to the end, and a terminal shows it as bars."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import checkpoint, corpus
+from uptrain.checkpoint.events import Events
 from uptrain.cli import console
 from uptrain.data.sources import Files
-from uptrain.evaluation import evaluate
-from uptrain.evaluation.needle import NeedleSettings
+from uptrain.evaluation import EvaluationSettings, evaluate
+from uptrain.evaluation.settings import NeedleSettings
 
 
 @pytest.mark.parametrize("stride", [None, 16])
@@ -21,19 +22,19 @@ def test_each_part_counts_up_to_all_of_it(tmp_path: Path, stride: int | None) ->
     folder = str(checkpoint(tmp_path / "model", n_positions=160))
     texts = [Files(files=str(corpus(tmp_path / f"{seed}.txt", 30, seed))) for seed in (0, 1)]
     seen: list[tuple[str, int, int]] = []
-    found = evaluate(
-        folder, folder, texts, context=[16, 32], stride=stride, tokens=100, speed_context=[8, 20], speed_batch=2,
-        decode_tokens=2, repeats=1, needle=NeedleSettings((120,), (0.0, 1.0), 2), samples=1, sample_tokens=3,
-        on_progress=lambda *told: seen.append(told),
+    settings = EvaluationSettings(
+        text=texts, context=[16, 32], stride=stride, tokens=100, speed_context=[8, 20], speed_batch=2, decode_tokens=2,
+        repeats=1, needle=NeedleSettings(lengths=(120,), depths=(0.0, 1.0), trials=2), samples=1, sample_tokens=3,
     )  # fmt: skip
-    parts = {what: [told[1:] for told in each] for what, each in groupby(seen, key=lambda told: told[0])}
-    totals = {what: {total for _, total in told} for what, told in parts.items()}
+    found = evaluate(folder, settings, baseline=folder, events=Events(part=lambda *report: seen.append(report)))
+    parts = {part: [report[1:] for report in each] for part, each in groupby(seen, key=lambda report: report[0])}
+    totals = {part: {total for _, total in reports} for part, reports in parts.items()}
     scored = sum(row.tokens for row in found.rows if row.text != "all")
     # Two models: two depths of two prompts; an opening of each text; two batches and contexts, warmed up and timed.
     assert totals == {"Scoring": {scored}, "Needles": {8}, "Samples": {4}, "Speed": {16}}
-    for what, told in parts.items():
-        done = [count for count, _ in told]
-        assert done == sorted(set(done)) and done[-1] in totals[what]
+    for part, reports in parts.items():
+        done = [count for count, _ in reports]
+        assert done == sorted(set(done)) and done[-1] in totals[part]
 
 
 def test_a_terminal_shows_a_bar_for_each_part_though_others_are_kept_quiet(monkeypatch: pytest.MonkeyPatch) -> None:

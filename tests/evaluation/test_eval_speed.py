@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tests.corpus import checkpoint, corpus
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation import evaluate, speed
-from uptrain.evaluation.speed import time_cell
+from uptrain.evaluation import EvaluationSettings, evaluate, speed
+from uptrain.evaluation.speed import SpeedPlan, time_cell
 
 
 class Clocked:
-    """Stands in for a model whose every call takes as long as it is told: a prefill, then so many steps, a turn."""
+    """Stands in for a model: each prefill and each decoding step of a round takes the seconds that the test gives."""
 
     device = torch.device("cpu")
     config = SimpleNamespace(is_encoder_decoder=False)
@@ -51,7 +52,7 @@ def test_figures_are_medians_ranges_and_ratios_of_one_turn(clock: list[float]) -
     theirs = [(90.0, 90.0), (1.0, 1.0), (8.0, 1.0), (2.0, 4.0)]
     calls: list[Any] = []
     pair = [Clocked(clock, ours, calls), Clocked(clock, theirs, calls)]
-    found = time_cell(pair, torch.arange(10), 4, 16, 3, 3)
+    found = time_cell(pair, torch.arange(10), SpeedPlan(batch=4, context=16, decode_tokens=3, repeats=3))
     # The first turn only warms up; 4 sequences of 16 tokens, then 3 steps of 4 tokens.
     for seconds, of in ((ours[1:], ""), (theirs[1:], "baseline_")):
         prefill = [4 * 16 / each for each, _ in seconds]
@@ -74,17 +75,19 @@ def test_a_model_that_does_not_fit_leaves_the_other_s_figures(clock: list[float]
             raise torch.OutOfMemoryError
 
     pair = [Clocked(clock, [(1.0, 1.0)] * 3, []), Full(clock, [], [])]
-    found = time_cell(pair, torch.arange(10), 1, 4, 2, 2)
+    found = time_cell(pair, torch.arange(10), SpeedPlan(batch=1, context=4, decode_tokens=2, repeats=2))
     assert found.decode_tokens_per_second == 1
     assert (found.baseline_decode_tokens_per_second, found.decode_ratio) == (None, None)
 
 
 def test_every_batch_is_timed_at_every_context_and_one_sequence_stands_first(tmp_path: Path) -> None:
     folder, text = checkpoint(tmp_path / "model"), Files(files=str(corpus(tmp_path / "text.txt", 20)))
-    sizes: dict[str, Any] = {"speed_context": [20, 59, 8], "speed_batch": 3, "decode_tokens": 4, "repeats": 1}
+    settings = EvaluationSettings(
+        text=[text], context=32, tokens=60, speed_context=[20, 59, 8], speed_batch=3, decode_tokens=4, repeats=1
+    )
     with pytest.raises(UsageError, match="speed-context"):
-        evaluate(str(folder), None, [text], context=32, tokens=60, **{**sizes, "speed_context": [20, 60]})
-    found = evaluate(str(folder), None, [text], context=32, tokens=60, **sizes)
+        evaluate(str(folder), replace(settings, speed_context=[20, 60]))
+    found = evaluate(str(folder), settings)
     # 64 positions, of which 4 are decoded into.
     cells = [(cell.batch, cell.context) for cell in found.speeds]
     assert cells == [(batch, context) for batch in (1, 3) for context in (20, 59, 8)]

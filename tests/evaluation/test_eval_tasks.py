@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
-from uptrain.evaluation.run import evaluate as run_eval
-from uptrain.evaluation.tasks import TaskSettings
+from uptrain.evaluation import EvaluationSettings, evaluate
+from uptrain.evaluation.settings import TaskSettings
 from uptrain.models import loading
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs uptrain[eval]")
@@ -118,12 +119,12 @@ def test_two_local_tasks_give_what_transformers_gives(
 @needs_harness
 def test_every_answer_is_counted(folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    tasks = TaskSettings((str(folder / "choosing.yaml"), str(folder / "going_on.yaml")), limit=3)
+    tasks = TaskSettings(names=(str(folder / "choosing.yaml"), str(folder / "going_on.yaml")), limit=3)
     text = Files(files=str(folder / "text.txt"))
-    run_eval("demo", "demo", [text], context=32, tokens=40, repeats=0, tasks=tasks,
-             on_progress=lambda *told: seen.append(told))  # fmt: skip
+    settings = EvaluationSettings(text=[text], context=32, tokens=40, repeats=0, tasks=tasks)
+    evaluate("demo", settings, baseline="demo", events=Events(part=lambda *report: seen.append(report)))
     # Two models, three documents: three choices each, and one continuation each.
-    assert [told for told in seen if told[0] == "Tasks"] == [("Tasks", done, 24) for done in range(1, 25)]
+    assert [report for report in seen if report[0] == "Tasks"] == [("Tasks", done, 24) for done in range(1, 25)]
 
 
 @needs_harness

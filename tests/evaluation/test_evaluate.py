@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.corpus import checkpoint, corpus, tokenizer
 from uptrain.architectures.attention import AttentionSpec, cache_bytes_per_token
+from uptrain.checkpoint.events import Events
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
+from uptrain.evaluation import Evaluation, EvaluationSettings, evaluate
 from uptrain.evaluation.intervals import interval
-from uptrain.evaluation.run import Evaluation, evaluate, windows
+from uptrain.evaluation.quality import windows
 from uptrain.models.register import register
 
 
@@ -35,8 +37,11 @@ def token_ids(folder: Path, text: list[Files], count: int) -> torch.Tensor:
     return torch.tensor(words(Path(str(text[0].files)).read_text(), verbose=False)["input_ids"][:count])
 
 
-def quick(model: Path, baseline: Path | None, text: list[Files], **options: Any) -> Evaluation:
-    return evaluate(str(model), str(baseline) if baseline else None, text, **{"repeats": 0, "context": 32, **options})
+def quick(
+    model: Path, baseline: Path | None, text: list[Files], events: Events = Events(), **options: Any
+) -> Evaluation:
+    settings = EvaluationSettings(text=text, **{"repeats": 0, "context": 32, **options})
+    return evaluate(str(model), settings, baseline=str(baseline) if baseline else None, events=events)
 
 
 @pytest.mark.parametrize(("count", "stride"), [(300, 16), (300, 32), (301, 5), (20, 16)])
@@ -200,7 +205,7 @@ def test_speed_is_measured_for_both_or_left_out(tmp_path: Path, text: list[Files
     folder = checkpoint(tmp_path / "model")
     notes: list[str] = []
     timed: dict[str, Any] = {"tokens": 64, "repeats": 2, "decode_tokens": 4}
-    found = quick(folder, folder, text, **timed, on_note=notes.append)
+    found = quick(folder, folder, text, **timed, events=Events(note=notes.append))
     assert found.speed_context == 64 - 4 - 1
     assert any("--speed-context" in note and "64 positions" in note for note in notes)
     with pytest.raises(UsageError, match="--speed-context"):
@@ -219,7 +224,7 @@ def test_no_window_is_longer_than_the_positions_a_family_counts_in_its_own_word(
     """MPT's class fails beyond max_seq_len; BLOOM's counts no positions, so all 300 tokens are one window."""
     folder = checkpoint(tmp_path / "model", model_type)
     notes: list[str] = []
-    found = quick(folder, None, text, tokens=300, context=None, repeats=1, decode_tokens=2, on_note=notes.append)
+    found = quick(folder, None, text, Events(note=notes.append), tokens=300, context=None, repeats=1, decode_tokens=2)
     assert found.context == longest
     assert found.speed_context == (61 if longest == 64 else 512)
     assert bool(notes) == (longest == 64)

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from tests.corpus import checkpoint, corpus
 from uptrain.cli.app import run
-from uptrain.publishing.hub.figures import read_figures
-from uptrain.publishing.hub.push import prepare
-from uptrain.publishing.page.subjects import find_subjects
+from uptrain.publishing import push
+from uptrain.publishing.hub.card_metrics import read_metrics
+from uptrain.publishing.page.models import find_models
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_what_was_not_measured_again_stays_as_it_was(here: Path, capsys: pytest.
     # The figures outside the lists are the newest run's.
     assert (found["context"], whole["context"]) == (16, 32)
     assert found["model"]["perplexity"] == next(row["perplexity"] for row in found["rows"] if row["context"] == 16)
-    figures = read_figures(here / "mqa")
+    figures = read_metrics(here / "mqa")
     assert figures is not None and "context 16" in figures.conditions
     assert {title for title, _ in figures.tables} >= {"By text and context", "Retrieval of a hidden pass key"}
 
@@ -114,7 +114,7 @@ def test_other_weights_make_what_was_measured_stale(whose: str, here: Path, caps
         key: before["rows"][0][key] for key in ("text", "kl")
     }
     # Of the report and the card only what is of these weights is read.
-    figures = read_figures(here / "mqa")
+    figures = read_metrics(here / "mqa")
     assert figures is not None and not any("pass key" in title for title, _ in figures.tables)
 
 
@@ -145,10 +145,10 @@ def test_a_file_of_the_version_before_is_read_and_nothing_of_it_is_lost(
     for part in ("rows", "needle", "samples", "speeds"):
         old[part] = [{key: value for key, value in entry.items() if key != "run"} for entry in old[part]]
     (here / "mqa/eval.json").write_text(json.dumps(old))
-    figures = read_figures(here / "mqa")
+    figures = read_metrics(here / "mqa")
     assert figures is not None and any("pass key" in title for title, _ in figures.tables)
-    (subject,) = find_subjects(here / "mqa")
-    assert subject.evaluation is not None and subject.figure("kl") == new["kl"]
+    (subject,) = find_models(here / "mqa")
+    assert subject.evaluation is not None and subject.metric("kl") == new["kl"]
     capsys.readouterr()
     found = measure(here, "--no-speed", text="two")
     assert "stale" in capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_a_broken_file_is_said_and_stops_nothing(broken: str, here: Path, capsys
 
 def test_the_report_says_that_other_weights_were_measured(here: Path) -> None:
     measure(here, "--no-speed")
-    (subject,) = find_subjects(here / "mqa")
+    (subject,) = find_models(here / "mqa")
     assert subject.evaluation is not None
     change(here / "mqa")
     assert run(["convert", str(here / "source"), str(here / "mqa2"), "--to", "mqa", "--method", "first"]) == 0
@@ -173,18 +173,18 @@ def test_the_report_says_that_other_weights_were_measured(here: Path) -> None:
     assert run(["report", str(here / "mqa2")]) == 0
     page = (here / "mqa2/report.html").read_text()
     assert "other weights" in page
-    (subject,) = find_subjects(here / "mqa2")
+    (subject,) = find_models(here / "mqa2")
     assert subject.evaluation is None
 
 
 @pytest.mark.slow
 def test_a_card_has_nothing_of_other_weights(here: Path) -> None:
     measure(here, "--no-speed")
-    prepared = prepare(here / "mqa", "me/small", license="mit", dry=True)
+    prepared = push(here / "mqa", "me/small", license="mit", dry_run=True)
     assert "## Evaluation" in prepared.card and "eval.json" in prepared.files
     assert run(["convert", str(here / "source"), str(here / "other"), "--to", "mqa", "--method", "first"]) == 0
     shutil.copyfile(here / "mqa/eval.json", here / "other/eval.json")
-    prepared = prepare(here / "other", "me/small", license="mit", dry=True)
+    prepared = push(here / "other", "me/small", license="mit", dry_run=True)
     assert "## Evaluation" not in prepared.card and "eval.json" not in prepared.files
     assert any("other weights" in note for note in prepared.notes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from tests.oracle import pool_model
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation.run import Evaluation, evaluate, windows
+from uptrain.evaluation import Evaluation, EvaluationSettings, evaluate
+from uptrain.evaluation.quality import windows
 
 SEQ2SEQ = {"initializer_factor": 1.0, "decoder_start_token_id": 0}
 
@@ -35,9 +37,9 @@ def converted(tmp_path: Path) -> Path:
     return tmp_path / "mqa"
 
 
-def quick(model: Path, baseline: Path | None, text: list[Files], **options: object) -> Evaluation:
-    settings = {"repeats": 0, "context": 32, "tokens": 46, **options}
-    return evaluate(str(model), str(baseline) if baseline else None, text, **settings)  # type: ignore[arg-type]
+def quick(model: Path, baseline: Path | None, text: list[Files], **options: Any) -> Evaluation:
+    settings = EvaluationSettings(text=text, **{"repeats": 0, "context": 32, "tokens": 46, **options})
+    return evaluate(str(model), settings, baseline=str(baseline) if baseline else None)
 
 
 @torch.no_grad()

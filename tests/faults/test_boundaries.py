@@ -17,8 +17,9 @@ from tests.faults.boundaries import At, Boundaries, Call, Killed, failing_at, ki
 from tests.faults.tally import CHANGED, SECOND, struck
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint.events import Events
+from uptrain.checkpoint.locks import LOCK, WORK_LOCKS
 from uptrain.checkpoint.manifest import MANIFEST, verify
-from uptrain.checkpoint.writer import CLAIMS, LOCK, STATE
+from uptrain.checkpoint.output_folder import STATE
 from uptrain.conversion.plan.planner import PLAN_FORMAT
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
@@ -99,7 +100,7 @@ class World:
         """OUT is whole, the older one or the new one, or it isn't there."""
         replaced = self.out.with_name("out.uptrain-replaced")
         if self.out.exists():
-            ours = (STATE, LOCK, CLAIMS)
+            ours = (STATE, LOCK, WORK_LOCKS)
             found = {name: text for name, text in digests(self.out).items() if name.partition("/")[0] not in ours}
             assert found in ([self.final, self.before] if overwrite else [self.final])
         elif overwrite:

@@ -16,7 +16,7 @@ from tests.faults.tally import KILLED, struck
 from tests.small import digests
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import DEMO
-from uptrain.conversion.calibration.layer_search import LayerTask
+from uptrain.conversion.calibration.layer_search import LayerSearch
 from uptrain.conversion.calibration.store import NOTES
 from uptrain.conversion.plan.planner import PLAN_FORMAT
 from uptrain.conversion.request import Request
@@ -58,14 +58,14 @@ class World:
 
     def run(self, memory: int = 2**40, **more: Any) -> Conversion:
         """Convert, counting the layers that are calibrated."""
-        self.made, convert_layer = 0, LayerTask.convert
+        self.made, convert_layer = 0, LayerSearch.convert
 
-        def counted(task: LayerTask[Any]) -> Any:
+        def counted(task: LayerSearch[Any]) -> Any:
             self.made += 1
             return convert_layer(task)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LayerTask, "convert", counted)
+            patch.setattr(LayerSearch, "convert", counted)
             settings = {"calibrate": str(self.text), "calibration_tokens": 768, "repair_steps": 2}
             request = Request(**{**self.form, "method": "calibrated", "dtype": "float32", **settings})
             return convert(str(self.source), self.out, request, options=RunOptions(memory=memory), **more)

@@ -14,7 +14,7 @@ from tests.faults.boundaries import watched
 from tests.faults.tally import REAL, struck
 from tests.small import digests, save_small
 from uptrain.checkpoint.manifest import verify
-from uptrain.checkpoint.writer import STATE, partial_of
+from uptrain.checkpoint.output_folder import STATE, partial_of
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import Interrupted

@@ -17,12 +17,13 @@ from safetensors.numpy import save_file
 from tests.fuzz.attempt import attempt, inputs
 from tests.fuzz.hostile import NUMBERS, as_json, damaged, scalars, values
 from tests.small import CONFIG, digests, save_small, small_tensors
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.projections import module_of
 from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.locks import LOCK
 from uptrain.checkpoint.manifest import MANIFEST, converted_from, verify
+from uptrain.checkpoint.output_folder import STATE
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
-from uptrain.checkpoint.writer import LOCK, STATE
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.plan.planner import make_plan
 from uptrain.conversion.request import Request
@@ -109,7 +110,7 @@ def test_a_config_says_anything(config: bytes, request_: Request, place: Path) -
 
 
 @given(
-    model_type=st.sampled_from(sorted(ARCHITECTURES)),
+    model_type=st.sampled_from(sorted(FAMILIES)),
     changes=st.dictionaries(st.sampled_from(KEYS), scalars | values | st.just(ROPE), max_size=3),
     sizes=st.lists(st.sampled_from([1, 2, 4, 8, 3, *(n for n in NUMBERS if type(n) is int)]), min_size=5, max_size=5),
     rows=st.integers(0, 9),
@@ -120,17 +121,17 @@ def test_every_family_is_planned_or_refused(
     model_type: str, changes: dict[str, Any], sizes: list[int], rows: int, request_: Request, place: Path
 ) -> None:
     """Without weights: the header promises tensors that no plan reads."""
-    architecture = ARCHITECTURES[model_type]
-    keys = architecture.keys
+    family = FAMILIES[model_type]
+    keys = family.keys
     named = (
         keys.hidden_size, keys.num_hidden_layers, keys.num_attention_heads, keys.num_key_value_heads, keys.head_dim,
     )  # fmt: skip
     config = {"model_type": model_type, **{key: size for key, size in zip(named, sizes, strict=True) if key}, **changes}
-    base = architecture.attention(architecture.prefixes[0], 0)
+    base = family.attention(family.prefixes[0], 0)
     tensors = {}
     for part in "qkvo":
         for kind, shape in (("weight", (rows, 8)), ("bias", (rows,))):
-            name = f"{base}{module_of(architecture.projections, part)}.{kind}"
+            name = f"{base}{module_of(family.projections, part)}.{kind}"
             tensors[name] = TensorInfo(name, "F32", shape, "model.safetensors", 0, 32 * rows)
     checkpoint = Checkpoint(place / "model", config, tensors)
     attempt(make_plan, checkpoint, request_, "m")

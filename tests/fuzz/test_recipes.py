@@ -44,8 +44,8 @@ def test_yaml_is_plain_values_or_refused(text: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8", errors="replace")
-    attempt(recipes.load, str(path))
-    attempt(recipes.load, "demo-uptrain", [f"model={text}"])
+    attempt(recipes.load_recipe, str(path))
+    attempt(recipes.load_recipe, "demo-uptrain", [f"model={text}"])
     assert {entry.name for entry in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
@@ -59,18 +59,18 @@ def test_values_of_any_kind_fit_or_are_refused(changed: dict[str, Any], where: s
     text = yaml.safe_dump(changed, allow_unicode=True)
     path.write_text(text, encoding="utf-8", errors="replace")
     for overrides in ((), (f"{where}={yaml.safe_dump(value).strip()}",), (f"distill.{where}=1", str(where))):
-        recipe, _ = attempt(recipes.load, str(path), overrides)
+        recipe, _ = attempt(recipes.load_recipe, str(path), overrides)
         if recipe is not None:
             assert recipe.total_steps > 0 and recipe.warmup_steps >= 0
-            assert recipes.parse(recipe.to_dict()) == recipe
+            assert recipes.parse_recipe(recipe.to_dict()) == recipe
 
 
 @pytest.mark.parametrize("name", ["~nobody-here/x.yaml", "a\0b", "x" * 5000, "", ".", "/", "\ud800"])
 def test_names_of_any_kind(name: str) -> None:
-    assert attempt(recipes.load, name)[1]
+    assert attempt(recipes.load_recipe, name)[1]
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "huge.yaml").open("wb") as file:
         file.truncate(2**40)
-    assert "larger than 256 KiB" in attempt(recipes.load, str(tmp_path / "huge.yaml"))[1]
+    assert "larger than 256 KiB" in attempt(recipes.load_recipe, str(tmp_path / "huge.yaml"))[1]

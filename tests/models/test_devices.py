@@ -19,23 +19,23 @@ from transformers import GPT2LMHeadModel
 from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from uptrain.checkpoint.events import Events
 from uptrain.cli.app import run
-from uptrain.conversion.calibration.layer_search import LayerTask
+from uptrain.conversion.calibration.layer_search import LayerSearch
 from uptrain.conversion.calibration.statistics import by_distance
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation import evaluate
-from uptrain.evaluation.needle import NeedleSettings
+from uptrain.evaluation import EvaluationSettings, evaluate
+from uptrain.evaluation.settings import NeedleSettings
 from uptrain.models import devices
 from uptrain.training import recipes
-from uptrain.training.accelerator import seed_own
+from uptrain.training.accelerator import seed_process
 from uptrain.training.losses import IGNORED, token_losses
 from uptrain.training.recipe import Distill
-from uptrain.training.trainer import train
-from uptrain.workflows.sweeps.run import sweep
+from uptrain.training.run import train
+from uptrain.workflows import SweepSettings, sweep
 
-training = importlib.import_module("uptrain.training.trainer")
+training = importlib.import_module("uptrain.training.setup")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def small_recipe(tmp_path: Path, **changes: Any) -> recipes.Recipe:
     corpus(tmp_path / "text.txt")
     if not (tmp_path / "model").exists():
         checkpoint(tmp_path / "model", **NO_DROPOUT)
-    return recipes.parse({
+    return recipes.parse_recipe({
         "model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "data": [str(tmp_path / "text.txt")],
         "block_size": 32, "batch_size": 4, "steps": 3, "learning_rate": 1e-3, "warmup": 0, **changes,
     })  # fmt: skip
@@ -98,7 +98,9 @@ def test_emulated_bfloat16_is_neither_trained_in_nor_timed(tmp_path: Path, hardw
     assert done is not None and done.precision == "fp32"
     checkpoint(tmp_path / "low", dtype=torch.bfloat16)
     text = [Files(files=str(tmp_path / "text.txt"))]
-    found = evaluate(str(tmp_path / "low"), None, text, context=32, tokens=64, speed_context=8, repeats=1)
+    found = evaluate(
+        str(tmp_path / "low"), EvaluationSettings(text=text, context=32, tokens=64, speed_context=8, repeats=1)
+    )
     assert found.to_dict()["speed_dtype"] == "float32"
 
 
@@ -152,13 +154,17 @@ def test_every_command_that_computes_asks_for_the_same_device(
     text = str(tmp_path / "text.txt")
     latent = {"kv_lora_rank": 16, "qk_rope_head_dim": 6, "rope": "longrope"}
     calls: dict[str, Callable[[], object]] = {
-        "eval": lambda: evaluate(str(tmp_path / "model"), None, made.data, context=32, tokens=64, repeats=0),
+        "eval": lambda: evaluate(
+            str(tmp_path / "model"), EvaluationSettings(text=made.data, context=32, tokens=64, repeats=0)
+        ),
         "calibrate": lambda: convert(str(tmp_path / "llama"), tmp_path / "new", Request("mqa", method="calibrated",
                                      calibrate=text, calibration_tokens=128)),
         "slots": lambda: convert(str(tmp_path / "llama"), tmp_path / "new", Request("mla", method="calibrated",
                                  calibrate=text, calibration_tokens=128, **latent)),
         "train": lambda: train(made),
-        "sweep": lambda: sweep(str(tmp_path / "model"), ["mqa"], ["mean"], tmp_path / "sweep"),
+        "sweep": lambda: sweep(
+            str(tmp_path / "model"), ["mqa"], SweepSettings(methods=["mean"]), out=tmp_path / "sweep"
+        ),
     }  # fmt: skip
     with pytest.raises(UsageError, match="no-such-device"):
         calls[command]()
@@ -257,7 +263,7 @@ def test_a_full_memory_ends_training_in_a_sentence_and_the_run_goes_on(
         ("uptrain.evaluation.quality.predicted", {}, "--context"),
         ("uptrain.evaluation.samples.greedy", {"samples": 1, "sample_tokens": 4}, "--sample-tokens"),
         ("uptrain.evaluation.run.cache_bytes_per_token", {}, "--dtype"),
-        ("needle", {"needle": NeedleSettings((120,), (0.5,), 1)}, "--needle-lengths"),
+        ("needle", {"needle": NeedleSettings(lengths=(120,), depths=(0.5,), trials=1)}, "--needle-lengths"),
     ],
 )
 def test_a_full_memory_ends_each_part_of_eval_in_a_sentence(
@@ -278,9 +284,8 @@ def test_a_full_memory_ends_each_part_of_eval_in_a_sentence(
         module, _, name = place.rpartition(".")
         monkeypatch.setattr(importlib.import_module(module), name, fails_with(FULL[1], 0, lambda: None))
     with pytest.raises(devices.OutOfMemory, match=lower):
-        evaluate(
-            str(tmp_path / "model"), None, [Files(files=str(text))], context=32, tokens=64, repeats=0, **options
-        )  # fmt: skip
+        settings = EvaluationSettings(text=[Files(files=str(text))], context=32, tokens=64, repeats=0, **options)
+        evaluate(str(tmp_path / "model"), settings)
 
 
 def test_a_full_memory_ends_a_calibration_and_a_sweep_in_a_sentence_and_layers_stay(
@@ -291,12 +296,13 @@ def test_a_full_memory_ends_a_calibration_and_a_sweep_in_a_sentence_and_layers_s
     request = Request("mqa", method="calibrated", calibrate=str(text), calibration_tokens=128, repair_steps=0)
     counted = list[int]()
     with monkeypatch.context() as patch:
-        patch.setattr(LayerTask, "convert", fails_with(FULL[2], 1, LayerTask.convert))
+        patch.setattr(LayerSearch, "convert", fails_with(FULL[2], 1, LayerSearch.convert))
         with pytest.raises(devices.OutOfMemory, match="--calibration-tokens"):
             convert(str(source), tmp_path / "out", request)
         with pytest.raises(devices.OutOfMemory, match="--calibration-tokens"):
-            sweep(str(source), ["mqa"], ["calibrated"], tmp_path / "sweep", calibrate=str(text),
-                  calibration_tokens=128, repair_steps=0)  # fmt: skip
+            calibration = {"calibrate": str(text), "calibration_tokens": 128, "repair_steps": 0}
+            settings = SweepSettings(methods=["calibrated"], **calibration)
+            sweep(str(source), ["mqa"], settings, out=tmp_path / "sweep")
     assert not (tmp_path / "out").exists()
     convert(str(source), tmp_path / "out", request, events=Events(layer=lambda done, layers: counted.append(done)))
     assert counted == [2], "the first layer was made before"
@@ -324,7 +330,7 @@ def test_each_process_but_the_first_draws_numbers_of_its_own() -> None:
     drawn = []
     for index in (0, 1, 2, 1):
         torch.manual_seed(5)
-        seed_own(5, SimpleNamespace(process_index=index))  # type: ignore[arg-type]
+        seed_process(5, SimpleNamespace(process_index=index))  # type: ignore[arg-type]
         drawn.append(torch.rand(4))
     torch.manual_seed(5)
     assert torch.equal(drawn[0], torch.rand(4))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.conversion.test_families import load, request
 from tests.models.test_gpt2_checkpoint import run_python
 from tests.models.test_shared_heads import Save
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.conversion.run.convert import convert
@@ -57,9 +57,9 @@ def test_a_config_names_the_classes_that_the_table_names(name: str) -> None:
 
 def test_every_class_of_ours_is_a_family_and_a_target_class() -> None:
     for model_type, own in OWN_CLASSES.items():
-        family, target = ARCHITECTURES[model_type], TARGET_CLASSES[model_type]
+        family, target = FAMILIES[model_type], TARGET_CLASSES[model_type]
         assert (family.class_name, family.auto_class) == (own.head_class, own.auto_class)
-        assert target.architecture is family and target.remote_code in OURS
+        assert target.family is family and target.remote_code in OURS
     assert {target.remote_code for target in TARGET_CLASSES.values()} - {""} == OURS.keys()
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.conversion.test_families import TOKENS, load, request
 from tests.models.test_gpt2_checkpoint import run_python
 from tests.oracle import pool_model
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 
@@ -159,7 +159,7 @@ def test_a_bloom_config_with_its_older_words_is_read(save_tiny: Save, tmp_path: 
     """As bigscience's own files have it."""
     source = save_tiny("bloom")
     config = json.loads((source / "config.json").read_text())
-    for key, older in ARCHITECTURES["bloom"].older.items():
+    for key, older in FAMILIES["bloom"].older.items():
         config[older] = config.pop(key)
     (source / "config.json").write_text(json.dumps({**config, "seq_length": 2048}))
     convert(str(source), tmp_path / "out", request(2))

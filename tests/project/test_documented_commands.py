@@ -68,7 +68,7 @@ def _launched(launcher: list[str], told: list[str]) -> None:
         assert program == "torchrun"
         assert torchrun_parser().parse_args([*options, "uptrain"]).module
     assert told[0] == "train"
-    recipes.load(told[1], told[2:])
+    recipes.load_recipe(told[1], told[2:])
 
 
 def _numbers(options: list[str]) -> list[str]:

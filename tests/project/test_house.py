@@ -129,7 +129,8 @@ def test_decisions_are_objects_not_strings_compared_again() -> None:
 @pytest.mark.xfail(reason="being rebuilt")
 def test_public_functions_of_four_parameters_document_each() -> None:
     public = {name for package in ["uptrain", *PACKAGES] for name in face(package)}
-    wide = [each for each in ALL if each.name in public and len(each.parameters) >= 4]
+    library = [each for each in ALL if not each.place.startswith("uptrain/cli/")]
+    wide = [each for each in library if each.name in public and len(each.parameters) >= 4]
     assert wide
     assert [
         (each.place, each.name, name)

@@ -18,35 +18,42 @@ from uptrain.checkpoint.reader import read_config
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import CheckpointError
+from uptrain.evaluation import Evaluation
 from uptrain.evaluation.needle import NeedleCell
-from uptrain.evaluation.quality import QualityRow
-from uptrain.evaluation.run import Evaluation, ModelMetrics
+from uptrain.evaluation.quality_row import QualityRow
+from uptrain.evaluation.result import ModelMetrics
 from uptrain.evaluation.speed import SpeedCell
 from uptrain.evaluation.tasks import TaskMetric
 from uptrain.publishing.hub.card import build_card
-from uptrain.publishing.hub.figures import read_figures
+from uptrain.publishing.hub.card_metrics import read_metrics
 from uptrain.publishing.hub.licence import Licence, read_card
-from uptrain.publishing.hub.subject import Subject
+from uptrain.publishing.hub.subject import CardSubject
 
 MIT = Licence("mit", "a test")
 NOTHING: tuple[dict[str, Any], str] = ({}, "")
 
 
-def subject(folder: Path, base: str | None = None, **changes: Any) -> Subject:
+def subject(folder: Path, base: str | None = None, **changes: Any) -> CardSubject:
     stages = json.loads((folder / "uptrain.json").read_text())["stages"]
-    return Subject("me/small", stages, read_config(folder), base, **changes)
+    return CardSubject("me/small", stages, read_config(folder), base, **changes)
 
 
 def text_of(folder: Path, base: str | None = None, **changes: Any) -> str:
-    return str(build_card(subject(folder, base, **changes), MIT, read_figures(folder), NOTHING))
+    return str(build_card(subject(folder, base, **changes), MIT, read_metrics(folder), NOTHING))
 
 
 def evaluation(**changes: Any) -> Evaluation:
-    ours = ModelMetrics("/home/me/small", 12.3456789, 1.5, 2048, 1000.0, 100.0)
-    theirs = ModelMetrics("/home/me/large", 11.25, 1.4, 4096, 990.0, 80.0)
+    ours = ModelMetrics(
+        name="/home/me/small", perplexity=12.3456789, bits_per_byte=1.5, cache_bytes_per_token=2048,
+        prefill_tokens_per_second=1000.0, decode_tokens_per_second=100.0,
+    )  # fmt: skip
+    theirs = ModelMetrics(
+        name="/home/me/large", perplexity=11.25, bits_per_byte=1.4, cache_bytes_per_token=4096,
+        prefill_tokens_per_second=990.0, decode_tokens_per_second=80.0,
+    )  # fmt: skip
     values = {"kl": 0.0123, "top1_agreement": 0.9, "tokens": 4000, "context": 512, "stride": 256, "speed_context": 64,
               "speed_dtype": "float32"}  # fmt: skip
-    return Evaluation(ours, theirs, **{**values, "dtype": "float32", "device": "cpu", **changes})
+    return Evaluation(model=ours, baseline=theirs, **{**values, "dtype": "float32", "device": "cpu", **changes})
 
 
 def test_the_hub_takes_every_card(tmp_path: Path) -> None:
@@ -55,7 +62,7 @@ def test_the_hub_takes_every_card(tmp_path: Path) -> None:
         if figures:
             (folder / "eval.json").write_text(json.dumps(figures.to_dict()))
         for licence in (MIT, Licence("other", "a test", "terms", "LICENSE")):
-            card = build_card(subject(folder, "org/base"), licence, read_figures(folder), NOTHING)
+            card = build_card(subject(folder, "org/base"), licence, read_metrics(folder), NOTHING)
             assert validated(str(card)) == {"errors": [], "warnings": []}
 
 
@@ -74,19 +81,36 @@ def test_measurements_stand_in_the_table_and_in_the_metadata(tmp_path: Path) -> 
 def test_contexts_tasks_retrieval_and_speeds_are_told_where_they_were_measured(tmp_path: Path) -> None:
     folder = convert("demo", tmp_path / "out", Request("gqa", 2)).out
     rows = [
-        QualityRow("a|b.txt", context, context // 2, 100, 3, 12.5, 10.0, 1.5, kl=0.25, top1_agreement=0.5)
+        QualityRow(
+            text="a|b.txt", context=context, stride=context // 2, tokens=100, windows=3, perplexity=12.5,
+            baseline_perplexity=10.0, bits_per_byte=1.5, kl=0.25, top1_agreement=0.5,
+        )
         for context in (256, 512)
-    ]
+    ]  # fmt: skip
     speeds = [
-        SpeedCell(1, context, 2000.0, (1900.0, 2100.0), 90.0, (80.0, 99.0), 1000.0, None, 60.0, (50.0, 61.0), 1.5)
+        SpeedCell(
+            batch=1, context=context, prefill_tokens_per_second=2000.0, prefill_range=(1900.0, 2100.0),
+            decode_tokens_per_second=90.0, decode_range=(80.0, 99.0), baseline_prefill_tokens_per_second=1000.0,
+            baseline_decode_tokens_per_second=60.0, baseline_decode_range=(50.0, 61.0), decode_ratio=1.5,
+        )
         for context in (64, 512)
-    ]
+    ]  # fmt: skip
     tasks = [
-        TaskMetric("piqa", "acc", "none", True, 1838, 0.6125, 0.0114, 0.6834, 0.0109, (-0.09, -0.05)),
-        TaskMetric("gsm8k", "exact_match", "strict-match", True, 10, 0.25, None, 0.5, None),
-    ]
-    cells = [NeedleCell(512, 0.5, 10, 0.75, (0.5, 0.9), -1.5, None, 1.0, (0.8, 1.0), -0.25)]
-    found = evaluation(rows=tuple(rows), speeds=tuple(speeds), tasks=tuple(tasks), needle=tuple(cells))
+        TaskMetric(
+            task="piqa", metric="acc", filter="none", higher_is_better=True, samples=1838, value=0.6125, stderr=0.0114,
+            baseline_value=0.6834, baseline_stderr=0.0109, difference_interval=(-0.09, -0.05),
+        ),
+        TaskMetric(
+            task="gsm8k", metric="exact_match", filter="strict-match", higher_is_better=True, samples=10, value=0.25,
+            stderr=None, baseline_value=0.5,
+        ),
+    ]  # fmt: skip
+    cell = NeedleCell(
+        length=512, depth=0.5, samples=10, exact_match=0.75, exact_match_interval=(0.5, 0.9), log_probability=-1.5,
+        log_probability_interval=None, baseline_exact_match=1.0, baseline_exact_match_interval=(0.8, 1.0),
+        baseline_log_probability=-0.25,
+    )  # fmt: skip
+    found = evaluation(rows=tuple(rows), speeds=tuple(speeds), tasks=tuple(tasks), needle=(cell,))
     (folder / "eval.json").write_text(json.dumps(found.to_dict()))
     text = text_of(folder)
     for line in (
@@ -121,19 +145,19 @@ def test_contexts_tasks_retrieval_and_speeds_are_told_where_they_were_measured(t
 )  # fmt: skip
 def test_an_evaluation_without_usable_figures_is_none(tmp_path: Path, found: dict[str, Any]) -> None:
     (tmp_path / "eval.json").write_text(json.dumps(found))
-    assert read_figures(tmp_path) is None
+    assert read_metrics(tmp_path) is None
 
 
 def test_later_schemas_are_read_as_far_as_they_agree(tmp_path: Path) -> None:
     found = {"schema": 7, "texts": ["/data/wiki.txt", "code.txt"], "model": {"perplexity": 3, "tasks": {"arc": 0.5}}}
     (tmp_path / "eval.json").write_text(json.dumps({**found, "kl": {"mean": 1}}))
-    figures = read_figures(tmp_path)
+    figures = read_metrics(tmp_path)
     assert figures is not None
     assert [(row.name, row.value) for row in figures.rows] == [("perplexity", 3.0)]
     assert figures.text == "wiki.txt, code.txt"
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"eval\.json"):
-        read_figures(tmp_path)
+        read_metrics(tmp_path)
 
 
 def test_the_cache_is_that_of_the_whole_way_from_the_public_model(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from uptrain.cli import app
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.errors import UptrainError
-from uptrain.publishing.hub.history import hub_parents, since_public, steps
+from uptrain.publishing.hub.history import hub_parents, reproduction_commands, since_public
 from uptrain.training import recipes
 
 SHA = "c0ffee" * 6 + "beef"
@@ -51,7 +51,7 @@ def test_the_convert_command_asks_for_the_same(request_: Request, monkeypatch: p
     source = {"name": "org/a b", "origin": "hub", "revision": SHA, "files": {"pytorch_model.bin": "…"}}
     heads = {"before": 8, "after": request_.groups or 4}
     stage = {"stage": "convert", "source": source, "request": asdict(request_), "num_key_value_heads": heads}
-    (step,) = steps([stage], "out")
+    (step,) = reproduction_commands([stage], "out")
     assert app.run(shlex.split(step.command)[1:]) == 1
     model, found, options = asked
     # The default number of groups is spelled out.
@@ -63,7 +63,7 @@ def test_repeating_the_commands_gives_the_same_bytes(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     half = convert("demo", "half", Request("gqa", 4, method="svd")).out
     done = convert("half", "done", Request("mqa")).out
-    found = steps(since_public(stages_of(done)), "again")
+    found = reproduction_commands(since_public(stages_of(done)), "again")
     assert [step.command.split()[2] for step in found] == ["demo", "./again-step1"]
     for step in found:
         assert app.run(shlex.split(step.command)[1:]) == 0
@@ -72,31 +72,31 @@ def test_repeating_the_commands_gives_the_same_bytes(tmp_path: Path, monkeypatch
 
 
 def test_the_recipe_is_the_one_that_was_run_on_the_model_before(tmp_path: Path) -> None:
-    recipe = recipes.parse(
+    recipe = recipes.parse_recipe(
         {"model": "/home/me/half", "output": "/home/me/done", "data": ["python-stdlib"], "steps": 3, "batch_size": 2,
          "learning_rate": 1e-5, "overwrite": True}
     )  # fmt: skip
     first = {"stage": "convert", "source": {"name": "demo", "origin": "demo"}, "request": asdict(Request("mqa"))}
     stage = {"stage": "train", "recipe": recipe.to_dict(), "source": "/home/me/half", "revision": None}
-    _, step = steps([first, {**stage, "num_processes": 2}], "done")
+    _, step = reproduction_commands([first, {**stage, "num_processes": 2}], "done")
     assert step.command == "torchrun --nproc_per_node 2 -m uptrain train recipe.yaml"
     (tmp_path / step.recipe_file).write_text(step.recipe)
-    again = recipes.load(str(tmp_path / step.recipe_file))
+    again = recipes.load_recipe(str(tmp_path / step.recipe_file))
     changed = {"model": "./done-step1", "output": Path("done"), "overwrite": False}
     assert again == recipe.model_copy(update=changed)
     # A model on the Hub is named with the commit that was trained.
-    (step,) = steps([{**stage, "source": "org/half", "revision": SHA}], "done")
+    (step,) = reproduction_commands([{**stage, "source": "org/half", "revision": SHA}], "done")
     (tmp_path / "hub.yaml").write_text(step.recipe)
-    again = recipes.load(str(tmp_path / "hub.yaml"))
+    again = recipes.load_recipe(str(tmp_path / "hub.yaml"))
     assert (again.model, again.revision, step.command) == ("org/half", SHA, "uptrain train recipe.yaml")
 
 
 def test_a_private_path_does_not_show(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "secret" / "llama", "llama")
     stages = stages_of(convert(str(source), tmp_path / "out", Request("mqa")).out)
-    (step,) = steps(stages, "out")
+    (step,) = reproduction_commands(stages, "out")
     assert step.command.startswith("uptrain convert ./llama ./out") and "secret" not in step.command
-    (step,) = steps(stages, "out", "org/llama")
+    (step,) = reproduction_commands(stages, "out", "org/llama")
     assert step.command.startswith("uptrain convert org/llama ./out")
 
 

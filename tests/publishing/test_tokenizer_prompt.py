@@ -17,7 +17,7 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
-from uptrain.publishing.hub.subject import Subject
+from uptrain.publishing.hub.subject import CardSubject
 
 TEXT = "the quick brown fox ✓ — ąę"
 
@@ -31,7 +31,7 @@ def test_the_tokenizer_of_a_card_loads_without_a_question(family: str, request_:
     assert list(out.glob("*.py"))
     stages = json.loads((out / "uptrain.json").read_text())["stages"]
     card = str(
-        build_card(Subject("me/small", stages, read_config(out), None), Licence("mit", "a test"), None, ({}, ""))
+        build_card(CardSubject("me/small", stages, read_config(out), None), Licence("mit", "a test"), None, ({}, ""))
     )
     (line,) = (line for line in card.splitlines() if line.startswith("tokenizer = "))
     script = (

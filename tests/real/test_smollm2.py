@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from uptrain import evaluate
+from uptrain import EvaluationSettings, evaluate
 from uptrain.architectures.attention import AttentionSpec, cache_bytes
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
@@ -103,9 +103,10 @@ def test_perplexity_is_what_plain_transformers_computes(
 ) -> None:
     """Three blocks of the README, or five windows over them: all tokens once, but the first or each block's first."""
     text, context, tokens = Path(__file__).parents[2] / "README.md", 256, 768
-    found = evaluate(
-        str(smollm2), None, [Files(files=str(text))], context=context, stride=stride, tokens=tokens, repeats=0
+    settings = EvaluationSettings(
+        text=[Files(files=str(text))], context=context, stride=stride, tokens=tokens, repeats=0
     )
+    found = evaluate(str(smollm2), settings)
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0, :tokens]
     model, losses = fp32(smollm2), []
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tests.conftest import tiny_config
 from tests.conftest import tiny_model as tiny_from
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.errors import UsageError
 from uptrain.models.logit_head import LogitHead
 from uptrain.models.register import register
@@ -21,7 +21,7 @@ from uptrain.training.distillation import Objective
 from uptrain.training.losses import IGNORED, hidden_distance, token_losses
 from uptrain.training.recipe import Distill
 
-FAMILIES = ["gpt2", "llama", "gemma2", "granite", "cohere", "starcoder2"]
+FAMILY_NAMES = ["gpt2", "llama", "gemma2", "granite", "cohere", "starcoder2"]
 IDS = torch.randint(0, 64, (3, 17), generator=torch.manual_seed(0))
 
 
@@ -55,7 +55,7 @@ def textbook(model: Any, teacher: Any, weight: float, heat: float) -> torch.Tens
     return loss
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize(("weight", "heat"), [(0.0, 1.0), (1.0, 1.0), (0.3, 2.0)])
 def test_loss_and_gradients_equal_those_of_whole_logits(
     family: str, weight: float, heat: float, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +82,7 @@ def test_loss_and_gradients_equal_those_of_whole_logits(
 
 
 # A decoder that reads an encoder gives whole logits: tests/training/test_seq2seq_training.py.
-DECODERS = sorted(name for name, entry in ARCHITECTURES.items() if name != "uptrain_gpt_neo" and not entry.cross)
+DECODERS = sorted(name for name, entry in FAMILIES.items() if name != "uptrain_gpt_neo" and not entry.cross)
 
 
 @pytest.mark.parametrize("family", DECODERS)

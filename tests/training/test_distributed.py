@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from tests.corpus import checkpoint, corpus
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.training import recipes
-from uptrain.training.trainer import train
+from uptrain.training import recipes, train
 
 Make = Callable[..., recipes.Recipe]
 
@@ -36,7 +35,7 @@ def recipe(tmp_path: Path) -> Make:
     convert(str(tmp_path / "original"), tmp_path / "model", Request("gqa", 2))
 
     def make(name: str, **changes: Any) -> recipes.Recipe:
-        return recipes.parse({
+        return recipes.parse_recipe({
             "model": str(tmp_path / "model"), "output": str(tmp_path / name), "data": [str(tmp_path / "text.jsonl")],
             "held_out": [str(tmp_path / "text.txt")], "held_out_tokens": 400, "block_size": 32, "batch_size": 4,
             "steps": 8, "learning_rate": 1e-2, "warmup": 2, "precision": "fp32", "log_every": 1,
@@ -111,11 +110,11 @@ def test_the_launch_lines_of_the_readme_train_on_two_processes_with_every_defaul
         f"model={tmp_path / 'model'}", f"output={tmp_path / 'out'}", f"data=[{tmp_path / 'text.txt'}]",
         f"held_out=[{tmp_path / 'text.txt'}]", "held_out_tokens=400", "block_size=32", "tokens=null", "steps=3",
     )  # fmt: skip
-    shipped = recipes.load("demo-uptrain", values)
+    shipped = recipes.load_recipe("demo-uptrain", values)
     assert shipped.precision == "auto"
     alone = train(shipped)
     assert alone is not None
-    two = run(recipes.load("demo-uptrain", (*values, f"output={tmp_path / 'two'}")), 2, config)
+    two = run(recipes.load_recipe("demo-uptrain", (*values, f"output={tmp_path / 'two'}")), 2, config)
     assert two["precision"] == alone.precision
     tolerance = 1e-4 if alone.precision == "fp32" else 2e-2
     assert two["loss"] == pytest.approx(alone.loss, abs=tolerance)

@@ -24,7 +24,7 @@ from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models import devices
 from uptrain.training import launch, recipes
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,7 +45,7 @@ def test_a_launcher_that_does_not_number_its_processes_is_refused(
 ) -> None:
     monkeypatch.setenv(variable, "2")
     with pytest.raises(UsageError, match=variable):
-        launch.join()
+        launch.join_processes()
 
 
 def test_a_process_that_sees_fewer_than_were_launched_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_process_that_sees_fewer_than_were_launched_does_not_train(monkeypatch
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=r"2 .*\b1\b"):
-        launch.join()
+        launch.join_processes()
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -73,7 +73,7 @@ def test_processes_meet_on_the_cpu_and_wait_for_hours(early: bool, monkeypatch: 
     for name, value in zip((*VARIABLES, "OMP_NUM_THREADS"), ("1", "2", "1", "2", "127.0.0.1", "0", "1"), strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConnectionError):
-        launch.join()
+        launch.join_processes()
     assert seen["backend"] == "gloo"
     assert seen["timeout"] == timedelta(hours=12)
     assert (seen["rank"], seen["world_size"]) == (1, 2)
@@ -83,7 +83,7 @@ def test_an_incomplete_launch_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     for name, value in zip(VARIABLES, ("1", "2", "1", "1", "", ""), strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="MASTER_ADDR"):
-        launch.join()
+        launch.join_processes()
 
 
 @pytest.mark.slow
@@ -92,15 +92,15 @@ def test_a_variable_that_does_not_say_yes_trains_all_the_same(
     said: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", said)
-    done = train(recipes.load(str(recipe), ["steps=1"]))
+    done = train(recipes.load_recipe(str(recipe), ["steps=1"]))
     assert done is not None and done.num_processes == 1
     assert os.environ["ACCELERATE_USE_CPU"] == said
 
 
 def test_a_process_may_train_on_one_device_and_then_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.join().device == torch.device("cpu")
+    assert launch.join_processes().device == torch.device("cpu")
     monkeypatch.setattr(devices, "device", lambda: torch.device("meta"))
-    assert launch.join().device == torch.device("meta")
+    assert launch.join_processes().device == torch.device("meta")
 
 
 class Store(dict[str, bytes]):
@@ -129,13 +129,13 @@ def test_the_first_speaks_for_all_and_another_of_what_only_it_knows(monkeypatch:
 
 @pytest.mark.parametrize("reason", ["[gloo] Connection closed by peer [127.0.0.1]:4711", "Connection reset by peer"])
 def test_a_lost_process_is_one_sentence_and_other_errors_are_not(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="peer"), launch.together():
+    with pytest.raises(RuntimeError, match="peer"), launch.report_lost_process():
         raise RuntimeError(reason)
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    with pytest.raises(launch.PeerLost, match="Another process"), launch.together():
+    with pytest.raises(launch.PeerLost, match="Another process"), launch.report_lost_process():
         raise RuntimeError(reason)
-    with pytest.raises(RuntimeError, match="shapes"), launch.together():
+    with pytest.raises(RuntimeError, match="shapes"), launch.report_lost_process():
         raise RuntimeError("shapes don't fit")
 
 

@@ -20,7 +20,7 @@ BASE = {"model": "m", "output": "o", "data": ["a.txt"], "steps": 3}
 @pytest.mark.parametrize("name", sorted(recipes.shipped()))
 def test_shipped_recipe_loads_says_what_it_is_for_and_names_its_command(name: str) -> None:
     path = recipes.shipped()[name]
-    assert recipes.load(name).total_steps > 0
+    assert recipes.load_recipe(name).total_steps > 0
     assert recipes.summary(path).endswith((".", ":", ")."))
     assert f"uptrain train recipes/{name}.yaml" in path.read_text(encoding="utf-8")
 
@@ -28,18 +28,18 @@ def test_shipped_recipe_loads_says_what_it_is_for_and_names_its_command(name: st
 @pytest.mark.parametrize("written", ["demo-uptrain", "demo-uptrain.yaml", "recipes/demo-uptrain.yaml"])
 def test_shipped_recipe_is_found_from_any_folder(written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recipes.load(written) == recipes.load("demo-uptrain")
+    assert recipes.load_recipe(written) == recipes.load_recipe("demo-uptrain")
 
 
 def test_a_file_of_ones_own_comes_before_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/demo-uptrain.yaml").write_text("{model: mine, output: o, data: [a.txt], steps: 1}")
-    assert recipes.load("recipes/demo-uptrain.yaml").model == "mine"
+    assert recipes.load_recipe("recipes/demo-uptrain.yaml").model == "mine"
 
 
 def test_overrides_are_yaml_and_reach_into_sections() -> None:
-    recipe = recipes.load(
+    recipe = recipes.load_recipe(
         "demo-pretrain", ["learning_rate=1e-3", "tokens=5_000", "tokenizer.vocab_size=300", "config.n_layer=2",
                           "data=[a.txt, b/*.jsonl]"]
     )  # fmt: skip
@@ -54,7 +54,7 @@ def test_overrides_are_yaml_and_reach_into_sections() -> None:
 
 
 def test_an_override_of_steps_replaces_the_recipes_tokens() -> None:
-    assert recipes.load("demo-uptrain", ["steps=7"]).total_steps == 7
+    assert recipes.load_recipe("demo-uptrain", ["steps=7"]).total_steps == 7
 
 
 def test_a_source_written_as_a_word_is_what_it_looks_like(tmp_path: Path) -> None:
@@ -70,19 +70,19 @@ def test_a_source_written_as_a_word_is_what_it_looks_like(tmp_path: Path) -> Non
 
 @given(tokens=st.integers(1, 10**12), batch=st.integers(1, 512), block=st.integers(2, 8192))
 def test_the_run_is_the_fewest_steps_that_see_the_tokens_asked_for(tokens: int, batch: int, block: int) -> None:
-    recipe = recipes.parse({**BASE, "steps": None, "tokens": tokens, "batch_size": batch, "block_size": block})
+    recipe = recipes.parse_recipe({**BASE, "steps": None, "tokens": tokens, "batch_size": batch, "block_size": block})
     assert (recipe.total_steps - 1) * batch * block < tokens <= recipe.total_steps * batch * block
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 0), (0.25, 25), (0.003, 1), (30, 30), (1000, 100)])
 def test_warmup_is_a_share_below_one_and_steps_from_there(warmup: float, steps: int) -> None:
-    assert recipes.parse({**BASE, "steps": 100, "warmup": warmup}).warmup_steps == steps
+    assert recipes.parse_recipe({**BASE, "steps": 100, "warmup": warmup}).warmup_steps == steps
 
 
 @pytest.mark.parametrize("name", sorted(recipes.shipped()))
 def test_what_provenance_records_is_the_recipe(name: str) -> None:
-    recipe = recipes.load(name)
-    assert recipes.parse(recipe.to_dict()) == recipe
+    recipe = recipes.load_recipe(name)
+    assert recipes.parse_recipe(recipe.to_dict()) == recipe
 
 
 def test_what_provenance_records_of_every_kind_of_source_is_the_source() -> None:
@@ -93,8 +93,8 @@ def test_what_provenance_records_of_every_kind_of_source_is_the_source() -> None
         {"source": "teacher", "tokens": 100, "weight": 2},
         {"builtin": "python-stdlib", "weight": 3},
     ]
-    recipe = recipes.parse({**BASE, "data": data})
-    assert recipes.parse(recipe.to_dict()) == recipe
+    recipe = recipes.parse_recipe({**BASE, "data": data})
+    assert recipes.parse_recipe(recipe.to_dict()) == recipe
     assert isinstance(recipe.data[2], TeacherText)
     assert recipe.data[2].prompts == Files(files="a/*.txt")
 
@@ -149,7 +149,7 @@ def test_what_provenance_records_of_every_kind_of_source_is_the_source() -> None
 def test_a_slip_is_one_sentence_with_exit_code_2(changes: dict[str, object], words: str) -> None:
     values = {key: value for key, value in {**BASE, **changes}.items() if value is not None}
     with pytest.raises(UsageError) as error:
-        recipes.parse(values)
+        recipes.parse_recipe(values)
     assert words in str(error.value)
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
@@ -166,16 +166,19 @@ def test_a_slip_is_one_sentence_with_exit_code_2(changes: dict[str, object], wor
 )
 def test_a_slip_on_the_command_line_names_what_was_typed(recipe: str, override: str, words: str) -> None:
     with pytest.raises(UsageError) as error:
-        recipes.load(recipe, [override])
+        recipes.load_recipe(recipe, [override])
     assert words in str(error.value)
 
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("- just\n- a list\n")
     with pytest.raises(UsageError, match="keys"):
-        recipes.load(str(tmp_path / "a.yaml"))
+        recipes.load_recipe(str(tmp_path / "a.yaml"))
 
 
 def test_reading_a_recipe_does_not_import_torch() -> None:
-    code = "import sys; from uptrain.training.recipes import load; load('demo-uptrain'); print('torch' in sys.modules)"
+    code = (
+        "import sys; from uptrain.training import load_recipe; "
+        "load_recipe('demo-uptrain'); print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -24,7 +24,7 @@ from uptrain.training import recipes, state
 from uptrain.training.distillation import Objective
 from uptrain.training.losses import lm_loss
 from uptrain.training.metrics import TrainingStep
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 Make = Callable[..., recipes.Recipe]
 
@@ -37,7 +37,7 @@ def recipe(tmp_path: Path) -> Make:
     checkpoint(tmp_path / "model", **NO_DROPOUT)
 
     def make(**changes: Any) -> recipes.Recipe:
-        return recipes.parse({
+        return recipes.parse_recipe({
             "model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "data": [str(tmp_path / "text.txt")],
             "block_size": 32, "batch_size": 4, "steps": 20, "learning_rate": 1e-2, "warmup": 2, "precision": "fp32",
             "log_every": 1, "isolate_documents": False, **changes,

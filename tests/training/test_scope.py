@@ -15,9 +15,9 @@ from tests.conftest import tiny_config, tiny_model
 from tests.corpus import NO_DROPOUT, checkpoint, corpus
 from uptrain.errors import UsageError
 from uptrain.training import recipes
-from uptrain.training.schedules import make_schedule
-from uptrain.training.scope import is_attention, make_optimizer, select_trainable
-from uptrain.training.trainer import train
+from uptrain.training.optimizer import make_optimizer, make_schedule
+from uptrain.training.run import train
+from uptrain.training.scope import is_attention, select_trainable
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def recipe(tmp_path: Path) -> Callable[..., recipes.Recipe]:
             "model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "data": [str(tmp_path / "text.txt")],
             "block_size": 32, "batch_size": 4, "steps": 4, "learning_rate": 1e-2, "warmup": 0, "precision": "fp32",
         }  # fmt: skip
-        return recipes.parse({**values, **changes})
+        return recipes.parse_recipe({**values, **changes})
 
     return make
 

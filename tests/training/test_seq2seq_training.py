@@ -16,11 +16,11 @@ from uptrain.checkpoint.manifest import verify
 from uptrain.cli.app import run
 from uptrain.data.sources import Files
 from uptrain.errors import UsageError
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.training.batches import batch_of
 from uptrain.training.distillation import Objective
 from uptrain.training.recipe import Distill, Recipe
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 SEQ2SEQ = {"decoder_start_token_id": 0}
 BLOCKS = torch.randint(2, 64, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -38,13 +38,13 @@ def test_loss_and_gradients_are_the_class_s_own_of_the_second_half(model_type: s
     model = tiny_model(tiny_config(model_type)).eval()
     batch = batch_of(BLOCKS.numpy(), None, has_encoder=True)
     sums = Objective(model)(batch.ids, batch.targets)
-    assert batch.counted == 3 * 6
-    (sums[0] / batch.counted).backward()
+    assert batch.target_tokens == 3 * 6
+    (sums[0] / batch.target_tokens).backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
     loss = model(input_ids=BLOCKS[:, :5], labels=BLOCKS[:, 5:].contiguous()).loss
     loss.backward()
-    torch.testing.assert_close(sums[1] / batch.counted, loss)
+    torch.testing.assert_close(sums[1] / batch.target_tokens, loss)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
@@ -77,10 +77,8 @@ def test_a_converted_model_learns_back_what_its_source_says(tmp_path: Path) -> N
     done = train(recipe(tmp_path / "mqa", tmp_path / "out", text, distill={"weight": 1.0}))
     assert done is not None and not done.isolated
     verify(tmp_path / "out")
-    before, after = (
-        evaluate(str(tmp_path / name), str(source), [Files(files=str(text))], context=16, tokens=80, repeats=0)
-        for name in ("mqa", "out")
-    )
+    settings = EvaluationSettings(text=[Files(files=str(text))], context=16, tokens=80, repeats=0)
+    before, after = (evaluate(str(tmp_path / name), settings, baseline=str(source)) for name in ("mqa", "out"))
     assert before.kl is not None and after.kl is not None
     assert after.kl < 0.9 * before.kl
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")

@@ -10,8 +10,7 @@ from tests.corpus import corpus
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.training import recipes
-from uptrain.training.trainer import train
+from uptrain.training import recipes, train
 
 TARGETS = {
     "mqa-uptrain": Request("mqa", method="svd"),
@@ -27,12 +26,12 @@ def test_two_steps_of_it_on_the_demo(name: str, tmp_path: Path) -> None:
         f"output={tmp_path / 'out'}", f"data=[{text}]", f"held_out=[{text}]", "held_out_tokens=256", "steps=2",
         "block_size=64", "batch_size=2", "eval_every=1", "log_every=1",
     ]  # fmt: skip
-    if recipes.load(name).config is None:
+    if recipes.load_recipe(name).config is None:
         convert("demo", tmp_path / "converted", TARGETS.get(name, Request("gqa", 4)))
         overrides.append(f"model={tmp_path / 'converted'}")
     else:
         overrides.append("tokenizer.vocab_size=300")
-    made = recipes.load(name, overrides)
+    made = recipes.load_recipe(name, overrides)
     done = train(made)
     assert done is not None
     assert done.steps == 2
@@ -44,4 +43,4 @@ def test_two_steps_of_it_on_the_demo(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gqa-uptrain", "mqa-uptrain", "mla-uptrain"])
 def test_a_converted_model_learns_from_its_original(name: str) -> None:
-    assert recipes.load(name).distill is not None
+    assert recipes.load_recipe(name).distill is not None

@@ -34,7 +34,7 @@ from uptrain.models.register import register
 from uptrain.training import recipes
 from uptrain.training.losses import lm_loss
 from uptrain.training.metrics import TrainingResult, TrainingStep
-from uptrain.training.trainer import train
+from uptrain.training.run import train
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def recipe(tmp_path: Path) -> Callable[..., recipes.Recipe]:
         values.update(changes)
         if values["model"] is not None and not (tmp_path / "model").exists():
             checkpoint(tmp_path / "model", **NO_DROPOUT)
-        return recipes.parse({key: value for key, value in values.items() if value is not None})
+        return recipes.parse_recipe({key: value for key, value in values.items() if value is not None})
 
     return make
 
@@ -148,7 +148,7 @@ def test_the_result_is_the_source_with_other_weights(
     assert manifest is not None
     stage = manifest["stages"][-1]
     assert stage["stage"] == "train"
-    assert recipes.parse(stage["recipe"]) == made
+    assert recipes.parse_recipe(stage["recipe"]) == made
     assert stage["tokens"] == 20 * 4 * 32
     logged = [json.loads(line) for line in (made.output / "train_log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == list(range(1, 21))

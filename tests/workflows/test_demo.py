@@ -36,7 +36,7 @@ def test_the_checkpoint_is_small_whole_and_made_by_its_recipe() -> None:
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 10_000_000
     (stage,) = manifest["stages"]
     # Keys that came later say in the recipe what was done then.
-    shipped = recipes.load("demo-pretrain").to_dict()
+    shipped = recipes.load_recipe("demo-pretrain").to_dict()
     assert {key: shipped.get(key) for key in stage["recipe"]} == stage["recipe"]
     assert (DEMO / "train_log.jsonl").is_file()
 
@@ -57,7 +57,7 @@ def test_the_whole_way_ends_nearer_to_the_original_than_it_began(tmp_path: Path,
         tmp_path, tokens=4096, overrides=(f"tokens={tokens}",), events=Events(note=stages.append, step=steps.append)
     )
     assert len(stages) == 4
-    assert len(steps) == recipes.load("demo-uptrain", [f"tokens={tokens}"]).total_steps
+    assert len(steps) == recipes.load_recipe("demo-uptrain", [f"tokens={tokens}"]).total_steps
     assert found.converted.model.cache_bytes_per_token * 2 == found.original.cache_bytes_per_token
     assert found.original.perplexity < found.converted.model.perplexity
     assert found.uptrained.kl is not None

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from tests.corpus import checkpoint, corpus
 from tests.evaluation.test_eval_file import keys_of
 from tests.publishing.test_report_page import Document
+from uptrain.checkpoint.events import Events
 from uptrain.cli.app import run
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.sources import Files
-from uptrain.evaluation import evaluate
+from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.evaluation.sweep_results import pareto
-from uptrain.workflows.sweeps import trials as runner
+from uptrain.workflows import SweepSettings, sweep
+from uptrain.workflows.sweeps import trials
 from uptrain.workflows.sweeps.targets import parse_target
 
 BUILD = import_module("uptrain.conversion.run.build")
@@ -64,35 +66,36 @@ def read(folder: Path) -> dict[str, Any]:
 
 def plain(found: dict[str, Any]) -> dict[str, Any]:
     """Return a sweep without what differs from one run to the next."""
-    arms = [{key: each[key] for key in each if not key.endswith("_seconds")} for each in found["arms"]]
-    return {**found, "arms": arms}
+    trials = [{key: each[key] for key in each if not key.endswith("_seconds")} for each in found["arms"]]
+    return {**found, "arms": trials}
 
 
 def test_each_checkpoint_is_what_convert_writes(here: Path, done: dict[str, Any], tmp_path: Path) -> None:
-    for arm in done["arms"]:
-        options = {**vars(TARGETS[arm["target"]]), "method": arm["method"]}
-        if arm["method"] == "calibrated":
+    for trial in done["arms"]:
+        options = {**vars(TARGETS[trial["target"]]), "method": trial["method"]}
+        if trial["method"] == "calibrated":
             options |= {**CALIBRATION, "calibrate": str(here / "calibration.txt")}
-        alone = convert(str(here / "source"), tmp_path / arm["name"], Request(**options))
+        alone = convert(str(here / "source"), tmp_path / trial["name"], Request(**options))
         files = [path.name for path in alone.out.iterdir() if path.name != "uptrain.json"]
         assert "model.safetensors" in files
         for name in files:
-            assert (here / "done" / arm["name"] / name).read_bytes() == (alone.out / name).read_bytes(), name
+            assert (here / "done" / trial["name"] / name).read_bytes() == (alone.out / name).read_bytes(), name
     assert len(done["arms"]) == 5
 
 
 def test_each_figure_is_what_eval_says(here: Path, done: dict[str, Any]) -> None:
     text = [Files(files=str(here / "text.txt"))]
-    for arm in done["arms"]:
-        folder = here / "done" / arm["name"]
-        alone = evaluate(str(folder), str(here / "source"), text, context=32, tokens=300, repeats=0)
+    settings = EvaluationSettings(text=text, context=32, tokens=300, repeats=0)
+    for trial in done["arms"]:
+        folder = here / "done" / trial["name"]
+        alone = evaluate(str(folder), settings, baseline=str(here / "source"))
         assert alone.baseline is not None
         for name in ("perplexity_ratio", "kl", "top1_agreement", "top5_agreement", "flip_rate"):
-            assert arm[name] == getattr(alone, name)
-        assert tuple(arm["kl_interval"]) == alone.kl_interval
-        assert arm["perplexity"] == alone.model.perplexity
-        assert arm["cache_bytes_per_token"] == alone.model.cache_bytes_per_token
-        assert arm["share"] == alone.model.cache_bytes_per_token / alone.baseline.cache_bytes_per_token
+            assert trial[name] == getattr(alone, name)
+        assert tuple(trial["kl_interval"]) == alone.kl_interval
+        assert trial["perplexity"] == alone.model.perplexity
+        assert trial["cache_bytes_per_token"] == alone.model.cache_bytes_per_token
+        assert trial["share"] == alone.model.cache_bytes_per_token / alone.baseline.cache_bytes_per_token
         written = json.loads((folder / "eval.json").read_text())
         assert written["kl"] == alone.kl and written["baseline"]["name"] == str(here / "source")
         assert done["original"]["perplexity"] == alone.baseline.perplexity
@@ -102,7 +105,7 @@ def test_what_cannot_be_is_named_and_stops_nothing(done: dict[str, Any]) -> None
     (refused,) = done["refused"]
     assert (refused["target"], refused["method"]) == ("mla:24", "mean")
     assert refused["why"] == "--method mean makes fewer heads, not a latent."
-    assert {(arm["target"], arm["method"]) for arm in done["arms"]} == {
+    assert {(trial["target"], trial["method"]) for trial in done["arms"]} == {
         ("gqa:2", "mean"), ("gqa:2", "svd"), ("gqa:2", "calibrated"), ("mla:24", "svd"), ("mla:24", "calibrated"),
     }  # fmt: skip
 
@@ -115,16 +118,18 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
     assert pareto(points) == [not beaten(point) for point in points]
 
 
-def test_arms_are_marked_and_sorted_by_cache(done: dict[str, Any]) -> None:
-    arms = done["arms"]
-    assert [arm["cache_bytes_per_token"] for arm in arms] == sorted(arm["cache_bytes_per_token"] for arm in arms)
-    for arm in arms:
-        others = [each for each in arms if each is not arm]
+def test_trials_are_marked_and_sorted_by_cache(done: dict[str, Any]) -> None:
+    trials = done["arms"]
+    assert [trial["cache_bytes_per_token"] for trial in trials] == sorted(
+        trial["cache_bytes_per_token"] for trial in trials
+    )
+    for trial in trials:
+        others = [each for each in trials if each is not trial]
         beaten = [
             each for each in others
-            if each["cache_bytes_per_token"] <= arm["cache_bytes_per_token"] and each["kl"] < arm["kl"]
+            if each["cache_bytes_per_token"] <= trial["cache_bytes_per_token"] and each["kl"] < trial["kl"]
         ]  # fmt: skip
-        assert arm["pareto"] is (not beaten)
+        assert trial["pareto"] is (not beaten)
 
 
 @pytest.fixture
@@ -139,7 +144,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
         return call
 
-    monkeypatch.setattr(runner, "run_plan", counting("conversions", runner.run_plan))
+    monkeypatch.setattr(trials, "run_plan", counting("conversions", trials.run_plan))
     monkeypatch.setattr(Layer, "trace", counting("traces", Layer.trace))
     return counts
 
@@ -154,12 +159,12 @@ def test_a_sweep_cut_off_ends_as_if_it_had_not_been(
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    where = (runner, "evaluate") if cut == "before measuring" else (BUILD, "write_companions")
+    where = (trials, "evaluate") if cut == "before measuring" else (BUILD, "write_companions")
     with monkeypatch.context() as patch:
         assert run(command(here, out, "--methods", "mean")) == 0
         patch.setattr(*where, stop)
         assert run(command(here, out)) == 130
-    assert [arm["name"] for arm in read(here / out)["arms"]] == ["gqa2-mean"]
+    assert [trial["name"] for trial in read(here / out)["arms"]] == ["gqa2-mean"]
     first = (here / out / "gqa2-mean/model.safetensors").stat().st_mtime_ns
     counted["conversions"] = 0
     assert run(command(here, out)) == 0
@@ -182,13 +187,24 @@ def test_the_source_runs_once_where_memory_holds_it(here: Path, counted: dict[st
 
 
 @pytest.mark.slow
+def test_each_calibration_reports_its_layers_from_the_first(here: Path) -> None:
+    layers: list[tuple[int, int]] = []
+    settings = SweepSettings(
+        methods=["calibrated"], calibrate=str(here / "calibration.txt"), calibration_tokens=128, repair_steps=0,
+        text=[Files(files=str(here / "text.txt"))], context=32, tokens=100, keep="none",
+    )  # fmt: skip
+    events = Events(layer=lambda done, total: layers.append((done, total)))
+    sweep(str(here / "source"), list(TARGETS), settings, out=here / "reported", events=events)
+    assert layers == [(done, 2) for _ in TARGETS for done in (0, 1, 2)]
+
+
 def test_only_what_is_to_stay_stays(here: Path) -> None:
     for keep, methods in (("best", "first,svd"), ("none", "first,svd")):
         assert run(command(here, keep, "--methods", methods, "--keep", keep)) == 0
         found = read(here / keep)
         folders = {path.name for path in (here / keep).iterdir() if path.is_dir()}
-        assert folders == {arm["name"] for arm in found["arms"] if arm["kept"]}
-        assert folders == {arm["name"] for arm in found["arms"] if arm["pareto"] and keep == "best"}
+        assert folders == {trial["name"] for trial in found["arms"] if trial["kept"]}
+        assert folders == {trial["name"] for trial in found["arms"] if trial["pareto"] and keep == "best"}
         before = (here / keep / "sweep.json").read_text()
         assert run(command(here, keep, "--methods", methods, "--keep", keep)) == 0
         assert (here / keep / "sweep.json").read_text() == before, "a finished sweep was run again"
@@ -220,8 +236,8 @@ def test_another_sweep_and_other_files_are_left_alone(
 def test_a_folder_elsewhere_is_never_deleted(here: Path, done: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "mine").mkdir()
-    arms = [{**done["arms"][0], "name": "../mine"}]
-    (tmp_path / "out/sweep.json").write_text(json.dumps({**done, "arms": arms}))
+    trials = [{**done["arms"][0], "name": "../mine"}]
+    (tmp_path / "out/sweep.json").write_text(json.dumps({**done, "arms": trials}))
     assert run(command(here, "done", "--out", str(tmp_path / "out"), "--overwrite")) == 1
     assert (tmp_path / "mine").is_dir()
 
@@ -230,7 +246,7 @@ def test_a_folder_elsewhere_is_never_deleted(here: Path, done: dict[str, Any], t
 def test_overwrite_starts_anew(here: Path) -> None:
     assert run(command(here, "anew", "--methods", "first")) == 0
     assert run(command(here, "anew", "--methods", "mean", "--tokens", "200", "--overwrite")) == 0
-    assert [arm["name"] for arm in read(here / "anew")["arms"]] == ["gqa2-mean"]
+    assert [trial["name"] for trial in read(here / "anew")["arms"]] == ["gqa2-mean"]
     assert [path.name for path in (here / "anew").iterdir() if path.is_dir()] == ["gqa2-mean"]
 
 
@@ -258,7 +274,7 @@ def test_every_key_is_documented_and_the_other_way_round(done: dict[str, Any]) -
 
 
 @pytest.mark.slow
-def test_the_page_shows_every_arm_and_why_others_are_not(here: Path, done: dict[str, Any], tmp_path: Path) -> None:
+def test_the_page_shows_every_trial_and_why_others_are_not(here: Path, done: dict[str, Any], tmp_path: Path) -> None:
     assert run(["report", str(here / "done"), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
     document = Document(text)
@@ -271,10 +287,10 @@ def test_the_page_shows_every_arm_and_why_others_are_not(here: Path, done: dict[
         "100 %",
         f"{done['original']['perplexity']:.2f}",
     ]
-    for row, arm in zip(rows, done["arms"], strict=True):
-        assert row[:2] == [("● " if arm["pareto"] else "") + arm["target"], arm["method"]]
-        assert row[4] == f"{arm['perplexity']:.2f}" and float(row[6].split("(")[0]) == pytest.approx(
-            arm["kl"], rel=0.01
+    for row, trial in zip(rows, done["arms"], strict=True):
+        assert row[:2] == [("● " if trial["pareto"] else "") + trial["target"], trial["method"]]
+        assert row[4] == f"{trial['perplexity']:.2f}" and float(row[6].split("(")[0]) == pytest.approx(
+            trial["kl"], rel=0.01
         )
     assert "mla:24 by mean: --method mean makes fewer heads" in document.words
-    assert all(math.isfinite(arm["kl"]) for arm in done["arms"])
+    assert all(math.isfinite(trial["kl"]) for trial in done["arms"])

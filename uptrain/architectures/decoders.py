@@ -14,8 +14,8 @@ from uptrain.architectures.encoder_decoders import ENCODER_DECODERS
 from uptrain.architectures.mha_only import CLIPPED, UNCOUNTED
 from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import (
-    Architecture,
     ConfigKeys,
+    Family,
     KeyNorm,
     Packing,
     Position,
@@ -27,7 +27,7 @@ from uptrain.architectures.schema import (
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-GPT2 = Architecture(
+GPT2 = Family(
     model_type="gpt2",
     class_name="GPT2LMHeadModel",
     layer="{prefix}h.{layer}.attn.",
@@ -70,7 +70,7 @@ _SIZES = (
     "num_key_value_heads", "head_dim",
 )  # fmt: skip
 
-LLAMA = Architecture(
+LLAMA = Family(
     model_type="llama",
     class_name="LlamaForCausalLM",
     targets={"mla": ("deepseek_v3", "uptrain_llama_mla")},
@@ -90,7 +90,7 @@ _BOTH_WAYS = {"use_bidirectional_attention": (True, "it reads a text both ways a
 
 def _like_llama(
     model_type: str, class_name: str, *sizes: int, also: Mapping[str, Any] = _NOTHING, **changes: Any
-) -> Architecture:
+) -> Family:
     """Return an entry with Llama's names; `sizes` are its class's defaults of `_SIZES`, `also` other defaults."""
     changes.setdefault("targets", _NOTHING)
     defaults = {**dict(zip(_SIZES, sizes, strict=False)), **also}
@@ -121,7 +121,7 @@ PHI = _like_llama(
     projections=Projections(o="dense"), key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
 )  # fmt: skip
 
-FALCON = Architecture(
+FALCON = Family(
     model_type="falcon",
     class_name="FalconForCausalLM",
     layer="{prefix}h.{layer}.self_attention.",
@@ -308,7 +308,7 @@ _ENTRIES = (
     ),
 )  # fmt: skip
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})
+FAMILIES: Mapping[str, Family] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})
 
 NO_CACHE = frozenset(
     {

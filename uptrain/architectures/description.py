@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
-from uptrain.architectures.decoders import ARCHITECTURES, NO_CACHE
+from uptrain.architectures.decoders import FAMILIES, NO_CACHE
 from uptrain.architectures.embeddings import Embeddings, embeddings_of
 from uptrain.architectures.layer_attention import read_attention
 from uptrain.architectures.prefixes import find_prefix
-from uptrain.architectures.quantization import Quantisation, quantisation_of
+from uptrain.architectures.quantization import Quantization, quantization_of
 from uptrain.architectures.rope_parameters import rotary_parameters
-from uptrain.architectures.schema import Architecture, KeyNorm, Position
+from uptrain.architectures.schema import Family, KeyNorm, Position
 from uptrain.architectures.unknown_models import refuse_unknown
 from uptrain.architectures.validation import MOST, check_kinds
 from uptrain.architectures.wrappers import WRAPPERS, Tower, tower_in
@@ -35,7 +35,7 @@ class ModelDescription:
         tower: the place of the language model in a wrapper's config, None where nothing wraps it.
     """
 
-    family: Architecture
+    family: Family
     config: dict[str, Any]
     name: str
     tower: Tower | None = None
@@ -45,7 +45,7 @@ class ModelDescription:
         """Return the model type of the wrapper, empty where nothing wraps the language model."""
         return "" if self.tower is None else self.tower.wrapper.model_type
 
-    def as_family(self, family: Architecture) -> ModelDescription:
+    def as_family(self, family: Family) -> ModelDescription:
         """Return the description that the class of another family gives for the same config."""
         return ModelDescription(family=family, config=self.config, name=self.name)
 
@@ -187,16 +187,16 @@ class CheckpointDescription(ModelDescription):
         return embeddings_of(self)
 
     @cached_property
-    def quantization(self) -> Quantisation | None:
+    def quantization(self) -> Quantization | None:
         """Return how the checkpoint is quantized, None where it isn't.
 
         Raises:
             CheckpointError: a quantize_config.json or the like that can't be read.
         """
-        return quantisation_of(self.checkpoint)
+        return quantization_of(self.checkpoint)
 
     def attention_name(self, index: int) -> str:
-        """Return how the tensor names of the model's attention number `index` begin, as `Architecture.attention`."""
+        """Return how the tensor names of the model's attention number `index` begin, as `Family.attention`."""
         return self.family.attention(self.prefix, index)
 
 
@@ -211,7 +211,7 @@ def describe(config: dict[str, Any], name: str) -> ModelDescription:
     tower = tower_in(config)
     own = config if tower is None else tower.config
     family = _checked_family(own, name)
-    family = family if tower is None else tower.architecture(family, name)
+    family = family if tower is None else tower.placed(family, name)
     return ModelDescription(family=family, config=own, name=name, tower=tower)
 
 
@@ -223,14 +223,14 @@ def describe_checkpoint(checkpoint: Checkpoint, name: str) -> CheckpointDescript
     )
 
 
-def _checked_family(config: Mapping[str, Any], name: str) -> Architecture:
+def _checked_family(config: Mapping[str, Any], name: str) -> Family:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in NO_CACHE:
         raise UsageError(f"{name} is a {model_type}, an encoder-only model: it keeps no key/value cache to shrink.")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise refuse_unknown(config, name)
     check_kinds(config, name)
-    family = ARCHITECTURES[model_type]
+    family = FAMILIES[model_type]
     for key, (value, why) in family.unsupported.items():
         if setting(config, key, family.defaults.get(key)) == value:
             raise UsageError(f"{name} has {key} {value}, which uptrain can't convert: {why}.")
@@ -240,8 +240,8 @@ def _checked_family(config: Mapping[str, Any], name: str) -> Architecture:
 def auto_class_name(config: Mapping[str, Any]) -> str:
     """Name the Auto class of transformers that loads a config's language model; families need not be known."""
     model_type = str(config.get("model_type"))
-    entry = ARCHITECTURES.get(model_type) or WRAPPERS.get(model_type)
-    return Architecture.auto_class if entry is None else entry.auto_class
+    entry = FAMILIES.get(model_type) or WRAPPERS.get(model_type)
+    return Family.auto_class if entry is None else entry.auto_class
 
 
 def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -251,7 +251,7 @@ def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return inside.get(last, default) if isinstance(inside, Mapping) else default
 
 
-def write_groups(family: Architecture, config: dict[str, Any], num_key_value_heads: int) -> None:
+def write_groups(family: Family, config: dict[str, Any], num_key_value_heads: int) -> None:
     """Write the number of key/value heads into a config of `family`, under the keys that the family has for it."""
     if family.keys.num_key_value_heads:
         config[family.keys.num_key_value_heads] = num_key_value_heads

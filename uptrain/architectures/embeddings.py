@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uptrain.architectures.decoders import ARCHITECTURES
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.decoders import FAMILIES
+from uptrain.architectures.schema import Family
 from uptrain.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -61,14 +61,14 @@ def stored_table(source: CheckpointDescription) -> tuple[str, str]:
     return own, next((name for name in names if name in source.tensors), own)
 
 
-def declares_tied(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+def declares_tied(family: Family, config: Mapping[str, Any]) -> bool:
     """Tell whether the family's class takes this config to tie the head to the embedding."""
-    names = architecture.vocabulary
+    names = family.vocabulary
     return names.always or bool(config.get(FLAG, names.tied))
 
 
 def declare(
-    config: dict[str, Any], embeddings: Embeddings, source: Architecture, target: Architecture, untied: bool = False
+    config: dict[str, Any], embeddings: Embeddings, source: Family, target: Family, untied: bool = False
 ) -> None:
     """Write into a result's config whether its class must tie the head, unless the class reads that from it already.
 
@@ -88,7 +88,7 @@ def declare(
 
 def declare_loaded(config: dict[str, Any], tied_names: Collection[str]) -> None:
     """Write into a config, in place, whether a model that has been loaded ties its head; `tied_names` are its own."""
-    entry = ARCHITECTURES.get(str(config.get("model_type")))
+    entry = FAMILIES.get(str(config.get("model_type")))
     if entry is None or entry.vocabulary.more:
         return
     tied = any(name in tied_names for name in entry.vocabulary.heads)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from uptrain.architectures.own_classes import OWN_CLASSES
-from uptrain.architectures.schema import Architecture, ConfigKeys, Position, Projections, Vocabulary
+from uptrain.architectures.schema import ConfigKeys, Family, Position, Projections, Vocabulary
 
 _UNCALIBRATED = "its decoder reads an encoder's output, and calibration runs one stack of layers on text"
 _ALONE = "it is an encoder or a decoder alone, and only both together are known"
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
-T5 = Architecture(
+T5 = Family(
     model_type="t5",
     class_name="T5ForConditionalGeneration",
     layer="{prefix}decoder.block.{layer}.layer.0.SelfAttention.",
@@ -56,7 +56,7 @@ UMT5 = T5.for_model(
     targets={"gqa": ("uptrain_umt5",), "mqa": ("uptrain_umt5",)},
 )
 
-BART = Architecture(
+BART = Family(
     model_type="bart",
     class_name="BartForConditionalGeneration",
     layer="{prefix}decoder.layers.{layer}.self_attn.",

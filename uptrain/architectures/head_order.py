@@ -9,9 +9,9 @@ from typing import Any
 
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.projections import PARTS, modules_of
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
 
 GENERATION = "generation_config.json"
@@ -81,14 +81,14 @@ def _generation(path: Path) -> dict[str, Any]:
     return read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
 
 
-def _indices(architecture: Architecture, values: Mapping[str, Any], count: int) -> Iterator[tuple[str, int, int]]:
+def _indices(family: Family, values: Mapping[str, Any], count: int) -> Iterator[tuple[str, int, int]]:
     """Yield each pair of a layer and a query head: its key, the model's attention it means, and the head.
 
     Raises:
         CheckpointError: something else than such pairs, or a layer that the model doesn't have.
     """
-    kinds = len(architecture.attentions)
-    for key, cross in architecture.head_indices.items():
+    kinds = len(family.attentions)
+    for key, cross in family.head_indices.items():
         for pair in values.get(key) or []:
             if not isinstance(pair, list) or len(pair) != 2 or not all(type(number) is int for number in pair):
                 raise CheckpointError(f"{GENERATION} has {pair!r} in {key}, not a layer and a head.")

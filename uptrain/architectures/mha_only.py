@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import (
-    Architecture,
     ConfigKeys,
+    Family,
     KeyNorm,
     Packing,
     Position,
@@ -17,7 +17,7 @@ from uptrain.architectures.schema import (
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 CLIPPED = "it clips queries, keys and values, which no longer cancels when heads are re-scaled"
 
-GPT_NEOX = Architecture(
+GPT_NEOX = Family(
     model_type="gpt_neox",
     class_name="GPTNeoXForCausalLM",
     layer="{prefix}layers.{layer}.attention.",
@@ -33,7 +33,7 @@ GPT_NEOX = Architecture(
     native=False,
 )
 
-GPTJ = Architecture(
+GPTJ = Family(
     model_type="gptj",
     class_name="GPTJForCausalLM",
     layer="{prefix}h.{layer}.attn.",
@@ -58,7 +58,7 @@ CODEGEN = GPTJ.for_model(
     projections=Projections(o="out_proj", fused="qkv_proj", packing=Packing.BLOCKS),
 )
 
-OPT = Architecture(
+OPT = Family(
     model_type="opt",
     class_name="OPTForCausalLM",
     layer="{prefix}decoder.layers.{layer}.self_attn.",
@@ -73,7 +73,7 @@ OPT = Architecture(
     native=False,
 )
 
-BLOOM = Architecture(
+BLOOM = Family(
     model_type="bloom",
     class_name="BloomForCausalLM",
     layer="{prefix}h.{layer}.self_attention.",
@@ -90,7 +90,7 @@ BLOOM = Architecture(
     native=False,
 )
 
-GPT_NEO = Architecture(
+GPT_NEO = Family(
     model_type="gpt_neo",
     class_name="GPTNeoForCausalLM",
     layer="{prefix}h.{layer}.attn.attention.",
@@ -108,7 +108,7 @@ GPT_NEO = Architecture(
     native=False,
 )  # fmt: skip
 
-MPT = Architecture(
+MPT = Family(
     model_type="mpt",
     class_name="MptForCausalLM",
     layer="{prefix}blocks.{layer}.attn.",
@@ -129,7 +129,7 @@ MPT = Architecture(
     native=False,
 )
 
-PERSIMMON = Architecture(
+PERSIMMON = Family(
     model_type="persimmon",
     class_name="PersimmonForCausalLM",
     projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),

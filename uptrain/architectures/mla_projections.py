@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.dtypes import Array
-
-Rope = Literal["free", "grid", "longrope", "re-rotate"]
 
 NEUTRAL_EPS = 1e-6
 """The ε that transformers hard-codes in the latent's norm."""
@@ -21,19 +19,25 @@ NEUTRAL_SCALE = NEUTRAL_EPS**0.5 / NEUTRAL_WEIGHT
 
 
 @dataclass(frozen=True)
-class LatentTarget:
-    """Say what a layer becomes: `form` of rotation, sizes, and which source frequency each rotary pair has.
+class MLASpec:
+    """What an attention layer becomes.
 
-    `frequencies` (D/2,) are the source's, radians a token; empty without rotation, as `slots` are then.
-    `rotary_factor` is what the source's rotary tables are multiplied by; `key_weight` None is the default or searched.
+    - `rope`: where the positions of its keys are.
+    - `kv_lora_rank`: values of the latent per token.
+    - `qk_rope_head_dim`: dims of the rotary key that all heads share.
+    - `qk_nope_head_dim`: unrotated dims of a head's key.
+    - `inverse_frequencies`: the source's (D/2,), in radians per token; empty where no shared rotary key needs them.
+    - `rope_pairs`: the index in `inverse_frequencies` that each pair of the shared rotary key has.
+    - `rotary_factor`: what the source's rotary tables are multiplied by.
+    - `key_weight`: weight of key error relative to value error; None for the method's default or its search.
     """
 
-    form: Rope
+    rope: MLARope
     kv_lora_rank: int
     qk_rope_head_dim: int
     qk_nope_head_dim: int
-    frequencies: tuple[float, ...] = ()
-    slots: tuple[int, ...] = ()
+    inverse_frequencies: tuple[float, ...] = ()
+    rope_pairs: tuple[int, ...] = ()
     rotary_factor: float = 1.0
     key_weight: float | None = None
 

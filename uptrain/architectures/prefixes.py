@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from uptrain.architectures.projections import module_of
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.errors import CheckpointError
 
 WRAPPERS: Mapping[str, str] = MappingProxyType(
@@ -40,54 +40,53 @@ class Foreign:
     count: int
 
 
-def find_prefix(architecture: Architecture, names: Collection[str], name: str) -> str:
+def find_prefix(family: Family, names: Collection[str], name: str) -> str:
     """Return which of the family's prefixes a checkpoint's tensor `names` have; `name` is what the user called it.
 
     Raises:
         CheckpointError: no tensor has the family's names.
     """
-    for prefix in architecture.prefixes:
-        if _stands(architecture, prefix, names):
+    for prefix in family.prefixes:
+        if _stands(family, prefix, names):
             return prefix
-    refuse_foreign(architecture, names, name)
+    refuse_foreign(family, names, name)
     raise CheckpointError(
-        f"{name} says it is {architecture.model_type} but has no tensor "
-        f"{_first(architecture, architecture.prefixes[0])}.",
+        f"{name} says it is {family.model_type} but has no tensor {_first(family, family.prefixes[0])}.",
         "Is it an adapter? Merge it into its base first.",
     )
 
 
-def refuse_foreign(architecture: Architecture, names: Collection[str], name: str) -> None:
+def refuse_foreign(family: Family, names: Collection[str], name: str) -> None:
     """Refuse a checkpoint whose tensor `names` are the family's but for a prefix that a wrapper added.
 
     Raises:
         CheckpointError: they are; transformers would load none of those tensors.
     """
-    found = foreign_names(architecture, names)
+    found = foreign_names(family, names)
     if found is None:
         return
     tools = [tool for part, tool in WRAPPERS.items() if part in ".".join(found.added).split(".")]
     of = f"of {' and '.join(tools)}" if tools else "of a model that it was part of"
-    wanted = _first(architecture, architecture.prefixes[0])
+    wanted = _first(family, family.prefixes[0])
     # What a file says may hold quotes, and is to be pasted into Python.
     renames = ", ".join(f"{pattern!r}: {new!r}" for pattern, new in found.renames.items())
     raise CheckpointError(
         f"{name} has the prefix {' and '.join(found.added)} {of} in {found.count} of its {len(names)} "
-        f"tensor names: {found.example}, where {architecture.model_type} has {wanted}.",
+        f"tensor names: {found.example}, where {family.model_type} has {wanted}.",
         # Without that last word transformers would write the names that it has read.
-        f"Write it without, and copy the tokenizer's files: transformers.{architecture.auto_class}.from_pretrained("
+        f"Write it without, and copy the tokenizer's files: transformers.{family.auto_class}.from_pretrained("
         f"{name!r}, dtype='auto', key_mapping={{{renames}}}).save_pretrained('NEW', save_original_format=False).",
     )
 
 
-def foreign_names(architecture: Architecture, names: Collection[str]) -> Foreign | None:
+def foreign_names(family: Family, names: Collection[str]) -> Foreign | None:
     """Return what a wrapper added to the family's names; None where they are the family's, or another's."""
-    if any(_stands(architecture, prefix, names) for prefix in architecture.prefixes):
+    if any(_stands(family, prefix, names) for prefix in family.prefixes):
         return None
     leads: dict[str, tuple[str, str]] = {}
-    for prefix in architecture.prefixes:
+    for prefix in family.prefixes:
         for name in names:
-            lead = _lead(name, _first(architecture, prefix))
+            lead = _lead(name, _first(family, prefix))
             if lead is not None and not any(word in lead for word in _OTHER_TOWERS):
                 leads.setdefault(lead, (name, prefix))
         if leads:
@@ -97,8 +96,8 @@ def foreign_names(architecture: Architecture, names: Collection[str]) -> Foreign
     plain = [_stripped(name) for name in names]
     lead = max(leads, key=lambda each: (sum(name.startswith(each) for name in plain), each))
     example, prefix = leads[lead]
-    whole = example.removesuffix(_first(architecture, prefix))
-    new = "" if prefix == architecture.prefixes[0] else architecture.prefixes[0]
+    whole = example.removesuffix(_first(family, prefix))
+    new = "" if prefix == family.prefixes[0] else family.prefixes[0]
     if whole != example:
         renames = {f"^{re.escape(whole)}": new}
         return Foreign(example, (whole,), renames, sum(name.startswith(whole) for name in names))
@@ -108,15 +107,15 @@ def foreign_names(architecture: Architecture, names: Collection[str]) -> Foreign
     return Foreign(example, (*([lead] if lead else []), *(f"{part}." for part in inside)), renames, count)
 
 
-def _stands(architecture: Architecture, prefix: str, names: Collection[str]) -> bool:
-    """Tell whether the first layer's output projection has that prefix; a quantised one may have no weight."""
-    start = _first(architecture, prefix).removesuffix("weight")
+def _stands(family: Family, prefix: str, names: Collection[str]) -> bool:
+    """Tell whether the first layer's output projection has that prefix; a quantized one may have no weight."""
+    start = _first(family, prefix).removesuffix("weight")
     return any(name.startswith(start) for name in names)
 
 
-def _first(architecture: Architecture, prefix: str) -> str:
+def _first(family: Family, prefix: str) -> str:
     """Name the first layer's output projection, which every checkpoint of the family has."""
-    return architecture.attention(prefix, 0) + module_of(architecture.projections, "o") + ".weight"
+    return family.attention(prefix, 0) + module_of(family.projections, "o") + ".weight"
 
 
 def _stripped(name: str) -> str:

@@ -47,7 +47,7 @@ def source_frequencies(parameters: Mapping[str, Any], config: Mapping[str, Any],
     if kind not in _VARIANTS:
         raise UsageError(
             f"{where} has rope_type {kind}, whose frequencies change with the text's length: they fit no latent yet.",
-            "Use --rope re-rotate, or --to gqa.",
+            "Use --rope pre-rope, or --to gqa.",
         )
     try:
         theta = float(parameters["rope_theta"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.errors import CheckpointError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -36,7 +36,7 @@ _LENGTH = "original_max_position_embeddings"
 _SHARE = "partial_rotary_factor"
 
 
-def rotary_parameters(architecture: Architecture, config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+def rotary_parameters(family: Family, config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """Return what the family's config class makes of a config's rotary parameters, in transformers 5's words.
 
     The keys are layer types, or EVERY alone where all layers have the same. A share of rotated dims is there only
@@ -45,42 +45,42 @@ def rotary_parameters(architecture: Architecture, config: Mapping[str, Any], whe
     Raises:
         CheckpointError: parameters that the class can't read.
     """
-    if architecture.keys.rotary_ndims:
-        return {EVERY: {"rope_type": "default", "rope_theta": architecture.rotary.theta}}
-    words = architecture.rotary
+    if family.keys.rotary_ndims:
+        return {EVERY: {"rope_type": "default", "rope_theta": family.rotary.theta}}
+    words = family.rotary
     if words.by_layer_type:
-        found = _by_layer_type(architecture, config, where)
+        found = _by_layer_type(family, config, where)
     else:
-        found = {EVERY: _flat(architecture, config, where)}
+        found = {EVERY: _flat(family, config, where)}
     for parameters in found.values():
         kind = parameters.pop("type", "default")
         kind = parameters.setdefault("rope_type", kind)
         kind = parameters["rope_type"] = words.renamed.get(kind, kind) if isinstance(kind, str) else kind
         if kind in _LIMITED:
-            _set_length(parameters, architecture, config)
+            _set_length(parameters, family, config)
         if kind == "default" and not words.partly:
             parameters.pop(_SHARE, None)
     return found
 
 
-def _flat(architecture: Architecture, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    words, new = architecture.rotary, config.get("rope_parameters")
+def _flat(family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    words, new = family.rotary, config.get("rope_parameters")
     found = dict(config.get("rope_scaling") or (words.whole if new is None else new))
     if any(isinstance(found.get(kind), Mapping) for kind in (FULL, SLIDING)):
         raise CheckpointError(
-            f"{where} has rotary parameters for each type of layer, which {architecture.class_name} doesn't read.",
+            f"{where} has rotary parameters for each type of layer, which {family.class_name} doesn't read.",
             "Say them once, for all layers.",
         )
     found.setdefault("rope_theta", config.get(words.theta_key, words.theta))
-    silent = architecture.partial_rotary_factor if words.partly else None
-    share = config.get(architecture.keys.rotary_share, silent)
+    silent = family.partial_rotary_factor if words.partly else None
+    share = config.get(family.keys.rotary_share, silent)
     if share is not None:
         found.setdefault(_SHARE, share)
     return found
 
 
-def _by_layer_type(architecture: Architecture, config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    words, old = architecture.rotary, config.get("rope_scaling")
+def _by_layer_type(family: Family, config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    words, old = family.rotary, config.get("rope_scaling")
     merges = any(theta is not None for _, theta in words.by_layer_type.values())
     new = config.get("rope_parameters")
     if not merges:
@@ -94,7 +94,7 @@ def _by_layer_type(architecture: Architecture, config: Mapping[str, Any], where:
     if merges and old is not None:
         if new is not None and not isinstance(given.get(FULL), Mapping):
             raise CheckpointError(
-                f"{where} has rope_scaling beside rope_parameters without {FULL}, which {architecture.class_name} "
+                f"{where} has rope_scaling beside rope_parameters without {FULL}, which {family.class_name} "
                 "can't read.",
                 "Leave one of them out.",
             )
@@ -109,19 +109,17 @@ def _by_layer_type(architecture: Architecture, config: Mapping[str, Any], where:
     return found
 
 
-def _set_length(parameters: dict[str, Any], architecture: Architecture, config: Mapping[str, Any]) -> None:
+def _set_length(parameters: dict[str, Any], family: Family, config: Mapping[str, Any]) -> None:
     """Put in the length that scaling starts from; the classes prefer one that stands beside the parameters."""
-    known = {**architecture.defaults, **config}
-    longest = known.get(architecture.keys.max_position_embeddings)
-    if _LENGTH in known and not architecture.rotary.by_layer_type:
+    known = {**family.defaults, **config}
+    longest = known.get(family.keys.max_position_embeddings)
+    if _LENGTH in known and not family.rotary.by_layer_type:
         parameters[_LENGTH] = known[_LENGTH]
     else:
         parameters.setdefault(_LENGTH, longest)
 
 
-def rotated_dims(
-    architecture: Architecture, parameters: Mapping[str, Any], head_dim: int, where: str
-) -> tuple[int | None, int]:
+def rotated_dims(family: Family, parameters: Mapping[str, Any], head_dim: int, where: str) -> tuple[int | None, int]:
     """Return how many of a head's dims are rotated, None for all, and the dims that the frequencies are spread over.
 
     They differ where the share comes to an odd number: dims are rotated in pairs, so the class rounds up.
@@ -136,9 +134,9 @@ def rotated_dims(
     # This rope type turns the other dims too, by nothing.
     if share == 1 or parameters["rope_type"] == "proportional":
         return None, head_dim
-    if not architecture.rotary.partly:
+    if not family.rotary.partly:
         raise CheckpointError(
-            f"{where} has {_SHARE} {share} with rope_type {parameters['rope_type']}, but {architecture.class_name} "
+            f"{where} has {_SHARE} {share} with rope_type {parameters['rope_type']}, but {family.class_name} "
             "rotates all of each head.",
             f"Leave {_SHARE} out.",
         )

@@ -160,7 +160,7 @@ class RotaryWords:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Family:
     """One model family: names, packing, config keys and the target classes of its results.
 
     `native` families hold any number of groups themselves; `targets` names, per kind of result, the entries of
@@ -210,15 +210,15 @@ class Architecture:
     expanded: str = ""
     """The config flag under which transformers' class caches a copy for every query head."""
 
-    def for_model(self, model_type: str, class_name: str, **changes: Any) -> Architecture:
+    def for_model(self, model_type: str, class_name: str, **changes: Any) -> Family:
         """Return the same layout under another `model_type`, with the given fields changed."""
         return replace(self, model_type=model_type, class_name=class_name, **changes)
 
-    def for_own_class(self, own: OwnClass, **changes: Any) -> Architecture:
+    def for_own_class(self, own: OwnClass, **changes: Any) -> Family:
         """Return the same entry for a class of ours, with the given fields changed."""
         return self.for_model(own.model_type, own.head_class, **changes)
 
-    def with_groups(self, own: OwnClass) -> Architecture:
+    def with_groups(self, own: OwnClass) -> Family:
         """Return the entry of our own class for a family that counts no key/value heads, which counts them."""
         keys = replace(self.keys, num_key_value_heads="num_key_value_heads")
         return self.for_own_class(own, keys=keys, targets={}, native=True)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.wrappers import WRAPPERS
 from uptrain.errors import UsageError, did_you_mean
 
@@ -33,7 +33,7 @@ def refuse_unknown(config: Mapping[str, Any], where: str) -> UsageError:
         )
     if sections_of(config):
         return refuse_wrapper(config, where, "convert")
-    known = ", ".join(sorted(ARCHITECTURES))
+    known = ", ".join(sorted(FAMILIES))
     meant = _meant(str(model_type))
     return UsageError(
         f"{where} has model_type {model_type!r}, which uptrain doesn't know. It knows {known}.",
@@ -60,7 +60,7 @@ def refuse_wrapper(config: Mapping[str, Any], where: str, verb: str) -> UsageErr
     parts = ", ".join(f"{key} ({said})" if said else key for key, said in wrapped.items())
     tower = next((key for key in TEXT_SECTIONS if key in wrapped), "")
     family = wrapped.get(tower, "")
-    if family in ARCHITECTURES:
+    if family in FAMILIES:
         hint = f"Its text tower is a {family}, a family that uptrain knows: name a checkpoint that holds it alone."
     elif family:
         hint = f"Its text tower is a {family}, a family that uptrain doesn't know either."
@@ -74,14 +74,14 @@ def refuse_wrapper(config: Mapping[str, Any], where: str, verb: str) -> UsageErr
 
 def _meant(model_type: str) -> str:
     """Return a question that names the family which a model type misspells, empty where it may be another's name."""
-    plain = {_plain(name): name for name in ARCHITECTURES}
+    plain = {_plain(name): name for name in FAMILIES}
     same = plain.get(_plain(model_type))
     if same is not None:
         return f"Did you mean '{same}'?"
     others = _known_to_transformers()
     if not others or model_type in others:
         return ""
-    near = difflib.get_close_matches(model_type, list(ARCHITECTURES), n=1, cutoff=ALIKE)
+    near = difflib.get_close_matches(model_type, list(FAMILIES), n=1, cutoff=ALIKE)
     return did_you_mean(model_type, [name for name in near if _numbers(name) == _numbers(model_type)])
 
 

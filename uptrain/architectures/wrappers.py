@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.model_class import class_named
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.architectures.validation import DTYPE_KEYS
 from uptrain.errors import UsageError
 
@@ -106,13 +106,13 @@ class Tower:
         said = self.whole.get(TIED, self.wrapper.tied)
         if said or not self.wrapper.tied_by_section:
             return said
-        return section.get(TIED, ARCHITECTURES[_text_type(self.wrapper, section)].vocabulary.tied)
+        return section.get(TIED, FAMILIES[_text_type(self.wrapper, section)].vocabulary.tied)
 
-    def named(self, family: Architecture) -> Architecture:
+    def named(self, family: Family) -> Family:
         """Return the language model's family with the names that it has in the wrapper."""
         return replace(family, prefixes=self.wrapper.bodies)
 
-    def architecture(self, family: Architecture, where: str) -> Architecture:
+    def placed(self, family: Family, where: str) -> Family:
         """Return what a conversion needs to know of the language model; `where` names the config.
 
         That is its family, with the names that it has in the wrapper. No other class can hold its results, and the
@@ -153,7 +153,7 @@ def tower_in(config: Mapping[str, Any]) -> Tower | None:
     model_type = config.get("model_type")
     wrapper = WRAPPERS.get(model_type) if isinstance(model_type, str) else None
     section = config.get(wrapper.section) if wrapper else None
-    if wrapper is None or not isinstance(section, Mapping) or _text_type(wrapper, section) not in ARCHITECTURES:
+    if wrapper is None or not isinstance(section, Mapping) or _text_type(wrapper, section) not in FAMILIES:
         return None
     return Tower(wrapper, config)
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from uptrain.checkpoint.adapters import ADAPTER_CONFIG
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import CLAIMS, LOCK, STATE, write_atomic
+from uptrain.checkpoint.locks import LOCK, WORK_LOCKS
+from uptrain.checkpoint.output_folder import STATE
 from uptrain.errors import CheckpointError, VerificationError
 
 MANIFEST = "uptrain.json"
@@ -88,7 +90,7 @@ def file_digests(directory: Path, known: dict[str, str], algorithm: str = DEFAUL
 def _files(directory: Path) -> list[tuple[str, Path]]:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     named = [(path.relative_to(directory).as_posix(), path) for path in paths]
-    ours = (MANIFEST, SIGNATURE, STATE, LOCK, CLAIMS)
+    ours = (MANIFEST, SIGNATURE, STATE, LOCK, WORK_LOCKS)
     return [(name, path) for name, path in named if name.partition("/")[0] not in ours]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.checksum import algorithm_of
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, parse_object
-from uptrain.checkpoint.writer import STATE, write_atomic
+from uptrain.checkpoint.output_folder import STATE
 from uptrain.errors import UptrainError
 
 FINISHED = ("shards", "sources", "layers", "similarity", "orders")

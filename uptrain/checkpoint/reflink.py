@@ -62,7 +62,7 @@ def can_clone(file: Path, folder: Path) -> bool:
         return file.stat().st_size >= BLOCK and bool(clone(Span(file, 0, BLOCK), probe.fileno(), 0))
 
 
-def write_beside(descriptor: int, data: memoryview, position: int, shared: range) -> None:
+def write_unshared(descriptor: int, data: memoryview, position: int, shared: range) -> None:
     """Write `data` at `position` of an open file, but for the places that are `shared`."""
     before = data[: max(0, shared.start - position)]
     after = data[max(0, shared.stop - position) :] if shared else data[len(before) :]

@@ -8,16 +8,18 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, SIGNATURE, read_manifest, unlisted, verify
-from uptrain.checkpoint.writer import friendly_errors, write_atomic
+from uptrain.checkpoint.output_folder import friendly_errors
 from uptrain.errors import CheckpointError, UptrainError, UsageError, VerificationError
 
 NAMESPACE = "uptrain"
 """What ssh-keygen binds a signature to, so that one made for e-mail or git doesn't count here."""
-UNSIGNED = ("README.md", EVALUATION, ".gitattributes", "report.html")
-"""What may lie in a signed folder and isn't signed: written later, by uptrain or the Hub, and read by people."""
+UNSIGNED = ("README.md", EVALUATION, ".gitattributes", "report.html", "report-*.png")
+"""Files of a signed folder that need no signature: uptrain or the Hub writes them later, and people read them."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,17 @@ def verify_signed(directory: Path, allowed_signers: Path, identity: str | None =
             "Do not use the checkpoint unless you know whose key that is.",
         )
     for path in unlisted(directory, read_manifest(directory) or {"files": {}}):
-        if path not in UNSIGNED and not path.startswith(".cache/"):
+        if not _may_be_unsigned(path):
             raise VerificationError(
                 f"{directory / path} is not listed in {MANIFEST}, so nobody signed it.", "Remove it, or ask its maker."
             )
     return Signer(signer.key, name)
+
+
+def _may_be_unsigned(path: str) -> bool:
+    if "/" in path:
+        return path.startswith(".cache/")
+    return any(fnmatchcase(path, pattern) for pattern in UNSIGNED)
 
 
 def _program() -> str:

@@ -103,13 +103,19 @@ def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def layer_progress() -> Callable[[int, int], None]:
-    """Return a callback that says on stderr how many layers are calibrated, and how long the rest will take."""
+    """Return a callback that says on stderr how many layers are calibrated, and how long the rest will take.
+
+    A call with 0 layers done begins another calibration.
+    """
     import time
 
     began, earlier = time.monotonic(), -1
 
     def show(done: int, layers: int) -> None:
-        nonlocal earlier
+        nonlocal began, earlier
+        if not done:
+            began, earlier = time.monotonic(), -1
+            return
         earlier = done - 1 if earlier < 0 else earlier  # what an interrupted run had calibrated took no time here
         minutes, seconds = divmod(round((time.monotonic() - began) / (done - earlier) * (layers - done)), 60)
         if sys.stderr.isatty() or done == layers:

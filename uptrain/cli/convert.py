@@ -15,7 +15,8 @@ from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
 from uptrain.cli.method_help import grouping_help, method_help, seed_help
 from uptrain.cli.options import Command, check_device, device_option, json_option, source_options
 from uptrain.cli.types import Share, Size
-from uptrain.formatting import size, typed
+from uptrain.errors import UsageError
+from uptrain.formatting import counted, size, typed
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.sidecars import Sidecars
@@ -30,9 +31,9 @@ _LATENT_OPTIONS = (
     click.option("--qk-rope-head-dim", type=int, help="Of --to mla: rotary values a token beside it."),
     click.option(
         "--rope",
-        help="Of --to mla, how keys carry positions: grid (the highest frequencies in a shared rotary key; stock "
-        "deepseek_v3, any engine; the default), longrope (a table of the model's own; transformers only), or "
-        "re-rotate (all keys in the latent, rotated when read; own class, decoding re-expands the context).",
+        help="(--to mla) Where the positions of keys are: decoupled (the fastest rope pairs in one shared rotary key; "
+        "stock deepseek_v3, any engine; the default), longrope (rope pairs that the model chooses; transformers only), "
+        "or pre-rope (in keys that are rotated after the latent is expanded; own class; each step expands all of it).",
     ),
     click.option("--q-lora-rank", type=int, help="Of --to mla: low-rank queries. Default: whole ones."),
     click.option(
@@ -137,6 +138,8 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})
+    if options["dry_run"] and options["diagnose"]:
+        raise UsageError("--diagnose has no effect with --dry-run.", "Leave one of them out.")
     running = RunOptions(join=options["join"], diagnose=options["diagnose"], memory=options["memory"])
     running.check(request)
     check_device(request.chosen_method.needs_text)
@@ -196,7 +199,7 @@ def _show_plan(source: Source, plan: Plan, beside: Sidecars, out: Path, as_json:
             ("method", f"{plan.request.method} on {sum(not spec.cross for spec in plan.after)} layers"),
             *_shared_facts(plan),
             ("tensors", f"{sum(map(len, plan.shards.values()))}, of which {plan.changed} change"),
-            ("disk", f"{size(plan.total_bytes)} in {len(plan.shards)} shard(s)"),
+            ("disk", f"{size(plan.total_bytes)} in {counted(len(plan.shards), 'shard')}"),
             ("memory", f"about {size(plan.peak_memory)} a thread above the interpreter's own"),
             ("goes along", short(beside.along) or "nothing"),
             *_left_out(beside),
@@ -228,9 +231,9 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
     beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
     facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
-    if latent.target.form == "re-rotate":
+    if latent.spec.rope.rotates_expanded:
         facts.append(("decoding", "every step expands and rotates the whole context again"))
-    if latent.target.form == "longrope":
+    if latent.spec.rope.chooses_pairs:
         facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
     if plan.copied_head:
         facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))
@@ -246,8 +249,8 @@ def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
         *_cross_facts(plan),
-        *([expanded_in_transformers(plan.target.architecture.class_name)] if expanded else []),
-        ("class", f"{plan.holder} · {plan.target.architecture.class_name}{code}"),
+        *([expanded_in_transformers(plan.target.family.class_name)] if expanded else []),
+        ("class", f"{plan.holder} · {plan.target.family.class_name}{code}"),
     ]
 
 
@@ -266,7 +269,7 @@ def _show(done: Conversion, as_json: bool) -> None:
         return
     pairs = _shared_facts(done.plan)
     if done.resumed:
-        pairs.append(("resumed", f"{len(done.resumed)} shard(s) of an earlier run kept"))
+        pairs.append(("resumed", f"{counted(len(done.resumed), 'shard')} of an earlier run kept"))
     pairs += _left_out(done.sidecars)
     method, place = done.plan.request.method, done.plan.source.family.place
     if len(done.kept) > 1:
@@ -274,8 +277,10 @@ def _show(done: Conversion, as_json: bool) -> None:
         rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
         rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
         columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
-        title = "Energy kept" if done.plan.latent else "Energy kept, by method"
+        title = "Explained energy" if done.plan.latent else "Explained energy, by method"
         console.table(title, columns, rows)
+        if any(share < 0 for methods in done.kept.values() for sides in methods.values() for share in sides.values()):
+            console.note("Below 0 %: the error is larger than the keys or values themselves.")
     console.facts(f"Wrote {done.out}", pairs)
     if method == "mean" and len(done.kept) == 1:
         (layer, kept), *_ = done.kept.items()

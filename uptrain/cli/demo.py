@@ -29,7 +29,7 @@ def demo(out: Path, as_json: bool) -> None:
     from uptrain.training import recipes
     from uptrain.workflows.demo.run import RECIPE, UPTRAINED_ON, run_demo
 
-    recipe = recipes.load(RECIPE, (f"tokens={UPTRAINED_ON}",))
+    recipe = recipes.load_recipe(RECIPE, (f"tokens={UPTRAINED_ON}",))
     with console.training_progress(recipe.total_steps) as show:
         found = run_demo(out, events=Events(note=console.note, step=show))
     _show(found, as_json)

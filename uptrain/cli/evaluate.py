@@ -17,11 +17,10 @@ from uptrain.evaluation.tables import MetricTable
 from uptrain.formatting import number, size
 
 if TYPE_CHECKING:
-    from uptrain.evaluation.needle import NeedleSettings
     from uptrain.evaluation.reference import Reference
-    from uptrain.evaluation.run import Evaluation, ModelMetrics
+    from uptrain.evaluation.result import Evaluation, ModelMetrics
     from uptrain.evaluation.samples import Sample
-    from uptrain.evaluation.tasks import TaskSettings
+    from uptrain.evaluation.settings import NeedleSettings, TaskSettings
 
 
 @click.command()
@@ -115,23 +114,26 @@ def evaluate(directory: str, **options: Any) -> None:
     uptrain eval ./llama-gqa4 --baseline ./llama --needle --needle-lengths 1024,4096,16384
     uptrain eval ./llama-gqa4 --baseline ./llama --speed-batch 1,8 --speed-context 512,4096,16384
     """
-    from uptrain.evaluation.run import evaluate as run
-    from uptrain.evaluation.run import save_place, write_evaluation
+    from uptrain import evaluation
+    from uptrain.checkpoint.events import Events
+    from uptrain.evaluation.result import save_place, write_evaluation
 
     _check_options(options)
-    texts = texts_of(options.pop("texts"))
-    context = [tokens for listed in options.pop("contexts") for tokens in listed] or None
-    named, none = options.pop("baseline"), options.pop("no_baseline")
-    baseline = _baseline(directory, named, none, options["allow_pickle"])
+    options["text"] = texts_of(options.pop("texts"))
+    options["context"] = [tokens for listed in options.pop("contexts") for tokens in listed] or None
+    named, none, allow_pickle = (options.pop(name) for name in ("baseline", "no_baseline", "allow_pickle"))
+    baseline = _baseline(directory, named, none, allow_pickle)
     if options.pop("no_speed"):
         options["repeats"] = 0
     options["tasks"] = _tasks(options)
     options["needle"] = _needles(options)
     out, as_json = options.pop("out"), options.pop("as_json")
+    settings = evaluation.EvaluationSettings(**options)
     # What can't be written is said before anything is measured.
     place = save_place(directory, out)
     with console.parts_progress() as show:
-        found = run(directory, baseline, texts, context=context, on_progress=show, on_note=console.note, **options)
+        events = Events(part=show, note=console.note)
+        found = evaluation.evaluate(directory, settings, baseline=baseline, allow_pickle=allow_pickle, events=events)
     _show(found, as_json)
     if place is not None:
         notes = write_evaluation(found, place)
@@ -140,21 +142,21 @@ def evaluate(directory: str, **options: Any) -> None:
 
 def _tasks(options: dict[str, Any]) -> TaskSettings | None:
     """Take out of `options` what is said of tasks, and return it; None without --task."""
-    from uptrain.evaluation.tasks import TaskSettings
+    from uptrain.evaluation.settings import TaskSettings
 
     listed, folder, limit = (options.pop(name) for name in ("tasks", "include_path", "task_limit"))
     names = tuple(name.strip() for part in listed for name in part.split(",") if name.strip())
-    return TaskSettings(names, folder, limit) if names else None
+    return TaskSettings(names=names, include_path=folder, limit=limit) if names else None
 
 
 def _needles(options: dict[str, Any]) -> NeedleSettings | None:
     """Take out of `options` what is said of the pass key, and return it; None without --needle."""
-    from uptrain.evaluation.needle import NeedleSettings
+    from uptrain.evaluation.settings import NeedleSettings
 
     lengths, depths, trials = (options.pop(f"needle_{name}") for name in ("lengths", "depths", "trials"))
     if not options.pop("needle"):
         return None
-    return NeedleSettings(lengths or (), tuple(percent / 100 for percent in depths), trials)
+    return NeedleSettings(lengths=lengths or (), depths=tuple(percent / 100 for percent in depths), trials=trials)
 
 
 def _baseline(directory: str, named: str | None, none: bool, allow_pickle: bool) -> str | Reference | None:

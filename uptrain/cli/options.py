@@ -62,12 +62,9 @@ def texts_of(names: Sequence[str]) -> list[TextSource]:
     Raises:
         UsageError: one of them names no text.
     """
-    from uptrain.data.sources import HELD_OUT, parse_source
+    from uptrain.data.sources import HELD_OUT, text_of_option
 
-    try:
-        return [parse_source(name) for name in names] or [HELD_OUT]
-    except ValueError:
-        raise UsageError(f"--text {' '.join(names)} is not a text.", "Name a file, a glob or a dataset.") from None
+    return [text_of_option("--text", name) for name in names] or [HELD_OUT]
 
 
 def check_belongs(names: Sequence[str], owner: str, there: bool) -> None:

@@ -42,11 +42,11 @@ def push(directory: Path, repo: str, dry_run: bool, as_json: bool, **options: An
     uptrain push demo-gqa4 me/demo-gqa4 --dry-run
     uptrain push demo-gqa4 me/demo-gqa4 --private
     """
-    from uptrain.publishing.hub import push
+    from uptrain.publishing.hub.prepare import PushSettings, prepare
     from uptrain.publishing.hub.upload import upload
 
     with console.bytes_progress("Checking", _weight_bytes(directory)) as advance:
-        prepared = push.prepare(directory, repo, dry=dry_run, on_bytes=advance, **options)
+        prepared = prepare(directory, repo, PushSettings(**options, dry_run=dry_run), advance)
     for note in prepared.notes:
         console.note(note)
     if dry_run:

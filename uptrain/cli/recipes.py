@@ -30,7 +30,7 @@ def show_recipe(name: str) -> None:
     """Print a recipe."""
     from uptrain.training import recipes
 
-    console.result(recipes.find(name).read_text(encoding="utf-8").rstrip())
+    console.result(recipes.find_recipe(name).read_text(encoding="utf-8").rstrip())
 
 
 @recipes.command("copy")
@@ -40,7 +40,7 @@ def copy_recipe(name: str, to: Path | None) -> None:
     """Copy a shipped recipe to TO (default ./NAME.yaml), to edit it."""
     from uptrain.training import recipes
 
-    source = recipes.find(name)
+    source = recipes.find_recipe(name)
     target = to or Path(source.name)
     target = target / source.name if target.is_dir() else target
     if target.exists():

@@ -8,6 +8,7 @@ import click
 
 from uptrain.cli import console
 from uptrain.cli.options import json_option
+from uptrain.formatting import counted
 
 
 @click.command()
@@ -30,13 +31,16 @@ def report(directory: Path, out: Path | None, as_json: bool) -> None:
     uptrain eval demo-gqa4 --baseline demo
     uptrain report demo-gqa4
     """
-    from uptrain.publishing.page.page import write_page
+    from uptrain.publishing import write_page
 
     done = write_page(directory, out)
     if as_json:
         names = {"page": str(done.path), "pictures": [str(path) for path in done.pictures]}
         console.result_json({**names, "missing": list(done.missing)})
         return
-    for sentence in done.missing:
-        console.note(sentence)
-    console.result(f"Wrote {done.path} and {len(done.pictures)} picture(s) beside it.")
+    if len(done.missing) == 1:
+        console.note(done.missing[0])
+    elif done.missing:
+        parts = dict.fromkeys(sentence.partition(":")[0] for sentence in done.missing)
+        console.note(f"Incomplete for lack of data: {', '.join(parts)}. The page says how to add it.")
+    console.result(f"Wrote {done.path} and {counted(len(done.pictures), 'picture')} in the same folder.")

@@ -61,13 +61,13 @@ def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...],
     uptrain sweep ./llama --to gqa:8,mqa,mla:25% --calibrate text.txt --text heldout.txt --keep best
     uptrain report demo-sweep
     """
-    from uptrain.workflows.sweeps.run import Measuring
-    from uptrain.workflows.sweeps.run import sweep as run
+    from uptrain import workflows
+    from uptrain.checkpoint.events import Events
 
-    measuring = {name: options.pop(name) for name in ("context", "stride", "tokens", "dtype")}
-    how = Measuring(texts_of(texts), **measuring)
-    options |= {"on_note": console.note, "on_layers": console.layer_progress}
-    folder, found = run(model, to, methods, measuring=how, **options)
+    call = {name: options.pop(name) for name in ("out", "revision", "allow_pickle", "overwrite")}
+    settings = workflows.SweepSettings(methods=methods, text=texts_of(texts), **options)
+    events = Events(note=console.note, layer=console.layer_progress())
+    folder, found = workflows.sweep(model, to, settings, **call, events=events)
     _show(folder, found, as_json)
 
 

@@ -11,7 +11,7 @@ from uptrain.checkpoint.manifest import converted_from
 from uptrain.cli import console
 from uptrain.cli.options import device_option, json_option
 from uptrain.errors import UptrainError
-from uptrain.formatting import typed
+from uptrain.formatting import counted, typed
 from uptrain.models import devices
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
 
     first = not devices.rank()
     try:
-        loaded = recipes.load(recipe, overrides)
+        loaded = recipes.load_recipe(recipe, overrides)
         if first:
-            console.note(f"Training {loaded.model or 'a new model'} for {loaded.total_steps:,} steps → {loaded.output}")
+            console.note(
+                f"Training {loaded.model or 'a new model'} for {counted(loaded.total_steps, 'step')} → {loaded.output}"
+            )
         from uptrain.checkpoint.events import Events
-        from uptrain.training.trainer import train as run
+        from uptrain.training.run import train as run
 
         with console.training_progress(loaded.total_steps, hidden=not first) as show:
             done = run(loaded, restart=restart, plot=plot, events=Events(step=show))
@@ -76,7 +78,8 @@ def _show(done: TrainingResult, recipe: Recipe, as_json: bool) -> None:
     if as_json:
         console.result_json(done.to_dict())
         return
-    pairs = [("trained", f"{done.steps:,} steps, {done.tokens:,} tokens on {done.num_processes} process(es)")]
+    amount = f"{counted(done.steps, 'step')}, {counted(done.tokens, 'token')}"
+    pairs = [("trained", f"{amount} on {counted(done.num_processes, 'process', 'processes')}")]
     if not done.isolated and recipe.isolate_documents is None:
         pairs.append(("documents", "end to end in a block: this model's class can't keep them apart"))
     if done.resumed_from:
@@ -85,7 +88,7 @@ def _show(done: TrainingResult, recipe: Recipe, as_json: bool) -> None:
         pairs.append(("teacher", done.teacher))
     pairs.append(("loss", f"{done.loss:.4f} nats per token at the last step ({done.precision})"))
     if done.skipped:
-        pairs.append(("left out", f"{done.skipped} step(s) whose loss was bad; train_log.jsonl names them"))
+        pairs.append(("left out", f"{counted(done.skipped, 'step')} with a bad loss; train_log.jsonl lists them"))
     if done.held_out_loss is not None:
         words = f"{done.held_out_loss:.4f} nats per token, perplexity {math.exp(done.held_out_loss):.2f}"
         best = "" if done.best_step is None else f"; the model of step {done.best_step:,}, the best"

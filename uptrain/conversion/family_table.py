@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from uptrain.architectures.decoders import ARCHITECTURES
-from uptrain.architectures.schema import Architecture, Position
-from uptrain.methods.registry import METHODS
-from uptrain.models.mla_targets import MLA_TARGET_CLASSES
-from uptrain.models.target import TargetClass
-from uptrain.models.targets import TARGET_CLASSES, own_target
+from uptrain.architectures.decoders import FAMILIES
+from uptrain.architectures.schema import Family, Position
+from uptrain.conversion.possible_targets import target_classes
+from uptrain.methods.registry import METHODS, TARGETS
+from uptrain.models.targets import TARGET_CLASSES
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyRow:
     """One model family: how its heads are stored, what tells it positions, and who holds each target.
 
     `methods` are those that fit it; with any of the config keys in `pool_only_with` only those that pool do.
@@ -47,29 +46,29 @@ class Family:
         return asdict(self)
 
 
-def families() -> tuple[Family, ...]:
+def families() -> tuple[FamilyRow, ...]:
     """Return every family that can be converted, by name; classes that only hold results are none."""
     ours = {target.name for target in TARGET_CLASSES.values() if target.remote_code}
-    found = (_family(entry) for name, entry in sorted(ARCHITECTURES.items()) if name not in ours)
+    found = (_family(entry) for name, entry in sorted(FAMILIES.items()) if name not in ours)
     return tuple(family for family in found if family.gqa or family.mqa)
 
 
-def alike(found: Iterable[Family]) -> list[list[Family]]:
+def alike(found: Iterable[FamilyRow]) -> list[list[FamilyRow]]:
     """Group families that differ in nothing but their name, in the order of their first."""
-    groups: dict[tuple[object, ...], list[Family]] = {}
+    groups: dict[tuple[object, ...], list[FamilyRow]] = {}
     for family in found:
         rest = family.to_dict() | {"model_type": "", **{to: _other(family, to) for to in ("gqa", "mqa", "mla")}}
         groups.setdefault(tuple(map(repr, rest.values())), []).append(family)
     return list(groups.values())
 
 
-def _other(family: Family, target: str) -> list[Holder | str]:
+def _other(family: FamilyRow, target: str) -> list[Holder | str]:
     """Return the holders of a target, a family's own class by that name."""
     holders: tuple[Holder, ...] = getattr(family, target)
     return ["itself" if holder.model_type == family.model_type else holder for holder in holders]
 
 
-def _family(entry: Architecture) -> Family:
+def _family(entry: Family) -> FamilyRow:
     pooled = entry.key_norm is not None and not entry.key_norm.flag
     methods = [
         method.name
@@ -77,30 +76,24 @@ def _family(entry: Architecture) -> Family:
         if not (pooled and method.mixes_dims) and not (entry.uncalibrated and method.needs_text)
     ]
     flags = [entry.key_norm.flag] if entry.key_norm is not None and entry.key_norm.flag else []
-    return Family(
+    return FamilyRow(
         model_type=entry.model_type,
         packing=entry.projections.packing.value + (", transposed" if entry.projections.transposed else ""),
         position=_position(entry),
         gqa=_holders(entry, "gqa"),
         mqa=_holders(entry, "mqa"),
-        mla=tuple(_holder(MLA_TARGET_CLASSES[name].target) for name in entry.targets.get("mla", ())),
+        mla=_holders(entry, "mla"),
         methods=tuple(methods),
         pool_only_with=(*flags, *entry.pool_only),
     )
 
 
-def _holders(entry: Architecture, target: str) -> tuple[Holder, ...]:
-    named = tuple(_holder(TARGET_CLASSES[name]) for name in entry.targets.get(target, ()))
-    if named or not entry.native or entry.keys.latent or not entry.keys.num_key_value_heads:
-        return named
-    return (_holder(own_target(entry), "" if target == "mqa" else entry.keys.grouped or ""),)
+def _holders(entry: Family, kind: str) -> tuple[Holder, ...]:
+    found = target_classes(entry, TARGETS[kind])
+    return tuple(Holder(target.name, bool(target.remote_code), needs) for target, needs in found)
 
 
-def _holder(target: TargetClass, needs: str = "") -> Holder:
-    return Holder(target.name, bool(target.remote_code), needs)
-
-
-def _position(entry: Architecture) -> str:
+def _position(entry: Family) -> str:
     share = entry.partial_rotary_factor
     words = entry.position.value + (f" ({share:g} of each head)" if share != 1 else "")
     words += f" ({entry.defaults[entry.keys.rotary_ndims]} dims of each head)" if entry.keys.rotary_ndims else ""

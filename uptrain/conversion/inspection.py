@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +15,9 @@ from uptrain.architectures.projections import module_of
 from uptrain.architectures.rope_parameters import EVERY
 from uptrain.architectures.running_dtype import cached_itemsize
 from uptrain.checkpoint.remote import open_headers
-from uptrain.conversion.plan.mla import plan_latent
-from uptrain.conversion.plan.quantized import check_attention, check_target
-from uptrain.conversion.request import Request
-from uptrain.errors import CheckpointError, UsageError
-from uptrain.models.target import TargetClass
-from uptrain.models.targets import choose_target
+from uptrain.conversion.plan.quantized import check_attention
+from uptrain.conversion.possible_targets import head_requests, latent_requests, possible_targets
+from uptrain.errors import CheckpointError
 
 CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the cache is priced."""
@@ -48,7 +46,7 @@ class Inspection:
     encoder; `cache_bytes` then is of a source and a target of as many tokens each. With `cache_expanded` transformers'
     own class caches more: a copy for every query head.
 
-    `dtype` is what most weights are stored in. Of a quantised checkpoint, `quantised` says how, `parameters` counts
+    `dtype` is what most weights are stored in. Of a quantized checkpoint, `quantised` says how, `parameters` counts
     packed codes one by one, and `unreadable` says why it can't be converted, where it can't. With `wrapped_in`, the
     model type of a wrapper, all but the weights' figures is said of the language model in it.
     """
@@ -101,7 +99,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
     for info in checkpoint.tensors.values():
         counts[info.dtype] += math.prod(info.shape)
     itemsize = cached_itemsize(source.config, (info.dtype for info in checkpoint.tensors.values()))
-    quantised = source.quantization
+    quantized = source.quantization
     unreadable = _unreadable(source)
     windows = [spec.sliding_window for spec in layers if spec.sliding_window]
     return Inspection(
@@ -122,7 +120,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         sliding_layers=len(windows),
         biases=_biases(source),
         tied_embeddings=_tied(source),
-        parameters=quantised.parameters(checkpoint.tensors) if quantised else sum(counts.values()),
+        parameters=quantized.parameters(checkpoint.tensors) if quantized else sum(counts.values()),
         dtype=counts.most_common(1)[0][0] if counts else "F32",
         shards=len(checkpoint.files),
         weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
@@ -130,10 +128,8 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         cross_bytes_per_token=cross_bytes_per_token(layers, itemsize),
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
         cache_expanded=source.expands_cache,
-        options=()
-        if layers[0].kind == "mla" or unreadable
-        else (*_options(source, itemsize), *_latent_options(source, itemsize)),
-        quantised=quantised.describe() if quantised else "",
+        options=() if layers[0].kind == "mla" or unreadable else tuple(_options(source, itemsize)),
+        quantised=quantized.describe() if quantized else "",
         unreadable=unreadable,
         wrapped_in=source.wrapped_in,
     )
@@ -149,7 +145,7 @@ def _tied(source: CheckpointDescription) -> bool:
 
 
 def _unreadable(source: CheckpointDescription) -> str:
-    """Return why a quantised checkpoint can't be converted, empty where nothing speaks against it."""
+    """Return why a quantized checkpoint can't be converted, empty where nothing speaks against it."""
     if source.attention[0].kind == "mla":
         return ""
     try:
@@ -173,38 +169,17 @@ def _biases(source: CheckpointDescription) -> str:
     return ", ".join(parts) or "none"
 
 
-def _options(source: CheckpointDescription, itemsize: int) -> list[Option]:
+def _options(source: CheckpointDescription, itemsize: int) -> Iterator[Option]:
+    """Yield what the checkpoint can become: fewer heads, the most first, then latents."""
     heads = source.attention[0].num_key_value_heads
-    out = []
-    for groups in (number for number in range(heads - 1, 0, -1) if heads % number == 0):
-        kind = "mqa" if groups == 1 else "gqa"
-        target = choose_target(source, kind, same=False)
-        if not source.as_family(target.architecture).holds_groups(groups) or not _holds(source, target):
-            continue
-        after = [spec.grouped(groups) for spec in source.attention]
-        size = cache_bytes_per_token(after, itemsize)
-        out.append(Option(kind, groups, size, source.wrapped_in or target.name, bool(target.remote_code)))
-    return out
-
-
-def _holds(source: CheckpointDescription, target: TargetClass) -> bool:
-    try:
-        check_target(source, target, False)
-    except UsageError:
-        return False
-    return True
-
-
-def _latent_options(source: CheckpointDescription, itemsize: int) -> list[Option]:
-    out = []
-    for cache in SHARES:
-        try:
-            latent = plan_latent(source, Request("mla", cache=cache))
-            check_target(source, latent.entry.target, True)
-        except UsageError:
-            continue
-        size, target = cache_bytes_per_token(latent.after, itemsize), latent.entry.target
-        out.append(
-            Option("mla", latent.after[0].num_key_value_heads, size, target.name, bool(target.remote_code), cache)
+    for found in possible_targets(source, [*reversed(head_requests(heads)), *latent_requests(SHARES)]):
+        # A wrapper keeps its own class, whichever class holds the language model in it.
+        wrapper = "" if found.request.kind.latent else source.wrapped_in
+        yield Option(
+            target=found.request.target,
+            num_key_value_heads=found.attention[0].num_key_value_heads,
+            cache_bytes_per_token=cache_bytes_per_token(found.attention, itemsize),
+            host=wrapper or found.target.name,
+            remote_code=bool(found.target.remote_code),
+            cache=found.request.cache,
         )
-    return out

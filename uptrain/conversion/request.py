@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.errors import UsageError, did_you_mean
@@ -20,7 +21,6 @@ from uptrain.methods.registry import (
     methods_with,
 )
 
-ROPES = ("grid", "longrope", "re-rotate")
 ENGINES = ("any", "llama.cpp")
 LATENT_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "cache", "rope", "key_weight")
 """The fields that only a latent has."""
@@ -42,8 +42,9 @@ class Request:
     `method` "auto" is mean, and svd for a latent. `allow_nonfinite` keeps NaN and infinite values: in attention only
     where it `pools`.
 
-    Of a latent: `cache` is the share of the source's cache to keep, in place of `kv_lora_rank`; `rope` says how keys
-    carry positions; `engine` what must be able to load it; `key_weight` how much more keys count than values.
+    Of a latent: `cache` is the share of the source's cache to keep, in place of `kv_lora_rank`; `rope` says where the
+    positions of keys are (`MLARope`), and keeps the name of the first version; `engine` what must be able to load it;
+    `key_weight` how much more keys count than values.
     """
 
     target: str = "gqa"
@@ -135,7 +136,11 @@ class Request:
             raise UsageError("--grouping is for shared heads: a latent is one for all.")
         _one_of("--engine", self.engine, ENGINES)
         if self.rope is not None:
-            _one_of("--rope", self.rope, ROPES)
+            rope = MLARope.named(self.rope)
+            if rope is None or not rope.rotates:
+                _one_of("--rope", self.rope, MLARope.options())
+            else:
+                object.__setattr__(self, "rope", rope.recorded)
         self._check_latent_sizes()
 
     def _check_latent_sizes(self) -> None:

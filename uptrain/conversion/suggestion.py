@@ -11,7 +11,7 @@ from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.checkpoint.source import resolve
 from uptrain.conversion.class_checks.weights import check_classes
 from uptrain.conversion.plan.planner import Plan, make_plan
-from uptrain.conversion.request import Request
+from uptrain.conversion.possible_targets import head_requests, latent_requests
 from uptrain.conversion.run.layers import LayerMaker
 from uptrain.errors import UsageError, check_installed
 from uptrain.formatting import typed
@@ -80,12 +80,11 @@ def _plans(checkpoint: Checkpoint, budget: float, name: str) -> list[Plan]:
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Ask about the model it was made from.")
     heads = before[0].num_key_value_heads
-    counts = [count for count in range(1, heads) if heads % count == 0 and count <= budget * heads]
     method = "mean" if pooled else "svd"
-    asked = [Request("mqa" if count == 1 else "gqa", count, method) for count in counts]
-    asked += [Request("mla", cache=share) for share in sorted({count / heads for count in counts} | {budget})]
+    fewer = [request for request in head_requests(heads, method) if (request.groups or 1) <= budget * heads]
+    shares = {(request.groups or 1) / heads for request in fewer} | {budget}
     plans = []
-    for request in asked:
+    for request in (*fewer, *latent_requests(sorted(shares))):
         try:
             plan = make_plan(checkpoint, request, name)
         except UsageError:
@@ -109,19 +108,29 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
         for layer in layers:
             maker.make(layer)
         shares = [(kept["svd"]["keys"], kept["svd"]["values"]) for kept in maker.kept.values()]
-    if plan.latent is None:
-        options = f"--to {request.target}" + (f" --groups {groups}" if request.kind.takes_groups else "")
-        options += f" --method {request.method}"
-    else:
-        spec = plan.after[0]
-        options = f"--to mla --kv-lora-rank {spec.kv_lora_rank}"
-        options += f" --qk-rope-head-dim {spec.qk_rope_head_dim}" if spec.qk_rope_head_dim else ""
     keys, values = (sum(each) / len(shares) for each in zip(*shares, strict=True))
-    kept = plan.cache_after / plan.cache_before
-    numbers = tuple(dict.fromkeys(layer // len(plan.source.family.attentions) for layer in layers))
     return Suggestion(
-        request.target, options, request.method, plan.cache_after, kept, keys, values, numbers, plan.holder
+        target=request.target,
+        options=_options_of(plan),
+        method=request.method,
+        cache_bytes_per_token=plan.cache_after,
+        cache=plan.cache_after / plan.cache_before,
+        keys=keys,
+        values=values,
+        layers=tuple(dict.fromkeys(layer // len(plan.source.family.attentions) for layer in layers)),
+        host=plan.holder,
     )
+
+
+def _options_of(plan: Plan) -> str:
+    """Return the options of `uptrain convert` that make what a plan makes."""
+    request, spec = plan.request, plan.after[0]
+    words = f"--to {request.target}"
+    if request.kind.latent:
+        words += f" --kv-lora-rank {spec.kv_lora_rank}"
+        return words + (f" --qk-rope-head-dim {spec.qk_rope_head_dim}" if spec.qk_rope_head_dim else "")
+    words += f" --groups {spec.num_key_value_heads}" if request.kind.takes_groups else ""
+    return f"{words} --method {request.method}"
 
 
 def _pooled(checkpoint: Checkpoint, plan: Plan, layer: int, groups: int) -> tuple[float, float]:

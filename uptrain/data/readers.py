@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.writer import write_atomic
+from uptrain.checkpoint.files import write_atomic
 from uptrain.data.block_reader import BlockReader
 from uptrain.data.content_digest import content_digest
 from uptrain.data.mixture import Mixture

@@ -7,8 +7,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from uptrain.errors import UsageError
+
+FORMAT_READERS = frozenset(
+    {
+        "arrow", "audiofolder", "cache", "conll", "csv", "eval", "fasta", "fastq", "generator", "genbank", "harbor",
+        "hdf5", "iceberg", "imagefolder", "json", "lance", "meshfolder", "mmcif", "niftifolder", "pandas", "parquet",
+        "pdb", "pdffolder", "spark", "sql", "text", "tsfile", "videofolder", "vortex", "webdataset", "xml",
+    }
+)  # fmt: skip
+"""Names that `datasets.load_dataset` takes for a file format. It then reads every such file of the current folder."""
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -50,6 +68,13 @@ class Dataset(RowSource):
     name: str | None = None
     split: str = "train"
     stream: bool = False
+
+    @field_validator("dataset")
+    @classmethod
+    def _no_format(cls, name: str) -> str:
+        if name in FORMAT_READERS:
+            raise ValueError(f"there is no file {name}, and it is the name of a file format, not of a dataset")
+        return name
 
 
 class Builtin(WeightedSource):
@@ -118,6 +143,23 @@ def parse_source(value: Any) -> Any:
                 return kind_of.model_validate(value)
         raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset, builtin or source")
     return value
+
+
+def text_of_option(option: str, name: str) -> TextSource:
+    """Return the text source that a command line names after `option`.
+
+    Raises:
+        UsageError: `name` can't be the name of a text.
+    """
+    try:
+        found: TextSource = parse_source(name)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(
+            f"{option} {name} is not a text: {reason}.",
+            "Name a file with its ending, such as corpus.txt, a glob, ./FOLDER, or a dataset as OWNER/NAME.",
+        ) from None
+    return found
 
 
 def _is_file(name: str) -> bool:

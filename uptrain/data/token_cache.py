@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.writer import sync
+from uptrain.checkpoint.files import rename_folder, sync_folder
+from uptrain.checkpoint.locks import wait_for_lock
 from uptrain.data.sources import TextSource
 from uptrain.data.token_file import TokenFile
 from uptrain.errors import UptrainError
@@ -74,10 +74,8 @@ def _build(place: Path, digest: str, sources: Sequence[TextSource], tokenizer: A
                     shutil.rmtree(remains)
             partial.mkdir()
             TokenFile.build(partial, sources, tokenizer)
-            for path in (*partial.iterdir(), partial):
-                sync(path)
-            partial.rename(entry)
-            sync(place)
+            sync_folder(partial)
+            rename_folder(partial, entry)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in _UNWRITABLE:
@@ -95,7 +93,7 @@ def _locked(place: Path, digest: str) -> Iterator[None]:
         raise _Unwritable(error.strerror) from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock)
         except OSError as error:
             # Some network file systems know no locks, and without one two processes would write over each other.
             raise _Unwritable(error.strerror) from None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from uptrain.checkpoint.writer import write_atomic
+from uptrain.checkpoint.files import write_atomic
 from uptrain.data.block_reader import Tokens
 from uptrain.data.sources import TextSource
 from uptrain.data.token_text import dtype_of, encoded

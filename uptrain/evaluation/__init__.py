@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uptrain.evaluation.result import Evaluation as Evaluation
     from uptrain.evaluation.run import evaluate as evaluate
+    from uptrain.evaluation.settings import EvaluationSettings as EvaluationSettings
 
 _PUBLIC = {
     "Evaluation": "uptrain.evaluation.result",
+    "EvaluationSettings": "uptrain.evaluation.settings",
     "evaluate": "uptrain.evaluation.run",
 }
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "EvaluationSettings", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

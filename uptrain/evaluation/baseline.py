@@ -1,4 +1,4 @@
-"""The baseline that an evaluation takes where none is named: what the checkpoint was converted from."""
+"""The default baseline of `uptrain eval`: the model that the checkpoint was converted from."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NAME_IT = "Name it with --baseline MODEL, or leave it out with --no-baseline."
 
 
 def find_baseline(model: str, allow_pickle: bool = False) -> tuple[Source | None, str]:
-    """Return the source that the folder `model` was converted from, if it is on this machine, and a line about it.
+    """Return the source that the folder `model` was converted from, if it is on this machine, and a note about it.
 
-    Nothing is downloaded, and a source of pickles is taken only with `allow_pickle`. The line is empty where `model`
-    has no history that names a source.
+    Nothing is downloaded, and a source of pickles needs `allow_pickle`. The note is empty where the history of `model`
+    names no source.
 
     Raises:
-        CheckpointError: `model` has an uptrain.json that is none.
+        CheckpointError: the uptrain.json of `model` is broken.
     """
     folder = Path(model).expanduser()
     recorded = converted_from(folder) if folder.is_dir() else None
@@ -44,10 +44,10 @@ def find_baseline(model: str, allow_pickle: bool = False) -> tuple[Source | None
 
 
 def _here(name: str, recorded: Mapping[str, Any]) -> Source:
-    """Return the recorded source where it is on this machine.
+    """Return the recorded source, if it is on this machine.
 
     Raises:
-        UptrainError: it isn't.
+        UptrainError: it is not.
     """
     if recorded.get("origin") == "demo":
         return resolve("demo")

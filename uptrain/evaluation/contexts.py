@@ -1,66 +1,82 @@
-"""How many tokens a model is shown at once: what was asked for, where the model has positions for it, or a default."""
+"""How many tokens a model reads at once: the contexts that were asked for, or defaults that fit the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from uptrain.errors import UsageError
+from uptrain.evaluation.settings import listed
 
 CONTEXT = 1024
-"""The window of a quality measurement where none is asked for."""
+"""Default window of a quality measurement, in tokens."""
 SPEED_CONTEXT = 512
-"""The tokens before decoding is timed, likewise."""
+"""Default number of tokens before decoding is timed."""
 
 
-def chosen_contexts(
+@dataclass(frozen=True, kw_only=True)
+class PositionLimit:
+    """How many positions there are for a context.
+
+    - `positions`: how many positions the model has.
+    - `name`: the model's name, for messages.
+    - `reserved`: how many of the positions are for the tokens after the context.
+    """
+
+    positions: int
+    name: str
+    reserved: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Return the longest context that fits, in tokens."""
+        return self.positions - self.reserved
+
+
+def choose_contexts(
     option: str,
     asked: int | Sequence[int] | None,
     default: int,
-    longest: int,
-    name: str,
-    *,
-    beside: int = 0,
+    limit: PositionLimit,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> list[int]:
-    """Return the contexts that were `asked` for, or the `default`, shortened if need be and said so.
+    """Return the contexts that the user asked for, or the default, shortened to what fits.
 
-    Args:
-        option: what the user would write, for a message.
-        asked: tokens, one number or several; None where none were asked for.
-        default: tokens where none were asked for.
-        longest: how many positions the model has.
-        name: whose positions those are.
-        beside: tokens that come after the context and need positions too.
-        on_note: hears that the default was shortened.
+    - `option`: the command-line option that names contexts, for messages.
+    - `asked`: one context or several, in tokens; None where the user gave none.
+    - `default`: the context in tokens where the user gave none.
+    - `limit`: how many positions the model has.
+    - `on_note`: called with a sentence when the default is shortened.
 
     Raises:
-        UsageError: the model has no positions for what was asked.
+        UsageError: the model has too few positions for a context that the user asked for.
     """
-    room = longest - beside
-    more = f" beside the {beside} that follow" if beside else ""
     if asked is None:
-        if default > room:
-            on_note(f"{option} is {max(1, room)}, not {default}: {name} has {longest} positions.")
-        return [max(1, min(default, room))]
-    listed = [asked] if isinstance(asked, int) else list(dict.fromkeys(asked))
-    if max(listed) > room:
+        if default > limit.longest:
+            on_note(
+                f"{option} is {max(1, limit.longest)}, not {default}: {limit.name} has {limit.positions} positions."
+            )
+        return [max(1, min(default, limit.longest))]
+    contexts = list(listed(asked))
+    if max(contexts) > limit.longest:
+        reserved = f", {limit.reserved} of them for the tokens after the context" if limit.reserved else ""
         raise UsageError(
-            f"{option} {max(listed)} is more than {name} takes: it has {longest} positions{more}.",
-            f"Use at most {max(room, 0)}.",
+            f"{option} {max(contexts)} is too long: {limit.name} has {limit.positions} positions{reserved}.",
+            f"Use at most {max(limit.longest, 0)}.",
         )
-    return listed
+    return contexts
 
 
 def check_stride(stride: int | None, context: int, encoder: bool = False) -> None:
     """Refuse a stride that leaves tokens unscored, or an encoder nothing to read.
 
     Raises:
-        UsageError: as said.
+        UsageError: the stride is longer than the context, or equal to it where there is an encoder.
     """
     if encoder and stride == context:
         raise UsageError(
             f"stride {stride} leaves nothing of the context of {context} tokens for the encoder to read.",
-            "Give a smaller one; half is the default.",
+            "Use a smaller --stride; the default is half of the context.",
         )
     if stride is not None and not 1 <= stride <= context:
         raise UsageError(f"stride {stride} must lie between 1 and the context of {context} tokens.")

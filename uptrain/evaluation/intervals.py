@@ -1,6 +1,6 @@
-"""How far a mean over text, or a share of trials, could be off: 95 % intervals.
+"""95 % confidence intervals of a mean over text, and of a share of trials.
 
-Those over text are blocked over windows, because neighbouring tokens aren't independent.
+Intervals over text are blocked over windows, because neighbouring tokens are not independent.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _NORMAL = 1.959964
 def interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float] | None:
     """Return the 95 % interval of Σ sums / Σ counts, or None for fewer than two blocks.
 
-    A block is one window: `sums` holds each one's total and `counts` its scored tokens. Windows are taken as
-    independent of each other; a document that is longer than one makes the true interval wider.
+    A block is one window: `sums` holds the total of each block and `counts` its scored tokens. Windows are taken as
+    independent; where one document fills several windows, the true interval is wider.
 
     Source: Cochran 1977, Sampling Techniques, section 6.4 (variance of a ratio), with Student's t.
     """
@@ -33,7 +33,7 @@ def interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share, which is no point even where all trials end alike.
+    """Return the 95 % interval of a share; it has a width even where all trials have the same result.
 
     Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
     """

@@ -1,7 +1,7 @@
-"""Put a new measurement beside those that eval.json has: what was not measured again stays, with what it was of.
+"""Merge a new measurement into an eval.json: what was not measured again stays, with the run it came from.
 
-Every entry of a list names its run, and every run the digest of the weights, and of the baseline's, that it saw. What
-was measured on other weights, or against another baseline, is stale: it stays in the file, apart from the rest.
+Every entry of a list names its run. Every run names the digests of the weights and of the baseline that it measured.
+Entries of other weights, or of another baseline, are stale: they stay in the file, in lists of their own.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 PARTS: Mapping[str, str] = {
     "rows": "quality", "tasks": "tasks", "needle": "retrieval", "samples": "samples", "speeds": "speed",
 }  # fmt: skip
-"""The lists of an evaluation, and what each is called."""
+"""The lists of an evaluation, and the name of each in sentences."""
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "rows": ("text", "context", "stride", "tokens"), "tasks": ("task", "metric", "filter", "samples"),
     "needle": ("length", "depth", "samples"), "samples": ("text", "prompt"), "speeds": ("batch", "context"),
 }  # fmt: skip
-"""By what an entry is known as the same measurement: the same under other conditions is another one."""
+"""The keys that identify a measurement: the same text at another context is another measurement."""
 _ORDER: Mapping[str, tuple[str, ...]] = {"rows": ("context",), "needle": ("length", "depth"), "speeds": ("batch",)}
 _OF_ROW = (
     "kl", "kl_interval", "perplexity_ratio", "perplexity_ratio_interval", "top1_agreement", "top5_agreement",
@@ -28,9 +28,16 @@ _OF_ROW = (
 _OF_CELL = ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_range")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """One entry of one of an evaluation's lists, and the run it is of; `order` grows with the runs."""
+    """One entry of a list of an evaluation.
+
+    - `part`: the list's name.
+    - `values`: the entry's values, without its run.
+    - `run`: the run that measured it.
+    - `order`: the run's number; a newer run has a larger one.
+    - `stale`: whether the entry was stale in its file already.
+    """
 
     part: str
     values: Mapping[str, Any]
@@ -49,7 +56,7 @@ class _Entry:
 
     @property
     def text_digests(self) -> Mapping[str, str] | None:
-        """Return the digests, by number of tokens, of the text that this was measured on; None where nothing says."""
+        """Return the digests of the text by number of tokens; None where the run recorded none."""
         settings = self.run.get("settings")
         known = settings.get("text_digests") if isinstance(settings, Mapping) else None
         found = known.get(self.values.get("text")) if isinstance(known, Mapping) else None
@@ -57,10 +64,10 @@ class _Entry:
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return `new`, an evaluation of one run, with what `old` has beside it, and sentences for the user.
+    """Merge `new`, an evaluation of one run, into `old`; return the result and sentences for the user.
 
-    An entry takes the place of an older one of the same measurement, unless only the older one was compared with a
-    baseline. The figures outside the lists are those of the newest run that was compared.
+    A new entry replaces an older one of the same measurement, unless only the older one was compared with a baseline.
+    The metrics outside the lists are those of the newest run that was compared.
     """
     now = new["runs"][0]
     before = list(_entries(old))
@@ -70,7 +77,7 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, An
     texts = _newest_texts([*before, *fresh])
     found = {entry.key: entry for entry in fresh}
     stale: dict[tuple[Any, ...], _Entry] = {}
-    beside: list[_Entry] = []
+    others: list[_Entry] = []
     held: set[str] = set()
     for entry in before:
         own = _baseline(entry.run)
@@ -79,14 +86,14 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, An
         if entry.run.get("weights") != now["weights"] or (entry.compared and own != against) or other:
             stale[(*entry.key, entry.run.get("weights"), own, json.dumps(text and dict(text)))] = entry
         elif entry.key not in found:
-            beside.append(entry)
+            others.append(entry)
         elif entry.compared and not found[entry.key].compared:
             found[entry.key] = entry
             held.add(entry.part)
-    entries = [*beside, *found.values()]
+    entries = [*others, *found.values()]
     out = {**new, **_lists(entries, list(stale.values()))}
     _headlines(out, entries, old, now)
-    return out, list(_notes(beside, held, list(stale.values())))
+    return out, list(_notes(others, held, list(stale.values())))
 
 
 def _entries(found: Mapping[str, Any]) -> Iterator[_Entry]:
@@ -102,18 +109,19 @@ def _entries(found: Mapping[str, Any]) -> Iterator[_Entry]:
                     known = isinstance(at, int) and 0 <= at < len(runs)
                     values = {name: value for name, value in row.items() if name != "run"}
                     run = runs[at] if known else _unknown(found)  # type: ignore[index]
-                    yield _Entry(part, values, run, at if known else -1, is_stale)  # type: ignore[arg-type]
+                    order = at if known else -1
+                    yield _Entry(part=part, values=values, run=run, order=order, stale=is_stale)  # type: ignore[arg-type]
 
 
 def _whole(run: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the run itself or, where another hand has broken its settings, the run without them."""
+    """Return the run; where another program has broken its settings, the run without them."""
     settings = run.get("settings")
     whole = isinstance(settings, Mapping) and isinstance(settings.get("speed_contexts") or [], list)
     return run if whole else {**run, "settings": {}}
 
 
 def _unknown(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is known of the run of an eval.json from before runs were recorded."""
+    """Return what an eval.json that records no runs says about its run."""
     baseline = found.get("baseline")
     named = {"name": baseline.get("name"), "weights": None} if isinstance(baseline, Mapping) else None
     settings = {name: found.get(name) for name in ("texts", "context", "stride", "speed_context")}
@@ -132,19 +140,19 @@ def _newest_baseline(entries: Sequence[_Entry], weights: str) -> str | None:
 
 
 def _newest_texts(entries: Sequence[_Entry]) -> dict[str, Mapping[str, str]]:
-    """Return the digests that each text had when it was last read: a name may be of another text by then."""
+    """Return the newest digests of each text: a name can mean another text in a later run."""
     known = sorted((entry for entry in entries if entry.text_digests), key=lambda entry: entry.order)
     return {str(entry.values["text"]): entry.text_digests or {} for entry in known}
 
 
 def _same_text(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Tell whether two texts are the same as far as both were read: by the longest beginning that both digested."""
+    """Tell whether two texts are the same as far as both were read: compare the longest begin that both digested."""
     common = max(one.keys() & other.keys(), key=int, default=None)
     return common is None or one[common] == other[common]
 
 
 def _lists(entries: Sequence[_Entry], stale: Sequence[_Entry]) -> dict[str, Any]:
-    """Return the lists with their entries' runs by number, the runs themselves, and what is stale."""
+    """Return the lists, whose entries name their runs by number, the runs, and the stale entries."""
     runs: dict[str, int] = {}
     for entry in sorted((*stale, *entries), key=lambda entry: entry.order):
         runs.setdefault(json.dumps(entry.run, sort_keys=True), len(runs))
@@ -167,7 +175,7 @@ def _place(part: str) -> Callable[[_Entry], tuple[float, ...]]:
 
 
 def _headlines(out: dict[str, Any], entries: Sequence[_Entry], old: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Put the figures of the newest compared run of quality, and of speed, outside the lists."""
+    """Write the metrics of the newest compared run of quality, and of speed, outside the lists."""
     rows, cells = _newest(entries, "rows"), _newest(entries, "speeds")
     whole = out["baseline"] or (old.get("baseline") if any(entry.compared for entry in (*rows, *cells)) else None)
     model, baseline = dict(out["model"]), dict(whole) if isinstance(whole, Mapping) else None
@@ -191,7 +199,7 @@ def _headlines(out: dict[str, Any], entries: Sequence[_Entry], old: Mapping[str,
 
 
 def _newest(entries: Sequence[_Entry], part: str) -> list[_Entry]:
-    """Return the entries of the newest run that was compared, or where none was of the newest."""
+    """Return the entries of the newest run that was compared; where none was, of the newest run."""
     own = [entry for entry in entries if entry.part == part]
     if not own:
         return []
@@ -208,16 +216,16 @@ def _copy(
             baseline[name] = values.get(f"baseline_{name}")
 
 
-def _notes(beside: Sequence[_Entry], held: set[str], stale: Sequence[_Entry]) -> Iterator[str]:
-    names = [PARTS[part] for part in PARTS if any(entry.part == part for entry in beside)]
+def _notes(others: Sequence[_Entry], held: set[str], stale: Sequence[_Entry]) -> Iterator[str]:
+    names = [PARTS[part] for part in PARTS if any(entry.part == part for entry in others)]
     if names:
-        yield f"Of earlier runs on the same weights it still has {', '.join(names)}."
+        yield f"It still has {', '.join(names)} of earlier runs on the same weights."
     if held:
         named = ", ".join(PARTS[part] for part in PARTS if part in held)
-        yield f"This run compared with nothing, so what earlier runs found against a baseline stays: {named}."
+        yield f"This run had no baseline, so results of earlier runs against a baseline stay: {named}."
     names = [PARTS[part] for part in PARTS if any(entry.part == part and not entry.stale for entry in stale)]
     if names:
         yield (
-            "What it had of other weights, of another text by that name, or against another baseline, is marked stale "
-            f"in it: {', '.join(names)}. Measure it again to have it beside the rest."
+            "Results of other weights, of another text by the same name, or against another baseline are marked stale: "
+            f"{', '.join(names)}. Measure them again to compare them with the rest."
         )

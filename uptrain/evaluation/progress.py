@@ -1,21 +1,19 @@
-"""How far each part of a measurement is."""
+"""Report how far each part of an evaluation is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+from uptrain.checkpoint.events import Events
 
 
-def counted(what: str, total: int, on_progress: Progress | None) -> Callable[[int], None]:
-    """Return what tells `on_progress` that so much more is done."""
+def counted(part: str, total: int, events: Events) -> Callable[[int], None]:
+    """Return a function that adds a count to what is done of `part` and reports it to `events.part`."""
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        if on_progress is not None:
-            on_progress(what, done, total)
+        events.part(part, done, total)
 
     return advance

@@ -1,113 +1,68 @@
-"""What models predict on the same tokens, window by window."""
+"""Quality: what a model and its baseline predict on the same tokens, window by window."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from uptrain.checkpoint.events import Events
 from uptrain.errors import UsageError
-from uptrain.evaluation.intervals import interval
+from uptrain.evaluation.pair import ModelPair
+from uptrain.evaluation.progress import counted
+from uptrain.evaluation.quality_row import QualityRow, WindowSums, make_row
 from uptrain.evaluation.reading import has_encoder, predicted
 from uptrain.evaluation.reference import Reference
+from uptrain.evaluation.settings import EvaluationSettings
 from uptrain.models import devices
 
-_LOGITS = 2**24
-"""Logits held at once for one model."""
+ALL = "all"
+"""Name of the row of several texts together."""
 TOP = 5
+_LOGITS = 2**24
+"""Most logits per model that are held at once."""
 
 
-@dataclass(frozen=True)
-class WindowSums:
-    """Sums over one window's scored tokens: each model's nats, and how the first differs from the second."""
+def measure_quality(pair: ModelPair, settings: EvaluationSettings, events: Events) -> list[QualityRow]:
+    """Return a row per text and context and, where there are several texts, a row of all texts per context.
 
-    tokens: int
-    nats: tuple[float, ...]
-    divergence: float = 0.0
-    top1: int = 0
-    top5: float = 0.0
-    flips: int = 0
+    The last row is that of the longest context and, of several texts, of all.
 
-
-@dataclass(frozen=True)
-class QualityRow:
-    """Quality on one text, or on `all` of them, at one context; what needs a baseline is None without one.
-
-    Intervals are (low, high) at 95 %, blocked over windows, None where there is only one. `top5_agreement` is the
-    mean share of the baseline's five likeliest tokens that are among the model's; `flip_rate` the share of tokens
-    that exactly one of the two ranks first rightly.
-
-    Source: Dutta et al. 2024, "Accuracy is Not All You Need", section 3 (flips).
+    Raises:
+        UsageError: the models have vocabularies of different sizes.
     """
-
-    text: str
-    context: int
-    stride: int
-    tokens: int
-    windows: int
-    perplexity: float
-    baseline_perplexity: float | None
-    bits_per_byte: float
-    baseline_bits_per_byte: float | None = None
-    perplexity_ratio: float | None = None
-    perplexity_ratio_interval: tuple[float, float] | None = None
-    kl: float | None = None
-    kl_interval: tuple[float, float] | None = None
-    top1_agreement: float | None = None
-    top5_agreement: float | None = None
-    flip_rate: float | None = None
-    perplexity_interval: tuple[float, float] | None = None
-    baseline_perplexity_interval: tuple[float, float] | None = None
+    steps = [(context, settings.stride or context // 2) for context in settings.contexts]
+    lengths = [len(text.ids) for text in pair.texts.values()]
+    total = sum(scored_tokens(pair.models[0], length, *step) for step in steps for length in lengths)
+    advance = counted("Scoring", total, events)
+    return [row for step in steps for row in _rows(pair, *step, advance)]
 
 
-def make_row(text: str, context: int, stride: int, found: Sequence[WindowSums], tokens_per_byte: float) -> QualityRow:
-    """Return the figures of `found`, the windows of a text or of several."""
-    tokens = sum(window.tokens for window in found)
-    nats = [sum(each) / tokens for each in zip(*(window.nats for window in found), strict=True)]
-    bits = [each / math.log(2) * tokens_per_byte for each in nats]
-    counts = [window.tokens for window in found]
-    # Nats are averaged, so an interval is one of log perplexity.
-    spread = [_exp_interval(interval(each, counts)) for each in zip(*(window.nats for window in found), strict=True)]
-    alone = (text, context, stride, tokens, len(found), _exp(nats[0]))
-    if len(nats) == 1:
-        return QualityRow(*alone, None, bits[0], perplexity_interval=spread[0])
-    apart = interval([window.divergence for window in found], counts)
-    return QualityRow(
-        *alone,
-        _exp(nats[1]),
-        bits[0],
-        bits[1],
-        _exp(nats[0] - nats[1]),
-        _exp_interval(interval([window.nats[0] - window.nats[1] for window in found], counts)),
-        # Rounding can leave a sum of terms that cancel a hair below zero.
-        max(0.0, sum(window.divergence for window in found) / tokens),
-        apart and (max(0.0, apart[0]), apart[1]),
-        sum(window.top1 for window in found) / tokens,
-        sum(window.top5 for window in found) / tokens,
-        sum(window.flips for window in found) / tokens,
-        *spread,
-    )
-
-
-def _exp_interval(ends: tuple[float, float] | None) -> tuple[float, float] | None:
-    return ends and (_exp(ends[0]), _exp(ends[1]))
-
-
-def _exp(value: float) -> float:
-    # A broken model's loss must not end an evaluation that took hours.
-    return math.exp(min(value, 700.0))
+def _rows(pair: ModelPair, context: int, stride: int, on_tokens: Callable[[int], None]) -> list[QualityRow]:
+    """Return a row per text at one context and, where there are several texts, one of all."""
+    rows, every = [], []
+    for name, text in pair.texts.items():
+        windows = score(pair.models[0], pair.reference, torch.from_numpy(text.ids), context, stride, on_tokens)
+        rows.append(make_row(name, context, stride, windows, len(text.ids) / text.bytes))
+        every += windows
+    if len(rows) > 1:
+        texts = pair.texts.values()
+        share = sum(len(text.ids) for text in texts) / sum(text.bytes for text in texts)
+        rows.append(make_row(ALL, context, stride, every, share))
+    return rows
 
 
 def windows(length: int, context: int, stride: int, before: int = 1) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, end, first): tokens [begin, end) are shown, and those from `first` on are scored.
+    """Yield (begin, end, first): the model reads tokens [begin, end), and those from `first` on are scored.
 
-    The first window scores none of its first `before` tokens.
+    - `length`: number of tokens of the text.
+    - `context`: length of a window in tokens.
+    - `stride`: how many tokens the window moves.
+    - `before`: how many tokens at the begin of the first window are not scored.
 
-    Source: Hugging Face, "Perplexity of fixed-length models"; only here no token is counted that isn't scored.
+    Source: Hugging Face, "Perplexity of fixed-length models"; here only scored tokens are counted.
     """
     done = 0
     for begin in range(0, length, stride):
@@ -121,7 +76,13 @@ def windows(length: int, context: int, stride: int, before: int = 1) -> Iterator
 
 
 def scored_tokens(model: Any, length: int, context: int, stride: int) -> int:
-    """Return how many tokens of a text of `length` tokens `score` scores."""
+    """Return how many tokens `score` scores.
+
+    - `model`: a model of transformers; an encoder reads some of the tokens.
+    - `length`: number of tokens of the text.
+    - `context`: length of a window in tokens.
+    - `stride`: how many tokens the window moves.
+    """
     return sum(end - first for _, end, first in _windows(model, length, context, stride))
 
 
@@ -139,10 +100,16 @@ def score(
     stride: int,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[WindowSums]:
-    """Run a model, and what it is compared with, over `ids` (tokens,); return what each window's scored tokens sum to.
+    """Run a model and its baseline on a text, and return the sums over each window.
 
-    Where there is an encoder, it reads what of a window isn't scored: context − stride tokens, or half of a shorter
-    text.
+    An encoder reads the tokens of a window that are not scored: context − stride tokens, or half of a shorter text.
+
+    - `model`: a model of transformers.
+    - `reference`: the baseline, or None.
+    - `ids`: tokens of the text, int64 (tokens,).
+    - `context`: length of a window in tokens.
+    - `stride`: how many tokens the window moves.
+    - `on_tokens`: called with the number of tokens that were just scored.
 
     Raises:
         UsageError: the models have vocabularies of different sizes.
@@ -155,14 +122,17 @@ def score(
             logits.append(reference.logits(shown, first - begin))
         if len({each.shape[-1] for each in logits}) > 1:
             raise UsageError("The model and its baseline have vocabularies of different sizes.")
-        found.append(_window(logits, shown[first - begin : end - begin]))
+        found.append(_sums(logits, shown[first - begin : end - begin]))
         if on_tokens:
             on_tokens(end - first)
     return found
 
 
-def _window(logits: Sequence[Tensor], targets: Tensor) -> WindowSums:
-    """Sum over logits (tokens, vocabulary) that predict `targets` (tokens,), a few rows at a time."""
+def _sums(logits: Sequence[Tensor], targets: Tensor) -> WindowSums:
+    """Sum over the logits (tokens, vocab_size) of one or two models that predict `targets` (tokens,).
+
+    A few rows are computed at a time, so that memory stays small.
+    """
     nats = [0.0] * len(logits)
     divergence, top1, top5, flips = 0.0, 0, 0.0, 0
     rows = max(1, _LOGITS // logits[0].shape[-1])
@@ -179,4 +149,4 @@ def _window(logits: Sequence[Tensor], targets: Tensor) -> WindowSums:
             likeliest = [each.topk(min(TOP, each.shape[-1])).indices for each in logs]
             shared = (likeliest[0][:, :, None] == likeliest[1][:, None]).sum()
             top5 += float(shared) / likeliest[0].shape[1]
-    return WindowSums(len(targets), tuple(nats), divergence, top1, top5, flips)
+    return WindowSums(tokens=len(targets), nats=tuple(nats), divergence=divergence, top1=top1, top5=top5, flips=flips)

@@ -1,4 +1,4 @@
-"""How a model is given text: a decoder all of it; an encoder a source, of which its decoder writes the continuation."""
+"""How a model reads text: a decoder reads all of it; an encoder reads a source, and its decoder the continuation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def has_encoder(model: Any) -> bool:
-    """Tell whether the model's decoder reads an encoder's output."""
+    """Tell whether the model is an encoder-decoder."""
     return bool(model.config.is_encoder_decoder)
 
 
 def predicted(model: Any, shown: Tensor, first: int) -> Tensor:
-    """Return logits (tokens − first, vocab_size) for the tokens of `shown` (tokens,) from number `first` on.
+    """Return the logits (tokens − first, vocab_size) that predict the tokens of `shown` (tokens,) from `first` on.
 
-    A decoder sees all tokens before each; of a model with an encoder that reads the first `first` ones, and its decoder
-    has seen those of the rest that came before (teacher forcing), after its own start token.
+    A decoder-only model reads all tokens before each predicted one. An encoder reads the first `first` tokens; its
+    decoder reads its start token and the true tokens after them (teacher forcing).
     """
     if has_encoder(model):
         logits: Tensor = model(input_ids=shown[None, :first], labels=shown[None, first:], use_cache=False).logits[0]
@@ -28,23 +28,23 @@ def predicted(model: Any, shown: Tensor, first: int) -> Tensor:
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """Return the argument that gives a model a cache: it is `cache`, or `past_key_values` before transformers 5.24.
+    """Return the argument that passes a cache to a model: `cache`, or `past_key_values` before transformers 5.24.
 
-    A model's own code may be older than transformers, so its forward is asked and not the release.
+    The name is read from the model's forward, since a model's own code may be older than transformers.
     """
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return {name: cache}
 
 
 def cache_of(output: Any) -> Any:
-    """Return the cache that a model's output holds, under the name that this transformers has for it."""
+    """Return the cache in a model's output, under the name that this release of transformers uses."""
     return output["cache"] if "cache" in output else output["past_key_values"]
 
 
 def caches(model: Any, ids: Tensor) -> tuple[list[Any], list[Any]]:
-    """Return the layers of the cache after `ids` (1, tokens), of self-attention and of attention over a source.
+    """Return the cache layers of self-attention and of cross-attention after `ids` (1, tokens).
 
-    An encoder has then read as many tokens as the decoder.
+    An encoder and its decoder both read `ids`.
     """
     if not has_encoder(model):
         return cache_of(model(input_ids=ids, use_cache=True)).layers, []
@@ -53,9 +53,9 @@ def caches(model: Any, ids: Tensor) -> tuple[list[Any], list[Any]]:
 
 
 def prefill(model: Any, ids: Tensor) -> tuple[Any, dict[str, Any]]:
-    """Return what the model says after `ids` (batch, tokens), and what it must be given again beside every next token.
+    """Return the model's output after `ids` (batch, tokens), and the arguments that every `step` needs again.
 
-    An encoder reads them all, and the decoder its start token.
+    An encoder reads all of `ids`, and its decoder the start token.
     """
     if not has_encoder(model):
         return model(input_ids=ids, use_cache=True, logits_to_keep=1), {}
@@ -65,6 +65,12 @@ def prefill(model: Any, ids: Tensor) -> tuple[Any, dict[str, Any]]:
 
 
 def step(model: Any, token: Tensor, cache: Any, again: dict[str, Any]) -> Any:
-    """Return what the model says after one more token (batch, 1); `again` is what `prefill` gave beside its output."""
+    """Return the model's output after one more token.
+
+    - `model`: a model of transformers.
+    - `token`: int64 (batch, 1).
+    - `cache`: the cache of the step before.
+    - `again`: the arguments that `prefill` returned.
+    """
     name = "decoder_input_ids" if has_encoder(model) else "input_ids"
     return model(**{name: token}, **with_cache(model, cache), use_cache=True, **again)

@@ -1,4 +1,4 @@
-"""A baseline that several evaluations compare with: loaded once, and where memory allows run once on each window."""
+"""A baseline for several evaluations: loaded once and, as far as memory allows, run once on each window."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from uptrain.evaluation.reading import predicted
 
 @dataclass
 class Reference:
-    """The baseline `source`, and the logits of windows it has seen, on the CPU, as long as `memory` bytes hold them."""
+    """The baseline `source`, and its logits of earlier windows on the CPU, at most `memory` bytes of them."""
 
     source: Source
     memory: int = 0
@@ -27,25 +27,25 @@ class Reference:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that the model and its kept logits take."""
+        """Return the bytes of the model and of the stored logits."""
         weights = [] if self._model is None else list(self._model.parameters())
         return sum(tensor.nbytes for tensor in (*weights, *self._seen.values()))
 
     def weights(self) -> str:
-        """Return the digest of its weights, which are read for it the first time."""
+        """Return the digest of the weights; the first call reads them."""
         self._weights = self._weights or weights_digest(self.source.path)
         return self._weights
 
     def load(self, load_model: Callable[[Source], Any]) -> Any:
-        """Return its model in the checkpoint's own dtype, which `load_model` loads the first time."""
+        """Return the model in the checkpoint's dtype; the first call loads it with `load_model`."""
         if self._model is None:
             self._model = load_model(self.source)
             self._dtype = self._model.dtype
-        # An evaluation leaves it in the dtype that it was timed in.
+        # The evaluation before left it in the dtype of its speed measurement.
         return self._model.to(self._dtype)
 
     def logits(self, shown: Tensor, first: int) -> Tensor:
-        """Return its logits (tokens − first, vocab_size) for the tokens of `shown` (tokens,) from number `first` on."""
+        """Return logits (tokens − first, vocab_size) that predict the tokens of `shown` (tokens,) from `first` on."""
         model = self._model
         key = (shown.cpu().numpy().tobytes(), first, model.dtype)
         if key in self._seen:

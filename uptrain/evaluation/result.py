@@ -1,4 +1,4 @@
-"""What an evaluation found, and the eval.json it is kept in."""
+"""The result of an evaluation, and the eval.json that stores it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.locks import alone_in
 from uptrain.checkpoint.manifest import EVALUATION, read_manifest, versions
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation.merge import PARTS, merged
 from uptrain.evaluation.needle import NeedleCell
-from uptrain.evaluation.quality import QualityRow
+from uptrain.evaluation.quality_row import QualityRow
 from uptrain.evaluation.samples import Sample
 from uptrain.evaluation.speed import SpeedCell
 from uptrain.evaluation.tasks import TaskMetric
@@ -24,12 +24,13 @@ from uptrain.evaluation.tasks import TaskMetric
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelMetrics:
-    """One model's figures: perplexity per token, bits per byte of text, cache bytes per token, tokens per second.
+    """Metrics of one model: perplexity per token, bits per byte of text, cache bytes per token, tokens per second.
 
-    Speeds are medians; `decode_range` is the slowest and the fastest run. `cross_bytes_per_token` is what of the cache
-    a token of the source costs, where the decoder reads an encoder; the rest is a token of the target's.
+    Speeds are medians; `decode_range` is the slowest and the fastest run. `cache_bytes_per_token` of an
+    encoder-decoder is that of one source token and one target token together; `cross_bytes_per_token` is the part of
+    the source token.
     """
 
     name: str
@@ -42,12 +43,17 @@ class ModelMetrics:
     cross_bytes_per_token: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationRun:
-    """What a measurement was of and how it was taken, so that later ones can be put beside it.
+    """What one run measured and how, so that later runs can be stored in the same file.
 
-    `weights` digests the model's weights and config as they were then, `baseline` has the baseline's name and digest.
-    `settings` are what was asked for.
+    - `weights`: digest of the model's weights and config at that time.
+    - `baseline`: the baseline's name and digest, or None.
+    - `dtype`, `device`: what quality was computed in, and on.
+    - `speed_dtype`, `speed_repeats`: conditions of the speeds.
+    - `peak_memory_bytes`: most memory that the run held.
+    - `settings`: what was asked for.
+    - `versions`: of Python and packages.
     """
 
     weights: str
@@ -61,18 +67,24 @@ class EvaluationRun:
     versions: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A model's figures, the baseline's on the same tokens, and how far apart their predictions are.
+    """Metrics of a model, of its baseline on the same tokens, and how far their predictions differ.
 
-    `rows` has them by text and context. The others are those of all texts at the longest context: `kl` is the mean
-    of KL(baseline ‖ model) in nats per token; `top1_agreement` the share of tokens at which both rank the same one
-    first; the rest as in `QualityRow`. `dtype` is what these and perplexity were computed in; cache and speed are
-    measured in each checkpoint's own dtype, as it would be served; only that the speed of bfloat16 is taken in
-    float32 on a device that can't multiply it. `speed_dtype` is the model's. `peak_memory_bytes` is the whole
-    measurement's, with both models loaded: the accelerator's, or on a CPU the process's. `tasks` (lm-eval's),
-    `needle` (retrieval) and `samples` (continuations) are in the dtype of quality.
-    `speeds` are by batch and context; those of each model are of one sequence at `speed_context`, the first.
+    - `model`, `baseline`: metrics of each; None without a baseline. Their speeds are of one sequence at
+      `speed_context`, the first context.
+    - `kl`: mean of KL(baseline ‖ model) in nats per token.
+    - `top1_agreement`: share of tokens at which both models rank the same token first.
+    - `tokens`, `context`, `stride`, `windows`, `kl_interval`, `perplexity_ratio`, `top5_agreement`, `flip_rate`:
+      as in `QualityRow`, of all texts at the longest context.
+    - `dtype`, `device`: what quality, tasks, retrieval and samples were computed in, and on.
+    - `speed_dtype`: dtype of the model when speed was measured. Cache and speed are measured in each checkpoint's own
+      dtype; speed of bfloat16 is measured in float32 on a device that can't multiply bfloat16.
+    - `peak_memory_bytes`: most memory of the measurement with all models loaded: of the accelerator, on a CPU of the
+      process.
+    - `rows`: quality by text and context; `speeds`: by batch and context; `needle`: retrieval; `samples`:
+      continuations; `tasks`: lm-eval's.
+    - `run`: what was measured and how.
     """
 
     model: ModelMetrics
@@ -103,7 +115,7 @@ class Evaluation:
     run: EvaluationRun | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; docs/evaluation.md says what each means."""
+        """Return plain JSON values; docs/evaluation.md describes each."""
         values = asdict(self)
         run = values.pop("run")
         if run is not None:
@@ -115,9 +127,9 @@ class Evaluation:
 
 
 def save_place(model: str, out: Path | None) -> Path | None:
-    """Return the file an evaluation of `model` goes to: `out`, else eval.json in a folder that uptrain wrote.
+    """Return the file for an evaluation of `model`: `out`, else eval.json in a folder that uptrain wrote.
 
-    None where there is no such folder, it can't be written to, or its manifest lists an eval.json already.
+    Returns None where there is no such folder, it can't be written to, or its manifest already lists an eval.json.
 
     Raises:
         UsageError: `out` can't be written.
@@ -135,12 +147,12 @@ def save_place(model: str, out: Path | None) -> Path | None:
 
 
 def write_evaluation(found: Evaluation, path: Path) -> list[str]:
-    """Write an evaluation beside what the file at `path` has, as docs/evaluation.md describes.
+    """Write an evaluation to `path`, together with what the file already has, as docs/evaluation.md describes.
 
-    Returns sentences on what the file still has of earlier runs.
+    Returns sentences about what the file still has of earlier runs.
 
     Raises:
-        CheckpointError: a perplexity is no number, so the weights are broken.
+        CheckpointError: a perplexity is not finite, so the weights are broken.
     """
     for measured in filter(None, (found.model, found.baseline)):
         if not math.isfinite(measured.perplexity):
@@ -148,12 +160,12 @@ def write_evaluation(found: Evaluation, path: Path) -> list[str]:
                 f"{measured.name} has no finite perplexity, so {path} is not written.", "Convert or train it again."
             )
     with alone_in(path.absolute().parent):
-        values, notes = _beside_earlier(json.loads(dump_json(found.to_dict())), path)
+        values, notes = _with_earlier(json.loads(dump_json(found.to_dict())), path)
         write_atomic(path, dump_json({**values, "versions": versions()}))
     return notes
 
 
-def _beside_earlier(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
+def _with_earlier(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file() or "runs" not in values:
         return values, []
     try:

@@ -1,27 +1,33 @@
-"""What models write after the same words, side by side."""
+"""Samples: what each model writes after the same openings of a text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from uptrain.checkpoint.events import Events
 from uptrain.data.block_reader import Tokens
 from uptrain.data.token_text import separator_of, start_ids
 from uptrain.errors import UsageError
-from uptrain.evaluation.progress import Progress, counted
+from uptrain.evaluation.pair import ModelPair
+from uptrain.evaluation.progress import counted
 from uptrain.evaluation.reading import cache_of, with_cache
+from uptrain.evaluation.settings import EvaluationSettings
 from uptrain.models import devices
 
 PROMPT_TOKENS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt and what greedy decoding of each model writes after it; they share their first `common_tokens`."""
+    """A prompt, and what greedy decoding of each model writes after it.
+
+    `common_tokens` is how many first tokens the two continuations share.
+    """
 
     text: str
     prompt: str
@@ -31,7 +37,10 @@ class Sample:
 
 
 def openings(ids: Tokens, separator: Sequence[int], count: int) -> list[Tokens]:
-    """Return `count` prompts of a text (tokens,): how its first documents begin, else places evenly through it."""
+    """Return `count` prompts of a text (tokens,).
+
+    A prompt is the begin of a document. A text with too few documents gives prompts at equal distances.
+    """
     size = min(PROMPT_TOKENS, len(ids))
     ends = np.flatnonzero(np.isin(ids, separator)).tolist()
     begins = [0, *(end + 1 for end in ends)]
@@ -41,40 +50,45 @@ def openings(ids: Tokens, separator: Sequence[int], count: int) -> list[Tokens]:
     return [ids[begin : begin + size] for begin in whole[:count]]
 
 
-def check_samples(new_tokens: int, longest: int) -> None:
-    """Refuse what the models have no positions for.
+def check_samples(new_tokens: int, positions: int) -> None:
+    """Refuse continuations that the models have too few positions for.
 
     Raises:
-        UsageError: prompt and continuation are longer than `longest` tokens.
+        UsageError: prompt and continuation are longer than `positions` tokens.
     """
-    if PROMPT_TOKENS + 1 + new_tokens > longest:
+    if PROMPT_TOKENS + 1 + new_tokens > positions:
         raise UsageError(
-            f"{new_tokens} tokens after a prompt of {PROMPT_TOKENS} are more than the {longest} that the model takes.",
+            f"A sample is {PROMPT_TOKENS + 1 + new_tokens} tokens, more than the {positions} that the model takes.",
             "Use fewer --sample-tokens.",
         )
 
 
 @devices.enough_memory("Writing samples", "Lower --sample-tokens, or compute in a smaller --dtype or on --device cpu.")
-def write_samples(
-    loaded: Sequence[Any], tokenizer: Any, texts: dict[str, Tokens], count: int, new_tokens: int,
-    on_progress: Progress | None = None,
-) -> list[Sample]:  # fmt: skip
-    """Let one or two models write at most `new_tokens` after `count` openings of each text."""
+def write_samples(pair: ModelPair, settings: EvaluationSettings, events: Events) -> list[Sample]:
+    """Let each model continue the first openings of each text; empty where no samples are asked for."""
+    count, tokenizer = settings.samples, pair.tokenizers[0]
+    if not count:
+        return []
     found = []
     begin = start_ids(tokenizer)
-    advance = counted("Samples", len(texts) * count * len(loaded), on_progress)
-    for name, ids in texts.items():
-        for prompt in openings(ids, separator_of(tokenizer), count):
+    advance = counted("Samples", len(pair.texts) * count * len(pair.models), events)
+    for name, text in pair.texts.items():
+        for prompt in openings(text.ids, separator_of(tokenizer), count):
             shown = torch.tensor([*begin, *prompt.tolist()])
             written = []
-            for model in loaded:
-                written.append(greedy(model, shown, new_tokens, tokenizer.eos_token_id))
+            for model in pair.models:
+                written.append(greedy(model, shown, settings.sample_tokens, tokenizer.eos_token_id))
                 advance(1)
-            spelt = [tokenizer.decode(one, skip_special_tokens=True) for one in written]
-            each = Sample(name, tokenizer.decode(prompt), spelt[0])
-            if len(written) > 1:
-                each = replace(each, baseline_continuation=spelt[1], common_tokens=_common(*written))
-            found.append(each)
+            continuations = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+            found.append(
+                Sample(
+                    text=name,
+                    prompt=tokenizer.decode(prompt),
+                    continuation=continuations[0],
+                    baseline_continuation=continuations[1] if len(written) > 1 else None,
+                    common_tokens=_common(*written) if len(written) > 1 else None,
+                )
+            )
     return found
 
 
@@ -85,7 +99,13 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 @torch.no_grad()
 def greedy(model: Any, ids: torch.Tensor, new_tokens: int, end: int | None) -> list[int]:
-    """Return the likeliest next tokens after `ids` (tokens,), up to `new_tokens` or the end of text."""
+    """Return the tokens that greedy decoding writes.
+
+    - `model`: a decoder-only model of transformers.
+    - `ids`: the prompt, int64 (tokens,).
+    - `new_tokens`: most tokens to write.
+    - `end`: the token after which nothing is written, or None.
+    """
     written: list[int] = []
     shown, cache = ids[None].to(model.device), None
     while len(written) < new_tokens:

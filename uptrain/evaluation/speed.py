@@ -1,4 +1,4 @@
-"""What a model costs to run: the bytes its cache really holds, and tokens per second."""
+"""What a model costs to run: the bytes that its cache really holds, and tokens per second."""
 
 from __future__ import annotations
 
@@ -7,32 +7,36 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uptrain.evaluation.progress import Progress, counted
+from uptrain.checkpoint.events import Events
+from uptrain.evaluation.pair import ModelPair
+from uptrain.evaluation.progress import counted
 from uptrain.evaluation.reading import cache_of, caches, prefill, step
+from uptrain.evaluation.settings import EvaluationSettings
 from uptrain.models import devices
 
 _CACHE_TOKENS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpeedCell:
-    """Tokens per second of all `batch` sequences together, after a prefill of `context` tokens of each.
+    """Tokens per second of all `batch` sequences together, after a prefill of `context` tokens per sequence.
 
-    Figures are medians over the runs, ranges the slowest and the fastest; `decode_ratio` is the model's speed over
-    the baseline's in the same turn. None where nothing was timed, or a model's memory didn't suffice.
+    Speeds are medians over the runs; ranges are the slowest and the fastest run. `decode_ratio` is the model's speed
+    over the baseline's in the same round. A value is None where nothing was timed or the device's memory was full.
     """
 
     batch: int
     context: int
-    prefill_tokens_per_second: float | None
-    prefill_range: tuple[float, float] | None
-    decode_tokens_per_second: float | None
-    decode_range: tuple[float, float] | None
+    prefill_tokens_per_second: float | None = None
+    prefill_range: tuple[float, float] | None = None
+    decode_tokens_per_second: float | None = None
+    decode_range: tuple[float, float] | None = None
     baseline_prefill_tokens_per_second: float | None = None
     baseline_prefill_range: tuple[float, float] | None = None
     baseline_decode_tokens_per_second: float | None = None
@@ -41,11 +45,28 @@ class SpeedCell:
     decode_ratio_range: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeedPlan:
+    """What one speed measurement runs.
+
+    - `batch`: number of sequences.
+    - `context`: tokens per sequence before decoding.
+    - `decode_tokens`: tokens to decode per sequence.
+    - `repeats`: timed rounds; one more round warms up.
+    """
+
+    batch: int
+    context: int
+    decode_tokens: int
+    repeats: int
+
+
 @torch.no_grad()
 def cache_bytes_per_token(model: Any) -> tuple[int, int]:
-    """Run a short text through the model and count the bytes its cache holds per token, over all layers.
+    """Run a short text through a model and count the bytes per token that its cache holds, over all layers.
 
-    Returns them for one token, of the target and of the source if there is one, and those of the source's alone.
+    Returns the bytes of one target token and, where there is an encoder, one source token; and those of the source
+    token alone.
     """
     ids = torch.arange(_CACHE_TOKENS, device=model.device)[None] % model.config.vocab_size
     own, cross = (_bytes(layers) / _CACHE_TOKENS for layers in caches(model, ids))
@@ -56,61 +77,81 @@ def _bytes(layers: Sequence[Any]) -> int:
     return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
 
 
-def time_cells(
-    loaded: Sequence[Any], ids: Tensor, places: Sequence[tuple[int, int]], decode_tokens: int, repeats: int,
-    on_progress: Progress | None = None,
-) -> list[SpeedCell]:  # fmt: skip
-    """Time one or two models at each of `places`, a batch and a context."""
-    advance = counted("Speed", len(places) * (repeats + 1) * len(loaded), on_progress)
-    return [time_cell(loaded, ids, *place, decode_tokens, repeats, advance) for place in places]
+def measure_speed(pair: ModelPair, settings: EvaluationSettings, events: Events) -> list[SpeedCell]:
+    """Time the models at each batch size and context of the settings, in this order; empty for 0 repeats."""
+    places = product(settings.speed_batches, settings.speed_contexts if settings.repeats else ())
+    plans = [
+        SpeedPlan(batch=batch, context=context, decode_tokens=settings.decode_tokens, repeats=settings.repeats)
+        for batch, context in places
+    ]
+    advance = counted("Speed", len(plans) * (settings.repeats + 1) * len(pair.models), events)
+    ids = torch.from_numpy(pair.first_text.ids)
+    return [time_cell(pair.models, ids, plan, advance) for plan in plans]
 
 
 def time_cell(
-    loaded: Sequence[Any], ids: Tensor, batch: int, context: int, decode_tokens: int, repeats: int,
-    advance: Callable[[int], None] = lambda count: None,
-) -> SpeedCell:  # fmt: skip
-    """Time one or two models in turns: `batch` sequences of `context` tokens of `ids`, then `decode_tokens` more.
+    models: Sequence[Any], ids: Tensor, plan: SpeedPlan, on_runs: Callable[[int], None] = lambda count: None
+) -> SpeedCell:
+    """Time one or two models, which take turns.
 
-    Where there is an encoder, it reads the `context` tokens.
+    - `models`: models of transformers, the baseline second.
+    - `ids`: tokens of a text, int64 (tokens,); a longer context repeats it. An encoder reads the context.
+    - `plan`: what to run.
+    - `on_runs`: called with the number of runs that were just finished.
     """
-    # Each sequence starts elsewhere in the text, which goes round.
-    starts = [row * len(ids) // batch for row in range(batch)]
-    shown = torch.stack([ids.roll(-start).repeat(math.ceil(context / len(ids)))[:context] for start in starts])
-    runs: list[list[tuple[float, float]]] = [[] for _ in loaded]
+    # Each sequence starts at another place of the text, whose end is followed by its begin.
+    starts = [row * len(ids) // plan.batch for row in range(plan.batch)]
+    text = [ids.roll(-start).repeat(math.ceil(plan.context / len(ids)))[: plan.context] for start in starts]
+    runs = _rounds(models, torch.stack(text), plan, on_runs)
+    tokens = {"prefill": plan.batch * plan.context, "decode": plan.batch * plan.decode_tokens}
+    values: dict[str, Any] = {}
+    for prefix, times in zip(("", "baseline_"), runs, strict=False):
+        for position, (part, count) in enumerate(tokens.items()):
+            median, ends = _summary([count / run[position] for run in times])
+            values |= {f"{prefix}{part}_tokens_per_second": median, f"{prefix}{part}_range": ends}
+    if len(runs) > 1:
+        # The two runs of a round are close in time, so that other load on the machine cancels out.
+        ratio, ends = _summary([theirs / ours for (_, ours), (_, theirs) in zip(*runs, strict=False)])
+        values |= {"decode_ratio": ratio, "decode_ratio_range": ends}
+    return SpeedCell(batch=plan.batch, context=plan.context, **values)
+
+
+def _rounds(
+    models: Sequence[Any], ids: Tensor, plan: SpeedPlan, on_runs: Callable[[int], None]
+) -> list[list[tuple[float, float]]]:
+    """Return the seconds of prefill and decoding of each model in each timed round.
+
+    A model whose memory was full has no rounds.
+    """
+    runs: list[list[tuple[float, float]]] = [[] for _ in models]
     full: set[int] = set()
-    for turn in range(repeats + 1):
-        for position, each in enumerate(loaded):
-            # One model's cache may fit where another's doesn't.
+    for number in range(plan.repeats + 1):
+        for position, model in enumerate(models):
+            # The cache of one model may fit where the other's doesn't.
             if position not in full:
                 try:
-                    measured = _time(each, shown.to(each.device), decode_tokens)
+                    seconds = _time(model, ids.to(model.device), plan.decode_tokens)
                 except (RuntimeError, MemoryError) as error:
                     if not devices.is_full(error):
                         raise
                     full.add(position)
                     runs[position].clear()
                 else:
-                    # The first turn warms up.
-                    if turn:
-                        runs[position].append(measured)
-            advance(1)
-    figures: list[Any] = []
-    for times in runs:
-        for part, count in enumerate((batch * context, batch * decode_tokens)):
-            figures += _spread([count / run[part] for run in times])
-    if len(runs) > 1:
-        # A turn's two runs lie close together, so that what else the machine did cancels.
-        figures += _spread([theirs / ours for (_, ours), (_, theirs) in zip(*runs, strict=False)])
-    return SpeedCell(batch, context, *figures)
+                    # The first round warms up.
+                    if number:
+                        runs[position].append(seconds)
+            on_runs(1)
+    return runs
 
 
-def _spread(values: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
+def _summary(values: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
+    """Return the median, and the smallest and largest value; None for each where there are no values."""
     return (statistics.median(values), (min(values), max(values))) if values else (None, None)
 
 
 @torch.no_grad()
 def _time(model: Any, ids: Tensor, decode_tokens: int) -> tuple[float, float]:
-    """Return the seconds that `ids` (batch, tokens) take, and then `decode_tokens` more, one by one."""
+    """Return the seconds for a prefill of `ids` (batch, tokens), and for `decode_tokens` more, one by one."""
     started = _now(model)
     out, again = prefill(model, ids)
     prefilled = _now(model)

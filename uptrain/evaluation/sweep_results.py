@@ -1,4 +1,4 @@
-"""sweep.json: what became of each target and method of one source. docs/sweep.md describes it."""
+"""sweep.json: the results of a sweep over targets and methods. docs/sweep.md describes it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.manifest import versions
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.errors import CheckpointError
 
 SWEEP = "sweep.json"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One target by one method, measured against the source.
 
-    `share` is its cache over the source's; `pareto` says that no other trial, nor the source, has as little cache and
-    as little KL with less of one. `kept` says that the checkpoint is in the folder `name`; `plan` is the digest of
-    its conversion. `convert_seconds` is None where an earlier run converted it and was cut off.
+    - `share`: the trial's cache bytes over the source's.
+    - `pareto`: whether no other trial, nor the source, has as little cache and as little KL with less of one.
+    - `convert_seconds`: None where an earlier run converted the checkpoint and was interrupted.
+    - `kept`: whether the checkpoint is in the folder `name`.
+    - `plan`: digest of the conversion's plan.
+
+    The other metrics are those of `Evaluation`.
     """
 
     name: str
@@ -45,20 +49,25 @@ class Trial:
     plan: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefusedTrial:
-    """A target and method that can't be, and why, in one sentence."""
+    """A target and method that can't be combined, and why, in one sentence."""
 
     target: str
     method: str
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep as far as it got: the source, what was asked, how all was measured, and what became of each.
+    """A sweep and its results so far.
 
-    `measured` and `original` are empty until the first trial is measured.
+    - `source`: name, origin and revision of the model.
+    - `settings`: what was asked for.
+    - `measured`: how every trial was measured; empty until the first one is.
+    - `original`: metrics of the source; empty until the first trial is measured.
+    - `trials`: the measured trials, sorted by cache bytes and KL; sweep.json calls them arms.
+    - `refused`: targets and methods that can't be combined.
     """
 
     source: Mapping[str, Any]
@@ -69,7 +78,7 @@ class Sweep:
     refused: tuple[RefusedTrial, ...]
 
     def with_trial(self, trial: Trial) -> Sweep:
-        """Return the sweep with one more trial, by cache and divergence, and with every trial's `pareto` renewed."""
+        """Return the sweep with one more trial, sorted by cache bytes and KL, and update every trial's `pareto`."""
         trials = sorted((*self.trials, trial), key=lambda each: (each.cache_bytes_per_token, each.kl))
         points = [(float(each.cache_bytes_per_token), each.kl) for each in trials]
         best = pareto([*points, (float(self.original["cache_bytes_per_token"]), 0.0)])
@@ -83,7 +92,7 @@ class Sweep:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Tell of each point whether no other is at most as large in both numbers and smaller in one."""
+    """Tell for each point whether no other point is at most as large in both numbers and smaller in one."""
     best: set[tuple[float, float]] = set()
     lowest = float("inf")
     for first, second in sorted(set(points)):
@@ -94,7 +103,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def write_sweep(found: Sweep, folder: Path) -> None:
-    """Write `folder`'s sweep.json, with the versions it was made by."""
+    """Write sweep.json into `folder`, with the versions of Python and packages."""
     write_atomic(folder / SWEEP, dump_json({**found.to_dict(), "versions": versions()}))
 
 
@@ -102,7 +111,7 @@ def read_sweep(folder: Path) -> Sweep | None:
     """Return the sweep that `folder` holds, or None where it has no sweep.json.
 
     Raises:
-        CheckpointError: it has one that is none of a known format.
+        CheckpointError: it has one of an unknown format.
     """
     path = folder / SWEEP
     if not path.is_file():
@@ -112,21 +121,21 @@ def read_sweep(folder: Path) -> Sweep | None:
         if value["format"] != FORMAT:
             raise ValueError
         parts = {name: dict(value[name]) for name in ("source", "settings", "measured", "original")}
-        trials = tuple(_row(Trial, each) for each in value["arms"])
+        trials = tuple(_entry(Trial, each) for each in value["arms"])
         # Folders are deleted by these names.
         if any(Path(trial.name).name != trial.name or trial.name == ".." for trial in trials):
             raise ValueError
-        return Sweep(**parts, trials=trials, refused=tuple(_row(RefusedTrial, each) for each in value["refused"]))
+        return Sweep(**parts, trials=trials, refused=tuple(_entry(RefusedTrial, each) for each in value["refused"]))
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
-            f"{path} is not a sweep of format {FORMAT}.", "Sweep again, into another folder."
+            f"{path} is not a sweep of format {FORMAT}.", "Sweep again into another folder."
         ) from None
 
 
-Row = TypeVar("Row", Trial, RefusedTrial)
+_T = TypeVar("_T", Trial, RefusedTrial)
 
 
-def _row(kind: type[Row], value: Mapping[str, Any]) -> Row:
+def _entry(kind: type[_T], value: Mapping[str, Any]) -> _T:
     # JSON has lists where there were pairs.
     found: dict[str, Any] = {
         field.name: tuple(each) if isinstance(each := value[field.name], list) else each for field in fields(kind)

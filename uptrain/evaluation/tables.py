@@ -1,6 +1,6 @@
-"""eval.json's lists as tables: the same words in the terminal, on the report's page and in a model card.
+"""The lists of eval.json as tables, with the same words in the terminal, the report and a model card.
 
-What is read may be of another version: a figure that is missing, or is no number, becomes a dash.
+The file may be of another version: a metric that is missing, or is not a number, becomes a dash.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ _PARTS = ("rows", "tasks", "needle", "samples", "speeds")
 
 @dataclass(frozen=True)
 class MetricTable:
-    """The names of columns, and rows of as many cells."""
+    """A table of text: the names of the columns, and rows with one cell per column."""
 
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
 
 def rows_of(found: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
-    """Return what an evaluation lists as `name`; empty where it has no such list."""
+    """Return the list `name` of an evaluation; empty where it has no such list."""
     listed = (found or {}).get(name)
     return [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list | tuple) else []
 
 
 def number_in(row: Mapping[str, Any], name: str) -> float | None:
-    """Return a number of a row, None where there is none that is finite."""
+    """Return a number of a row; None where it is missing or not finite."""
     value = row.get(name)
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if usable else None
 
 
 def interval_in(row: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """Return an interval or a range of a row, likewise."""
+    """Return an interval or a range of a row; None where it is missing or not finite."""
     ends = row.get(name)
     if not isinstance(ends, list | tuple) or len(ends) != 2:
         return None
@@ -47,7 +47,7 @@ def interval_in(row: Mapping[str, Any], name: str) -> tuple[float, float] | None
 
 
 def run_of(found: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """Return the run that the figures of `part`, quality or speed, are of; empty where none was recorded."""
+    """Return the run that measured `part` (quality or speed); empty where none was recorded."""
     runs, parts = found.get("runs"), found.get("parts")
     at = parts.get(part) if isinstance(parts, Mapping) else None
     listed = runs if isinstance(runs, list | tuple) else []
@@ -56,18 +56,18 @@ def run_of(found: Mapping[str, Any], part: str) -> Mapping[str, Any]:
 
 
 def weights_of(found: Mapping[str, Any]) -> str:
-    """Return the digest of the weights that an evaluation measured; empty where it was not recorded."""
+    """Return the digest of the measured weights; empty where none was recorded."""
     return str(run_of(found, "quality").get("weights") or "")
 
 
 def stale_parts(found: Mapping[str, Any] | None) -> list[str]:
-    """Return what an evaluation has only of other weights, or against another baseline than the rest."""
+    """Return the parts that have entries of other weights or of another baseline."""
     stale = (found or {}).get("stale")
     return [part for part in _PARTS if isinstance(stale, Mapping) and rows_of(stale, part)]
 
 
 def by_text(found: Mapping[str, Any]) -> MetricTable:
-    """Return a row for each text and context, of the model beside its baseline."""
+    """Return a row per text and context: quality of the model and of its baseline."""
     columns: tuple[str, ...] = ("text", "context", "perplexity", "original's", "KL, nats", "top-1", "top-5", "flips")
     rows: list[tuple[str, ...]] = [
         (
@@ -80,7 +80,7 @@ def by_text(found: Mapping[str, Any]) -> MetricTable:
     ]  # fmt: skip
     conditions = [_conditions(row) for row in rows_of(found, "rows")]
     places = [row[:2] for row in rows]
-    if len({*places}) < len(places):  # one text and context, measured in more than one way
+    if len({*places}) < len(places):  # one text and context was measured under several conditions
         columns = (*columns[:2], "tokens, stride", *columns[2:])
         rows = [(*row[:2], said, *row[2:]) for row, said in zip(rows, conditions, strict=True)]
     return MetricTable(columns, rows)
@@ -91,7 +91,7 @@ def _conditions(row: Mapping[str, Any]) -> str:
 
 
 def tasks(found: Mapping[str, Any], model: str, baseline: str | None) -> MetricTable:
-    """Return a row for each metric of each task, with standard errors; the columns of scores have the names given."""
+    """Return a row per metric of each task, with standard errors; `model` and `baseline` name the columns of scores."""
     alone = [
         (str(row.get("task", "")), task_metric_name(row), _whole(row, "samples"), _with_error(row, "value", "stderr"))
         for row in rows_of(found, "tasks")
@@ -109,13 +109,13 @@ def tasks(found: Mapping[str, Any], model: str, baseline: str | None) -> MetricT
 
 
 def task_metric_name(row: Mapping[str, Any]) -> str:
-    """Return what a task's metric is called, with the filter that an answer went through if there was one."""
+    """Return the name of a task's metric, with lm-eval's filter where one was used."""
     metric, chosen = str(row.get("metric", "")), str(row.get("filter") or "none")
     return metric if chosen == "none" else f"{metric}, {chosen}"
 
 
 def needle(found: Mapping[str, Any], model: str, baseline: str | None) -> MetricTable:
-    """Return a row for each length and depth: keys found, with their interval, and nats per token of the key."""
+    """Return a row per length and depth: share of keys found, with its interval, and nats per token of the key."""
     columns: tuple[str, ...] = ("length", "depth", "samples")
     rows: list[tuple[str, ...]] = [
         (_whole(row, "length"), _plain(row, "depth", "{:.0%}"), _whole(row, "samples"))
@@ -133,7 +133,7 @@ def needle(found: Mapping[str, Any], model: str, baseline: str | None) -> Metric
 
 
 def speeds(found: Mapping[str, Any], model: str, baseline: str | None) -> MetricTable:
-    """Return a row for each batch and context: medians of tokens per second of all sequences, slowest to fastest."""
+    """Return a row per batch size and context: median, slowest and fastest tokens per second of all sequences."""
     places: list[tuple[str, ...]] = []
     for row in rows_of(found, "speeds"):
         cells = [_whole(row, "batch"), _whole(row, "context")]

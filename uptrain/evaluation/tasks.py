@@ -14,35 +14,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.events import Events
 from uptrain.errors import UsageError, did_you_mean, needing, told_as
 from uptrain.evaluation.intervals import interval
-from uptrain.evaluation.progress import Progress, counted
+from uptrain.evaluation.pair import ModelPair
+from uptrain.evaluation.progress import counted
+from uptrain.evaluation.settings import TaskSettings
 from uptrain.models import devices
 
 _RESAMPLES = 1000
-"""Of the bootstrap, where a metric's standard error has no closed form."""
+"""Resamples of the bootstrap, for metrics whose standard error has no closed form."""
 _FEWSHOT_SEED = 1234
 _BATCH = 8
 
 
-@dataclass(frozen=True)
-class TaskSettings:
-    """Which tasks to run: names that lm-eval knows, or paths of task YAML files.
-
-    `include_path` is a folder of more task files; `limit` takes only so many documents of each task.
-    """
-
-    names: tuple[str, ...]
-    include_path: str | None = None
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskMetric:
     """One metric of one task: of the model, and of the baseline on the same documents.
 
-    `samples` counts documents; `stderr` is lm-eval's, None for metrics that it knows none for. `difference_interval`
-    is the 95 % interval of value − baseline_value, paired by document, where the metric is a mean over documents.
+    `samples` counts documents. `stderr` is lm-eval's; None for metrics without one. `difference_interval` is the 95 %
+    interval of value − baseline_value, paired by document; None where the metric is no mean over documents.
     """
 
     task: str
@@ -57,24 +48,24 @@ class TaskMetric:
     difference_interval: tuple[float, float] | None = None
 
 
-def load_tasks(wanted: TaskSettings) -> Any:
+def load_tasks(settings: TaskSettings) -> Any:
     """Return the tasks with their documents, as lm-eval's own dictionary.
 
     Raises:
-        UsageError: lm-eval is not installed or knows no such task, or its documents can't be read.
+        UsageError: lm-eval is not installed, doesn't know a task, or can't read its documents.
     """
     with _quietly():
         with needing("--task"):
             from lm_eval import tasks as harness
-        if wanted.include_path is not None and not Path(wanted.include_path).is_dir():
-            raise UsageError(f"There is no folder {wanted.include_path}.", "Name one that holds task YAML files.")
-        for name in wanted.names:
+        if settings.include_path is not None and not Path(settings.include_path).is_dir():
+            raise UsageError(f"There is no folder {settings.include_path}.", "Name one that holds task YAML files.")
+        for name in settings.names:
             if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
                 raise UsageError(f"There is no file {name}.", "Name a task of lm-eval, or a task's YAML file.")
-        # The harness' own thousands of files are read only for a name that nothing else explains.
+        # Reading lm-eval's own thousands of files is slow, so that is done only for a name that is not found otherwise.
         for defaults in (False, True):
-            manager = harness.TaskManager(include_path=wanted.include_path, include_defaults=defaults)
-            unknown = [name for name in wanted.names if name not in manager.task_index and not Path(name).is_file()]
+            manager = harness.TaskManager(include_path=settings.include_path, include_defaults=defaults)
+            unknown = [name for name in settings.names if name not in manager.task_index and not Path(name).is_file()]
             if not unknown:
                 break
         else:
@@ -82,9 +73,9 @@ def load_tasks(wanted: TaskSettings) -> Any:
                 f"lm-eval knows no task {unknown[0]}.",
                 did_you_mean(unknown[0], manager.all_tasks) or "Name a task, or the path of a task's YAML file.",
             )
-        # Whatever a task's file or data does wrong, from YAML to a server that can't be reached.
-        with told_as(lambda reason: UsageError(f"lm-eval can't load {', '.join(wanted.names)}: {reason}")):
-            loaded = manager.load(list(dict.fromkeys(wanted.names)))
+        # A task's file or data can fail in many ways, from wrong YAML to a server that doesn't answer.
+        with told_as(lambda reason: UsageError(f"lm-eval can't load {', '.join(settings.names)}: {reason}")):
+            loaded = manager.load(list(dict.fromkeys(settings.names)))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -92,48 +83,52 @@ def load_tasks(wanted: TaskSettings) -> Any:
     return loaded
 
 
-class _Answers:
-    """Stands where lm-eval has a cache of answers, which is told of each, and counts those of all models."""
+class _AnswerCounter:
+    """Counts the answers of all models. lm-eval takes it for a cache and reports every answer to it."""
 
-    def __init__(self, tasks: Any, models: int, on_progress: Progress | None) -> None:
-        self._tasks, self._models, self._on_progress = tasks["tasks"].values(), models, on_progress
+    def __init__(self, tasks: Any, models: int, events: Events) -> None:
+        self._tasks, self._models, self._events = tasks["tasks"].values(), models, events
         self._advance: Callable[[int], None] | None = None
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         """Count an answer; the name is lm-eval's."""
         if self._advance is None:
-            # All requests are made before the first is answered.
+            # lm-eval makes all requests before the first answer.
             asked = sum(each.repeats for task in self._tasks for each in task.instances)
-            self._advance = counted("Tasks", self._models * asked, self._on_progress)
+            self._advance = counted("Tasks", self._models * asked, self._events)
         self._advance(1)
 
 
 @devices.enough_memory("Running tasks", "Compute in a smaller --dtype, or on --device cpu.")
-def run_tasks(
-    loaded: Sequence[Any], tokenizers: Sequence[Any], tasks: Any, limit: int | None, on_progress: Progress | None = None
-) -> list[TaskMetric]:
-    """Run tasks from `load_tasks` on one or two models and return every metric, the first model's as `value`.
+def run_tasks(pair: ModelPair, tasks: Any, limit: int | None, events: Events) -> list[TaskMetric]:
+    """Run tasks of lm-eval on each model and return every metric.
+
+    - `pair`: the models.
+    - `tasks`: what `load_tasks` returned.
+    - `limit`: how many documents of each task to use; None for all.
+    - `events`: `part` is called after each answer.
 
     Raises:
         UsageError: lm-eval refuses a task, such as one that runs code.
     """
-    answers = _Answers(tasks, len(loaded), on_progress)
+    answers = _AnswerCounter(tasks, len(pair.models), events)
     with _quietly(bars=False):
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         try:
             found = []
-            for model, tokenizer in zip(loaded, tokenizers, strict=True):
+            for model, tokenizer in zip(pair.models, pair.tokenizers, strict=True):
                 asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
                 asked.set_cache_hook(answers)
                 found.append(evaluate(asked, tasks, limit=limit, bootstrap_iters=_RESAMPLES))
         except (ValueError, OverflowError) as error:
             raise UsageError(f"lm-eval can't run {', '.join(tasks['tasks'])}: {' '.join(str(error).split())}") from None
-    return list(_figures(found))
+    return list(_task_metrics(found))
 
 
-def _figures(found: Sequence[Any]) -> Iterator[TaskMetric]:
+def _task_metrics(found: Sequence[Any]) -> Iterator[TaskMetric]:
+    """Yield every metric of lm-eval's results, one result per model."""
     first = found[0]
     for name, metrics in _metrics(first).items():
         parts = first["group_subtasks"].get(name) or [name]
@@ -145,12 +140,15 @@ def _figures(found: Sequence[Any]) -> Iterator[TaskMetric]:
             if not chosen or metric.endswith("_stderr") or values[0] is None:
                 continue
             errors = [_number(_metrics(each)[name].get(f"{metric}_stderr,{chosen}")) for each in found]
-            alone = TaskMetric(name, metric, chosen, higher.get(metric), samples, values[0], errors[0])
+            alone = TaskMetric(
+                task=name, metric=metric, filter=chosen, higher_is_better=higher.get(metric), samples=samples,
+                value=values[0], stderr=errors[0],
+            )  # fmt: skip
             if len(found) == 1:
                 yield alone
                 continue
-            apart = _apart(found, name, metric, chosen)
-            yield replace(alone, baseline_value=values[1], baseline_stderr=errors[1], difference_interval=apart)
+            ends = _difference_interval(found, name, metric, chosen)
+            yield replace(alone, baseline_value=values[1], baseline_stderr=errors[1], difference_interval=ends)
 
 
 def _metrics(found: Any) -> dict[str, Any]:
@@ -161,8 +159,8 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _apart(found: Sequence[Any], task: str, metric: str, chosen: str) -> tuple[float, float] | None:
-    """Return the paired interval of a metric that is a mean over documents, else None."""
+def _difference_interval(found: Sequence[Any], task: str, metric: str, chosen: str) -> tuple[float, float] | None:
+    """Return the interval of the difference, paired by document; None for a metric that is no mean over documents."""
     by_document = []
     for each in found:
         rows = [row for row in each["samples"].get(task, []) if row["filter"] == chosen]
@@ -178,7 +176,7 @@ def _apart(found: Sequence[Any], task: str, metric: str, chosen: str) -> tuple[f
 
 @contextmanager
 def _quietly(bars: bool = True) -> Iterator[None]:
-    """Keep what lm-eval prints, logs and warns of off stdout, and off stderr but for bars on a terminal."""
+    """Hide what lm-eval prints, logs and warns about; `bars` lets progress bars through on a terminal."""
     log = logging.getLogger("lm_eval")
     level, before = log.level, os.environ.get("DISABLE_MULTIPROC")
     with ExitStack() as stack:

@@ -146,11 +146,17 @@ def similar_layer(layer: LayerHeads, groups: int, position: Rotary | None, seed:
     """
     maps = maps_of(layer)
     order = similar_order(maps, groups, position, layer_weights(maps, position, None), seed)
-    queries = [head * maps.queries_per_kv + i for head in order for i in range(maps.queries_per_kv)]
+    return move_heads(layer, order), order
+
+
+def move_heads(layer: LayerHeads, order: list[int]) -> LayerHeads:
+    """Put the key/value heads in `order`, taking their query heads and output columns along; no logit changes."""
+    per = len(layer.part("q").weight) // len(layer.part("k").weight)
+    queries = [head * per + i for head in order for i in range(per)]
     picks = {"q": queries, "k": order, "v": order}
     moved = {part: _pick(layer.part(part), pick) for part, pick in picks.items()}
     output = layer.part("o")
-    return LayerHeads(**moved, o=Heads(output.weight[:, queries], output.bias)), order
+    return LayerHeads(**moved, o=Heads(output.weight[:, queries], output.bias))
 
 
 def _pick(heads: Heads, order: list[int]) -> Heads:

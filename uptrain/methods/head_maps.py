@@ -79,22 +79,3 @@ def _without_bias_column(rows: Tensor | None, weight: Tensor, bias: Tensor | Non
     if rows is None:
         return weight, bias
     return rows[..., :-1], None if bias is None else rows[..., -1]
-
-
-def reorder(layer: HeadMaps, order: list[int]) -> HeadMaps:
-    """Put the key/value heads in `order`, taking their query heads and output columns along; no logit changes."""
-    per = layer.queries_per_kv
-    queries = [head * per + i for head in order for i in range(per)]
-
-    def pick(tensor: Tensor | None, index: list[int]) -> Tensor | None:
-        return None if tensor is None else tensor[index]
-
-    return HeadMaps(
-        layer.q[queries],
-        layer.k[order],
-        layer.v[order],
-        layer.o[:, queries],
-        pick(layer.q_bias, queries),
-        pick(layer.k_bias, order),
-        pick(layer.v_bias, order),
-    )

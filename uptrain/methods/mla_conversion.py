@@ -8,43 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uptrain.architectures.mla_projections import LatentHeads, LatentTarget
+from uptrain.architectures.mla_projections import LatentHeads, MLASpec
 from uptrain.architectures.projections import LayerHeads
 from uptrain.checkpoint.dtypes import Array
 from uptrain.methods.head_conversion import maps_of
 from uptrain.methods.method import Converted
-from uptrain.methods.mla import KEY_WEIGHT, LatentShape, choose_slots, factor_latent, plain_weights, rotary_savings
+from uptrain.methods.mla import KEY_WEIGHT, LatentShape, factor_latent
+from uptrain.methods.mla_energy import choose_rope_pairs, plain_weights, rotary_savings
 from uptrain.methods.mla_layer import LatentMaps
 from uptrain.methods.rotary import Rotary
 
-FORMS = {"free": "free", "grid": "decoupled", "longrope": "decoupled", "re-rotate": "re-rotate"}
-"""What the mathematics calls each form of a request: where a rotary key's frequencies come from is no matter to it."""
 
-
-def latent_shape(target: LatentTarget) -> LatentShape:
+def latent_shape(target: MLASpec) -> LatentShape:
     """Return what a layer becomes, in the factorisation's words."""
-    form: Any = FORMS[target.form]
-    return LatentShape(form, target.kv_lora_rank, target.slots, target.qk_nope_head_dim > 0, target.rotary_factor)
+    return LatentShape(
+        target.rope, target.kv_lora_rank, target.rope_pairs, target.qk_nope_head_dim > 0, target.rotary_factor
+    )
 
 
-def latent_layer(heads: LayerHeads, target: LatentTarget, position: Rotary | None) -> Converted[LatentHeads]:
+def latent_layer(heads: LayerHeads, target: MLASpec, position: Rotary | None) -> Converted[LatentHeads]:
     """Return the layer as a latent by the data-free factorisation, in float64."""
     maps = maps_of(heads)
-    weights = plain_weights(maps, frequencies_of(target))
+    weights = plain_weights(maps, inverse_frequencies_of(target))
     weight = KEY_WEIGHT if target.key_weight is None else target.key_weight
     found, kept = factor_latent(maps, latent_shape(target), position, weights, weight)
     return Converted(heads_of_latent(found, heads.part("o").bias), {"svd": kept})
 
 
-def slots_by_weights(layers: Iterable[LayerHeads], target: LatentTarget, position: Rotary | None) -> tuple[int, ...]:
-    """Return which source frequency each rotary pair gets, by the weights of all layers alone."""
+def rope_pairs_by_weights(layers: Iterable[LayerHeads], target: MLASpec, position: Rotary | None) -> tuple[int, ...]:
+    """Return which of the source's rotary pairs each pair of a latent gets, by the weights of all layers alone."""
     if position is None:
-        raise ValueError("only rotary keys have slots to choose")
+        raise ValueError("only rotary keys have pairs to choose")
     savings = []
     for heads in layers:
         maps = maps_of(heads)
-        savings.append(rotary_savings(maps, position, plain_weights(maps, frequencies_of(target))))
-    return choose_slots(savings, target.qk_rope_head_dim // 2)
+        savings.append(rotary_savings(maps, position, plain_weights(maps, inverse_frequencies_of(target))))
+    return choose_rope_pairs(savings, target.qk_rope_head_dim // 2)
 
 
 def heads_of_latent(maps: LatentMaps, output_bias: Array | None) -> LatentHeads:
@@ -62,6 +61,6 @@ def maps_of_latent(heads: LatentHeads) -> LatentMaps:
     return LatentMaps(**tensors)
 
 
-def frequencies_of(target: LatentTarget) -> Tensor | None:
-    """Return the source's rotary frequencies (pairs,), None where keys see no rotation."""
-    return torch.tensor(target.frequencies, dtype=torch.float64) if target.frequencies else None
+def inverse_frequencies_of(target: MLASpec) -> Tensor | None:
+    """Return the source's inverse frequencies (pairs,) in radians per token, None where keys see no rotation."""
+    return torch.tensor(target.inverse_frequencies, dtype=torch.float64) if target.inverse_frequencies else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import auto_class_name
 from uptrain.architectures.prefixes import refuse_foreign
 from uptrain.architectures.unknown_models import refuse_wrapper, sections_of
@@ -24,13 +24,13 @@ def check_loadable(source: Source, opened: Checkpoint | None = None) -> None:
         CheckpointError: the names have such a prefix, or config.json can't be read.
     """
     config = read_config(source.path)
-    architecture = ARCHITECTURES.get(str(config.get("model_type")))
-    if architecture is None:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
         if sections_of(config) and not _has_class(source, str(config.get("model_type"))):
             raise refuse_wrapper(config, source.name, "load")
         return
     if opened is not None:
-        refuse_foreign(architecture, opened.tensors, source.name)
+        refuse_foreign(family, opened.tensors, source.name)
 
 
 def auto_class_of(folder: Path) -> Any:

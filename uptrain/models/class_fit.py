@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.errors import CheckpointError
 
 SHOWN = 4
@@ -74,7 +74,7 @@ def _sizes(found: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in found)
 
 
-def check_fit(fit: Fit, name: str, family: Architecture | None, layers: int | None = None) -> None:
+def check_fit(fit: Fit, name: str, family: Family | None, layers: int | None = None) -> None:
     """Refuse a checkpoint whose weights are not all that its class needs, or of which the class leaves out a layer's.
 
     Args:
@@ -109,7 +109,7 @@ def check_fit(fit: Fit, name: str, family: Architecture | None, layers: int | No
         )
 
 
-def in_layers(names: Sequence[str], family: Architecture) -> tuple[str, ...]:
+def in_layers(names: Sequence[str], family: Family) -> tuple[str, ...]:
     """Return those of `names` that are weights of a layer, whatever its number; buffers of older classes aren't."""
     path = family.inside()[0]
     paths = {path, path.replace("decoder", "encoder")}
@@ -118,13 +118,13 @@ def in_layers(names: Sequence[str], family: Architecture) -> tuple[str, ...]:
     return tuple(name for name in names if layer.match(name) and not is_buffer(name, family))
 
 
-def is_buffer(name: str, family: Architecture | None) -> bool:
+def is_buffer(name: str, family: Family | None) -> bool:
     """Tell whether a tensor is a table that older classes stored and today's compute."""
     own = family.buffers if family is not None else ()
     return bool(_BUFFERS.search(name)) or any(name.endswith(f".{buffer}") for buffer in own)
 
 
-def note_of(fit: Fit, family: Architecture | None) -> str:
+def note_of(fit: Fit, family: Family | None) -> str:
     """Return a sentence on tensors that go along though the class has no place for them; empty where there are none."""
     others = [name for name in fit.unexpected if not is_buffer(name, family)]
     if not others:

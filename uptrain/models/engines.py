@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.description import auto_class_name
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.model_class import is_language_model
 from uptrain.architectures.own_classes import OWN_CLASSES
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.architectures.wrappers import WRAPPERS
 
 VLLM_LOADS_NOT: Mapping[str, str] = MappingProxyType(
@@ -27,10 +28,11 @@ def why_not_vllm(config: Mapping[str, Any], rope: str | None = None) -> str:
         return why
     if str(config.get("model_type")) in WRAPPERS:
         return "vLLM has not been tried with such a wrapper yet"
-    if auto_class_name(config) != Architecture.auto_class:
+    if auto_class_name(config) != Family.auto_class:
         return "vLLM has no class for this decoder, which reads an encoder"
     if not is_language_model(config):
         return "it has no language-model head"
-    if rope == "longrope":
+    found = MLARope.named(rope)
+    if found is not None and found.chooses_pairs:
         return "vLLM can't express its rotary table"
     return ""

@@ -15,7 +15,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.embeddings import declare_loaded
 from uptrain.architectures.model_class import check_language_model
 from uptrain.architectures.wrappers import check_unwrapped
@@ -68,7 +68,7 @@ def placed(model: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
 
 
 def holds_codes(model: Any) -> bool:
-    """Tell whether a loaded model computes with quantised weights, which no other dtype has a meaning for."""
+    """Tell whether a loaded model computes with quantized weights, which no other dtype has a meaning for."""
     floats = _DTYPES.values()
     narrow = any(parameter.dtype not in (*floats, torch.float64) for parameter in model.parameters())
     return narrow or getattr(model, "hf_quantizer", None) is not None
@@ -130,7 +130,7 @@ def check_reads_text(model: Any, name: str, command: str, hint: str = "") -> Non
 
 def longest_context(model: Any) -> int | None:
     """Return how many positions a model has, by its family's own word for them; None where its config counts none."""
-    entry = ARCHITECTURES.get(model.config.model_type)
+    entry = FAMILIES.get(model.config.model_type)
     key = entry.keys.max_position_embeddings if entry else "max_position_embeddings"
     value = getattr(model.config, key, None)
     return value if isinstance(value, int) else None

@@ -10,8 +10,9 @@ from typing import Any
 from uptrain.architectures.decoders import DEEPSEEK_V3
 from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.mla_projections import LatentLayout
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.rope_parameters import WORDS
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.models.target import TargetClass
 from uptrain.models.targets import TARGET_CLASSES, target_config
 
@@ -22,20 +23,25 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class MLATargetClass:
     """A class that can hold a latent, and what a source needs for it.
 
-    `ropes` are the rotary forms it has, the first its default; `biased` says whether queries and the latent may have
-    biases; `refuses` maps a source config key to the values (None: any but null) it can't hold. `engines` are those
-    that load it, and with which forms. `keep` names the source config's keys to take over, None for all.
-    `rms_norm_eps` is what the config must say for all engines to agree, and `rescaled` the modules whose output joins
-    the residual stream, embeddings included: scaling the stream keeps every other norm as it was. `untied` classes get
-    a head of their own where the source's is tied to its embedding.
+    - `target`: the class, and how a source's checkpoint becomes one of its own.
+    - `layout`: how it stores a latent layer.
+    - `ropes`: where it can have the positions of keys.
+    - `biased`: queries and the latent may have biases.
+    - `refuses`: the values (None: any but null) of keys in the source's config that it can't hold.
+    - `engines`: those that load it, with the `ropes` that each can run.
+    - `keep`: the keys of the source's config to take over, None for all.
+    - `dtypes`: safetensors' names of the dtypes in which it is exact.
+    - `rms_norm_eps`: what the config must say for all engines to agree. The residual stream is scaled then.
+    - `rescaled`: the modules whose output joins the residual stream, embeddings included.
+    - `untied`: it gets a head of its own where the source's is tied to its embedding.
     """
 
     target: TargetClass
     layout: LatentLayout
-    ropes: tuple[str, ...]
+    ropes: tuple[MLARope, ...]
     biased: bool = True
     refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _NOTHING)
-    engines: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
+    engines: Mapping[str, tuple[MLARope, ...]] = field(default_factory=lambda: _NOTHING)
     keep: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
     rms_norm_eps: float | None = None
@@ -43,9 +49,9 @@ class MLATargetClass:
     untied: bool = False
 
     @property
-    def architecture(self) -> Architecture:
+    def family(self) -> Family:
         """Return the target class's own family."""
-        return self.target.architecture
+        return self.target.family
 
 
 _KEPT = (
@@ -71,11 +77,11 @@ MLA_TARGET_CLASSES: Mapping[str, MLATargetClass] = MappingProxyType(
                 purposes=("Model", "ForSequenceClassification", "ForTokenClassification"),
             ),
             LatentLayout(fold_scale=True, neutral=True),
-            ropes=("grid", "longrope"),
+            ropes=(MLARope.DECOUPLED, MLARope.LONGROPE),
             biased=False,
             refuses={"attention_bias": (True,), "mlp_bias": (True,)},
-            # llama.cpp has no place for a table of frequencies in this architecture.
-            engines={"any": ("grid", "longrope"), "llama.cpp": ("grid",)},
+            # llama.cpp has no place for a table of frequencies in this family.
+            engines={"any": (MLARope.DECOUPLED, MLARope.LONGROPE), "llama.cpp": (MLARope.DECOUPLED,)},
             keep=_KEPT,
             dtypes=("F64", "F32", "BF16"),
             rms_norm_eps=1e-6,
@@ -86,14 +92,14 @@ MLA_TARGET_CLASSES: Mapping[str, MLATargetClass] = MappingProxyType(
         "uptrain_llama_mla": MLATargetClass(
             TARGET_CLASSES["uptrain_llama_mla"],
             LatentLayout(),
-            ropes=("grid", "longrope", "re-rotate"),
-            engines={"any": ("grid", "longrope", "re-rotate")},
+            ropes=(MLARope.DECOUPLED, MLARope.LONGROPE, MLARope.PRE_ROPE),
+            engines={"any": (MLARope.DECOUPLED, MLARope.LONGROPE, MLARope.PRE_ROPE)},
         ),
         "uptrain_gpt2_mla": MLATargetClass(
             TARGET_CLASSES["uptrain_gpt2_mla"],
             LatentLayout(output="c_proj", output_transposed=True),
-            ropes=("free",),
-            engines={"any": ("free",)},
+            ropes=(MLARope.NONE,),
+            engines={"any": (MLARope.NONE,)},
         ),
     }
 )  # fmt: skip

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.rope_parameters import OLDER_TYPES
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -48,7 +48,7 @@ class TargetClass:
     where no stock class serves.
     """
 
-    architecture: Architecture
+    family: Family
     requires: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     config_names: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     multiples: Mapping[str, tuple[str, int]] = field(default_factory=lambda: _NOTHING)
@@ -71,7 +71,7 @@ class TargetClass:
     @property
     def name(self) -> str:
         """Return the target class's model_type."""
-        return self.architecture.model_type
+        return self.family.model_type
 
     @property
     def code_files(self) -> tuple[str, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.models.target import TargetClass
 
 NEMOTRON_TARGETS: Mapping[str, TargetClass] = MappingProxyType(
     {
         "nemotron_of_gpt_neox": TargetClass(
-            ARCHITECTURES["nemotron"],
+            FAMILIES["nemotron"],
             # hidden_dropout goes: this class drops nothing between layers.
             config_names={"layer_norm_eps": "norm_eps"},
             fill={

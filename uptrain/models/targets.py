@@ -12,7 +12,7 @@ from uptrain.architectures.encoder_decoders import UPTRAIN_BART, UPTRAIN_T5, UPT
 from uptrain.architectures.mha_only import UPTRAIN_BLOOM, UPTRAIN_GPT_NEO, UPTRAIN_MPT, UPTRAIN_OPT, UPTRAIN_PERSIMMON
 from uptrain.architectures.model_class import class_named, is_language_model, stem
 from uptrain.architectures.own_classes import OWN_CLASSES
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.checkpoint.weight_files import EXPLICIT
 from uptrain.errors import UsageError
 from uptrain.models.target import TargetClass
@@ -23,10 +23,10 @@ OF_THE_FOLDER = ("auto_map", EXPLICIT)
 """Config keys that name code or weight files of the source's own folder."""
 
 
-def _ours(architecture: Architecture, **changes: Any) -> TargetClass:
+def _ours(family: Family, **changes: Any) -> TargetClass:
     """Return a target class of ours, whose modelling file goes into the checkpoint."""
-    own = OWN_CLASSES[architecture.model_type]
-    return TargetClass(architecture, remote_code=f"{own.module}.py", auto_classes=own.auto_classes, **changes)
+    own = OWN_CLASSES[family.model_type]
+    return TargetClass(family, remote_code=f"{own.module}.py", auto_classes=own.auto_classes, **changes)
 
 
 TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
@@ -86,12 +86,12 @@ def choose_target(source: ModelDescription, kind: str, same: bool) -> TargetClas
     return own_target(source.family)
 
 
-def own_target(architecture: Architecture) -> TargetClass:
+def own_target(family: Family) -> TargetClass:
     """Return the family's own class as a target class, with its modelling file where that is ours."""
-    known = TARGET_CLASSES.get(architecture.model_type)
-    if known is None or known.architecture is not architecture or not known.remote_code:
-        return TargetClass(architecture)
-    return TargetClass(architecture, remote_code=known.remote_code, auto_classes=known.auto_classes)
+    known = TARGET_CLASSES.get(family.model_type)
+    if known is None or known.family is not family or not known.remote_code:
+        return TargetClass(family)
+    return TargetClass(family, remote_code=known.remote_code, auto_classes=known.auto_classes)
 
 
 def result_class(target: TargetClass, source: ModelDescription) -> str:
@@ -104,8 +104,8 @@ def result_class(target: TargetClass, source: ModelDescription) -> str:
     """
     named = class_named(source.config)
     if named is None or is_language_model(source.config):
-        return target.architecture.class_name
-    if target.architecture is source.family:
+        return target.family.class_name
+    if target.family is source.family:
         return named
     purpose = named.removeprefix(stem(source.family.class_name))
     if purpose not in target.purposes:
@@ -113,7 +113,7 @@ def result_class(target: TargetClass, source: ModelDescription) -> str:
             f"{source.name} is a {named}, and {target.name}, which would hold the result, has no such class.",
             "Use another --to, for which its own family has a class.",
         )
-    return stem(target.architecture.class_name) + purpose
+    return stem(target.family.class_name) + purpose
 
 
 def target_config(target: TargetClass, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def target_config(target: TargetClass, source: Mapping[str, Any]) -> dict[str, A
             config[key] = factor * config[other]
     config.update(target.fix)
     config["model_type"] = target.name
-    config["architectures"] = [target.architecture.class_name]  # a language model's; see `result_class`
+    config["architectures"] = [target.family.class_name]  # a language model's; see `result_class`
     if target.remote_code:
         module = target.remote_code.removesuffix(".py")
         config["auto_map"] = {auto: f"{module}.{name}" for auto, name in target.auto_classes.items()}

@@ -1,14 +1,9 @@
-"""What a training loop stands on: the accelerator, the optimizer, and a stop that waits for a step's end."""
+"""The accelerator of a run: this process's device and precision, its threads, and its random numbers."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +11,12 @@ from accelerate import Accelerator
 
 from uptrain.errors import UsageError
 from uptrain.models import devices
-from uptrain.training.launch import join
+from uptrain.training.launch import join_processes
 from uptrain.training.recipe import Recipe
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 _LAUNCHED_FSDP = "UPTRAIN_LAUNCHED_FSDP"
-LOWER = (
+LESS_MEMORY = (
     "Raise gradient_accumulation, set gradient_checkpointing: true, or fsdp: true on several devices; else lower "
     "block_size or batch_size. What was written stays."
 )
@@ -32,7 +27,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that were launched, on whatever devices there are, and set precision and threads.
 
     Raises:
-        UsageError: launched under DeepSpeed, a tracker is not installed, or as `join`.
+        UsageError: launched under DeepSpeed, a tracker is not installed, the batch can't be divided between the
+            processes, or as `join_processes`.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true":
         raise UsageError(
@@ -45,7 +41,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true":
         # Weights are shared out by uptrain.training.parallel, the same on every device; accelerate only launches.
         os.environ[_LAUNCHED_FSDP] = "true"
-    place = join().device
+    place = join_processes().device
     accelerator = Accelerator(
         mixed_precision="bf16" if devices.precision(recipe.precision, place) == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
@@ -55,6 +51,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.device.type == "cpu" and local > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # torchrun sets one thread a process, whatever the machine has.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if recipe.batch_size % (accelerator.num_processes * recipe.gradient_accumulation):
+        raise UsageError(
+            f"batch_size {recipe.batch_size} counts a whole step's sequences, so it must be a multiple of "
+            f"{accelerator.num_processes} process(es) × gradient_accumulation {recipe.gradient_accumulation}."
+        )
     return accelerator
 
 
@@ -63,36 +64,14 @@ def precision_of(accelerator: Accelerator) -> str:
     return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
 
 
-def shards(recipe: Recipe) -> bool:
-    """Tell whether weights are to be shared out (FSDP), by the recipe or by `accelerate launch --use_fsdp`."""
-    return recipe.fsdp or os.environ.get(_LAUNCHED_FSDP, "") == "true"
+def shards(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Tell whether to divide weights between processes (FSDP), by the recipe or by `accelerate launch --use_fsdp`."""
+    wanted = recipe.fsdp or os.environ.get(_LAUNCHED_FSDP, "") == "true"
+    return wanted and accelerator.num_processes > 1
 
 
-def seed_own(seed: int, accelerator: Accelerator) -> None:
-    """Let each process but the first draw numbers of its own, so that no two drop out the same of different text."""
+def seed_process(seed: int, accelerator: Accelerator) -> None:
+    """Give each process but the first its own random numbers, so that dropout differs between processes."""
     if accelerator.process_index:
         own = np.random.SeedSequence([seed, accelerator.process_index]).generate_state(1, np.uint64)
         torch.manual_seed(int(own[0]))
-
-
-@contextmanager
-def on_stop_signal(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at Ctrl-C or SIGTERM, for a stop after the running step; a second Ctrl-C stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    told = False
-
-    def handle(number: int, _frame: Any) -> None:
-        nonlocal told
-        if number == signal.SIGINT and told:
-            raise KeyboardInterrupt
-        told = True
-        stop()
-
-    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

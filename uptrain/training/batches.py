@@ -55,7 +55,7 @@ class Batch:
         return Batch(self.ids.to(device), self.targets.to(device), positions)
 
     @property
-    def counted(self) -> int:
+    def target_tokens(self) -> int:
         """Return how many tokens have a target."""
         return int((self.targets != IGNORED).sum())
 

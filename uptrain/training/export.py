@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from uptrain.errors import UptrainError
-from uptrain.models import neutral_norm
+from uptrain.models import loading, neutral_norm
 from uptrain.models.class_fit import listed
 from uptrain.training.parallel import whole
+from uptrain.training.run_folder import RunFolder
+from uptrain.training.setup import TrainingSetup
+
+
+def write_best(setup: TrainingSetup, run_folder: RunFolder) -> None:
+    """Write the model into the run folder as the best so far; all processes call this."""
+    if setup.accelerator.is_main_process:
+        with run_folder.replacing("best") as folder:
+            write_model(setup, folder)
+    else:
+        write_model(setup, None)
+    setup.accelerator.wait_for_everyone()
+
+
+def write_model(setup: TrainingSetup, folder: Path | None) -> None:
+    """Write the model as it is now; all processes call this, and the one with a folder writes."""
+    student = setup.objective.objective.student
+    weights = gather(student, setup.dtype, keep=folder is not None)
+    if folder is not None:
+        model = assemble(student, weights, setup.dtype)
+        loading.save(model, setup.tokenizer, folder, setup.dtype, setup.model)
 
 
 @torch.no_grad()

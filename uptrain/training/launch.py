@@ -29,7 +29,7 @@ class PeerLost(UptrainError):
     """Another process of the run ended, so this one can't go on."""
 
 
-def join() -> PartialState:
+def join_processes() -> PartialState:
     """Make this process's state: its device, its number and its way to the others, and return it.
 
     Whoever makes it first decides for all of accelerate, so it is made here and nowhere else.
@@ -71,7 +71,7 @@ def join() -> PartialState:
 
 
 @contextmanager
-def decided() -> Iterator[None]:
+def accelerate_device() -> Iterator[None]:
     """Tell accelerate, which reads ACCELERATE_USE_CPU again and again, what `devices.device` makes of it.
 
     An empty one would stop it, and so would a true one beside another device that a command names.
@@ -81,7 +81,7 @@ def decided() -> Iterator[None]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def report_lost_process() -> Iterator[None]:
     """Say in one sentence that another process is gone, where a collective of the block fails of that.
 
     Raises:

@@ -16,8 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from uptrain.data.block_reader import Tokens
+from uptrain.models import loading
+from uptrain.training.batches import Batch, Boundary, batch_of
 from uptrain.training.distillation import Objective
 from uptrain.training.losses import IGNORED
+from uptrain.training.metrics import LossMetrics
 
 
 class ParallelObjective:
@@ -25,7 +29,7 @@ class ParallelObjective:
 
     def __init__(self, objective: Objective, accelerator: Accelerator, shard: bool) -> None:
         self.objective, self.accelerator = objective, accelerator
-        self.sharded = shard and accelerator.num_processes > 1
+        self.sharded = shard
         if self.sharded:
             _shard(objective, accelerator)
             self.module: Any = objective
@@ -35,6 +39,26 @@ class ParallelObjective:
                 objective.teacher.to(accelerator.device)
             # Its forward pass is under autocast from here on; under FSDP the weights themselves are cast.
             self.module = accelerator.prepare(objective)
+
+    def batch(self, blocks: Tokens, boundary: Boundary | None) -> Batch:
+        """Return blocks (sequences, tokens) as a batch, with documents kept apart where there is a boundary.
+
+        Raises:
+            UsageError: the student has no embedding of a token.
+        """
+        loading.check_tokens(self.objective.student, blocks)
+        return batch_of(blocks, boundary, self.objective.has_encoder)
+
+    def losses(self, part: Batch) -> Tensor:
+        """Return the sums over a batch's tokens that `Objective.forward` returns, (4,) in fp32."""
+        part = part.to(self.accelerator.device)
+        found: Tensor = self.module(part.ids, part.targets, part.position_ids)
+        return found
+
+    def metrics(self, sums: Tensor, tokens: int) -> LossMetrics:
+        """Return the means of such sums, (4,), of all processes over `tokens` tokens."""
+        teacher = self.objective.teacher is not None
+        return LossMetrics.of(sums, tokens, teacher, teacher and self.objective.distill.hidden_weight > 0)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -63,7 +87,7 @@ class ParallelObjective:
                 # Without a backward pass, what is in no layer would stay whole, and an optimizer take that for its own.
                 self.module.reshard()
 
-    def keeps_apart(self) -> bool:
+    def isolates_documents(self) -> bool:
         """Tell whether positions that start anew keep attention inside a document: not every class reads them so."""
         device = self.accelerator.device
         positions = torch.tensor([[0, 1, 0, 1]], device=device)
@@ -89,6 +113,8 @@ class ParallelObjective:
                 # What `compile` made, which is bound to the module too.
                 module._compiled_call_impl = None
         self.objective.forget()
+        self.module = None
+        self.accelerator.free_memory()
 
     def clip(self, limit: float) -> float:
         """Scale gradients so that their norm is no more than `limit`; return what it was."""

@@ -29,7 +29,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
 
 
-def find(recipe: str) -> Path:
+def find_recipe(recipe: str) -> Path:
     """Find a recipe: a file, or the name of a shipped one, also when written `recipes/NAME.yaml`.
 
     Raises:
@@ -54,13 +54,13 @@ def summary(path: Path) -> str:
     return first.lstrip("# ").rstrip()
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides; dots reach into sections, values are YAML.
 
     Raises:
         UsageError: no such recipe, not YAML, or a key or value that the schema does not know.
     """
-    path = find(recipe)
+    path = find_recipe(recipe)
     try:
         if path.stat().st_size > LIMIT:
             raise UsageError(f"{path} is larger than {LIMIT >> 10} KiB, which no recipe is.")
@@ -77,7 +77,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path} must hold keys and values, such as `model: demo`.")
     for override in overrides:
         _override(values, override)
-    return parse(values, str(path))
+    return parse_recipe(values, str(path))
 
 
 class _Loader(yaml.SafeLoader):
@@ -105,7 +105,7 @@ def read_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split()).removesuffix(".") or "it is empty") from None
 
 
-def parse(values: Mapping[str, Any], where: str = "The recipe") -> Recipe:
+def parse_recipe(values: Mapping[str, Any], where: str = "The recipe") -> Recipe:
     """Check plain values against the schema; `where` names the recipe in errors.
 
     Raises:

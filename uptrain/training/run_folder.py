@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from accelerate import Accelerator
+
+from uptrain.checkpoint.files import rename_folder, sync_folder, write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import LOCK, sync, write_atomic
+from uptrain.checkpoint.locks import LOCK, try_lock
 from uptrain.errors import UptrainError, UsageError
 from uptrain.training.recipe import Recipe
 
@@ -49,8 +51,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = try_lock(self._lock)
         except OSError:
+            free = False
+        if not free:
             raise UsageError(
                 f"Another run is training in {self.path}.", "Wait for it, or choose another output."
             ) from None
@@ -125,40 +129,46 @@ class RunFolder:
         found = self.checkpoints()
         return (found[-1], read_json(found[-1] / "state.json")) if found else None
 
-    def begin(self, step: int) -> Path:
-        """Return an empty folder in which the checkpoint of `step` is to be written."""
-        partial = self.partial(step)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        return partial
+    def save(self, step: int, values: dict[str, Any], write: Callable[[Path], None], accelerator: Accelerator) -> None:
+        """Write the checkpoint of a step, whole or not at all, and remove the older ones; all processes call this.
 
-    def commit(self, step: int, state: dict[str, Any]) -> None:
-        """Make the checkpoint of `step` count, and drop the older ones."""
-        partial = self.partial(step)
-        (partial / "state.json").write_text(json.dumps(state))
-        _sync_all(partial)
+        - `step`: the number of finished steps.
+        - `values`: what state.json holds.
+        - `write`: writes the tensors into the folder it is given; all processes call it.
+        - `accelerator`: lets the processes wait for each other.
+
+        Raises:
+            UptrainError: the disk is full or can't be written.
+        """
+        partial = self.path / f"checkpoint-{step}.partial"
+        if accelerator.is_main_process:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        try:
+            write(partial)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                self._commit(partial, values)
+        except OSError as error:
+            self._abandon(partial, step, error)
+        accelerator.wait_for_everyone()
+
+    def _commit(self, partial: Path, values: dict[str, Any]) -> None:
+        (partial / "state.json").write_text(json.dumps(values))
+        sync_folder(partial)
         older = self.checkpoints()
         final = partial.with_suffix("")
         if final.exists():
             shutil.rmtree(final)
-        partial.rename(final)
-        sync(self.path)
+        rename_folder(partial, final)
         for path in older:
             if path != final:
                 shutil.rmtree(path)
 
-    def partial(self, step: int) -> Path:
-        """Return where the checkpoint of `step` is written before it counts."""
-        return self.path / f"checkpoint-{step}.partial"
-
-    def abandon(self, step: int, error: OSError) -> NoReturn:
-        """Remove a checkpoint that could not be written, and say what is left.
-
-        Raises:
-            UptrainError: always.
-        """
-        shutil.rmtree(self.partial(step), ignore_errors=True)
+    def _abandon(self, partial: Path, step: int, error: OSError) -> NoReturn:
+        shutil.rmtree(partial, ignore_errors=True)
         whole = self.checkpoints()
         left = f"{whole[-1].name} is whole" if whole else "there is no earlier one"
         reason = error.strerror or str(error)
@@ -174,10 +184,9 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        _sync_all(partial)
+        sync_folder(partial)
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync(self.path)
+        rename_folder(partial, final)
 
     def rewind_log(self, step: int) -> None:
         """Drop log lines after `step`: a run that was cut off logged steps that it is about to repeat."""
@@ -191,13 +200,6 @@ class RunFolder:
         """Append one line to the log."""
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def _sync_all(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            sync(path)
-    sync(folder)
 
 
 def _is_hidden_file(path: Path) -> bool:

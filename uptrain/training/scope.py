@@ -1,15 +1,11 @@
-"""What of a model trains, and with which learning rate: all, attention alone, or low-rank adapters."""
+"""Which weights of a model train: all, attention alone, or low-rank adapters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import nn
-
-from uptrain.architectures.decoders import ARCHITECTURES
+from uptrain.architectures.decoders import FAMILIES
 from uptrain.errors import UsageError, needing
 from uptrain.training.recipe import Recipe
 
@@ -20,7 +16,7 @@ def is_attention(model_type: str, name: str) -> bool:
     Raises:
         UsageError: the family is not in the table.
     """
-    entry = ARCHITECTURES.get(model_type)
+    entry = FAMILIES.get(model_type)
     if entry is None:
         raise UsageError(
             f"Which weights of a {model_type} model are its attention is not known.",
@@ -55,35 +51,3 @@ def select_trainable(model: Any, recipe: Recipe) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"lora.target_modules name nothing in this model: {error}") from None
-
-
-def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW over what trains; matrices and embeddings decay, norms and biases don't.
-
-    Raises:
-        UsageError: the 8-bit optimizer is asked for and bitsandbytes is not installed.
-    """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    raised = recipe.attention_learning_rate
-    if raised is None:
-        groups = _by_decay((p for _, p in trained), recipe.learning_rate, recipe.weight_decay)
-    else:
-        kind = model.config.model_type if hasattr(model, "config") else model.student.config.model_type
-        inside = {name for name, _ in trained if is_attention(kind, name)}
-        groups = _by_decay((p for name, p in trained if name in inside), raised, recipe.weight_decay)
-        groups += _by_decay((p for name, p in trained if name not in inside), recipe.learning_rate, recipe.weight_decay)
-    if recipe.optimizer == "adamw-8bit":
-        with needing("optimizer: adamw-8bit"):
-            import bitsandbytes
-        found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=recipe.betas)
-        return found
-    return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
-
-
-def _by_decay(parameters: Iterable[nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
-    listed = list(parameters)
-    groups = [
-        {"params": [p for p in listed if p.ndim > 1], "lr": rate, "weight_decay": decay},
-        {"params": [p for p in listed if p.ndim <= 1], "lr": rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

@@ -1,93 +1,142 @@
-"""What a run starts from: tokenizer, model and its stored dtype, held-out text, teacher."""
+"""What a run starts from: where its models are, then the models, the tokenizer and the text, ready to train."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from uptrain.architectures.quantization import check_trainable, quantisation_in
+from uptrain.checkpoint.output_folder import check_out
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.data.documents import pieces
+from uptrain.data.block_reader import BlockReader
+from uptrain.data.readers import build_tokens, open_reader
 from uptrain.data.sources import TeacherText
-from uptrain.data.token_text import TokenText, read_tokens
+from uptrain.data.token_text import TokenText
 from uptrain.errors import UsageError
-from uptrain.models import loading, neutral_norm
-from uptrain.training.new_tokenizer import new_tokenizer
-from uptrain.training.recipe import Recipe, TokenizerSpec
+from uptrain.models import loading
+from uptrain.training.accelerator import seed_process, shards
+from uptrain.training.batches import Boundary
+from uptrain.training.distillation import Objective
+from uptrain.training.held_out import read_held_out
+from uptrain.training.parallel import ParallelObjective
+from uptrain.training.recipe import Recipe
 from uptrain.training.run_folder import RunFolder
-from uptrain.training.scope import select_trainable
+from uptrain.training.student import make_student
+from uptrain.training.teacher import find_teacher, load_teacher
+from uptrain.training.teacher_sampler import Sampler
+from uptrain.training.teacher_text import generate_tokens
+from uptrain.training.tokenizer import make_tokenizer
 
 
-def make_tokenizer(
-    recipe: Recipe, source: Source | None, folder: RunFolder, first: AbstractContextManager[None]
-) -> Any:
-    """Load the tokenizer that a recipe names, or train the one it describes, once, into the run's folder.
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """All that a run needs and does not replace.
 
-    `first` lets the first process through before the others.
+    - `recipe`: what the user asked for.
+    - `accelerator`: this process's device, precision and connection to the other processes.
+    - `model`: where the model to train was found; None for a new one.
+    - `teacher`: where the teacher was found; None for a run without one.
+    - `tokenizer`: the model's tokenizer.
+    - `dtype`: the dtype in which the result is stored.
+    - `objective`: student, teacher and loss, on their devices.
+    - `reader`: the blocks to train on.
+    - `boundary`: the token between documents that attention must not cross; None where it may.
+    - `held_out`: the text to score; None where the recipe names none.
+    - `started`: `time.monotonic()` when the run began.
     """
-    spec = recipe.tokenizer
-    if isinstance(spec, TokenizerSpec):
-        with first:
-            if not folder.tokenizer.is_dir():
-                texts = (piece.text for piece in pieces(recipe.data))
-                partial = folder.tokenizer.with_suffix(".partial")
-                new_tokenizer(spec, texts).save_pretrained(partial)
-                partial.rename(folder.tokenizer)
-        return loading.load_tokenizer(folder.tokenizer)
-    if spec is not None:
-        return loading.load_tokenizer(resolve(spec).path)
-    assert source is not None
-    return loading.load_tokenizer(source.path)
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: Source | None
+    teacher: Source | None
+    tokenizer: Any
+    dtype: torch.dtype
+    objective: ParallelObjective
+    reader: BlockReader
+    boundary: Boundary | None
+    held_out: TokenText | None
+    started: float
 
 
-def make_model(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[Any, torch.dtype]:
-    """Return the model to train, frozen where the recipe says so, and the dtype it will be stored in.
+@contextmanager
+def prepared(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, restart: bool) -> Iterator[TrainingSetup]:
+    """Find and load what a recipe names, open its run folder, and free the models' memory at the end of the block.
+
+    - `recipe`: what to prepare.
+    - `accelerator`: as `make_accelerator` returned it.
+    - `folder`: the run's own folder, which this opens.
+    - `restart`: delete an unfinished run of that folder.
 
     Raises:
-        UsageError: a quantised model, blocks longer than the model's positions, a dtype that can't hold it, or an
-            impossible scope.
+        UsageError: the recipe names what is not there or does not fit together, or its output is in use.
     """
-    if source is None:
-        assert recipe.config is not None
-        model = loading.new_model(recipe.config, tokenizer, recipe.seed)
-        dtype = loading.dtype_named(recipe.dtype) or torch.bfloat16
-    else:
-        check_trainable(quantisation_in(source.path), source.name)
-        model = loading.load_model(source, attn_implementation=recipe.attn_implementation)
-        dtype = loading.dtype_named(recipe.dtype) or model.dtype
-        loading.check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")
-        if model.config.is_encoder_decoder and any(isinstance(each, TeacherText) for each in recipe.data):
-            raise UsageError(
-                f"{source.name} has an encoder, and a teacher of its kind can't write text from nothing.",
-                "Name text instead of `source: teacher`.",
-            )
-        if neutral_norm.unfold(model):
-            neutral_norm.check_dtype(dtype)
-    longest = loading.longest_context(model)
-    for name in ("block_size", "held_out_block_size"):
-        size = getattr(recipe, name)
-        if longest is not None and size is not None and size > longest:
-            raise UsageError(
-                f"{name} {size} is longer than the model's {longest} positions.", f"Say {name}={longest}, or less."
-            )
-    torch.manual_seed(recipe.seed)
-    model = select_trainable(model.train(), recipe)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, dtype
+    trusted = recipe.allow_pickle
+    model = resolve(recipe.model, recipe.revision, trusted) if recipe.model else None
+    teacher = find_teacher(recipe.distill.teacher, model, trusted) if recipe.distill else None
+    loading.check_weights(model, teacher)
+    loading.check_heads(model, teacher)
+    # A block under `main_process_first` runs in the first process, then in all others.
+    with accelerator.main_process_first():
+        check_out(recipe.output, recipe.overwrite, model.path if model else None)
+        if accelerator.is_main_process:
+            folder.open(recipe, restart)
+    started = time.monotonic()
+    tokenizer = make_tokenizer(recipe, model, folder.tokenizer, accelerator)
+    held_out = read_held_out(recipe, tokenizer)
+    student, dtype = make_student(recipe, model, tokenizer)
+    objective = Objective(student, recipe.distill, load_teacher(teacher, recipe, accelerator) if teacher else None)
+    del student
+    if recipe.compile:
+        objective.compile_bodies()
+
+    def teacher_model() -> Any:
+        # A teacher whose weights are divided between processes can't write text in one process alone.
+        if objective.teacher is not None and not shards(recipe, accelerator):
+            return objective.teacher
+        found = teacher or find_teacher(None, model, trusted)
+        return load_teacher(found, recipe, accelerator).to(accelerator.device)
+
+    with closing(ParallelObjective(objective, accelerator, shards(recipe, accelerator))) as parallel:
+        boundary = _boundary(recipe, tokenizer, parallel)
+        reader = _make_reader(recipe, tokenizer, folder.tokens, accelerator, teacher_model)
+        seed_process(recipe.seed, accelerator)
+        yield TrainingSetup(
+            recipe=recipe,
+            accelerator=accelerator,
+            model=model,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            objective=parallel,
+            reader=reader,
+            boundary=boundary,
+            held_out=held_out,
+            started=started,
+        )
 
 
-def read_held_out(recipe: Recipe, tokenizer: Any) -> TokenText | None:
-    """Return the text that a recipe holds out, or None.
+def _boundary(recipe: Recipe, tokenizer: Any, parallel: ParallelObjective) -> Boundary | None:
+    """Return the token between documents that attention must not cross, or None where it may."""
+    found = Boundary.of(tokenizer) if recipe.isolate_documents is not False else None
+    if found is None or parallel.isolates_documents():
+        return found
+    if recipe.isolate_documents:
+        raise UsageError("This model's class can't keep documents in a block apart.", "Leave out isolate_documents.")
+    return None
 
-    Raises:
-        UsageError: it is shorter than a block.
-    """
-    if not recipe.held_out:
-        return None
-    text = read_tokens(recipe.held_out, tokenizer, recipe.held_out_tokens)
-    if len(text.ids) < recipe.scored_block_size:
-        raise UsageError(f"held_out has only {len(text.ids)} tokens, less than one block.", "Give more text.")
-    return text
+
+def _make_reader(
+    recipe: Recipe, tokenizer: Any, folder: Path, accelerator: Accelerator, teacher_model: Callable[[], Any]
+) -> BlockReader:
+    def write_teacher_text(source: TeacherText, into: Path) -> None:
+        generate_tokens(Sampler(teacher_model(), tokenizer, source, recipe.block_size, recipe.seed), into)
+
+    with accelerator.main_process_first():
+        tokens = build_tokens(recipe.data, tokenizer, folder, accelerator.is_main_process, write_teacher_text)
+    return open_reader(recipe.data, tokenizer, tokens, recipe.block_size, recipe.seed)

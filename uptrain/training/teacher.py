@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.checkpoint.weights import changed_file
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models import devices, loading, neutral_norm
+from uptrain.training.recipe import Recipe
 
 
 def find_teacher(named: str | None, student: Source | None, allow_pickle: bool = False) -> Source:
@@ -49,8 +51,9 @@ def find_teacher(named: str | None, student: Source | None, allow_pickle: bool =
     return found
 
 
-def load_teacher(source: Source, low: bool, attn_implementation: str | None = None) -> Any:
-    """Load a teacher, frozen, in bfloat16 if the run computes in it (`low`), else in fp32."""
-    model = loading.load_model(source, torch.bfloat16 if low else torch.float32, attn_implementation)
+def load_teacher(source: Source, recipe: Recipe, accelerator: Accelerator) -> Any:
+    """Load a teacher, frozen, in bfloat16 where the run computes in bfloat16 and in fp32 elsewhere."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    model = loading.load_model(source, dtype, recipe.attn_implementation)
     neutral_norm.check_loaded(model)
     return model.requires_grad_(False).eval()

@@ -23,7 +23,8 @@ class Sampler:
     """The teacher with a source's options: what it writes in a batch depends on the seed and the batch's index."""
 
     def __init__(self, model: Any, tokenizer: Any, source: TeacherText, block_size: int, seed: int) -> None:
-        self.model, self.tokenizer, self.source, self.seed = model, tokenizer, source, seed
+        self.model, self.tokenizer, self.source = model, tokenizer, source
+        self.block_size, self.seed = block_size, seed
         self.separator = separator_of(tokenizer)
         self.start = self._start()
         length = len(self.start) + (source.prompt_tokens if source.prompts is not None else 0)

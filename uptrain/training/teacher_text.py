@@ -9,59 +9,59 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from uptrain.checkpoint.checksum import Checksum
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.data.content_digest import content_digest, tokenizer_digest
-from uptrain.data.sources import TeacherText
 from uptrain.data.token_file import TokenCount, TokenFile
 from uptrain.data.token_text import dtype_of
 from uptrain.errors import UptrainError
-from uptrain.training.teacher_sampler import Sampler, stops_of
+from uptrain.training.teacher_sampler import Sampler
 
 _VERSION = 1
 """To be raised when the same teacher and options give other text."""
 
 
-def generate_tokens(
-    model: Any, tokenizer: Any, source: TeacherText, block_size: int, seed: int, folder: Path,
-    on_tokens: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
-    """Sample `source.tokens` tokens from `model` into `folder`, documents of at most `block_size` tokens.
+def generate_tokens(sampler: Sampler, folder: Path, on_tokens: Callable[[int], None] = lambda count: None) -> None:
+    """Sample a source's `tokens` tokens into `folder`, in documents of at most the block size.
 
-    What an earlier call of the same model and options left there is kept: whole batches are not sampled again, and
-    the tokens are the same as without the interruption. `on_tokens` is told how many more tokens there are.
+    Whole batches that an interrupted call of an equal sampler left in `folder` are not sampled again. The tokens are
+    those of an uninterrupted call.
+
+    - `sampler`: the teacher with the source's options.
+    - `folder`: receives the files that TokenFile reads.
+    - `on_tokens`: receives the number of new tokens after each batch.
 
     Raises:
-        UsageError: no token to start from, no prompt that is long enough, or prompts as long as a block.
+        UsageError: no prompt is long enough.
         UptrainError: the teacher writes nothing, or the disk is full.
     """
-    key = teacher_digest(model, tokenizer, source, block_size, seed)
+    key = teacher_digest(sampler)
     if TokenFile.is_whole(folder) and read_json(folder / "tokens.json").get("key") == key:
         return
     with _friendly_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokens.json").unlink(missing_ok=True)
-        _write(Sampler(model, tokenizer, source, block_size, seed), folder, key, on_tokens or (lambda count: None))
+        _write(sampler, folder, key, on_tokens)
 
 
-def teacher_digest(model: Any, tokenizer: Any, source: TeacherText, block_size: int, seed: int) -> str:
+def teacher_digest(sampler: Sampler) -> str:
     """Return a hex digest of all that the teacher's text depends on: its weights, the prompts' content and options.
 
     Raises:
         UsageError: the prompts can't be found.
     """
+    model, tokenizer, source = sampler.model, sampler.tokenizer, sampler.source
     checksum = Checksum()
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_THE_MODEL}
     prompts = None if source.prompts is None else content_digest([source.prompts], tokenizer)
     options = source.model_dump(exclude={"weight", "prompts"})
-    stops = sorted(stops_of(model, tokenizer))
-    parts = [_VERSION, config, options, prompts, tokenizer_digest(tokenizer), stops, block_size, seed]
+    digest = tokenizer_digest(tokenizer)
+    parts = [_VERSION, config, options, prompts, digest, sorted(sampler.stops), sampler.block_size, sampler.seed]
     checksum.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

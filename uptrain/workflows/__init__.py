@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uptrain.workflows.demo.run import run_demo as run_demo
     from uptrain.workflows.sweeps.run import sweep as sweep
+    from uptrain.workflows.sweeps.settings import SweepSettings as SweepSettings
 
 _PUBLIC = {
+    "SweepSettings": "uptrain.workflows.sweeps.settings",
     "run_demo": "uptrain.workflows.demo.run",
     "sweep": "uptrain.workflows.sweeps.run",
 }
 
-__all__ = ["run_demo", "sweep"]
+__all__ = ["SweepSettings", "run_demo", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

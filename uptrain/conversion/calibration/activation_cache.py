@@ -1,4 +1,4 @@
-"""What a source's own layers make of calibration blocks, kept so that several conversions of it run them once."""
+"""The activations of a source's own layers, which several conversions of the source share."""
 
 from __future__ import annotations
 
@@ -7,33 +7,41 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from uptrain.conversion.calibration.activations import Streams, stream_bytes
+from uptrain.conversion.calibration.activations import Activations, activation_bytes
 
 
 @dataclass
-class SourceRun:
-    """Keep the layers' outputs and their attention's, (blocks, T, d) float32 each on the CPU, by layer.
+class ActivationCache:
+    """The outputs of the source's layers and of their attention, (blocks, T, d) float32 each on the CPU, by layer.
 
-    Where memory can't hold all layers, nothing is kept and every conversion runs the source again. One belongs to one
-    source and one set of blocks.
+    A cache belongs to one source and one set of blocks. It holds nothing where memory can't hold all layers: then every
+    conversion runs the source again.
     """
 
-    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that are kept."""
-        return sum(tensor.nbytes for pair in self._kept.values() for tensor in pair)
+        """Return the bytes that it holds."""
+        return sum(tensor.nbytes for pair in self._stored.values() for tensor in pair)
 
-    def keep(self, layer: int, layers: int, streams: Streams, memory: int) -> None:
-        """Remember what `layer` made, as `streams` has it, if `memory` bytes hold all `layers` and the streams."""
-        if stream_bytes((len(streams.target), *streams.target[0].shape), layers) <= memory:
-            self._kept[layer] = (torch.stack(list(streams.attended)), torch.stack(list(streams.target)))
+    def store(self, layer: int, layers: int, activations: Activations, memory: int) -> None:
+        """Store what a layer made.
 
-    def lend(self, layer: int, streams: Streams) -> bool:
-        """Fill `streams` with what `layer` made, and tell whether it was kept."""
-        if layer not in self._kept:
+        - `layer`: the layer's number.
+        - `layers`: how many layers the source has.
+        - `activations`: what the layer made.
+        - `memory`: bytes that all layers and the activations may take; nothing is stored if they take more.
+        """
+        shape = (len(activations.target), *activations.target[0].shape)
+        if activation_bytes(shape, layers) <= memory:
+            outputs = torch.stack(list(activations.attention_output)), torch.stack(list(activations.target))
+            self._stored[layer] = outputs
+
+    def restore(self, layer: int, activations: Activations) -> bool:
+        """Fill `activations` with what a layer made, and return whether it was stored."""
+        if layer not in self._stored:
             return False
-        for block, (attended, target) in enumerate(zip(*self._kept[layer], strict=True)):
-            streams.attended[block], streams.target[block] = attended, target
+        for block, (attention, target) in enumerate(zip(*self._stored[layer], strict=True)):
+            activations.attention_output[block], activations.target[block] = attention, target
         return True

@@ -70,39 +70,41 @@ class FileBlocks:
 
 
 @dataclass
-class Streams:
-    """Hold hidden states before a layer, all (blocks, T, d) float32 on the CPU.
+class Activations:
+    """The hidden states around one layer, all (blocks, T, d) float32 on the CPU.
 
-    `original` runs through the source's layers and `converted` through the converted ones; `target` is the
-    original's next state and `attended` its attention's output, both filled layer by layer.
+    - `original`: before the layer, through the source's layers.
+    - `converted`: before the layer, through the converted layers.
+    - `target`: after the source's own layer; filled layer by layer.
+    - `attention_output`: of the source's own layer; filled layer by layer.
     """
 
     original: Blocks
     converted: Blocks
     target: Blocks
-    attended: Blocks
+    attention_output: Blocks
 
     def advance(self) -> None:
-        """Make the target the original stream of the next layer."""
+        """Go on to the next layer: the target is what the source's next layer reads."""
         self.original, self.target = self.target, self.original
 
 
-def stream_bytes(shape: tuple[int, int, int], layers: int = 0) -> int:
-    """Return the bytes of streams for (blocks, T, d), with what a source's `layers` layers made kept beside them."""
+def activation_bytes(shape: tuple[int, int, int], layers: int = 0) -> int:
+    """Return the bytes of activations (blocks, T, d), and of an `ActivationCache` of `layers` layers of the source."""
     blocks, tokens, size = shape
     return (2 * layers + 4) * blocks * tokens * size * ITEM
 
 
 @contextmanager
-def open_streams(shape: tuple[int, int, int], memory: int, folder: Path | None) -> Iterator[Streams]:
-    """Lend streams for (blocks, T, d); above `memory` bytes in all they are files in `folder`, removed afterwards.
+def open_activations(shape: tuple[int, int, int], memory: int, folder: Path | None) -> Iterator[Activations]:
+    """Lend activations of (blocks, T, d); above `memory` bytes in all they are files in `folder`, removed afterwards.
 
     Raises:
         UptrainError: they must be files, and the folder's disk has too little room.
     """
-    needed = stream_bytes(shape)
+    needed = activation_bytes(shape)
     if needed <= memory or folder is None:
-        yield Streams(*(torch.empty(shape) for _ in range(4)))
+        yield Activations(*(torch.empty(shape) for _ in range(4)))
         return
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -114,7 +116,9 @@ def open_streams(shape: tuple[int, int, int], memory: int, folder: Path | None) 
         tempfile.TemporaryDirectory(prefix=".activations-", dir=folder, ignore_cleanup_errors=True) as inner,
         ExitStack() as opened,
     ):
-        files = [FileBlocks(Path(inner) / name, shape) for name in ("original", "converted", "target", "attended")]
+        files = [
+            FileBlocks(Path(inner) / name, shape) for name in ("original", "converted", "target", "attention_output")
+        ]
         for file in files:
             opened.callback(file.close)
-        yield Streams(*files)
+        yield Activations(*files)

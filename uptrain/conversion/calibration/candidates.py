@@ -1,22 +1,23 @@
-"""What a layer may become while it is calibrated, fewer heads or a latent: each can be made and run."""
+"""Candidates for a calibrated layer, fewer heads or a latent: how each kind is made and run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from uptrain.architectures.projections import LayerHeads
 from uptrain.conversion.calibration.attention_probabilities import Reached
+from uptrain.conversion.calibration.head_sharing import share_layer
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.calibration.refit import Maps
-from uptrain.conversion.calibration.statistics import gather_moments, latent_weights, share_layer
+from uptrain.conversion.calibration.statistics import gather_moments, latent_weights
 from uptrain.methods.head_conversion import ModuleWeights, maps_of
 from uptrain.methods.head_maps import HeadMaps
-from uptrain.methods.method import ExplainedEnergy
+from uptrain.methods.method import Converted
 from uptrain.methods.mla import LatentShape, factor_latent
 from uptrain.methods.mla_layer import Angles, LatentMaps, mix_heads
 from uptrain.methods.rotary import Rotary
@@ -27,18 +28,10 @@ KEY_WEIGHTS = (1.0, 4.0, 16.0)
 M = TypeVar("M", HeadMaps, LatentMaps)
 
 
-@dataclass(frozen=True)
-class Made(Generic[M]):
-    """A way to hold a layer: its float32 maps, and the shares of energy that methods keep, in the same weights."""
+class CandidateMaker(Protocol[Maps]):
+    """Makes candidates for a layer from activations, and runs the layer with one."""
 
-    maps: M
-    kept: dict[str, ExplainedEnergy]
-
-
-class Form(Protocol[Maps]):
-    """Makes a layer's new maps from activations, and runs the layer with them."""
-
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[Maps]]:
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[Maps]]:
         """Return candidates from hidden states (T, d) before the layer."""
 
     def run(self, layer: Layer, hidden: Tensor, maps: Maps) -> Tensor:
@@ -48,7 +41,7 @@ class Form(Protocol[Maps]):
         """Return the mixed heads (T, H·Dv), the output projection's input."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SharedHeads:
     """`groups` key/value heads, run by the source's own attention with heads repeated."""
 
@@ -58,14 +51,14 @@ class SharedHeads:
     groups: int
     device: torch.device
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[HeadMaps]]:
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[HeadMaps]]:
         """Return the calibrated factorisation."""
         source = maps_of(self.source)
         narrow = self.weights.parameters(as_float(source, self.device))
         moments = gather_moments(layer, source, narrow, self.groups, hidden)
         del narrow
-        maps, kept = share_layer(source, self.groups, self.position, moments)
-        return [Made(as_float(maps, self.device), kept)]
+        found = share_layer(source, self.groups, self.position, moments)
+        return [Converted(as_float(found.layer, self.device), found.explained)]
 
     def run(self, layer: Layer, hidden: Tensor, maps: HeadMaps) -> Tensor:
         """Run the layer with the heads repeated."""
@@ -76,7 +69,7 @@ class SharedHeads:
         return layer.mix(hidden, self.weights.parameters(maps))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlainLatent:
     """A latent that expands to plain heads, run by the source's own attention with low-rank projections."""
 
@@ -84,11 +77,11 @@ class PlainLatent:
     weights: ModuleWeights
     position: Rotary | None
     shape: LatentShape
-    frequencies: Tensor | None
+    inverse_frequencies: Tensor | None
     device: torch.device
     key_weights: tuple[float, ...] = KEY_WEIGHTS
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[LatentMaps]]:
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[LatentMaps]]:
         """Return the calibrated factorisation at each key weight."""
         return _latents(self, layer, hidden)
 
@@ -101,23 +94,23 @@ class PlainLatent:
         return layer.mix(hidden, self.weights.parameters(maps.expanded()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecoupledLatent:
-    """A latent beside a shared rotary key, run by attention of its own inside the source's layer.
+    """A latent and a shared rotary key, run by attention of its own inside the source's layer.
 
-    `factor` multiplies the rotary tables, as scaled variants ask for.
+    `factor` multiplies the rotary tables, as scaled variants of RoPE ask for.
     """
 
     source: LayerHeads
     position: Rotary | None
     shape: LatentShape
-    frequencies: Tensor
+    inverse_frequencies: Tensor
     device: torch.device
     output_bias: Tensor | None = None
     factor: float = 1.0
     key_weights: tuple[float, ...] = KEY_WEIGHTS
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[LatentMaps]]:
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[LatentMaps]]:
         """Return the calibrated factorisation at each key weight."""
         return _latents(self, layer, hidden)
 
@@ -144,17 +137,19 @@ class DecoupledLatent:
         raise RuntimeError("the layer never reached its attention")
 
     def _mixed(self, layer: Layer, x: Tensor, mask: Tensor | None, maps: LatentMaps) -> Tensor:
-        angles = Angles.at(self.frequencies[list(self.shape.slots)], len(x), self.factor)
+        angles = Angles.at(self.inverse_frequencies[list(self.shape.pairs)], len(x), self.factor)
         return mix_heads(maps, x, angles, mask, layer.scale)
 
 
-def _latents(form: PlainLatent | DecoupledLatent, layer: Layer, hidden: Iterable[Tensor]) -> list[Made[LatentMaps]]:
-    source = maps_of(form.source)
-    weights = latent_weights(layer, source, hidden, form.frequencies)
+def _latents(
+    maker: PlainLatent | DecoupledLatent, layer: Layer, hidden: Iterable[Tensor]
+) -> list[Converted[LatentMaps]]:
+    source = maps_of(maker.source)
+    weights = latent_weights(layer, source, hidden, maker.inverse_frequencies)
     made = []
-    for key_weight in form.key_weights:
-        maps, kept = factor_latent(source, form.shape, form.position, weights, key_weight)
-        made.append(Made(as_float(maps, form.device), {"calibrated": kept}))
+    for key_weight in maker.key_weights:
+        maps, kept = factor_latent(source, maker.shape, maker.position, weights, key_weight)
+        made.append(Converted(as_float(maps, maker.device), {"calibrated": kept}))
     return made
 
 

@@ -40,9 +40,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """One block in a layer, float32: its attention's output `attended` and its own `output`, both (T, d)."""
+    """One block in a layer, float32: the output of its `attention` and its own `output`, both (T, d)."""
 
-    attended: Tensor
+    attention: Tensor
     output: Tensor
 
 
@@ -141,7 +141,7 @@ class Layer:
         raise RuntimeError("the layer never reached its attention")
 
 
-class LayeredModel:
+class LayerRunner:
     """Builds the checkpoint's own class without weights, and lends its decoder layers one by one."""
 
     def __init__(self, source: CheckpointDescription, device: torch.device) -> None:

@@ -8,8 +8,8 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from uptrain.conversion.calibration.activations import Streams
-from uptrain.conversion.calibration.candidates import Form, as_float
+from uptrain.conversion.calibration.activations import Activations
+from uptrain.conversion.calibration.candidates import CandidateMaker, as_float
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.calibration.refit import Check, Maps, Regression, best_dampings, gradient_steps, ridge
 from uptrain.conversion.calibration_settings import CalibrationSettings
@@ -18,7 +18,7 @@ from uptrain.methods.method import ExplainedEnergy
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayerChoice:
     """Tell how a layer was converted, and its output's relative squared error on held-out text at each stage.
 
     `moments` names the stream that was measured: `sequence` (through the converted layers) or `original`. `refit`
@@ -37,25 +37,27 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Candidate(Generic[Maps]):
+class _Refitted(Generic[Maps]):
+    """A candidate, and how its output projection was refitted, if it was."""
+
     maps: Maps
-    kept: dict[str, ExplainedEnergy]
+    explained: dict[str, ExplainedEnergy]
     moments: str
     refit: str | None = None
     drift: float = 0.0
     damping: float = 0.0
 
 
-@dataclass
-class LayerTask(Generic[Maps]):
+@dataclass(kw_only=True)
+class LayerSearch(Generic[Maps]):
     """One layer to convert: its module, what it may become, the streams around it, and how.
 
     `gain` is what the layer multiplies its attention's output by, `output_bias` (d,) the bias of that output.
     """
 
     layer: Layer
-    form: Form[Maps]
-    streams: Streams
+    maker: CandidateMaker[Maps]
+    activations: Activations
     settings: CalibrationSettings
     device: torch.device
     index: int
@@ -63,13 +65,13 @@ class LayerTask(Generic[Maps]):
     output_bias: Tensor | None
 
     def __post_init__(self) -> None:
-        count = len(self.streams.original)
+        count = len(self.activations.original)
         self._check = held_out(count, self.settings.held_out)
         self._fit = [block for block in range(count) if block not in self._check]
 
-    def convert(self) -> tuple[Maps, dict[str, ExplainedEnergy], Choice]:
+    def convert(self) -> tuple[Maps, dict[str, ExplainedEnergy], LayerChoice]:
         """Return the layer's new float32 maps, what each method keeps, and the choices; moves the converted stream."""
-        unfitted: list[tuple[float, _Candidate[Maps]]] = [self._made(kind) for kind in self._moment_kinds()]
+        unfitted: list[tuple[float, _Refitted[Maps]]] = [self._made(kind) for kind in self._moment_kinds()]
         best = min(unfitted, key=_first)
         for _, candidate in unfitted:
             best = min(best, *self._refits(candidate, "sequence"), key=_first)
@@ -80,32 +82,32 @@ class LayerTask(Generic[Maps]):
         refit_error, chosen = best
         maps, steps, error = self._repaired(chosen.maps, refit_error)
         self.advance(maps)
-        choice = Choice(
+        choice = LayerChoice(
             chosen.moments, chosen.refit, chosen.drift, chosen.damping, steps,
             min(error for error, _ in unfitted), refit_error, error,
         )  # fmt: skip
-        return maps, chosen.kept, choice
+        return maps, chosen.explained, choice
 
     def advance(self, maps: Maps) -> None:
         """Take the converted stream through the layer with `maps` as its attention."""
         maps = as_float(maps, self.device)
-        for block, hidden in enumerate(self.streams.converted):
-            self.streams.converted[block] = self.form.run(self.layer, hidden.to(self.device), maps).cpu()
+        for block, hidden in enumerate(self.activations.converted):
+            self.activations.converted[block] = self.maker.run(self.layer, hidden.to(self.device), maps).cpu()
 
     def _moment_kinds(self) -> tuple[str, ...]:
         """Leave out the original stream where nothing before this layer was converted: both are the same."""
         return ("sequence",) if self.index == 0 else self.settings.moments
 
-    def _made(self, kind: str) -> tuple[float, _Candidate[Maps]]:
+    def _made(self, kind: str) -> tuple[float, _Refitted[Maps]]:
         """Make the layer's maps on one stream's activations; of several, the one that errs least."""
         give_back()
-        stream = self.streams.original if kind == "original" else self.streams.converted
+        stream = self.activations.original if kind == "original" else self.activations.converted
         stride = max(1, len(self._fit) // self.settings.probes)
         probes = (stream[block].to(self.device) for block in self._fit[::stride][: self.settings.probes])
-        made = [_Candidate(one.maps, one.kept, kind) for one in self.form.make(self.layer, probes)]
+        made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
         return min(((self._error(one.maps), one) for one in made), key=_first)
 
-    def _refits(self, unfitted: _Candidate[Maps], stream: str) -> list[tuple[float, _Candidate[Maps]]]:
+    def _refits(self, unfitted: _Refitted[Maps], stream: str) -> list[tuple[float, _Refitted[Maps]]]:
         """Refit the output projection on the converted stream, at several drifts, or on the original one."""
         give_back()
         shared = unfitted.maps
@@ -129,15 +131,15 @@ class LayerTask(Generic[Maps]):
 
     def _regressions(self, shared: Maps, stream: str, drifting: bool) -> tuple[Regression, Check]:
         """Gather what the mixed heads must become: the source's output, and if `drifting` the error so far."""
-        streams = self.streams
-        inputs = streams.converted if stream == "sequence" else streams.original
-        names = ("attended", "gap") if drifting else ("attended",)
+        activations = self.activations
+        inputs = activations.converted if stream == "sequence" else activations.original
+        names = ("attention", "gap") if drifting else ("attention",)
         fit, check = Regression(shared.o[0].numel(), len(shared.o), names), Check()
         bias = 0.0 if self.output_bias is None else self.output_bias
         for block, hidden in enumerate(inputs):
-            mixed = self.form.mix(self.layer, hidden.to(self.device), shared)
-            original = streams.original[block].to(self.device)
-            targets = {"attended": streams.attended[block].to(self.device) - bias}
+            mixed = self.maker.mix(self.layer, hidden.to(self.device), shared)
+            original = activations.original[block].to(self.device)
+            targets = {"attention": activations.attention_output[block].to(self.device) - bias}
             if drifting:
                 targets["gap"] = (original - hidden.to(self.device)) / self.gain
             into = check if block in self._check else fit
@@ -164,9 +166,9 @@ class LayerTask(Generic[Maps]):
         return error if error == error else float("inf")
 
     def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
-        target = self.streams.target[block].to(self.device)
+        target = self.activations.target[block].to(self.device)
         weights = self._token_weights(target)[:, None]
-        output = self.form.run(self.layer, self.streams.converted[block].to(self.device), maps)
+        output = self.maker.run(self.layer, self.activations.converted[block].to(self.device), maps)
         return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
 
     def _token_weights(self, hidden: Tensor) -> Tensor:

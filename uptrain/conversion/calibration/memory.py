@@ -1,4 +1,4 @@
-"""How much memory a calibration takes beside its activations."""
+"""How much memory a calibration takes besides its activations."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.attention_probabilities import VALUES, in_parts
-from uptrain.conversion.calibration.engine import Target
 from uptrain.conversion.calibration.layer_search import held_out
+from uptrain.conversion.calibration.targets import CalibrationTarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
 
 CODE = 36 * 2**20
@@ -26,21 +26,22 @@ def held_bytes() -> int:
     return held
 
 
-def working_bytes(checkpoint: Checkpoint, target: Target, tokens: int, blocks: int) -> int:
+def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int) -> int:
     """Estimate the most bytes that converting one layer on `blocks` blocks of `tokens` tokens takes at a time.
 
     A layer's weights are float32, and so are the activations of one block. Beside them are either the moments of each
     group in float64, with the probabilities they are gathered from and the heads in both precisions, or the equations
     of the refit in float64 and the blocks that it is checked on. The counts are those that peaks of real runs fit.
     """
+    checkpoint = target.source.checkpoint
     base = f"{target.source.prefix}{target.source.family.inside()[0]}.0."
     spec, hidden_size = target.before[0], target.source.hidden_size
     weights = _values(info for name, info in checkpoint.tensors.items() if name.startswith(base))
     mixed = spec.num_attention_heads * (spec.v_head_dim or spec.head_dim)
     square = 8 * max(hidden_size + 1, mixed) ** 2
     heads = 2 * hidden_size * (spec.num_attention_heads + spec.num_key_value_heads) * spec.head_dim
-    activations = 4 * tokens * (weights // hidden_size + (0 if target.latent is None else 4 * mixed))
-    moments = 12 * heads + square * (2 * target.groups + 3 if target.latent is None else 12)
+    activations = 4 * tokens * (weights // hidden_size + target.extra_activations * mixed)
+    moments = 12 * heads + square * target.moments
     probabilities = 3 * 4 * _probabilities(checkpoint, spec.num_attention_heads, tokens)
     checked = 4 * len(held_out(blocks, CalibrationSettings.held_out)) * tokens * (mixed + 2 * hidden_size)
     refit = 8 * heads + 9 * square + checked

@@ -34,9 +34,9 @@ class Regression:
             self.products[name] += (weighted.mT @ target).cpu()
 
     def product(self, drift: float) -> Tensor:
-        """Return CᵀT (n, d) of the target `attended` + `drift` × `gap`."""
-        attended = self.products["attended"]
-        return attended + drift * self.products["gap"] if drift else attended
+        """Return CᵀT (n, d) of the target `attention` + `drift` × `gap`."""
+        attention = self.products["attention"]
+        return attention + drift * self.products["gap"] if drift else attention
 
 
 class Check:
@@ -51,12 +51,12 @@ class Check:
         self._blocks.append((features * root, {name: target * root for name, target in targets.items()}))
 
     def errors(self, solutions: dict[str, Tensor], drifts: Sequence[float]) -> list[float]:
-        """Return ‖C W − T‖² for each drift, W = W_attended + drift · W_gap from solutions (n, d), and T likewise."""
+        """Return ‖C W − T‖² for each drift, W = W_attention + drift · W_gap from solutions (n, d), and T likewise."""
         found = [0.0] * len(drifts)
         for features, targets in self._blocks:
             missed = {name: features @ solution.to(features) - targets[name] for name, solution in solutions.items()}
             for index, drift in enumerate(drifts):
-                wrong = missed["attended"] + drift * missed["gap"] if drift else missed["attended"]
+                wrong = missed["attention"] + drift * missed["gap"] if drift else missed["attention"]
                 found[index] += float(wrong.square().sum())
         return found
 
@@ -84,7 +84,7 @@ def best_dampings(
         regular, level = _regular(fit.gram, damping)
         factors = torch.linalg.lu_factor(regular)
         del regular
-        solutions = {"attended": torch.linalg.lu_solve(*factors, fit.product(0.0) + level * start)}
+        solutions = {"attention": torch.linalg.lu_solve(*factors, fit.product(0.0) + level * start)}
         if any(drifts):
             solutions["gap"] = torch.linalg.lu_solve(*factors, fit.products["gap"])
         errors.append(check.errors(solutions, drifts))

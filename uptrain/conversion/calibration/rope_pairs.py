@@ -1,35 +1,37 @@
-"""Choose a rotary table of a model's own: which source frequency each shared rotary pair has, by what text shows."""
+"""Choose the rotary table of a latent by text: which of the source's rotary pairs each shared pair has."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from uptrain.checkpoint.reader import Checkpoint
-from uptrain.conversion.calibration.engine import Target, read_heads
-from uptrain.conversion.calibration.layer_runner import LayeredModel
+from uptrain.conversion.calibration.layer_runner import LayerRunner
 from uptrain.conversion.calibration.statistics import latent_weights
+from uptrain.conversion.calibration.targets import MLATarget
 from uptrain.methods.head_conversion import maps_of, rotary_of
-from uptrain.methods.mla import choose_slots, rotary_savings
+from uptrain.methods.mla_energy import choose_rope_pairs, rotary_savings
 from uptrain.models import devices
 
 
 @torch.no_grad()
-def slots_by_text(checkpoint: Checkpoint, target: Target, blocks: Tensor, slots: int) -> tuple[int, ...]:
-    """Return the source frequency of each of `slots` pairs, from blocks (n, T) int64 run through the source's layers.
+def rope_pairs_by_text(target: MLATarget, blocks: Tensor, places: int) -> tuple[int, ...]:
+    """Return which of the source's rotary pairs each of `places` shared pairs has.
+
+    The source's layers run on `blocks` (n, T) int64.
 
     Source: the cost of an unrotated component, summed over layers; see `rotary_savings`.
     """
-    model = LayeredModel(target.source, devices.device())
-    states = list(model.embed(blocks))
-    frequencies = torch.tensor(target.frequencies, dtype=torch.float64)
+    runner = LayerRunner(target.source, devices.device())
+    states = list(runner.embed(blocks))
+    inverse_frequencies = torch.tensor(target.inverse_frequencies, dtype=torch.float64)
     savings = []
     for index, spec in enumerate(target.before):
         position = rotary_of(target.source.family.position, spec)
         if position is None:
-            raise ValueError("only rotary keys have slots to choose")
-        maps = maps_of(read_heads(checkpoint, target, index))
-        with model.layer(index) as layer:
-            savings.append(rotary_savings(maps, position, latent_weights(layer, maps, states, frequencies)))
+            raise ValueError("only rotary keys have pairs to choose")
+        maps = maps_of(target.read(index))
+        with runner.layer(index) as layer:
+            weights = latent_weights(layer, maps, states, inverse_frequencies)
+            savings.append(rotary_savings(maps, position, weights))
             states = [layer.run(hidden) for hidden in states]
-    return choose_slots(savings, slots)
+    return choose_rope_pairs(savings, places)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,15 +14,16 @@ from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.nonfinite import ALLOW, finite
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.conversion.calibration.activation_cache import SourceRun
-from uptrain.conversion.calibration.activations import stream_bytes
-from uptrain.conversion.calibration.engine import LayerReport, Target, calibrate
+from uptrain.conversion.calibration.activation_cache import ActivationCache
+from uptrain.conversion.calibration.activations import activation_bytes
+from uptrain.conversion.calibration.engine import LayerReport, calibrate
 from uptrain.conversion.calibration.memory import held_bytes, working_bytes
-from uptrain.conversion.calibration.rope_pairs import slots_by_text
+from uptrain.conversion.calibration.rope_pairs import rope_pairs_by_text
 from uptrain.conversion.calibration.store import CalibratedLayers
+from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
-from uptrain.data.sources import parse_source
+from uptrain.data.sources import text_of_option
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.methods.mla_conversion import latent_shape
@@ -35,27 +35,27 @@ if TYPE_CHECKING:
 BLOCK = 1024
 """Tokens of a calibration block, where the model's positions allow it."""
 STRANGE = 0.6
-"""Tokens a byte from which text is probably of a script or kind the tokenizer was not made for."""
+"""Tokens per byte from which text is probably of a script or kind the tokenizer was not made for."""
 LARGE = 2**32
 """Bytes of weights that take more than a few seconds to look at."""
-SLOT_BLOCKS = 4
-"""Blocks that the choice of rotary frequencies is made on."""
+ROPE_BLOCKS = 4
+"""Blocks of text by which rotary pairs are chosen."""
 
 
 class SharedCalibration:
-    """What calibrations of one source on one text have in common: its tokens, and the source's own run over them."""
+    """What calibrations of one source on one text share: the tokens, and the activations of the source's layers."""
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
         self._text: TokenText | None = None
-        self.run = SourceRun()
+        self.cache = ActivationCache()
 
-    def text(self, checkpoint: Checkpoint, plan: Plan) -> TokenText:
-        """Return the tokens of the plan's text, read once; another source or text starts anew. Raises as below."""
-        key = (checkpoint.path, plan.request.chosen_text, plan.request.chosen_tokens)
+    def text(self, plan: Plan) -> TokenText:
+        """Return the tokens of the plan's text, read once; another source or text begins again. Raises as below."""
+        key = (plan.source.checkpoint.path, plan.request.chosen_text, plan.request.chosen_tokens)
         if self._text is None or key != self._key:
-            self._key, self._text = key, calibration_text(checkpoint, plan)
-            self.run = SourceRun()
+            self._key, self._text = key, calibration_text(plan)
+            self.cache = ActivationCache()
         return self._text
 
 
@@ -64,18 +64,15 @@ class SharedCalibration:
     "Calibrating", "Lower --memory or --calibration-tokens, or calibrate on --device cpu; finished layers stay."
 )
 def calibrate_plan(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    folder: Path,
-    memory: int,
-    events: Events,
-    shared: SharedCalibration | None = None,
+    plan: Plan, folder: Path, memory: int, events: Events, shared: SharedCalibration | None = None
 ) -> CalibratedLayers:
-    """Calibrate every layer of `plan` but those that an earlier run of it, on the same text, left in `folder`.
+    """Calibrate every layer of a plan but those that an earlier run of it, on the same text, left in `folder`.
 
-    `memory` is what this process may hold, in bytes; activations for which that leaves no room go to files beside the
-    layers. `events` receives `layer` and `note`.
-    `shared` is what other calibrations of the same source leave for this one.
+    - `plan`: the conversion.
+    - `folder`: where the layers are stored as they are made; activations for which memory leaves no room too.
+    - `memory`: bytes that this process may hold.
+    - `events`: receives `layer` after each layer, and `note`.
+    - `shared`: what calibrations of the same source share, None for a single one.
 
     Raises:
         UptrainError: the text is unfit, activations are not finite, or the disk is too small for them.
@@ -85,13 +82,44 @@ def calibrate_plan(
         events.note("Calibration was finished by an earlier run.")
         return done
     if done is None and not plan.request.allow_nonfinite:
-        _refuse_nonfinite(checkpoint, events.note)
+        _refuse_nonfinite(plan.source.checkpoint, events)
     loading.quiet()
-    text = calibration_text(checkpoint, plan) if shared is None else shared.text(checkpoint, plan)
+    text = calibration_text(plan) if shared is None else shared.text(plan)
+    blocks = _blocks(plan, text, events)
+    done = _begun(folder, plan, blocks, done, events)
+    target, cache = calibration_target(plan), None if shared is None else shared.cache
+    give_back()  # What the tokenizer has done with.
+    working = working_bytes(target, blocks.shape[1], blocks.shape[0])
+    room = memory - held_bytes() - working + (cache.nbytes if cache else 0)
+    if room < 0:
+        events.note(
+            f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
+            f"{formatting.size(memory)} of --memory."
+        )
+    settings = CalibrationSettings(memory=room, folder=folder, seed=plan.request.chosen_seed)
+    if plan.request.repair_steps is not None:
+        settings = replace(settings, repair_steps=plan.request.repair_steps)
+    # Where all that memory may hold leaves no room for what the C library keeps of freed memory.
+    cached = 0 if cache is None else len(plan.before)
+    every = activation_bytes((*blocks.shape, plan.source.hidden_size), cached)
+    with giving_back() if room < every + working else nullcontext():
+        target = _with_rope_pairs(plan, target, blocks, done, events)
+        for _, heads, report in calibrate(target, blocks, settings, cache, done.made):
+            done.add(heads, _described(report))
+            events.layer(len(done), len(plan.before))
+    return done
+
+
+def _blocks(plan: Plan, text: TokenText, events: Events) -> torch.Tensor:
+    """Return the text's tokens in blocks (n, T) int64, n ≥ 2.
+
+    Raises:
+        UsageError: the text has less than two blocks.
+    """
     if text.bytes and len(text.ids) / text.bytes > STRANGE:
         events.note(
-            f"The calibration text takes {len(text.ids) / text.bytes:.2f} tokens a byte: it may be of a script or kind "
-            "this model was not trained on, and fit it badly."
+            f"The calibration text takes {len(text.ids) / text.bytes:.2f} tokens per byte: it may be of a script or "
+            "kind this model was not trained on, and fit it badly."
         )
     longest = plan.source.config.get(plan.source.family.keys.max_position_embeddings)
     length = min(BLOCK, longest if isinstance(longest, int) else BLOCK)
@@ -101,95 +129,94 @@ def calibrate_plan(
             f"--calibrate {plan.request.chosen_text} has {len(text.ids)} tokens, less than two blocks of {length}.",
             "Give more text, or raise --calibration-tokens.",
         )
-    blocks = torch.from_numpy(text.ids[: count * length]).view(count, length)
-    done = _begun(folder, plan, blocks, done, events.note)
-    target, run = _target(plan), None if shared is None else shared.run
-    give_back()  # What the tokenizer has done with.
-    working = working_bytes(checkpoint, target, length, count)
-    room = memory - held_bytes() - working + (run.nbytes if run else 0)
-    if room < 0:
-        events.note(
-            f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
-            f"{formatting.size(memory)} of --memory."
-        )
-    settings = CalibrationSettings(memory=room, folder=folder, seed=plan.request.chosen_seed)
-    if plan.request.repair_steps is not None:
-        settings = replace(settings, repair_steps=plan.request.repair_steps)
-    # Where all that may be kept in memory leaves no room for what the C library keeps of what is freed.
-    all_kept = stream_bytes((*blocks.shape, target.source.hidden_size), 0 if run is None else len(plan.before))
-    with giving_back() if room < all_kept + working else nullcontext():
-        if plan.latent is not None and plan.latent.own_slots:
-            if not done.slots:
-                events.note("Choosing which rotary frequencies to keep.")
-                pairs = plan.latent.target.qk_rope_head_dim // 2
-                done.slots = slots_by_text(checkpoint, target, blocks[:SLOT_BLOCKS], pairs)
-            target = _target(replace(plan, latent=plan.latent.with_slots(done.slots)))
-        for _, heads, report in calibrate(checkpoint, target, blocks, settings, run=run, made=done.made):
-            done.add(heads, _noted(report))
-            events.layer(len(done), len(plan.before))
-    return done
+    return torch.from_numpy(text.ids[: count * length]).view(count, length)
 
 
-def _refuse_nonfinite(checkpoint: Checkpoint, on_note: Callable[[str], None]) -> None:
+def _refuse_nonfinite(checkpoint: Checkpoint, events: Events) -> None:
     """Look for NaN before hours are spent, though writing would find it too."""
     size = sum(info.nbytes for info in checkpoint.tensors.values())
     if size > LARGE:
-        on_note(f"Looking for NaN and infinity in {formatting.size(size)} of weights.")
+        events.note(f"Looking for NaN and infinity in {formatting.size(size)} of weights.")
     for name in checkpoint.tensors:
         for _ in finite(checkpoint, name, ALLOW):
             pass
 
 
 def _begun(
-    folder: Path, plan: Plan, blocks: torch.Tensor, left: CalibratedLayers | None, on_note: Callable[[str], None]
+    folder: Path, plan: Plan, blocks: torch.Tensor, left: CalibratedLayers | None, events: Events
 ) -> CalibratedLayers:
-    """Return what an earlier run `left` if it was on the same text, or begin anew."""
+    """Return the layers that an earlier run left, if it was on the same text, else none yet.
+
+    - `folder`: where layers are stored.
+    - `plan`: the conversion.
+    - `blocks`: the text's tokens.
+    - `left`: the layers that an earlier run of the same plan left, None where it left none.
+    - `events`: receives `note`.
+    """
     digest = Checksum()
     digest.update(blocks.numpy().tobytes())
     text = {"name": plan.request.chosen_text, "tokens": int(blocks.numel()), "token_digest": digest.text()}
     if left is not None and left.text != text:
-        on_note("The calibration text changed since the run that was cut off: starting over.")
+        events.note("The calibration text changed since the run that was cut off: starting over.")
     elif left is not None:
-        on_note(f"Going on after {len(left)} of {len(plan.before)} layers, which an earlier run calibrated.")
+        events.note(f"Going on after {len(left)} of {len(plan.before)} layers, which an earlier run calibrated.")
     done = left if left is not None and left.text == text else CalibratedLayers(folder, plan.digest, text)
     done.begin()
     return done
 
 
-def _target(plan: Plan) -> Target:
-    target = Target(plan.source, plan.after[0].num_key_value_heads)
+def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
+    """Return what a plan makes of its source's layers."""
     if plan.latent is None:
-        return target
-    wanted = plan.latent.target
-    return replace(
-        target,
-        latent=latent_shape(wanted),
-        frequencies=wanted.frequencies,
+        return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
+    wanted = plan.latent.spec
+    return MLATarget(
+        source=plan.source,
+        shape=latent_shape(wanted),
+        inverse_frequencies=wanted.inverse_frequencies,
         rotary_factor=wanted.rotary_factor,
         key_weight=wanted.key_weight,
     )
 
 
-def calibration_text(checkpoint: Checkpoint, plan: Plan) -> TokenText:
-    """Tokenise the text that `--calibrate` names with the source's own tokenizer.
+def _with_rope_pairs(
+    plan: Plan, target: CalibrationTarget[Any], blocks: torch.Tensor, done: CalibratedLayers, events: Events
+) -> CalibrationTarget[Any]:
+    """Return the target with the rotary pairs that text chooses, where the plan asks for a choice.
+
+    - `plan`: the conversion.
+    - `target`: what the plan makes of the layers.
+    - `blocks`: the text's tokens.
+    - `done`: remembers the choice.
+    - `events`: receives `note`.
+    """
+    if not isinstance(target, MLATarget) or not plan.chooses_rope_pairs:
+        return target
+    if not done.rope_pairs:
+        events.note("Choosing which rotary frequencies to keep.")
+        places = plan.after[0].qk_rope_head_dim // 2
+        done.rope_pairs = rope_pairs_by_text(target, blocks[:ROPE_BLOCKS], places)
+    return replace(target, shape=replace(target.shape, pairs=done.rope_pairs))
+
+
+def calibration_text(plan: Plan) -> TokenText:
+    """Tokenize the text that `--calibrate` names with the source's own tokenizer.
 
     Raises:
         UsageError: it names no text, or text that is empty or binary.
     """
     name = plan.request.chosen_text
-    try:
-        source = parse_source("python-stdlib" if name == "builtin" else name)
-    except ValueError:
-        raise UsageError(f"--calibrate {name} is not a text.", "Name a file, a dataset, or 'builtin'.") from None
-    tokenizer = loading.load_tokenizer(checkpoint.path)
+    source = text_of_option("--calibrate", "python-stdlib" if name == "builtin" else name)
+    tokenizer = loading.load_tokenizer(plan.source.checkpoint.path)
     try:
         return read_tokens([source], tokenizer, plan.request.chosen_tokens)
     except UsageError as error:
         raise UsageError(f"--calibrate {name}: {error.message}", error.hint) from None
 
 
-def _noted(report: LayerReport) -> dict[str, Any]:
-    kept = {
-        name: {"keys": round(share.keys, 4), "values": round(share.values, 4)} for name, share in report.kept.items()
+def _described(report: LayerReport) -> dict[str, Any]:
+    explained = {
+        name: {"keys": round(share.keys, 4), "values": round(share.values, 4)}
+        for name, share in report.explained.items()
     }
-    return {"kept": kept, "choice": asdict(report.choice) if report.choice else None}
+    return {"kept": explained, "choice": asdict(report.choice) if report.choice else None}

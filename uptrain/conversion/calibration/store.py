@@ -1,11 +1,10 @@
-"""What calibration has made: each layer's heads in a folder beside OUT, until they are joined into it.
+"""What calibration has made: each layer's heads, in a folder next to OUT until OUT is written.
 
-A layer counts once its file and its entry in the notes are on the disk, so a run that was cut off goes on after it.
+A layer counts once its file and its entry in calibration.json are on the disk: a run that was cut off goes on after it.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ from uptrain.architectures.mla_projections import LatentHeads
 from uptrain.architectures.projections import Heads, LayerHeads
 from uptrain.checkpoint.checksum import checksum_file
 from uptrain.checkpoint.dtypes import Array
+from uptrain.checkpoint.files import replaced_file, write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.writer import remove, write_atomic
+from uptrain.checkpoint.output_folder import remove
 from uptrain.errors import CheckpointError
 from uptrain.methods.method import ExplainedEnergy
 
@@ -28,16 +28,19 @@ NOTES = "calibration.json"
 
 @dataclass
 class CalibratedLayers:
-    """The first layers of a plan, calibrated: .npz files of float32, and what is noted about each of them.
+    """The first layers of a plan, calibrated: .npz files of float32 in `folder`, and what is recorded of each.
 
-    `plan` is the plan's digest, `text` describes the tokens, `slots` are the rotary frequencies chosen by them,
-    `notes` are the layers' and `files` the digests of their files.
+    - `plan`: the plan's digest.
+    - `text`: describes the calibration tokens.
+    - `rope_pairs`: which of the source's rotary pairs text chose, empty where nothing was chosen.
+    - `notes`: what is recorded of each layer.
+    - `files`: the digests of the layers' files.
     """
 
     folder: Path
     plan: str
     text: dict[str, Any]
-    slots: tuple[int, ...] = ()
+    rope_pairs: tuple[int, ...] = ()
     notes: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
@@ -48,7 +51,7 @@ class CalibratedLayers:
             return None
         try:
             stored = _Notes.model_validate(read_json(folder / NOTES))
-        except (CheckpointError, ValidationError):  # damaged: what can't be told of the layers is made again
+        except (CheckpointError, ValidationError):  # damaged: its layers are made again
             return None
         if stored.plan != plan:
             return None
@@ -58,33 +61,30 @@ class CalibratedLayers:
             if not path.is_file() or checksum_file(path) != digest:
                 break
             whole += 1
-        kept = stored.notes[:whole], stored.files[:whole]
-        return cls(folder, plan, stored.text, stored.slots, *kept) if whole else None
+        if not whole:
+            return None
+        return cls(folder, plan, stored.text, stored.slots, stored.notes[:whole], stored.files[:whole])
 
     def begin(self) -> None:
-        """Make the folder, and remove what is in it but these layers: half a layer and activations of a killed run."""
+        """Make the folder, and remove all but these layers from it: half a layer, and activations of a killed run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = {NOTES, *(_file_of(layer) for layer in range(len(self)))} if self.files else set()
+        ours = {NOTES, *(_file_of(layer) for layer in range(len(self)))} if self.files else set()
         for path in self.folder.iterdir():
-            if path.name not in kept:
+            if path.name not in ours:
                 remove(path)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def add(self, heads: LayerHeads | LatentHeads, note: Mapping[str, Any]) -> None:
-        """Keep the next layer's heads, and what is to be noted about it."""
+        """Store the next layer's heads, and what is recorded of it."""
         path = self.folder / _file_of(len(self))
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
+        with replaced_file(path) as file:
             np.savez(file, **_arrays(heads))  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
         self.notes.append(dict(note))
         self.files.append(checksum_file(path))
-        stored = {name: value for name, value in vars(self).items() if name != "folder"}
-        write_atomic(self.folder / NOTES, dump_json(stored))
+        stored = _Notes(plan=self.plan, text=self.text, slots=self.rope_pairs, notes=self.notes, files=self.files)
+        write_atomic(self.folder / NOTES, dump_json(dict(stored)))
 
     def read(self, layer: int) -> LayerHeads:
         """Return one layer's heads."""
@@ -111,7 +111,7 @@ class CalibratedLayers:
 
 
 class _Notes(BaseModel):
-    """What calibration.json holds."""
+    """What calibration.json holds; `slots` are the rotary pairs that text chose."""
 
     plan: str
     text: dict[str, Any]

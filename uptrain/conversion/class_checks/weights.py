@@ -72,9 +72,9 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
     family = plan.source.family
     layers = plan.source.config.get(family.keys.num_hidden_layers)
     if plan.source.quantization is not None:
-        # Its quantiser would have to answer, and may need a GPU.
+        # Its quantizer would have to answer, and may need a GPU.
         check_kin(plan.source)
-        return (f"{name} is quantised in part, so it was checked by its tensors' names and sizes, not by its class.",)
+        return (f"{name} is quantized in part, so it was checked by its tensors' names and sizes, not by its class.",)
     before, after = answers((source, result))
     problem = before.problem or after.problem
     if problem:
@@ -82,7 +82,7 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
         where = f"{name} was checked by its tensors' names and sizes alone, without asking its class"
         return (f"{where}: {problem}",)
     check_fit(before, name, family, layers)
-    check_fit(after, f"The result of {name}", plan.target.architecture)
+    check_fit(after, f"The result of {name}", plan.target.family)
     lost = [key for key in after.unexpected if not is_buffer(key, family) and key in outputs]
     lost = [key for key in lost if outputs[key].source not in before.unexpected]
     if lost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from uptrain.architectures.description import CheckpointDescription
-from uptrain.architectures.schema import Architecture
+from uptrain.architectures.schema import Family
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.methods.registry import method_options
@@ -70,7 +70,7 @@ def check_inside(source: CheckpointDescription, request: Request) -> None:
         )
 
 
-def check_groups(source: CheckpointDescription, target: Architecture, groups: int) -> None:
+def check_groups(source: CheckpointDescription, target: Family, groups: int) -> None:
     """Refuse a number of key/value heads that the target class can't have.
 
     Raises:

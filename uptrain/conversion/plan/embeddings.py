@@ -29,7 +29,7 @@ def shared_outputs(
         passed: gives what becomes of a tensor outside attention, by its name and header.
     """
     embeddings = source.embeddings
-    stored, names = embeddings.table, target.architecture.vocabulary
+    stored, names = embeddings.table, target.family.vocabulary
     if not embeddings.tied or not stored or stored != embeddings.head or names.more:
         return {}
     info = source.tensors[stored]

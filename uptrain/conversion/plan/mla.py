@@ -9,15 +9,14 @@ from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription, ModelDescription
-from uptrain.architectures.mla_projections import LatentTarget, Rope, Stored
+from uptrain.architectures.mla_projections import MLASpec, Stored
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.rope import Frequencies, highest, own_table, source_frequencies
 from uptrain.architectures.rope_parameters import EVERY, write_rotation
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.request import Request
 from uptrain.errors import UsageError
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES, MLATargetClass, latent_config
-
-ROPES: Mapping[str, Rope] = {"grid": "grid", "longrope": "longrope", "re-rotate": "re-rotate"}
 
 FAST = 512 + 64
 """Cached values a token that the fast MLA kernels of today's engines are written for."""
@@ -28,11 +27,11 @@ class LatentPlan:
     """All that a conversion to a latent needs beyond what every plan has.
 
     `scales` maps the ends of tensor names outside attention to what they are multiplied by, `alpha` is the residual
-    stream's factor. With `own_slots` the target's slots are still to be chosen, by what unrotated pairs would cost.
+    stream's factor. With `pairs_to_choose` the rope pairs are still to be chosen, by what unrotated ones would cost.
     """
 
     entry: MLATargetClass
-    target: LatentTarget
+    spec: MLASpec
     stored: Stored
     after: tuple[AttentionSpec, ...]
     config: dict[str, Any]
@@ -40,14 +39,14 @@ class LatentPlan:
     output_bias: bool
     alpha: float = 1.0
     scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    own_slots: bool = False
+    pairs_to_choose: bool = False
 
-    def with_slots(self, slots: tuple[int, ...]) -> LatentPlan:
+    def with_rope_pairs(self, rope_pairs: tuple[int, ...]) -> LatentPlan:
         """Return the plan with its rotary pairs chosen and their table in the config."""
-        target = replace(self.target, slots=slots)
+        spec = replace(self.spec, rope_pairs=rope_pairs)
         config = dict(self.config)
-        _set_rotation(target, config, self.config["rope_parameters"])
-        return replace(self, target=target, config=config, own_slots=False)
+        _set_rotation(spec, config, self.config["rope_parameters"])
+        return replace(self, spec=spec, config=config, pairs_to_choose=False)
 
 
 def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
@@ -69,7 +68,7 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
         )
     parameters, frequencies = _source_rotation(source, rope)
     rank, rotary = _sizes(request, source, rope)
-    target = _target(request, spec, rope, rank, rotary, frequencies)
+    mla = _spec(request, spec, rope, rank, rotary, frequencies)
     dtype = _dtype(source, request)
     if dtype not in entry.dtypes:
         raise UsageError(
@@ -78,38 +77,36 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
         )
     alpha, scales = _rescale(entry, config)
     q_lora_rank = _q_lora_rank(request, entry, source)
-    layout = replace(entry.layout, per_query=rope != "re-rotate")
+    layout = replace(entry.layout, per_query=not rope.rotates_expanded)
     heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
-    after = tuple(
-        layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in source.attention
-    )
+    after = tuple(layer.latent(rank, mla.qk_rope_head_dim, mla.qk_nope_head_dim, heads) for layer in source.attention)
     written, biases = latent_config(entry, source), (biased, output_bias)
-    written.update(_attention_config(entry, source, target, heads, biases, q_lora_rank))
-    _set_rotation(target, written, parameters, spec.head_dim)
-    _check_grid(target, ModelDescription(family=entry.architecture, config=written, name=source.name))
+    written.update(_attention_config(entry, source, mla, heads, biases, q_lora_rank))
+    _set_rotation(mla, written, parameters, spec.head_dim)
+    _check_truncated(mla, ModelDescription(family=entry.family, config=written, name=source.name))
     return LatentPlan(
-        entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
-        alpha, scales, rope == "longrope" and not target.slots,
+        entry, mla, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
+        alpha, scales, rope.chooses_pairs and not mla.rope_pairs,
     )  # fmt: skip
 
 
-def _rope(request: Request, source: CheckpointDescription) -> Rope:
+def _rope(request: Request, source: CheckpointDescription) -> MLARope:
     if not source.family.position.rotates:
         if request.rope or request.qk_rope_head_dim:
             option = "--rope" if request.rope else "--qk-rope-head-dim"
             raise UsageError(
                 f"{option} is for rotary keys; {source.name}'s keys see no rotation.", f"Leave {option} out."
             )
-        return "free"
-    rope = ROPES[request.rope or "grid"]
-    if rope == "re-rotate" and request.qk_rope_head_dim:
-        raise UsageError("--rope re-rotate has no shared rotary key.", "Leave --qk-rope-head-dim out.")
+        return MLARope.NONE
+    rope = MLARope.named(request.rope) or MLARope.DECOUPLED
+    if not rope.shares_key and request.qk_rope_head_dim:
+        raise UsageError(f"--rope {rope.value} has no shared rotary key.", "Leave --qk-rope-head-dim out.")
     return rope
 
 
-def _source_rotation(source: CheckpointDescription, rope: str) -> tuple[dict[str, Any], Frequencies]:
+def _source_rotation(source: CheckpointDescription, rope: MLARope) -> tuple[dict[str, Any], Frequencies]:
     """Return the source's rotary parameters and, where the latent's class gets a table of them, the frequencies."""
-    if rope == "free":
+    if not rope.rotates:
         return {}, Frequencies(())
     parameters, spec = dict(source.rope[EVERY]), source.attention[0]
     if spec.rotary_ndims is not None:
@@ -118,35 +115,35 @@ def _source_rotation(source: CheckpointDescription, rope: str) -> tuple[dict[str
             "yet."
         )
     parameters.pop("partial_rotary_factor", None)
-    if rope == "re-rotate":
+    if not rope.shares_key:
         return parameters, Frequencies(())
     return parameters, source_frequencies(parameters, source.config, spec.head_dim, source.name)
 
 
-def _target_class(source: CheckpointDescription, request: Request, rope: str, biased: bool) -> MLATargetClass:
+def _target_class(source: CheckpointDescription, request: Request, rope: MLARope, biased: bool) -> MLATargetClass:
     why = f"uptrain has no class that holds a latent of {source.family.model_type} yet"
     for key in source.family.targets.get("mla", ()):
         entry = MLA_TARGET_CLASSES[key]
         refused = [word for word, values in entry.refuses.items() if source.config.get(word) in values]
         if rope not in entry.ropes:
-            why = f"{key} can't hold --rope {rope}"
+            why = f"{key} can't hold --rope {rope.value}"
         elif (biased and not entry.biased) or refused:
             why = f"{key} has no biases there"
         elif rope not in entry.engines.get(request.engine, ()):
-            why = f"{request.engine} can't load {key}" + (f" with --rope {rope}" if request.rope else "")
+            why = f"{request.engine} can't load {key}" + (f" with --rope {rope.value}" if request.rope else "")
         else:
             return entry
     raise UsageError(f"{source.name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
 
 
-def _sizes(request: Request, source: CheckpointDescription, rope: str) -> tuple[int, int]:
+def _sizes(request: Request, source: CheckpointDescription, rope: MLARope) -> tuple[int, int]:
     """Return kv_lora_rank and qk_rope_head_dim."""
     spec, hidden, name = source.attention[0], source.hidden_size, source.name
     cached = spec.cache_values_per_token
     if request.cache is not None:
         budget = max(1, int(request.cache * cached))
-    elif rope in ("free", "re-rotate"):
-        budget = cached // (4 if rope == "free" else 2)
+    elif not rope.shares_key:
+        budget = cached // (2 if rope.rotates else 4)
     else:
         budget = FAST if cached >= 2 * FAST else cached // 2
     rotary = _rotary_dims(request, spec, budget, rope, name)
@@ -156,7 +153,7 @@ def _sizes(request: Request, source: CheckpointDescription, rope: str) -> tuple[
             f"{budget} values a token leave no latent beside {rotary} rotary ones.",
             "Raise --cache, or lower --qk-rope-head-dim.",
         )
-    widest = cached if rope in ("free", "re-rotate") else cached + spec.num_key_value_heads * spec.head_dim
+    widest = cached + (spec.num_key_value_heads * spec.head_dim if rope.shares_key else 0)
     if rank > widest:
         raise UsageError(
             f"--kv-lora-rank {rank} is more than the {widest} values that {name}'s keys and values have.",
@@ -165,29 +162,29 @@ def _sizes(request: Request, source: CheckpointDescription, rope: str) -> tuple[
     return rank, rotary
 
 
-def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: str, name: str) -> int:
-    if rope in ("free", "re-rotate"):
+def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: MLARope, name: str) -> int:
+    if not rope.shares_key:
         return 0
     dims = request.qk_rope_head_dim
     if dims is None:
         return 64 if budget >= FAST and spec.head_dim >= 64 else max(2, min(64, spec.head_dim // 4 * 2))
-    most = spec.head_dim if rope == "grid" else spec.head_dim * spec.num_key_value_heads
+    most = spec.head_dim * (spec.num_key_value_heads if rope.chooses_pairs else 1)
     if dims < 2 or dims % 2 or dims > most:
-        hint = " --rope longrope takes more." if rope == "grid" and dims > most else ""
+        hint = " --rope longrope takes more." if rope.truncates and dims > most else ""
         raise UsageError(f"--qk-rope-head-dim {dims} is no even number from 2 to {name}'s {most}.{hint}")
     return dims
 
 
-def _target(
-    request: Request, spec: AttentionSpec, rope: Rope, rank: int, rotary: int, frequencies: Frequencies
-) -> LatentTarget:
+def _spec(
+    request: Request, spec: AttentionSpec, rope: MLARope, rank: int, rotary: int, frequencies: Frequencies
+) -> MLASpec:
     pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
-    every = rope == "longrope" and rotary == spec.head_dim * heads
-    slots: tuple[int, ...] = tuple(range(rotary // 2)) if rope == "grid" else ()
+    every = rope.chooses_pairs and rotary == spec.head_dim * heads
+    rope_pairs: tuple[int, ...] = () if rope.chooses_pairs else tuple(range(rotary // 2))
     if every:
-        slots = tuple(pair for pair in range(pairs) for _ in range(heads))
-    return LatentTarget(
-        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.speeds, slots, frequencies.factor,
+        rope_pairs = tuple(pair for pair in range(pairs) for _ in range(heads))
+    return MLASpec(
+        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.speeds, rope_pairs, frequencies.factor,
         request.key_weight,
     )  # fmt: skip
 
@@ -232,14 +229,14 @@ def _neutral() -> list[str]:
 
 
 def _attention_config(
-    entry: MLATargetClass, source: CheckpointDescription, target: LatentTarget, heads: int, biases: tuple[bool, bool],
+    entry: MLATargetClass, source: CheckpointDescription, mla: MLASpec, heads: int, biases: tuple[bool, bool],
     q_lora_rank: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    keys, spec = entry.architecture.keys, source.attention[0]
+    keys, spec = entry.family.keys, source.attention[0]
     found: dict[str, Any] = {
-        "kv_lora_rank": target.kv_lora_rank,
-        "qk_rope_head_dim": target.qk_rope_head_dim,
-        "qk_nope_head_dim": target.qk_nope_head_dim,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
         "v_head_dim": spec.v_head_dim or spec.head_dim,
     }
     if keys.num_key_value_heads:
@@ -247,9 +244,9 @@ def _attention_config(
     if entry.layout.neutral:
         layers = source.value(source.family.keys.num_hidden_layers)
         found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": layers}
-    elif target.form != "free":
+    elif mla.rope.rotates:
         found |= {
-            "rope_mode": "re-rotate" if target.form == "re-rotate" else "decoupled",
+            "rope_mode": "re-rotate" if mla.rope.rotates_expanded else "decoupled",
             "qkv_bias": biases[0],
             "attention_bias": biases[1],
             "attention_scale": spec.head_dim**-0.5,
@@ -257,29 +254,27 @@ def _attention_config(
     return found
 
 
-def _check_grid(target: LatentTarget, written: ModelDescription) -> None:
+def _check_truncated(mla: MLASpec, written: ModelDescription) -> None:
     """Refuse a shared rotary key whose table the target would make another of; yarn's ramp ends with the dims."""
-    if target.form != "grid":
+    if not mla.rope.truncates:
         return
     parameters = written.rope[EVERY]
-    found = source_frequencies(parameters, written.config, target.qk_rope_head_dim, written.name).speeds
-    if any(abs(one - other) > 1e-6 * other for one, other in zip(found, target.frequencies, strict=False)):
+    found = source_frequencies(parameters, written.config, mla.qk_rope_head_dim, written.name).speeds
+    if any(abs(one - other) > 1e-6 * other for one, other in zip(found, mla.inverse_frequencies, strict=False)):
         raise UsageError(
             f"{written.name}'s {written.config['rope_parameters']['rope_type']} scaling of its highest frequencies "
-            f"can't be written for {target.qk_rope_head_dim} rotary dims alone.",
+            f"can't be written for {mla.qk_rope_head_dim} rotary dims alone.",
             "Raise --qk-rope-head-dim, or use --rope longrope.",
         )
 
 
-def _set_rotation(
-    target: LatentTarget, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
-) -> None:
-    """Write the rotation into a latent's config; for slots that are still to be chosen, the source's for now."""
-    if target.form == "grid":
-        parameters = highest(parameters, target.qk_rope_head_dim, head_dim, target.rotary_factor)
-    elif target.form == "longrope" and target.slots:
-        speeds = tuple(target.frequencies[slot] for slot in target.slots)
+def _set_rotation(mla: MLASpec, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0) -> None:
+    """Write the rotation into a latent's config; for rope pairs that are still to be chosen, the source's for now."""
+    if mla.rope.truncates:
+        parameters = highest(parameters, mla.qk_rope_head_dim, head_dim, mla.rotary_factor)
+    elif mla.rope.chooses_pairs and mla.rope_pairs:
+        speeds = tuple(mla.inverse_frequencies[pair] for pair in mla.rope_pairs)
         longest = int(config.get("max_position_embeddings") or 2048)
-        parameters = own_table(parameters, speeds, target.rotary_factor, longest)
-    if target.form != "free":
+        parameters = own_table(parameters, speeds, mla.rotary_factor, longest)
+    if mla.rope.rotates:
         write_rotation(config, parameters)

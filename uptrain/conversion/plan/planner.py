@@ -27,7 +27,7 @@ from uptrain.conversion.plan.embeddings import shared_outputs
 from uptrain.conversion.plan.mla import LatentPlan, plan_latent
 from uptrain.conversion.plan.norms import pooled_norms
 from uptrain.conversion.plan.operations import AttentionPart, Operation, Scale, Transpose, copy_or_cast, new_info
-from uptrain.conversion.plan.quantized import check_quantised, check_target
+from uptrain.conversion.plan.quantized import check_quantized, check_target
 from uptrain.conversion.plan.sharding import into_shards
 from uptrain.conversion.plan.target_tensors import TargetTensors, rotate_as_before
 from uptrain.conversion.request import Request, resolve_groups
@@ -68,9 +68,7 @@ class Plan:
     @property
     def result(self) -> ModelDescription:
         """Return what the config of the language model in the result says."""
-        return ModelDescription(
-            family=self.target.architecture, config=self.config, name=f"the result of {self.source.name}"
-        )
+        return ModelDescription(family=self.target.family, config=self.config, name=f"the result of {self.source.name}")
 
     @property
     def whole_config(self) -> dict[str, Any]:
@@ -94,6 +92,11 @@ class Plan:
     def attention_parts(self) -> Iterator[AttentionPart]:
         """Yield what makes each tensor of the changed attention layers."""
         return (operation for operation in self.operations if isinstance(operation, AttentionPart))
+
+    @property
+    def chooses_rope_pairs(self) -> bool:
+        """Whether the rotary pairs of a latent are still to be chosen, by what unrotated pairs would cost."""
+        return self.latent is not None and self.latent.pairs_to_choose
 
     @property
     def total_bytes(self) -> int:
@@ -149,7 +152,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     before = source.attention
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
-    check_quantised(source, request)
+    check_quantized(source, request)
     if request.kind.latent:
         return _latent_plan(source, request)
     groups = resolve_groups(request, before[0], name)
@@ -157,21 +160,21 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     check_effects(request, groups, before[0].num_key_value_heads, name)
     target = choose_target(source, "mqa" if groups == 1 else "gqa", same)
     if not same:
-        check_groups(source, target.architecture, groups)
+        check_groups(source, target.family, groups)
     check_target(source, target, False)
     after = tuple(spec.grouped(groups) for spec in before)
     if request.chosen_grouping.moves and not same:
         check_order(source)
-    config = target_config(target, source.config) if target.architecture is not source.family or not same else None
+    config = target_config(target, source.config) if target.family is not source.family or not same else None
     config = _as_it_is(target, source.config) if config is None else config
-    if not same or target.architecture is not source.family:
-        write_groups(target.architecture, config, groups)
+    if not same or target.family is not source.family:
+        write_groups(target.family, config, groups)
         config["architectures"] = [result_class(target, source)]
     if target.rotary:
         rotate_as_before(config, target, source)
     if request.dtype:
         _set_dtype(config, request.dtype)
-    declare(config, source.embeddings, source.family, target.architecture)
+    declare(config, source.embeddings, source.family, target.family)
     planner = _Planner(source, request, target, after, same)
     shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
     plan = Plan(request, source, target, after, config, shards, "")
@@ -192,7 +195,7 @@ def _latent_plan(source: CheckpointDescription, request: Request) -> Plan:
     config["architectures"] = [result_class(target, source)]
     if request.dtype:
         _set_dtype(config, request.dtype)
-    declare(config, source.embeddings, source.family, target.architecture, latent.entry.untied)
+    declare(config, source.embeddings, source.family, target.family, latent.entry.untied)
     # Classes for other purposes have no head to make of the embedding.
     untied = latent.entry.untied and is_language_model(source.config)
     planner = _Planner(source, request, target, latent.after, False, latent, untied)
@@ -240,7 +243,7 @@ class _Planner:
 
     def _attention(self) -> dict[str, tuple[int, list[Operation]]]:
         """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
-        source, target = self.source.family, self.target.architecture
+        source, target = self.source.family, self.target.family
         moved = source.projections != target.projections or self.latent is not None
         parts = frozenset("qkvo") if moved else self.request.changed_parts
         out: dict[str, tuple[int, list[Operation]]] = {}
@@ -274,7 +277,7 @@ class _Planner:
     def _layer_outputs(
         self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
     ) -> Iterator[Operation]:
-        source, target = self.source.family, self.target.architecture
+        source, target = self.source.family, self.target.family
         base = target.attention(self._target_tensors().prefix, layer)
         for module in modules_of(target.projections, parts):
             part = next(part for part in "qkvo" if module_of(target.projections, part) == module)
@@ -289,7 +292,7 @@ class _Planner:
                 yield AttentionPart(output=output, sources=(first,), layer=layer, module=name)
 
     def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[Operation]:
-        base = self.target.architecture.attention(self.source.prefix, layer)
+        base = self.target.family.attention(self.source.prefix, layer)
         origin = module_of(self.source.family.projections, "k")
         first = self.source.attention_name(layer) + origin + ".weight"
         dtype = self._dtype(self.source.tensors[first].dtype)
@@ -313,7 +316,7 @@ class _Planner:
         if bias is not None and (bias.shape != (rows,) or not is_float(bias.dtype)):
             raise CheckpointError(f"Tensor {bias.name} is {bias.dtype} {list(bias.shape)}, not {rows} floating values.")
         if info.dtype not in FLOAT_DTYPES.values():
-            raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantised?")
+            raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantized?")
         return ["weight"] if bias is None else ["weight", "bias"]
 
     def _passed(self, name: str, info: TensorInfo) -> Operation:

@@ -27,9 +27,9 @@ class TargetTensors:
     def prefix(self) -> str:
         """Return the prefix of the body's names in the target class."""
         family, prefix = self.source.family, self.source.prefix
-        if self.target.architecture is family:
+        if self.target.family is family:
             return prefix
-        return self.target.architecture.prefixes[family.prefixes.index(prefix)]
+        return self.target.family.prefixes[family.prefixes.index(prefix)]
 
     def named(self, name: str) -> str:
         """Return the target class's name of a tensor outside attention."""
@@ -121,8 +121,7 @@ def rotate_as_before(config: dict[str, Any], target: TargetClass, source: Checkp
     spec = source.attention[0]
     if parameters["rope_type"] not in TYPES:
         raise UsageError(
-            f"{source.name} has rope_type {parameters['rope_type']}, which {target.architecture.class_name} doesn't "
-            "know.",
+            f"{source.name} has rope_type {parameters['rope_type']}, which {target.family.class_name} doesn't know.",
             f"It knows {', '.join(TYPES)}.",
         )
     rotated, spread = rotated_dims(source.family, parameters, spec.head_dim, source.name)

@@ -26,7 +26,7 @@ def build(job: Job, work: Begun) -> tuple[Plan, Energy | None]:
 
     The explained energy comes with it if this process finished OUT, else None.
     """
-    with work.party.turn(CALIBRATION) as there:
+    with work.worker.alone(CALIBRATION) as there:
         calibrated = calibrate(job) if there else None
     if not there:
         return job.plan, None
@@ -34,13 +34,13 @@ def build(job: Job, work: Begun) -> tuple[Plan, Energy | None]:
     if plan is not job.plan:
         check_rotation(job.checkpoint, plan, job.source.name)
     layers = LayerMaker(job.checkpoint, plan, calibrated, job.options.diagnose)
-    pipeline = Pipeline(job.checkpoint, plan, work.state, layers, work.party, job.events)
+    pipeline = Pipeline(job.checkpoint, plan, work.state, layers, work.worker, job.events)
     pipeline.run()
     while left := pipeline.left():
         # Other processes do what is left. If they die, this process does it.
-        work.party.wait(left)
+        work.worker.wait(left)
         pipeline.run()
-    with work.party.finishing() as needed:
+    with work.worker.finishing() as needed:
         if not needed:
             return plan, None
         _finish(job, plan, work, calibrated)
@@ -55,15 +55,15 @@ def calibrate(job: Job) -> CalibratedLayers | None:
     with needing(f"--method {plan.request.method}"):
         from uptrain.conversion.calibration.run import calibrate_plan
     memory, shared = job.options.calibration_memory, job.options.shared
-    return calibrate_plan(job.checkpoint, plan, job.calibration, memory, job.events, shared)
+    return calibrate_plan(plan, job.calibration, memory, job.events, shared)
 
 
 def with_rotary_pairs(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers | None) -> Plan:
     """Return the plan with the rotary table of the model's own, where it asks for one."""
-    if plan.latent is None or not plan.latent.own_slots:
+    if plan.latent is None or not plan.chooses_rope_pairs:
         return plan
-    slots = calibrated.slots if calibrated else choose_by_weights(checkpoint, plan)
-    latent = plan.latent.with_slots(slots)
+    rope_pairs = calibrated.rope_pairs if calibrated else choose_by_weights(checkpoint, plan)
+    latent = plan.latent.with_rope_pairs(rope_pairs)
     return replace(plan, latent=latent, config=with_rotation(plan.config, latent.config))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.sidecars import Sidecars, carry, reading_code
 from uptrain.checkpoint.weight_files import INDEX
-from uptrain.checkpoint.writer import write_atomic
 from uptrain.conversion.plan.planner import Plan
 from uptrain.models.target import REMOTE_CODE
 

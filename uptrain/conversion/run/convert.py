@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uptrain.checkpoint.events import Events
+from uptrain.checkpoint.output_folder import check_out, friendly_errors, tidy
 from uptrain.checkpoint.progress import State
 from uptrain.checkpoint.sidecars import Sidecars
 from uptrain.checkpoint.source import Source
-from uptrain.checkpoint.writer import check_out, friendly_errors, tidy
 from uptrain.conversion.class_checks.rotation import check_rotation
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.request import Request

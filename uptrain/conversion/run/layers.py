@@ -80,7 +80,7 @@ class LayerMaker:
 
     def _make(self, layer: int) -> dict[str, Array]:
         plan, projections = self.plan, self.plan.source.family.projections
-        moved = projections != plan.target.architecture.projections
+        moved = projections != plan.target.family.projections
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
         base = plan.source.attention_name(layer)
         heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
@@ -91,7 +91,7 @@ class LayerMaker:
         if groups != plan.before[layer].num_key_value_heads:
             heads = self._shared(heads, groups, layer)
         heads = self._for_target(heads, layer, base)
-        out = join(plan.target.architecture.projections, plan.after[layer], heads)
+        out = join(plan.target.family.projections, plan.after[layer], heads)
         return {name: self._finish(layer, base, name, array) for name, array in out.items()}
 
     def _for_target(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
@@ -101,7 +101,7 @@ class LayerMaker:
             norm = f"{base.removesuffix('.').rpartition('.')[0]}.{target.attention_norm}"
             scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
             heads = rewrites.fold_into_heads(heads, scale, shift)
-        if source.position is Position.ROTARY_INTERLEAVED and target.architecture.position is Position.ROTARY:
+        if source.position is Position.ROTARY_INTERLEAVED and target.family.position is Position.ROTARY:
             heads = rewrites.half_split(heads, spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims)
         return rewrites.with_biases(heads) if target.biased else heads
 
@@ -171,7 +171,7 @@ class LayerMaker:
         if self._uses_torch:
             self._check_finite(heads, layer)
         with needing(NEEDS_TORCH):
-            return self._recorded(method.convert_latent(heads, latent.target, self._context(layer)), layer)
+            return self._recorded(method.convert_latent(heads, latent.spec, self._context(layer)), layer)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
         for part in map(heads.part, "qkvo"):
@@ -202,13 +202,13 @@ def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
         raise ValueError("only latents have rotary pairs to choose")
     with needing(NEEDS_TORCH):
         from uptrain.methods.head_conversion import rotary_of
-        from uptrain.methods.mla_conversion import slots_by_weights
-    architecture = plan.source.family
+        from uptrain.methods.mla_conversion import rope_pairs_by_weights
+    family = plan.source.family
     layers = (
-        read_layer(checkpoint, architecture.projections, spec, plan.source.attention_name(layer))
+        read_layer(checkpoint, family.projections, spec, plan.source.attention_name(layer))
         for layer, spec in enumerate(plan.before)
     )
-    return slots_by_weights(layers, plan.latent.target, rotary_of(architecture.position, plan.before[0]))
+    return rope_pairs_by_weights(layers, plan.latent.spec, rotary_of(family.position, plan.before[0]))
 
 
 def _one_thread() -> AbstractContextManager[None]:

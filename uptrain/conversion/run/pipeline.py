@@ -18,7 +18,8 @@ from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.nonfinite import ALLOW, only_finite
 from uptrain.checkpoint.progress import State
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.checkpoint.shared_work import Alone, Joint
+from uptrain.checkpoint.shard_writer import ShardContents
+from uptrain.checkpoint.shared_work import SharedWorker, SoleWorker
 from uptrain.conversion.plan.operations import Operation, unchanged_spans
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.run.inputs import ShardInputs
@@ -36,7 +37,7 @@ class Pipeline:
     - `plan`: what is made of it.
     - `state`: what is finished so far, in the folder that gets the shards.
     - `layers`: makes the changed attention layers.
-    - `party`: says which work is this process's.
+    - `worker`: says which work is this process's.
     - `events`: receives `bytes`.
     """
 
@@ -46,11 +47,11 @@ class Pipeline:
         plan: Plan,
         state: State,
         layers: LayerMaker,
-        party: Alone | Joint,
+        worker: SoleWorker | SharedWorker,
         events: Events,
     ) -> None:
         self.checkpoint, self.plan, self.state, self.layers = checkpoint, plan, state, layers
-        self.party, self.events, self.partial = party, events, state.path.parent
+        self.worker, self.events, self.partial = worker, events, state.path.parent
         self.counted: set[str] = set()
         self.lock = threading.Lock()
         self.stop = threading.Event()
@@ -59,14 +60,14 @@ class Pipeline:
         self.room = threading.Semaphore(max(1, POOLED_AT_ONCE // plan.peak_memory) if pooled else _workers())
 
     def run(self) -> None:
-        """Write the shards, and digest the source's files, that are neither finished nor claimed by another process.
+        """Write the shards, and digest the source's files, that are neither finished nor locked by another process.
 
         Digests of both go into the state, each as soon as it is known.
         """
         with _numpy_blas().limit(limits=1), self.layers.at_work():
             pool = ThreadPoolExecutor(max_workers=_workers(), thread_name_prefix="shard")
             try:
-                _wait([pool.submit(self._claimed, work) for work in self.left()])
+                _wait([pool.submit(self._locked, work) for work in self.left()])
             finally:
                 self.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -79,7 +80,7 @@ class Pipeline:
         """
         with self.lock:
             self.state.refresh()
-            if not self.party.stands():  # then what was finished last could not be read
+            if not self.worker.is_unfinished():  # then what was finished last could not be read
                 return {}
             for name in (self.plan.shards.keys() & self.state.shards.keys()) - self.counted:
                 self.counted.add(name)
@@ -91,9 +92,9 @@ class Pipeline:
             writing = {f"shard {name}": partial(self._write, name) for name in shards}
             return writing | {f"digest of {name}": partial(self._digest, name) for name in files}
 
-    def _claimed(self, work: str) -> None:
+    def _locked(self, work: str) -> None:
         """Do a piece of work unless another process has it, or had it and finished."""
-        with self.party.claim(work) as free:
+        with self.worker.lock_work(work) as free:
             act = self.left().get(work) if free else None
             if act:
                 act()
@@ -121,8 +122,9 @@ class Pipeline:
         checksum = Checksum()
         path = self.partial / shard
         spans = unchanged_spans(operations.values(), self.checkpoint)
-        infos = [operation.output for operation in operations.values()]
-        self.party.write_shard(path, infos, chunks, checksum, self._advance, spans)
+        outputs = [operation.output for operation in operations.values()]
+        contents = ShardContents(tensors=outputs, chunks=chunks, spans=spans)
+        self.worker.write_shard(path, contents, checksum, self._advance)
         digest = follower.text() if follower else ""
         with self.lock:
             self.counted.add(shard)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.manifest import read_manifest
+from uptrain.checkpoint.output_folder import STATE, empty, leave, partial_of, remove, staged_output, taken
 from uptrain.checkpoint.progress import Earlier, State
 from uptrain.checkpoint.reflink import can_clone
-from uptrain.checkpoint.shared_folder import joined
-from uptrain.checkpoint.shared_work import Alone, Joint, JointState
-from uptrain.checkpoint.writer import STATE, empty, leave, partial_of, remove, staged, taken
+from uptrain.checkpoint.shared_folder import enter_shared_folder
+from uptrain.checkpoint.shared_work import SharedState, SharedWorker, SoleWorker
 from uptrain.conversion.calibration.store import NOTES, CalibratedLayers
 from uptrain.conversion.plan.operations import unchanged_spans
 from uptrain.conversion.plan.planner import Plan
@@ -26,19 +26,19 @@ from uptrain.errors import CheckpointError, UptrainError, UsageError
 class Begun:
     """A conversion's folder that is ready to be worked in.
 
-    `resumed` names the shards that an earlier run had finished, `party` says which work is whose.
+    `resumed` names the shards that an earlier run had finished, `worker` locks the pieces of work for this process.
     """
 
     state: State
     resumed: tuple[str, ...]
-    party: Alone | Joint
+    worker: SoleWorker | SharedWorker
 
 
 @contextmanager
 def begun(job: Job) -> Iterator[Begun | None]:
     """Enter OUT.partial for as long as the block runs; yield None where other processes have finished OUT.
 
-    A run that works alone makes OUT of the folder at the end; runs that work together do it in the party's `finishing`.
+    A run that works alone makes OUT of the folder at the end. Workers do it together, in their `finishing`.
     The calibration's folder is removed then. A run that ends with an error before it finished anything removes
     what it made, so that any other command can follow.
 
@@ -52,10 +52,10 @@ def begun(job: Job) -> Iterator[Begun | None]:
     folders = (job.calibration,)
     state = State(partial_of(job.out), job.plan.digest, *job.command)
     with (
-        staged(job.out, job.overwrite, lambda _: _left(job, state), folders),
+        staged_output(job.out, job.overwrite, lambda _: _left(job, state), folders),
         _without_a_trace(lambda: _leave_alone(job, state)),
     ):
-        yield Begun(state, _begin(job, state), Alone())
+        yield Begun(state, _begin(job, state), SoleWorker())
 
 
 @contextmanager
@@ -74,12 +74,13 @@ def _begun_together(job: Job) -> Iterator[Begun | None]:
             raise taken(job.out)
 
     folders = (job.calibration,)
-    with joined(job.out, job.overwrite, folders, job.events.note, lambda: _stands(job.out, job.plan), prepare) as joint:
-        if joint is None:
+    shared = SharedWorker(job.out, job.overwrite, folders, job.events.note)
+    with enter_shared_folder(shared, lambda: _stands(job.out, job.plan), prepare) as worker:
+        if worker is None:
             yield None
         else:
-            with _without_a_trace(lambda: joint.leave(lambda: _unused(job, state))):
-                yield Begun(JointState(joint, job.plan.digest, *job.command), resumed, joint)
+            with _without_a_trace(lambda: worker.remove_unused(lambda: _unused(job, state))):
+                yield Begun(SharedState(worker, job.plan.digest, *job.command), resumed, worker)
 
     if not _stands(job.out, job.plan):
         raise UptrainError(

@@ -1,0 +1,1 @@
+"""Publish a checkpoint on the Hugging Face Hub: checks, model card, upload."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from uptrain.architectures.quantization import declared_scheme
 from uptrain.conversion.request import in_effect
 from uptrain.methods.registry import METHODS
-from uptrain.publishing.hub.figures import Figures
-from uptrain.publishing.hub.history import Stage, steps
+from uptrain.publishing.hub.card_metrics import CardMetrics
+from uptrain.publishing.hub.history import Stage, reproduction_commands
 from uptrain.publishing.hub.licence import Licence
-from uptrain.publishing.hub.subject import Subject
+from uptrain.publishing.hub.subject import CardSubject
 from uptrain.publishing.hub.use import TASKS, auto_class_of, use
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _SAID = ("target", "method")
 
 
 def build_card(
-    subject: Subject, licence: Licence, figures: Figures | None, own: tuple[dict[str, Any], str]
+    subject: CardSubject, licence: Licence, metrics: CardMetrics | None, own: tuple[dict[str, Any], str]
 ) -> ModelCard:
     """Return the card; what the author's `own` metadata and text say stays as it is.
 
@@ -31,22 +31,22 @@ def build_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     own_data, own_text = own
-    data = {**_metadata(subject, figures).to_dict(), **own_data}
+    data = {**_metadata(subject, metrics).to_dict(), **own_data}
     for key, value in (("license", licence.id), ("license_name", licence.name), ("license_link", licence.link)):
         data.pop(key, None)
         if value:
             data[key] = value
-    text = own_text.strip() or _text(subject, licence, figures)
+    text = own_text.strip() or _text(subject, licence, metrics)
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
 
 
-def _metadata(subject: Subject, figures: Figures | None) -> Any:
+def _metadata(subject: CardSubject, metrics: CardMetrics | None) -> Any:
     from huggingface_hub import ModelCardData
 
     converted = subject.converted
     kind = converted[-1].get("request", {}).get("target") if converted else None
     task = TASKS[auto_class_of(subject.config)]
-    results = figures.results(task) if figures else None
+    results = metrics.results(task) if metrics else None
     return ModelCardData(
         base_model=subject.base,
         # The Hub knows adapter, finetune, merge and quantized; other heads with other weights are a finetune.
@@ -59,25 +59,25 @@ def _metadata(subject: Subject, figures: Figures | None) -> Any:
     )
 
 
-def _text(subject: Subject, licence: Licence, figures: Figures | None) -> str:
+def _text(subject: CardSubject, licence: Licence, metrics: CardMetrics | None) -> str:
     sections = [
-        f"# {subject.name}", _summary(subject), "## How it was made", _made(subject), *_evaluated(figures),
+        f"# {subject.name}", _summary(subject), "## How it was made", _made(subject), *_evaluated(metrics),
         "## Use", use(subject.repo, subject.config, subject.converted, subject.revision), "## Make it again",
         _again(subject), "## Licence", _licence(subject, licence),
     ]  # fmt: skip
     return "\n\n".join(sections)
 
 
-def _summary(subject: Subject) -> str:
-    return "\n\n".join([_made_of(subject), *_quantised(subject)])
+def _summary(subject: CardSubject) -> str:
+    return "\n\n".join([_made_of(subject), *_quantized(subject)])
 
 
-def _quantised(subject: Subject) -> list[str]:
+def _quantized(subject: CardSubject) -> list[str]:
     scheme = declared_scheme(subject.config)
-    return [f"Its weights outside attention are quantised ({scheme}), as those of its source are."] if scheme else []
+    return [f"Its weights outside attention are quantized ({scheme}), as those of its source are."] if scheme else []
 
 
-def _made_of(subject: Subject) -> str:
+def _made_of(subject: CardSubject) -> str:
     source, converted = subject.source, subject.converted
     named = f"[{source}](https://huggingface.co/{source})" if source == subject.base else source
     if not converted:
@@ -118,7 +118,7 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
-def _made(subject: Subject) -> str:
+def _made(subject: CardSubject) -> str:
     known = {"convert": _converting, "train": _training}
     return "\n".join(
         f"{number}. {known.get(str(stage.get('stage')), _unknown)(stage)}"
@@ -161,22 +161,22 @@ def _training(stage: Stage) -> str:
     return words + (f"; loss {held_out:.4f} nats per token on held-out text." if held_out is not None else ".")
 
 
-def _evaluated(figures: Figures | None) -> list[str]:
-    if figures is None:
+def _evaluated(metrics: CardMetrics | None) -> list[str]:
+    if metrics is None:
         return []
-    compared = any(row.baseline is not None for row in figures.rows)
+    compared = any(row.baseline is not None for row in metrics.rows)
     if compared:
-        table = _table(("", "original", "this model"), [row.cells() for row in figures.rows])
+        table = _table(("", "original", "this model"), [row.cells() for row in metrics.rows])
     else:
-        table = _table(("", "this model"), [(name, value) for name, _, value in (row.cells() for row in figures.rows)])
-    said = ["## Evaluation", table, f"Measured by `uptrain eval` on {figures.text}: {figures.conditions}."]
-    for title, each in figures.tables:
+        table = _table(("", "this model"), [(name, value) for name, _, value in (row.cells() for row in metrics.rows)])
+    said = ["## Evaluation", table, f"Measured by `uptrain eval` on {metrics.text}: {metrics.conditions}."]
+    for title, each in metrics.tables:
         said += [f"### {title}", _table(each.columns, each.rows)]
     return said
 
 
-def _again(subject: Subject) -> str:
-    found = steps(subject.repeatable, subject.name, subject.base)
+def _again(subject: CardSubject) -> str:
+    found = reproduction_commands(subject.repeatable, subject.name, subject.base)
     versions = subject.stages[-1].get("versions", {}) if subject.stages else {}
     made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = ["```bash\n" + "\n".join(step.command for step in found) + "\n```"]
@@ -188,7 +188,7 @@ def _again(subject: Subject) -> str:
     return "\n\n".join(parts)
 
 
-def _licence(subject: Subject, licence: Licence) -> str:
+def _licence(subject: CardSubject, licence: Licence) -> str:
     words = licence.name or licence.id
     named = f"[{words}]({licence.link})" if licence.link else words
     return f"{named}, that of {subject.source}." if subject.source else f"{named}."

@@ -36,60 +36,83 @@ def push_errors(repo: str, what: str = "pushed", revision: str | None = None) ->
         UptrainError: no or a wrong token, no right to write, nothing there, no connection, a server error.
         Interrupted: stopped by Ctrl-C.
     """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted.", _AGAIN) from None
+    except Exception as error:
+        cause = _cause(error)
+        raise _refusal(cause, repo, what, revision) or cause from None
+
+
+def _cause(error: Exception) -> BaseException:
+    """Return what the network or the disk raised, where the client has wrapped it in a RuntimeError."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError | OSError):
+        return error.__cause__
+    return error
+
+
+def _refusal(error: BaseException, repo: str, what: str, revision: str | None) -> UptrainError | None:
+    """Return what to tell the user about `error`; None for an error that is not the Hub's."""
     from huggingface_hub import constants
 
     # HTTPError is that of the HTTP library in use, which has changed between versions.
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        HfHubHTTPError,
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+
+    host = urlparse(constants.ENDPOINT).netloc
+    for kind, refusal in _refusals(repo, what, revision, host):
+        if isinstance(error, kind):
+            return refusal
+    if isinstance(error, HfHubHTTPError):
+        return UptrainError(*_of_status(error, repo, what, host))
+    if isinstance(error, OSError) and error.filename:
+        return None
+    if isinstance(error, HTTPError | OSError):
+        reason = hide_token(str(error)).rstrip(".") or type(error).__name__
+        return UptrainError(
+            f"{repo} can't be {what}: {host} can't be reached ({reason}).",
+            f"Check the network or HF_ENDPOINT. {_AGAIN}",
+        )
+    if isinstance(error, ValueError):
+        return UptrainError(f"{repo} can't be {what}: {hide_token(str(error)).rstrip('.')}.")
+    return None
+
+
+def _refusals(
+    repo: str, what: str, revision: str | None, host: str
+) -> tuple[tuple[type[BaseException], UptrainError], ...]:
+    """Return the errors that need no look inside, in the order in which they are tried, and what each means."""
+    from huggingface_hub.errors import (
         HFValidationError,
-        HTTPError,
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    host = urlparse(constants.ENDPOINT).netloc
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted("Interrupted.", _AGAIN) from None
-    except HFValidationError:
-        raise UsageError(f"{repo!r} is not a Hub id.", "Write OWNER/NAME.") from None
-    except OfflineModeIsEnabled:
-        raise UptrainError(f"{repo} can't be {what}: HF_HUB_OFFLINE is set.", "Unset it.") from None
-    except LocalTokenNotFoundError:
-        raise UptrainError(f"{repo} can't be {what}: there is no token.", _LOG_IN) from None
-    except RevisionNotFoundError:
-        raise UptrainError(f"{repo} on {host} has no revision {revision or 'main'}.", "Check --revision.") from None
-    except RepositoryNotFoundError:
+    return (
+        (HFValidationError, UsageError(f"{repo!r} is not a Hub id.", "Write OWNER/NAME.")),
+        (OfflineModeIsEnabled, UptrainError(f"{repo} can't be {what}: HF_HUB_OFFLINE is set.", "Unset it.")),
+        (LocalTokenNotFoundError, UptrainError(f"{repo} can't be {what}: there is no token.", _LOG_IN)),
+        (
+            RevisionNotFoundError,
+            UptrainError(f"{repo} on {host} has no revision {revision or 'main'}.", "Check --revision."),
+        ),
         # The Hub answers 401 here for repositories that don't exist and for those of others alike.
-        raise UptrainError(
-            f"{host} has no {repo}, or not for this token.", f"Check the spelling, and that you may see it. {_LOG_IN}"
-        ) from None
-    except HfHubHTTPError as error:
-        raise UptrainError(*_of_status(error, repo, what, host)) from None
-    except (HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        reason = hide_token(str(error)).rstrip(".")
-        raise UptrainError(
-            f"{repo} can't be {what}: {host} can't be reached ({reason or type(error).__name__}).",
-            f"Check the network or HF_ENDPOINT. {_AGAIN}",
-        ) from None
-    except RuntimeError as error:
-        # The client wraps what happened to one file of many.
-        cause = error.__cause__
-        if not isinstance(cause, HTTPError | OSError):
-            raise
-        with push_errors(repo, what, revision):
-            raise cause from None
-    except JSONDecodeError:
-        raise UptrainError(
-            f"{repo} can't be {what}: {host} does not answer like a Hub.", "Check HF_ENDPOINT."
-        ) from None
-    except ValueError as error:
-        raise UptrainError(f"{repo} can't be {what}: {hide_token(str(error)).rstrip('.')}.") from None
+        (
+            RepositoryNotFoundError,
+            UptrainError(
+                f"{host} has no {repo}, or not for this token.",
+                f"Check the spelling, and that you may see it. {_LOG_IN}",
+            ),
+        ),
+        (
+            JSONDecodeError,
+            UptrainError(f"{repo} can't be {what}: {host} does not answer like a Hub.", "Check HF_ENDPOINT."),
+        ),
+    )
 
 
 _LOG_IN = "Run `hf auth login`, or set HF_TOKEN to one that may write."

@@ -26,7 +26,7 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Step:
+class ReproductionCommand:
     """A command, and the recipe it wants in a file beside it."""
 
     command: str
@@ -60,9 +60,9 @@ def since_public(stages: Sequence[Stage]) -> Sequence[Stage]:
     return stages
 
 
-def steps(stages: Sequence[Stage], name: str, base: str | None = None) -> list[Step]:
+def reproduction_commands(stages: Sequence[Stage], name: str, base: str | None = None) -> list[ReproductionCommand]:
     """Return the commands that repeat `stages` and end in `./name`; `base` is what a local source is called."""
-    out: list[Step] = []
+    out: list[ReproductionCommand] = []
     before = parent_of(stages[0]) if stages else Parent("", "nothing")
     if before.origin == "folder":
         before = Parent(base or f"./{PurePath(before.name).name}", "folder")
@@ -70,12 +70,12 @@ def steps(stages: Sequence[Stage], name: str, base: str | None = None) -> list[S
         last = number == len(stages)
         folder = f"./{name}" if last else f"./{name}-step{number}"
         if stage.get("stage") == "convert":
-            out.append(Step(shlex.join(_convert(stage, before, folder))))
+            out.append(ReproductionCommand(shlex.join(_convert(stage, before, folder))))
         elif stage.get("stage") == "train":
             file = "recipe.yaml" if last else f"recipe-step{number}.yaml"
-            out.append(Step(shlex.join(_train(stage, file)), file, _recipe(stage, before, folder)))
+            out.append(ReproductionCommand(shlex.join(_train(stage, file)), file, _recipe(stage, before, folder)))
         else:
-            out.append(Step(f"# {stage.get('stage')}: not a step of this version of uptrain"))
+            out.append(ReproductionCommand(f"# {stage.get('stage')}: not a step of this version of uptrain"))
         before = Parent(folder, "folder")
     return out
 

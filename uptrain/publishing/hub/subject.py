@@ -16,7 +16,7 @@ from uptrain.publishing.hub.history import Stage, parent_of, since_public
 
 
 @dataclass(frozen=True)
-class Subject:
+class CardSubject:
     """What a card is about: the repository, the history and config of its checkpoint, and its base on the Hub."""
 
     repo: str

@@ -1,0 +1,1 @@
+"""Show what a conversion cost and saved as one HTML page with pictures."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from uptrain.formatting import size, tokens
-from uptrain.publishing.page.memory import CONTEXTS, Form
+from uptrain.publishing.page.memory import CONTEXTS, AttentionCache
+from uptrain.publishing.page.models import PageModel
 from uptrain.publishing.page.style import INK, MUTED, SERIES, new_figure
-from uptrain.publishing.page.subjects import Subject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
 
-def quality(measured: Sequence[Subject]) -> Figure:
+def quality(measured: Sequence[PageModel]) -> Figure:
     """Draw perplexity against cache bytes a token: the original, and each result with its interval."""
     figure, axes = new_figure(3.4)
     first = measured[0]
     points = [
-        ("the original", first.figure("cache_bytes_per_token", "baseline"), first.figure("perplexity", "baseline"))
+        ("the original", first.metric("cache_bytes_per_token", "baseline"), first.metric("perplexity", "baseline"))
     ]
-    points += [(s.name, s.figure("cache_bytes_per_token", "model"), s.figure("perplexity", "model")) for s in measured]
+    points += [(s.name, s.metric("cache_bytes_per_token", "model"), s.metric("perplexity", "model")) for s in measured]
     places = []
     for number, (name, cache, perplexity) in enumerate(points):
         if cache is None or perplexity is None:
             continue
         colour = INK if number == 0 else SERIES[(number - 1) % len(SERIES)]
-        interval = measured[number - 1].pair("perplexity_ratio_interval") if number else None
-        base = first.figure("perplexity", "baseline")
+        interval = measured[number - 1].interval("perplexity_ratio_interval") if number else None
+        base = first.metric("perplexity", "baseline")
         if interval and base:
             ends = ([perplexity - interval[0] * base], [interval[1] * base - perplexity])
             axes.errorbar(cache, perplexity, yerr=ends, color=colour, capsize=3, linewidth=1.2)
@@ -72,19 +72,19 @@ def _drawn(kept: Mapping[str, Mapping[str, Mapping[str, float]]], method: str) -
     return any(share > 0 for methods in kept.values() for share in methods[method].values())
 
 
-def speed(measured: Sequence[Subject]) -> Figure:
+def speed(measured: Sequence[PageModel]) -> Figure:
     """Draw each result's decode speed beside its baseline's of the same run, with slowest and fastest."""
     figure, axes = new_figure(0.9 + 0.62 * len(measured))
-    for row, subject in enumerate(measured):
+    for row, model in enumerate(measured):
         for offset, of, colour in ((-0.18, "baseline", MUTED), (0.18, "model", SERIES[0])):
-            value, ends = subject.figure("decode_tokens_per_second", of), subject.pair("decode_range", of)
+            value, ends = model.metric("decode_tokens_per_second", of), model.interval("decode_range", of)
             if value is None:
                 continue
             axes.barh(row + offset, value, height=0.32, color=colour)
             if ends:
                 away = ([value - ends[0]], [ends[1] - value])
                 axes.errorbar(value, row + offset, xerr=away, color=INK, capsize=2.5, linewidth=1)
-            name = "the original" if of == "baseline" else subject.name
+            name = "the original" if of == "baseline" else model.name
             axes.annotate(f"{name}: {value:,.0f}", (0, row + offset), (5, 0), textcoords="offset points", va="center",
                           color="white", fontsize=8.5)  # fmt: skip
     axes.set_yticks([])
@@ -94,7 +94,7 @@ def speed(measured: Sequence[Subject]) -> Figure:
     return figure
 
 
-def memory(found: Sequence[Form]) -> Figure:
+def memory(found: Sequence[AttentionCache]) -> Figure:
     """Draw the cache of one request against its context, a line a form."""
     figure, axes = new_figure(3.8)
     for number, form in enumerate(found):

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from uptrain.publishing.page import charts
+from uptrain.publishing.page.models import PageModel
 from uptrain.publishing.page.section import Chart, Section, slug
 from uptrain.publishing.page.style import MUTED, SERIES, new_figure
-from uptrain.publishing.page.subjects import Subject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,29 +17,25 @@ _LINES = {"stored": ("as stored", (0, (4, 2))), "aligned": ("aligned", "-")}
 """How each similarity of uptrain.json is called and drawn."""
 
 
-def energy(subjects: list[Subject]) -> Section:
+def energy(models: list[PageModel]) -> Section:
     """Return the section on energy kept, to be called inside `style.drawing`."""
     drawn, missing = [], []
     rows: list[tuple[str, ...]] = []
-    for subject in subjects:
-        kept = _noted(subject, "energy_kept")
+    for model in models:
+        kept = _noted(model, "energy_kept")
         if len(kept) > 1:
-            says = f"Share of key and value energy that each layer of {subject.name} kept, by method."
-            drawn.append(
-                Chart(f"energy-{slug(subject.name)}", charts.energy(kept), says, _caption([subject.name], subjects))
-            )
+            says = f"Share of key and value energy that each layer of {model.name} kept, by method."
+            drawn.append(Chart(f"energy-{slug(model.name)}", charts.energy(kept), says, _caption([model.name], models)))
         elif not kept:
-            missing.append(
-                f"{subject.name} has no record of it: no conversion in its history factored or pooled heads."
-            )
+            missing.append(f"{model.name} has no record of it: no conversion in its history factored or pooled heads.")
         else:
             (layer, methods), *_ = kept.items()
             missing.append(
-                f"{subject.name} was estimated in layer {layer} alone; uptrain convert --diagnose measures all layers."
+                f"{model.name} was estimated in layer {layer} alone; uptrain convert --diagnose measures all layers."
             )
         for layer, methods in kept.items():
             for method, sides in methods.items():
-                rows.append((subject.name, layer, method, f"{sides['keys']:.1%}", f"{sides['values']:.1%}"))
+                rows.append((model.name, layer, method, f"{sides['keys']:.1%}", f"{sides['values']:.1%}"))
     text = (
         "The share of the squared norm of each layer's stacked keys and values that the smaller form still expresses, "
         "before any training. What is lost here is what uptraining has to win back; a method below zero adds more "
@@ -50,25 +46,25 @@ def energy(subjects: list[Subject]) -> Section:
     )
 
 
-def similarity(subjects: list[Subject]) -> Iterator[Section]:
+def similarity(models: list[PageModel]) -> Iterator[Section]:
     """Yield the section on head similarity where a conversion recorded it, to be called inside `style.drawing`."""
     missing = []
     rows: list[tuple[str, ...]] = []
     # Of one source, the same heads come to share by whatever method.
     alike: list[tuple[dict[str, Any], list[str]]] = []
-    for subject in subjects:
-        layers = _noted(subject, "head_similarity")
+    for model in models:
+        layers = _noted(model, "head_similarity")
         same = next((names for found, names in alike if found == layers), None)
         if same is not None:
-            same.append(subject.name)
+            same.append(model.name)
         elif len(layers) > 1:
-            alike.append((layers, [subject.name]))
+            alike.append((layers, [model.name]))
         elif not layers:
-            missing.append(f"{subject.name} has no record of it: uptrain convert --diagnose measures it.")
+            missing.append(f"{model.name} has no record of it: uptrain convert --diagnose measures it.")
         for layer, kinds in layers.items():
             cells = [f"{kinds[kind][side]:.1%}" if kind in kinds else "–" for side in ("keys", "values")
                      for kind in _LINES]  # fmt: skip
-            rows.append((subject.name, layer, *cells))
+            rows.append((model.name, layer, *cells))
     if not rows:
         return
     text = (
@@ -81,7 +77,7 @@ def similarity(subjects: list[Subject]) -> Iterator[Section]:
     for layers, names in alike:
         says = f"How alike the heads of a group are in each layer of {', '.join(names)}, as stored and aligned."
         name = f"similarity-{slug(names[0])}"
-        drawn.append(Chart(name, similarity_chart(layers), says, _caption(names, subjects)))
+        drawn.append(Chart(name, similarity_chart(layers), says, _caption(names, models)))
     columns = ("checkpoint", "layer", "keys as stored", "keys aligned", "values as stored", "values aligned")
     yield Section("Head similarity by layer", text, drawn, columns, rows, missing)
 
@@ -107,11 +103,11 @@ def similarity_chart(layers: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
     return figure
 
 
-def _caption(names: Sequence[str], subjects: Sequence[Subject]) -> str:
-    return ", ".join(names) if len(subjects) > 1 else ""
+def _caption(names: Sequence[str], models: Sequence[PageModel]) -> str:
+    return ", ".join(names) if len(models) > 1 else ""
 
 
-def _noted(subject: Subject, name: str) -> dict[str, Any]:
+def _noted(model: PageModel, name: str) -> dict[str, Any]:
     """Return what the latest conversion that has it noted by layer."""
-    found = [stage[name] for stage in subject.conversions if stage.get(name)]
+    found = [stage[name] for stage in model.conversions if stage.get(name)]
     return found[-1] if found else {}

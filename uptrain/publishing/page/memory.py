@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from uptrain.architectures.attention import AttentionSpec, cache_bytes
-from uptrain.publishing.page.subjects import Subject
+from uptrain.publishing.page.models import PageModel
 
 CONTEXTS = tuple(4096 * 4**power for power in range(5))
 """Tokens: 4 K to 1 M."""
 
 
 @dataclass(frozen=True)
-class Form:
+class AttentionCache:
     """A form of attention, the bytes its cache takes by context, and what in the report has it."""
 
     name: str
@@ -20,17 +20,17 @@ class Form:
     owner: str = ""
 
 
-def forms(subjects: list[Subject]) -> list[Form]:
-    """Return MHA, GQA, MQA and MLA forms of the first subject's model and every subject's own, largest first.
+def attention_caches(models: list[PageModel]) -> list[AttentionCache]:
+    """Return MHA, GQA, MQA and MLA forms of the first model's model and every model's own, largest first.
 
-    GQA has the original's heads, else the subjects' own, else a quarter of the query heads. MLA has a subject's own
+    GQA has the original's heads, else the models' own, else a quarter of the query heads. MLA has a model's own
     latent, else one of DeepSeek-V2's proportions: four heads' dims and, where keys rotate, half a head's beside them.
 
     Source: DeepSeek-V2 (2024), section 3.1.2 for the proportions; Ainslie et al. 2023 for GQA.
     """
-    first = subjects[0]
+    first = models[0]
     heads = first.layers[0].num_attention_heads
-    alike = [each for each in subjects if _size(each) == _size(first)]
+    alike = [each for each in models if _size(each) == _size(first)]
     latent = next((each.layers for each in alike if each.layers[0].kind == "mla"), None)
     plain = tuple(_plain(layer) for layer in first.layers)
     counts = {each.original_heads for each in alike}
@@ -49,7 +49,7 @@ def forms(subjects: list[Subject]) -> list[Form]:
     original = _name(plain[0].grouped(first.original_heads))
     owners[original] = " and ".join(filter(None, ("the original", owners.get(original))))
     out = [
-        Form(
+        AttentionCache(
             name, {context: cache_bytes(layers, context, first.itemsize) for context in CONTEXTS}, owners.get(name, "")
         )
         for name, layers in found.items()
@@ -57,9 +57,9 @@ def forms(subjects: list[Subject]) -> list[Form]:
     return sorted(out, key=lambda form: -form.sizes[CONTEXTS[-1]])
 
 
-def _size(subject: Subject) -> tuple[int, int, int]:
-    layer = subject.layers[0]
-    return len(subject.layers), layer.num_attention_heads, layer.v_head_dim or layer.head_dim
+def _size(model: PageModel) -> tuple[int, int, int]:
+    layer = model.layers[0]
+    return len(model.layers), layer.num_attention_heads, layer.v_head_dim or layer.head_dim
 
 
 def _plain(layer: AttentionSpec) -> AttentionSpec:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from uptrain.checkpoint.writer import write_atomic
+from uptrain.checkpoint.files import write_atomic
 from uptrain.errors import UsageError, needing
 from uptrain.evaluation.sweep_results import read_sweep
+from uptrain.publishing.page.models import find_models, models_in
 from uptrain.publishing.page.section import Section
 from uptrain.publishing.page.sections import sections, summary
 from uptrain.publishing.page.style import drawing, png, svg
-from uptrain.publishing.page.subjects import find_subjects, subjects_in
 from uptrain.publishing.page.sweep import sweep_sections, sweep_summary
 from uptrain.training import plots
 
@@ -38,16 +38,16 @@ def write_page(directory: Path, out: Path | None = None) -> Page:
     """
     swept = read_sweep(directory)
     if swept is None:
-        subjects = find_subjects(directory)
+        models = find_models(directory)
     else:
-        subjects = subjects_in([directory / trial.name for trial in swept.trials])
+        models = models_in([directory / trial.name for trial in swept.trials])
     path = out or directory / PAGE
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"{path} can't be written.", "Name a file in a folder that exists.")
     plots.check()
     pictures = []
     with drawing():
-        found = sections(subjects) if swept is None else sweep_sections(swept, subjects)
+        found = sections(models) if swept is None else sweep_sections(swept, models)
         shown = []
         for section in found:
             charts = []
@@ -58,7 +58,7 @@ def write_page(directory: Path, out: Path | None = None) -> Page:
                 charts.append({"svg": svg(chart.figure, chart.name), "says": chart.says, "caption": chart.caption})
             shown.append({"section": section, "charts": charts})
     if swept is None:
-        title, head = _title(directory, len(subjects), "checkpoints"), summary(subjects)
+        title, head = _title(directory, len(models), "checkpoints"), summary(models)
     else:
         title, head = _title(directory, len(swept.trials), "conversions"), sweep_summary(swept)
     write_atomic(path, _render(title=title, summary=head, shown=shown))

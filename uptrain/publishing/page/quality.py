@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from uptrain.evaluation.tables import by_text, interval_in, number_in
 from uptrain.formatting import typed
 from uptrain.publishing.page import charts
+from uptrain.publishing.page.models import PageModel, table_of
 from uptrain.publishing.page.section import Chart, Section
 from uptrain.publishing.page.style import INK, SERIES, new_figure
-from uptrain.publishing.page.subjects import Subject, table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,18 +19,18 @@ ALL = "all"
 """What an evaluation calls the rows of several texts together."""
 
 
-def quality(subjects: list[Subject]) -> Section:
+def quality(models: list[PageModel]) -> Section:
     """Return the section on quality, to be called inside `style.drawing`."""
-    compared = [subject for subject in subjects if subject.figure("perplexity", "baseline") is not None]
+    compared = [model for model in models if model.metric("perplexity", "baseline") is not None]
     missing = [
-        f"{subject.name} has not been measured against its original: uptrain eval {typed(subject.folder)}"
-        for subject in subjects if subject not in compared
+        f"{model.name} has not been measured against its original: uptrain eval {typed(model.folder)}"
+        for model in models if model not in compared
     ]  # fmt: skip
-    missing += [sentence for subject in subjects for sentence in subject.left_out]
-    alike = [subject for subject in compared if subject.conditions == compared[0].conditions]
+    missing += [sentence for model in models for sentence in model.left_out]
+    alike = [model for model in compared if model.conditions == compared[0].conditions]
     missing += [
-        f"{subject.name} was measured on other text or otherwise than {alike[0].name}, so it is not drawn beside it."
-        for subject in compared if subject not in alike
+        f"{model.name} was measured on other text or otherwise than {alike[0].name}, so it is not drawn beside it."
+        for model in compared if model not in alike
     ]  # fmt: skip
     if not alike:
         return Section("Quality against cache", "", missing=missing)
@@ -61,16 +61,16 @@ Line = tuple[str, list[Mapping[str, Any]]]
 """A name, and the rows of eval.json it stands for, one a context."""
 
 
-def _lines(subjects: Sequence[Subject]) -> Iterator[Line]:
-    """Yield a line for each text of one subject, or for each of several subjects on all their text."""
-    for subject in subjects:
+def _lines(models: Sequence[PageModel]) -> Iterator[Line]:
+    """Yield a line for each text of one model, or for each of several models on all their text."""
+    for model in models:
         texts: dict[str, list[Mapping[str, Any]]] = {}
-        for row in subject.rows("rows"):
+        for row in model.rows("rows"):
             if number_in(row, "perplexity_ratio") is not None and number_in(row, "context") is not None:
                 texts.setdefault(str(row.get("text", "")), []).append(row)
-        if len(subjects) > 1:
+        if len(models) > 1:
             whole = texts.get(ALL) or next(iter(texts.values()), [])
-            yield subject.name, whole
+            yield model.name, whole
         else:
             yield from ((name.rpartition("/")[2], rows) for name, rows in texts.items())
 

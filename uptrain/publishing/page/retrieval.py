@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uptrain.evaluation.tables import needle, number_in
+from uptrain.publishing.page.models import PageModel, table_of
 from uptrain.publishing.page.section import ORIGINAL, Chart, Section
 from uptrain.publishing.page.style import INK, MUTED, SERIES, WIDTH
-from uptrain.publishing.page.subjects import Subject, table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,13 +24,13 @@ class Panel:
     cells: Mapping[tuple[int, float], tuple[float, float]]
 
 
-def retrieval(subjects: list[Subject]) -> Iterator[Section]:
+def retrieval(models: list[PageModel]) -> Iterator[Section]:
     """Yield the section where keys were asked for, to be called inside `style.drawing`."""
-    asked = [subject for subject in subjects if subject.rows("needle")]
+    asked = [model for model in models if model.rows("needle")]
     panels = list(_panels(asked))
     if not panels:
         return
-    samples = sorted({f"{each:,.0f}" for subject in asked for row in subject.rows("needle")
+    samples = sorted({f"{each:,.0f}" for model in asked for row in model.rows("needle")
                       if (each := number_in(row, "samples")) is not None})  # fmt: skip
     found = any(exact for panel in panels for exact, _ in panel.cells.values())
     text = (
@@ -48,12 +48,12 @@ def retrieval(subjects: list[Subject]) -> Iterator[Section]:
     yield Section("Retrieval", text, [Chart("retrieval", retrieval_chart(panels), says)], table.columns, table.rows)
 
 
-def _panels(subjects: Sequence[Subject]) -> Iterator[Panel]:
-    """Yield each subject's grid, before it its original's unless that stands there already."""
+def _panels(models: Sequence[PageModel]) -> Iterator[Panel]:
+    """Yield each model's grid, before it its original's unless that stands there already."""
     seen: list[Panel] = []
-    for subject in subjects:
-        for name, of in ((ORIGINAL, "baseline_"), (subject.name, "")):
-            panel = Panel(name, dict(_cells(subject.rows("needle"), of)))
+    for model in models:
+        for name, of in ((ORIGINAL, "baseline_"), (model.name, "")):
+            panel = Panel(name, dict(_cells(model.rows("needle"), of)))
             if panel.cells and panel not in seen:
                 seen.append(panel)
                 yield panel

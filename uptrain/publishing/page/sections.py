@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from uptrain.formatting import number, size, tokens
 from uptrain.publishing.page import charts
 from uptrain.publishing.page.layers import energy, similarity
-from uptrain.publishing.page.memory import CONTEXTS, forms
+from uptrain.publishing.page.memory import CONTEXTS, attention_caches
+from uptrain.publishing.page.models import PageModel
 from uptrain.publishing.page.quality import quality
 from uptrain.publishing.page.retrieval import retrieval
 from uptrain.publishing.page.samples import samples
 from uptrain.publishing.page.section import ORIGINAL, Chart, Section, slug
 from uptrain.publishing.page.speed import speed
 from uptrain.publishing.page.style import WIDTH
-from uptrain.publishing.page.subjects import Subject
 from uptrain.publishing.page.tasks import task_section
 from uptrain.training import plots
 
@@ -22,46 +22,46 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def summary(subjects: list[Subject]) -> Section:
-    """Return the table at the top: a row for the original and each subject, with what was measured."""
+def summary(models: list[PageModel]) -> Section:
+    """Return the table at the top: a row for the original and each model, with what was measured."""
     columns = ("", "cache per token", "kept", "perplexity", "times the original's", "KL, nats", "top-1", "flips")
     rows: list[tuple[str, ...]] = []
     seen = set()
-    for subject in subjects:
-        whole = subject.figure("cache_bytes_per_token", "baseline")
-        if whole is not None and subject.conditions not in seen:
-            seen.add(subject.conditions)
-            perplexity = number(subject.figure("perplexity", "baseline"), "{:.2f}")
+    for model in models:
+        whole = model.metric("cache_bytes_per_token", "baseline")
+        if whole is not None and model.conditions not in seen:
+            seen.add(model.conditions)
+            perplexity = number(model.metric("perplexity", "baseline"), "{:.2f}")
             rows.append((ORIGINAL, size(whole), "100 %", perplexity, "–", "–", "–", "–"))
-        before, after = _cache(subject)
+        before, after = _cache(model)
         rows.append(
             (
-                subject.name, size(after), f"{100 * after / before:.3g} %" if before else "–",
-                number(subject.figure("perplexity", "model"), "{:.2f}"),
-                number(subject.figure("perplexity_ratio"), "{:.3f}", subject.pair("perplexity_ratio_interval")),
-                number(subject.figure("kl"), "{:#.3g}", subject.pair("kl_interval")),
-                number(subject.figure("top1_agreement"), "{:.1%}"), number(subject.figure("flip_rate"), "{:.2%}"),
+                model.name, size(after), f"{100 * after / before:.3g} %" if before else "–",
+                number(model.metric("perplexity", "model"), "{:.2f}"),
+                number(model.metric("perplexity_ratio"), "{:.3f}", model.interval("perplexity_ratio_interval")),
+                number(model.metric("kl"), "{:#.3g}", model.interval("kl_interval")),
+                number(model.metric("top1_agreement"), "{:.1%}"), number(model.metric("flip_rate"), "{:.2%}"),
             )
         )  # fmt: skip
     return Section("Summary", "", columns=columns, rows=rows)
 
 
-def sections(subjects: list[Subject]) -> list[Section]:
+def sections(models: list[PageModel]) -> list[Section]:
     """Return the page's sections, to be called inside `style.drawing`."""
     return [
-        quality(subjects), *task_section(subjects), *retrieval(subjects), *samples(subjects), energy(subjects),
-        *similarity(subjects), _curves(subjects), speed(subjects), memory(subjects),
+        quality(models), *task_section(models), *retrieval(models), *samples(models), energy(models),
+        *similarity(models), _curves(models), speed(models), memory(models),
     ]  # fmt: skip
 
 
-def _curves(subjects: list[Subject]) -> Section:
+def _curves(models: list[PageModel]) -> Section:
     drawn = [
         Chart(
-            f"training-{slug(subject.name)}", _resized(plots.curves(subject.log)),
-            f"Losses of {subject.name} by tokens.",
-            subject.name * (len(subjects) > 1),
+            f"training-{slug(model.name)}", _resized(plots.curves(model.log)),
+            f"Losses of {model.name} by tokens.",
+            model.name * (len(models) > 1),
         )
-        for subject in subjects if subject.log
+        for model in models if model.log
     ]  # fmt: skip
     missing = [] if drawn else ["Nothing here was trained: no train_log.jsonl. uptrain train writes one."]
     return Section(
@@ -75,11 +75,11 @@ def _resized(figure: Figure) -> Figure:
     return figure
 
 
-def memory(subjects: list[Subject]) -> Section:
+def memory(models: list[PageModel]) -> Section:
     """Return the section on one request's cache, to be called inside `style.drawing`."""
-    found = forms(subjects)
+    found = attention_caches(models)
     text = (
-        f"The cache of one sequence at {subjects[0].itemsize} bytes a value, were the model's attention of each form: "
+        f"The cache of one sequence at {models[0].itemsize} bytes a value, were the model's attention of each form: "
         "arithmetic, nothing measured, also beyond the context that the model was trained for. Where no checkpoint "
         "here is MLA, its latent has DeepSeek-V2's proportions."
     )
@@ -97,10 +97,10 @@ def memory(subjects: list[Subject]) -> Section:
     return Section("Memory a request needs", text, [chart], columns, rows)
 
 
-def _cache(subject: Subject) -> tuple[float, float]:
-    """Return cache bytes per token of the original (0 where unknown) and of the subject, as its history has them."""
-    now = sum(layer.cache_values_per_token for layer in subject.layers) * subject.itemsize
+def _cache(model: PageModel) -> tuple[float, float]:
+    """Return cache bytes per token of the original (0 where unknown) and of the model, as its history has them."""
+    now = sum(layer.cache_values_per_token for layer in model.layers) * model.itemsize
     kept = 1.0
-    for stage in subject.conversions:
+    for stage in model.conversions:
         kept *= stage["cache_bytes_per_token"]["after"] / stage["cache_bytes_per_token"]["before"]
-    return (now / kept if subject.conversions else 0.0), now
+    return (now / kept if model.conversions else 0.0), now

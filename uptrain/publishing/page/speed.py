@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from uptrain.evaluation.tables import interval_in, number_in, run_of, speeds
 from uptrain.formatting import number, typed
 from uptrain.publishing.page import charts
+from uptrain.publishing.page.models import PageModel, table_of
 from uptrain.publishing.page.section import ORIGINAL, Chart, Section, slug
 from uptrain.publishing.page.style import MUTED, SERIES, new_figure
-from uptrain.publishing.page.subjects import Subject, table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,39 +19,37 @@ _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """How the lines of each batch are drawn, the smallest first."""
 
 
-def speed(subjects: list[Subject]) -> Section:
+def speed(models: list[PageModel]) -> Section:
     """Return the section on speed, to be called inside `style.drawing`."""
-    timed = [subject for subject in subjects if subject.figure("decode_tokens_per_second", "model") is not None]
+    timed = [model for model in models if model.metric("decode_tokens_per_second", "model") is not None]
     missing = [
-        f"{subject.name} has not been timed: uptrain eval {typed(subject.folder)}, without --no-speed."
-        for subject in subjects if subject not in timed
+        f"{model.name} has not been timed: uptrain eval {typed(model.folder)}, without --no-speed."
+        for model in models if model not in timed
     ]  # fmt: skip
     if not timed:
         return Section("Decode speed", "", missing=missing)
     found = timed[0].evaluation or {}
     device = run_of(found, "speed").get("device") or found.get("device", "")
     text = (
-        f"One sequence after {number(timed[0].figure('speed_context'), '{:,.0f}')} tokens, "
+        f"One sequence after {number(timed[0].metric('speed_context'), '{:,.0f}')} tokens, "
         f"{found.get('speed_dtype', '')} on {device}; medians of runs in turns, whiskers from slowest "
         "to fastest. A smaller cache speeds decoding up where reading it takes long: long contexts and large batches."
     )
     drawn = [Chart("speed", charts.speed(timed), "Decoded tokens per second of each result and of its original.")]
-    for subject in timed:
-        if len({number_in(row, "context") for row in subject.rows("speeds")} - {None}) > 1:
-            says = f"Decoded tokens per second of {subject.name} and of its original against the context, by batch."
-            drawn.append(
-                Chart(f"decode-{slug(subject.name)}", decode_chart(subject), says, subject.name * (len(timed) > 1))
-            )
+    for model in timed:
+        if len({number_in(row, "context") for row in model.rows("speeds")} - {None}) > 1:
+            says = f"Decoded tokens per second of {model.name} and of its original against the context, by batch."
+            drawn.append(Chart(f"decode-{slug(model.name)}", decode_chart(model), says, model.name * (len(timed) > 1)))
     table = table_of(timed, lambda found: speeds(found, "this", ORIGINAL))
     if table.rows:
         text += " The table has tokens per second of all sequences of a batch together."
     return Section("Decode speed", text, drawn, table.columns, table.rows, missing)
 
 
-def decode_chart(subject: Subject) -> Figure:
+def decode_chart(model: PageModel) -> Figure:
     """Draw decoded tokens per second against the context: a colour a model, a dash a batch, slowest to fastest."""
     found, axes = new_figure(3.4)
-    rows = subject.rows("speeds")
+    rows = model.rows("speeds")
     batches = sorted({each for row in rows if (each := number_in(row, "batch")) is not None})
     contexts = sorted({each for row in rows if (each := number_in(row, "context")) is not None})
     heights: list[float] = []
@@ -59,7 +57,7 @@ def decode_chart(subject: Subject) -> Figure:
         own = [row for row in rows if number_in(row, "batch") == batch and number_in(row, "context") is not None]
         mine = sorted(own, key=lambda row: float(row["context"]))
         # A little apart, or the bars of one context would lie on each other.
-        for name, of, colour, aside in ((ORIGINAL, "baseline_", MUTED, 1.0), (subject.name, "", SERIES[0], 1.03)):
+        for name, of, colour, aside in ((ORIGINAL, "baseline_", MUTED, 1.0), (model.name, "", SERIES[0], 1.03)):
             points = list(_points([(row["context"] * aside, number_in(row, f"{of}decode_tokens_per_second"),
                                     interval_in(row, f"{of}decode_range")) for row in mine]))  # fmt: skip
             if not points:

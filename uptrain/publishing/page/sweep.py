@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from uptrain.evaluation.sweep_results import Sweep
 from uptrain.formatting import number, size
 from uptrain.methods.registry import METHODS
+from uptrain.publishing.page.models import PageModel
 from uptrain.publishing.page.section import Chart, Section
 from uptrain.publishing.page.sections import memory
 from uptrain.publishing.page.style import INK, MUTED, SERIES, new_figure
-from uptrain.publishing.page.subjects import Subject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,8 +41,8 @@ def sweep_summary(found: Sweep) -> Section:
     return Section("Summary", "", columns=columns, rows=rows)
 
 
-def sweep_sections(found: Sweep, subjects: list[Subject]) -> list[Section]:
-    """Return the sections below the table, to be called inside `style.drawing`; `subjects` are the kept trials."""
+def sweep_sections(found: Sweep, models: list[PageModel]) -> list[Section]:
+    """Return the sections below the table, to be called inside `style.drawing`; `models` are the kept trials."""
     missing = [f"{each.target} by {each.method}: {each.why}" for each in found.refused]
     if not found.trials:
         return [Section("Quality against cache", "", missing=[*missing, "Nothing was measured yet: sweep again."])]
@@ -55,7 +55,7 @@ def sweep_sections(found: Sweep, subjects: list[Subject]) -> list[Section]:
     )
     says = "KL from the original against cache bytes per token, a mark for each target and method."
     quality = Section("Quality against cache", text, [Chart("pareto", pareto_chart(found), says)], missing=missing)
-    return [quality, *([memory(subjects)] if subjects else [])]
+    return [quality, *([memory(models)] if models else [])]
 
 
 def pareto_chart(found: Sweep) -> Figure:

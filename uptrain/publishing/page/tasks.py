@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uptrain.evaluation.tables import number_in, task_metric_name, tasks
+from uptrain.publishing.page.models import PageModel, table_of
 from uptrain.publishing.page.section import ORIGINAL, Chart, Section
 from uptrain.publishing.page.style import INK, SERIES, new_figure
-from uptrain.publishing.page.subjects import Subject, table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ _NORMAL = 1.959964
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """A model's share on a task's metric, and the half of its 95 % interval; 0 where no standard error is known."""
 
     task: str
@@ -29,9 +29,9 @@ class Score:
     half: float
 
 
-def task_section(subjects: list[Subject]) -> Iterator[Section]:
+def task_section(models: list[PageModel]) -> Iterator[Section]:
     """Yield the section where tasks were run, to be called inside `style.drawing`."""
-    ran = [subject for subject in subjects if subject.rows("tasks")]
+    ran = [model for model in models if model.rows("tasks")]
     if not ran:
         return
     table = table_of(ran, lambda found: tasks(found, "this", ORIGINAL))
@@ -48,16 +48,16 @@ def task_section(subjects: list[Subject]) -> Iterator[Section]:
     yield Section("Tasks", text, drawn, table.columns, table.rows)
 
 
-def _scores(subjects: Sequence[Subject]) -> Iterator[Score]:
+def _scores(models: Sequence[PageModel]) -> Iterator[TaskScore]:
     """Yield what can stand on one axis: metrics whose every value is a share, and more of which is better."""
-    listed: dict[tuple[str, str], list[Score]] = {}
-    for subject in subjects:
-        for row in subject.rows("tasks"):
+    listed: dict[tuple[str, str], list[TaskScore]] = {}
+    for model in models:
+        for row in model.rows("tasks"):
             key = (str(row.get("task", "")), task_metric_name(row))
-            for name, of in ((ORIGINAL, "baseline_"), (subject.name, "")):
+            for name, of in ((ORIGINAL, "baseline_"), (model.name, "")):
                 value, stderr = number_in(row, f"{of}value"), number_in(row, f"{of}stderr")
                 if value is not None and row.get("higher_is_better") is not False:
-                    score = Score(*key, name, value, _NORMAL * (stderr or 0.0))
+                    score = TaskScore(*key, name, value, _NORMAL * (stderr or 0.0))
                     found = listed.setdefault(key, [])
                     if score not in found:
                         found.append(score)
@@ -66,7 +66,7 @@ def _scores(subjects: Sequence[Subject]) -> Iterator[Score]:
             yield from found
 
 
-def task_chart(scores: Sequence[Score]) -> Figure:
+def task_chart(scores: Sequence[TaskScore]) -> Figure:
     """Draw a dot with its interval for each score: a row a task and metric, a colour a model."""
     kinds = list(dict.fromkeys((score.task, score.metric) for score in scores))
     names = sorted(dict.fromkeys(score.name for score in scores), key=lambda name: name != ORIGINAL)

@@ -1,4 +1,4 @@
-"""The whole way on the embedded demo: convert to shared heads, measure, uptrain, measure again."""
+"""The demo, on the embedded checkpoint: convert to shared heads, measure, uptrain, measure again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from uptrain.checkpoint.events import Events
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.evaluation.run import Evaluation, ModelMetrics, evaluate
+from uptrain.evaluation import Evaluation, EvaluationSettings, evaluate
+from uptrain.evaluation.result import ModelMetrics
 from uptrain.training import recipes
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ UPTRAINED_ON = 204_800
 """Tokens of uptraining: half the recipe's, so that two cores without bfloat16 take less than two minutes for all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Demo:
-    """The three models' figures; both evaluations are against the original on the same held-out tokens."""
+    """Metrics of the three models; both evaluations compare with the original on the same held-out tokens."""
 
     original: ModelMetrics
     converted: Evaluation
@@ -58,18 +59,18 @@ def run_demo(
     Raises:
         UptrainError: as `convert`, `train` and `evaluate`.
     """
-    from uptrain.training.trainer import train
+    from uptrain.training.run import train
 
     say = events.note
     converted, uptrained = out / f"demo-gqa{GROUPS}", out / f"demo-gqa{GROUPS}-uptrained"
     say(f"Converting demo (8 key/value heads) to {GROUPS} with mean pooling → {converted}")
     convert("demo", converted, Request(target="gqa", groups=GROUPS), overwrite=True)
     say("Measuring it against the original on held-out text")
-    before = evaluate(str(converted), "demo", tokens=tokens)
+    before = evaluate(str(converted), EvaluationSettings(tokens=tokens), baseline="demo")
     say(f"Uptraining it with recipes/{RECIPE}.yaml → {uptrained}")
     given = (f"model={converted}", f"output={uptrained}", "overwrite=true", "held_out=[]", f"tokens={UPTRAINED_ON}")
-    train(recipes.load(RECIPE, (*given, *overrides)), restart=True, events=Events(step=events.step))
+    train(recipes.load_recipe(RECIPE, (*given, *overrides)), restart=True, events=Events(step=events.step))
     say("Measuring the result")
-    after = evaluate(str(uptrained), "demo", tokens=tokens)
+    after = evaluate(str(uptrained), EvaluationSettings(tokens=tokens), baseline="demo")
     assert before.baseline is not None
-    return Demo(before.baseline, before, after, out)
+    return Demo(original=before.baseline, converted=before, uptrained=after, folder=out)

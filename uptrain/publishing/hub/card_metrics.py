@@ -43,7 +43,7 @@ _OF_BOTH = (
 
 
 @dataclass(frozen=True)
-class Figure:
+class CardMetric:
     """A figure of the model and, where there is one, of its baseline; `metric` is empty for what isn't quality."""
 
     name: str
@@ -62,7 +62,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Score:
+class CardScore:
     """The model's score on a task of lm-eval, by the task's and the metric's names; `name` has the filter too."""
 
     task: str
@@ -72,18 +72,18 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Figures:
+class CardMetrics:
     """All figures of an evaluation, on which text, and the conditions in words.
 
     `tables` are those of what was measured in several places, by title; `scores` those of tasks. `weights` digests what
     was measured, empty where that was not recorded.
     """
 
-    rows: tuple[Figure, ...]
+    rows: tuple[CardMetric, ...]
     text: str
     conditions: str
     tables: tuple[tuple[str, MetricTable], ...] = ()
-    scores: tuple[Score, ...] = ()
+    scores: tuple[CardScore, ...] = ()
     weights: str = ""
 
     def results(self, task: str) -> list[EvalResult]:
@@ -106,7 +106,7 @@ class Figures:
         ]  # fmt: skip
 
 
-def read_figures(directory: Path) -> Figures | None:
+def read_metrics(directory: Path) -> CardMetrics | None:
     """Return the figures in the folder's eval.json, or None where there are none.
 
     Raises:
@@ -121,19 +121,19 @@ def read_figures(directory: Path) -> Figures | None:
         raise CheckpointError(error.message, "Run `uptrain eval` again, or remove it.") from None
     model, baseline = _mapping(found.get("model")), _mapping(found.get("baseline"))
     rows = [
-        Figure(name, metric, value, number_in(baseline, key), form)
+        CardMetric(name, metric, value, number_in(baseline, key), form)
         for name, key, form, metric in _OF_EACH
         if (value := number_in(model, key)) is not None
     ]
     rows += [
-        Figure(name, metric, value, None, form)
+        CardMetric(name, metric, value, None, form)
         for name, key, form, metric in _OF_BOTH
         if (value := number_in(found, key)) is not None
     ]
     if not rows:
         return None
     tables, scores = tuple(_tables(found)), tuple(_scores(found))
-    return Figures(tuple(rows), _text(found), _conditions(found), tables, scores, weights_of(found))
+    return CardMetrics(tuple(rows), _text(found), _conditions(found), tables, scores, weights_of(found))
 
 
 def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, MetricTable]]:
@@ -148,11 +148,11 @@ def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, MetricTable]]:
     yield from ((title, table) for title, least, table in made if len(table.rows) >= least)
 
 
-def _scores(found: Mapping[str, Any]) -> Iterator[Score]:
+def _scores(found: Mapping[str, Any]) -> Iterator[CardScore]:
     for row in rows_of(found, "tasks"):
         value = number_in(row, "value")
         if value is not None and row.get("task") and row.get("metric"):
-            yield Score(str(row["task"]), str(row["metric"]), task_metric_name(row), value)
+            yield CardScore(str(row["task"]), str(row["metric"]), task_metric_name(row), value)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ LOG = "train_log.jsonl"
 
 
 @dataclass(frozen=True)
-class Subject:
+class PageModel:
     """One checkpoint: its name, history, attention, measurements (None without eval.json) and training log.
 
     `left_out` are sentences on what eval.json has that isn't of these weights.
@@ -69,12 +69,12 @@ class Subject:
         names = (_mapping(found.get("baseline")).get("name"), str(found.get("texts")))
         return (*names, *(found.get(key) for key in ("context", "stride", "tokens", "dtype")))
 
-    def figure(self, name: str, of: str = "") -> float | None:
+    def metric(self, name: str, of: str = "") -> float | None:
         """Return a number of eval.json, or of its `model` or `baseline`; None where it has none."""
         value = number_in(self._part(of), name)
         return None if value is None else float(value)
 
-    def pair(self, name: str, of: str = "") -> tuple[float, float] | None:
+    def interval(self, name: str, of: str = "") -> tuple[float, float] | None:
         """Return an interval or a range of eval.json, likewise."""
         return interval_in(self._part(of), name)
 
@@ -87,21 +87,21 @@ class Subject:
         return _mapping(found.get(of)) if of else found
 
 
-def table_of(subjects: Sequence[Subject], make: Callable[[Mapping[str, Any]], MetricTable]) -> MetricTable:
-    """Return what `make` tells of each subject's eval.json as one table, after a column of their names."""
-    made = [(subject.name, make(subject.evaluation or {})) for subject in subjects]
+def table_of(models: Sequence[PageModel], make: Callable[[Mapping[str, Any]], MetricTable]) -> MetricTable:
+    """Return what `make` tells of each model's eval.json as one table, after a column of their names."""
+    made = [(model.name, make(model.evaluation or {})) for model in models]
     rows: list[tuple[str, ...]] = [(name, *row) for name, table in made for row in table.rows]
     return MetricTable(("checkpoint", *made[0][1].columns), rows)
 
 
-def find_subjects(directory: Path) -> list[Subject]:
+def find_models(directory: Path) -> list[PageModel]:
     """Return the checkpoint in `directory`, or those in its subfolders, by name.
 
     Raises:
         UsageError: uptrain wrote none of them.
         CheckpointError: a manifest, config, eval.json or log that is broken.
     """
-    found = subjects_in([directory, *sorted(directory.iterdir())] if directory.is_dir() else [])
+    found = models_in([directory, *sorted(directory.iterdir())] if directory.is_dir() else [])
     if not found:
         raise UsageError(
             f"{directory} holds no checkpoint that uptrain wrote.",
@@ -110,16 +110,16 @@ def find_subjects(directory: Path) -> list[Subject]:
     return found[:1] if found[0].folder == directory else found
 
 
-def subjects_in(folders: Sequence[Path]) -> list[Subject]:
+def models_in(folders: Sequence[Path]) -> list[PageModel]:
     """Return the checkpoints that those of `folders` are which uptrain wrote.
 
     Raises:
-        CheckpointError: as `find_subjects`.
+        CheckpointError: as `find_models`.
     """
-    return [subject for folder in folders if folder.is_dir() and (subject := _subject(folder)) is not None]
+    return [model for folder in folders if folder.is_dir() and (model := _page_model(folder)) is not None]
 
 
-def _subject(folder: Path) -> Subject | None:
+def _page_model(folder: Path) -> PageModel | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
@@ -128,7 +128,7 @@ def _subject(folder: Path) -> Subject | None:
     evaluation: Mapping[str, Any] | None = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     name = folder.resolve().name
     evaluation, left_out = _of_these_weights(name, folder, manifest, evaluation)
-    return Subject(name, folder, manifest["stages"], model, evaluation, _log(folder / LOG), left_out)
+    return PageModel(name, folder, manifest["stages"], model, evaluation, _log(folder / LOG), left_out)
 
 
 def _of_these_weights(
