@@ -22,7 +22,7 @@ from uptrain.methods.rotary import Rotary
 def latent_shape(target: MLASpec) -> LatentShape:
     """Return the sizes of a latent as the factorisation takes them."""
     return LatentShape(
-        target.rope, target.kv_lora_rank, target.rope_pairs, target.qk_nope_head_dim > 0, target.rotary_factor
+        target.rope, target.kv_lora_rank, target.rope_pairs, target.qk_nope_head_dim > 0, target.attention_factor
     )
 
 

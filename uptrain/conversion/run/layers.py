@@ -58,12 +58,7 @@ class LayerMaker:
         self._uses_torch = plan.request.needs_torch
         self._sample = len(plan.before) // 2
         self._pool_only = bool(plan.source.why_pool_only)
-        self._dtypes = {
-            (tensor.layer, tensor.module): tensor.info.dtype
-            for shard in plan.shards.values()
-            for tensor in shard
-            if tensor.operation == "attention"
-        }
+        self._dtypes = {(part.layer, part.module): part.output.dtype for part in plan.attention_parts}
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
