@@ -66,7 +66,7 @@ def make_smollm2(out: Path, dtype: str = "bfloat16") -> None:
             quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
             dtype=torch.float32,
         )
-        # Left in, it would make the folder look quantised.
+        # Left in, it would make the folder look quantized.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         made = Path(work) / "made"

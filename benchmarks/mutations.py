@@ -30,7 +30,7 @@ SECONDS = 900
 PLANS = ("--noconftest", "tests/conversion/test_refusals.py")
 """These need neither torch nor the fixtures, and take two seconds."""
 ORDER = ("tests/architectures/test_head_order.py",)
-QUANTISED = ("tests/architectures/test_quantization.py",)
+QUANTIZED = ("tests/architectures/test_quantization.py",)
 READING = (
     "tests/checkpoint",
     "tests/checkpoint/test_hub.py",
@@ -49,9 +49,9 @@ NOTICED_BY: dict[str, tuple[str, ...]] = {
     "uptrain/architectures/validation.py": PLANS,
     "uptrain/architectures/rope.py": PLANS,
     "uptrain/architectures/head_order.py": ORDER,
-    "uptrain/conversion/plan/quantized.py": QUANTISED,
-    "uptrain/architectures/quantization.py": QUANTISED,
-    "uptrain/checkpoint/gguf.py": QUANTISED,
+    "uptrain/conversion/plan/quantized.py": QUANTIZED,
+    "uptrain/architectures/quantization.py": QUANTIZED,
+    "uptrain/checkpoint/gguf.py": QUANTIZED,
     "uptrain/checkpoint/header.py": READING,
     "uptrain/checkpoint/jsonfile.py": READING,
     "uptrain/checkpoint/reader.py": READING,

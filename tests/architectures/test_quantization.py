@@ -1,4 +1,4 @@
-"""Quantised checkpoints: what isn't read is named, what is only passed on stays as it was, and codes are no weights."""
+"""Quantized checkpoints: what isn't read is named, what is only passed on stays as it was, and codes are no weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_families import load, logits
 from tests.oracle import pool_and_repeat, pool_model
-from tests.quantised import PLAIN, SCHEMES, THROUGHOUT, fp8, save_plain, save_quantised
-from uptrain.architectures.quantization import check_read, quantisation_in
+from tests.quantized import PLAIN, SCHEMES, THROUGHOUT, fp8, save_plain, save_quantized
+from uptrain.architectures.quantization import check_read, quantization_in
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
@@ -42,9 +42,9 @@ REQUESTS = [GQA, Request("mqa", method="svd"), MLA, Request("gqa", 4)]
 
 @pytest.mark.parametrize("declare", [True, False], ids=["declared", "undeclared"])
 @pytest.mark.parametrize("scheme", THROUGHOUT)
-def test_a_source_that_is_quantised_throughout_is_named(scheme: str, declare: bool, tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention=True, declare=declare)
-    called = SCHEMES[scheme].called if declare else "quantised with "
+def test_a_source_that_is_quantized_throughout_is_named(scheme: str, declare: bool, tmp_path: Path) -> None:
+    source = save_quantized(tmp_path / "src", scheme, attention=True, declare=declare)
+    called = SCHEMES[scheme].called if declare else "quantized with "
     for request in REQUESTS:
         with pytest.raises(CheckpointError, match=called) as caught:
             convert(str(source), tmp_path / "out", request)
@@ -54,7 +54,7 @@ def test_a_source_that_is_quantised_throughout_is_named(scheme: str, declare: bo
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_tensors_alone_tell_the_scheme(scheme: str, tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", scheme, SCHEMES[scheme].attention, declare=False)
+    source = save_quantized(tmp_path / "src", scheme, SCHEMES[scheme].attention, declare=False)
     found = inspect(str(source)).quantised
     if scheme != "int8":  # weights and scales, which several tools write
         assert found.partition(",")[0] == SCHEMES[scheme].called.partition(",")[0]
@@ -64,10 +64,10 @@ def test_the_tensors_alone_tell_the_scheme(scheme: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "attention"), [*((name, False) for name in SCHEMES), *((name, True) for name in THROUGHOUT)]
 )
-def test_inspect_shows_parameters_and_cache_as_before_quantisation(
+def test_inspect_shows_parameters_and_cache_as_before_quantization(
     scheme: str, attention: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention)
+    source = save_quantized(tmp_path / "src", scheme, attention)
     found, plain = inspect(str(source)), inspect(str(save_plain(tmp_path / "plain")))
     assert found.quantised == SCHEMES[scheme].called
     assert found.parameters == plain.parameters
@@ -84,13 +84,13 @@ def test_the_cache_is_priced_by_what_the_config_says_the_model_computes_in(
     key: str, said: str, itemsize: int, tmp_path: Path
 ) -> None:
     says: dict[str, Any] = {"torch_dtype": None, key: said}
-    source = save_quantised(tmp_path / "src", "bnb8", attention=True, **says)
+    source = save_quantized(tmp_path / "src", "bnb8", attention=True, **says)
     assert inspect(str(source)).cache_bytes_per_token == 2 * 2 * 64 * itemsize
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantised_parts_pass_through_bit_by_bit_where_attention_floats(scheme: str, tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention=False)
+def test_quantized_parts_pass_through_bit_by_bit_where_attention_floats(scheme: str, tmp_path: Path) -> None:
+    source = save_quantized(tmp_path / "src", scheme, attention=False)
     convert(str(source), tmp_path / "out", GQA)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -110,7 +110,7 @@ def test_quantised_parts_pass_through_bit_by_bit_where_attention_floats(scheme: 
     "lost", ["model.norm.weight", "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"]
 )
 def test_what_is_missing_beside_codes_is_named(scheme: str, lost: str, tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention=False)
+    source = save_quantized(tmp_path / "src", scheme, attention=False)
     found = load_file(source / "model.safetensors")
     del found[lost]
     save_file(found, source / "model.safetensors", {"format": "pt"})
@@ -120,8 +120,8 @@ def test_what_is_missing_beside_codes_is_named(scheme: str, lost: str, tmp_path:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_layer_that_is_not_quantised_like_the_others_lacks_nothing(scheme: str, tmp_path: Path) -> None:
-    source, plain = save_quantised(tmp_path / "src", scheme, attention=False), save_plain(tmp_path / "plain")
+def test_a_layer_that_is_not_quantized_like_the_others_lacks_nothing(scheme: str, tmp_path: Path) -> None:
+    source, plain = save_quantized(tmp_path / "src", scheme, attention=False), save_plain(tmp_path / "plain")
     found, floats = (load_file(folder / "model.safetensors") for folder in (source, plain))
     kept = {name: value for name, value in found.items() if not name.startswith("model.layers.0.mlp.")}
     kept |= {name: value for name, value in floats.items() if name.startswith("model.layers.0.mlp.")}
@@ -141,13 +141,13 @@ def test_a_layer_that_is_not_quantised_like_the_others_lacks_nothing(scheme: str
     ids=["deepseek_v3", "uptrain_llama_mla", "dtype", "calibrated"],
 )
 def test_what_would_not_leave_codes_as_they_are_is_refused(scheme: str, request_: Request, tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention=False)
-    with pytest.raises(UsageError, match="quantised"):
+    source = save_quantized(tmp_path / "src", scheme, attention=False)
+    with pytest.raises(UsageError, match="quantized"):
         convert(str(source), tmp_path / "out", request_)
     assert not (tmp_path / "out").exists()
 
 
-def quantise_mlp(folder: Path, part: str) -> None:
+def quantize_mlp(folder: Path, part: str) -> None:
     """Store the linears whose names have `part` as fp8 with block scales, as transformers reads it."""
     found = load_file(folder / "model.safetensors")
     for name in [name for name in found if part in name and name.endswith(".weight")]:
@@ -171,7 +171,7 @@ def test_the_result_is_what_transformers_makes_of_the_pooled_source(
     source = tmp_path / "src"
     tiny_model(tiny_config(model_type)).save_pretrained(source)
     whole = logits(load(source))
-    quantise_mlp(source, part)
+    quantize_mlp(source, part)
     oracle = pool_model(load(source), 2, method)
     assert (logits(load(source)) - whole).abs().max() > 1e-4 * whole.abs().max()  # it does read the codes
     convert(str(source), tmp_path / "out", Request("gqa", 2, method))
@@ -191,13 +191,13 @@ def test_classes_with_other_names_or_weights_do_not_take_codes(
     if model_type == "gpt2" and request_.target == "mla":
         request_ = Request("mla")
     plan_conversion(str(source), request_)
-    quantise_mlp(source, ".mlp.")
-    with pytest.raises(UsageError, match="quantised"):
+    quantize_mlp(source, ".mlp.")
+    with pytest.raises(UsageError, match="quantized"):
         plan_conversion(str(source), request_)
 
 
-def test_a_config_that_quantises_floats_while_loading_is_not_dropped(tmp_path: Path) -> None:
-    """Such a source is quantised by its loader, and so is its result; a latent's config would lose that."""
+def test_a_config_that_quantizes_floats_while_loading_is_not_dropped(tmp_path: Path) -> None:
+    """Such a source is quantized by its loader, and so is its result; a latent's config would lose that."""
     says = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}
     source = save_plain(tmp_path / "src", quantization_config=says)
     convert(str(source), tmp_path / "out", Request("gqa", 2, dtype="float32"))
@@ -208,10 +208,10 @@ def test_a_config_that_quantises_floats_while_loading_is_not_dropped(tmp_path: P
 
 
 @pytest.mark.parametrize("where", ["config", "tensors"])
-def test_a_quantised_cache_fits_the_heads_it_was_measured_on(where: str, tmp_path: Path) -> None:
+def test_a_quantized_cache_fits_the_heads_it_was_measured_on(where: str, tmp_path: Path) -> None:
     scheme = {"num_bits": 8, "type": "float"} if where == "config" else None
     says = {**SCHEMES["packed"].says, "kv_cache_scheme": scheme}
-    source = save_quantised(tmp_path / "src", "packed", attention=False, quantization_config=says)
+    source = save_quantized(tmp_path / "src", "packed", attention=False, quantization_config=says)
     if where == "tensors":
         plan_conversion(str(source), GQA)
         found = load_file(source / "model.safetensors")
@@ -241,7 +241,7 @@ def test_floats_of_8_bits_without_scales_are_values_but_no_other_dtype_s(name: s
         plan_conversion(str(source), Request("gqa", 2, dtype="float32"))
 
 
-def test_plain_checkpoints_are_not_taken_for_quantised(tmp_path: Path) -> None:
+def test_plain_checkpoints_are_not_taken_for_quantized(tmp_path: Path) -> None:
     source = save_plain(tmp_path / "src", quantization_config=None)
     masks = {"model.layers.0.self_attn.mask": torch.ones(4, 4, dtype=torch.uint8), "ids": torch.arange(3)}
     save_file({**PLAIN, **masks}, source / "model.safetensors", {"format": "pt"})
@@ -257,7 +257,7 @@ def test_a_quantization_config_of_another_kind_is_refused(tmp_path: Path) -> Non
 
 
 def test_files_of_older_tools_tell_the_width(tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", "gptq", attention=True, declare=False)
+    source = save_quantized(tmp_path / "src", "gptq", attention=True, declare=False)
     (source / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": False}))
     found = inspect(str(source))
     assert found.quantised == "GPTQ, 4 bits" and found.parameters == inspect(str(save_plain(tmp_path / "p"))).parameters
@@ -266,20 +266,20 @@ def test_files_of_older_tools_tell_the_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["gptq", "bnb4", "int8", "mlx"])
 def test_codes_are_never_loaded_as_weights(scheme: str, tmp_path: Path) -> None:
     """Eval and train load through transformers, which skips what it doesn't know or isn't told of."""
-    undeclared = save_quantised(tmp_path / "undeclared", scheme, attention=False, declare=False)
+    undeclared = save_quantized(tmp_path / "undeclared", scheme, attention=False, declare=False)
     for read in (lambda folder: loading.load_model(resolve(str(folder))), load_for_generating):
         with pytest.raises(CheckpointError, match="codes"):
             read(undeclared)
     says = {"quant_method": "brand-new", "bits": 4}
-    unknown = save_quantised(tmp_path / "unknown", scheme, attention=False, quantization_config=says)
+    unknown = save_quantized(tmp_path / "unknown", scheme, attention=False, quantization_config=says)
     for read in (lambda folder: loading.load_model(resolve(str(folder))), load_for_generating):
         with pytest.raises(CheckpointError, match="brand-new"):
             read(unknown)
 
 
 def test_scales_that_a_class_has_no_place_for_are_not_lost(tmp_path: Path) -> None:
-    """As of linears that are none of torch's, which transformers' quantiser leaves alone, codes and all."""
-    found = quantisation_in(save_quantised(tmp_path / "src", "fp8", attention=False))
+    """As of linears that are none of torch's, which transformers' quantizer leaves alone, codes and all."""
+    found = quantization_in(save_quantized(tmp_path / "src", "fp8", attention=False))
     check_read(found, ["model.layers.0.self_attn.rotary_emb.inv_freq"], "src")
     check_read(None, ["model.layers.0.mlp.up_proj.weight_scale_inv"], "src")
     with pytest.raises(CheckpointError, match=r"up_proj\.weight_scale_inv"):
@@ -288,7 +288,7 @@ def test_scales_that_a_class_has_no_place_for_are_not_lost(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_codes_of_which_the_config_is_silent_are_not_passed_on(scheme: str, tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention=False, declare=False)
+    source = save_quantized(tmp_path / "src", scheme, attention=False, declare=False)
     with pytest.raises(CheckpointError, match="config"):
         plan_conversion(str(source), GQA)
 
@@ -297,7 +297,7 @@ def test_codes_of_which_the_config_is_silent_are_not_passed_on(scheme: str, tmp_
 def test_a_library_that_is_not_there_is_a_sentence_that_names_the_scheme(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention=False)
+    source = save_quantized(tmp_path / "src", scheme, attention=False)
 
     def absent(*args: Any, **kwargs: Any) -> Any:
         raise ImportError("it needs a library")
@@ -309,7 +309,7 @@ def test_a_library_that_is_not_there_is_a_sentence_that_names_the_scheme(
 
 @pytest.mark.parametrize("scheme", ["fp8", "bnb8", "gptq"])
 def test_codes_are_not_trained(scheme: str, tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention=False)
+    source = save_quantized(tmp_path / "src", scheme, attention=False)
     recipe = Recipe.model_construct(attn_implementation=None, dtype=None)
     with pytest.raises(UsageError, match=SCHEMES[scheme].called):
         make_student(recipe, resolve(str(source)), None)
@@ -326,19 +326,19 @@ def test_a_model_that_computes_with_codes_keeps_them(dtype: torch.dtype) -> None
 
 def test_pictures_of_codes_are_not_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    source = save_quantised(tmp_path / "src", "int8", attention=True)
+    source = save_quantized(tmp_path / "src", "int8", attention=True)
     with pytest.raises(CheckpointError, match="compressed-tensors"):
         plot_heads(str(source), tmp_path / "heads.png")
     assert not (tmp_path / "heads.png").exists()
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "packed"])
-def test_a_card_says_what_is_quantised(scheme: str, tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", scheme, attention=False)
+def test_a_card_says_what_is_quantized(scheme: str, tmp_path: Path) -> None:
+    source = save_quantized(tmp_path / "src", scheme, attention=False)
     out = convert(str(source), tmp_path / "out", GQA).out
     stages = json.loads((out / "uptrain.json").read_text())["stages"]
     card = build_card(CardSubject("me/small", stages, read_config(out), None), Licence("mit", "a test"), None, ({}, ""))
-    assert f"outside attention are quantised ({SCHEMES[scheme].called})" in str(card)
+    assert f"outside attention are quantized ({SCHEMES[scheme].called})" in str(card)
     assert f"{2 * 2 * 32 * 2:,} bytes per token" in str(card)  # bfloat16, as the model computes
 
 
@@ -356,7 +356,7 @@ def test_gguf_files_are_named(config: bool, tmp_path: Path) -> None:
 
 
 def test_inspecting_codes_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
-    source = save_quantised(tmp_path / "src", "mxfp4", attention=False)
+    source = save_quantized(tmp_path / "src", "mxfp4", attention=False)
     code = (
         "import sys; from uptrain.cli.app import run; "
         f"assert run(['inspect', {str(source)!r}]) == 0; assert run(['convert', {str(source)!r}, '--dry-run']) == 0; "

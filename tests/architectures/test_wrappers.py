@@ -275,7 +275,7 @@ def test_codes_in_the_language_model_are_named(place: str, tmp_path: Path) -> No
     assert "GPTQ" in inspect(str(source)).quantised
 
 
-def test_a_quantised_part_that_sees_goes_along(tmp_path: Path) -> None:
+def test_a_quantized_part_that_sees_goes_along(tmp_path: Path) -> None:
     source = save_wrapper(tmp_path / "s", "llava")
     found = tensors(source)
     key = next(key for key in found if "vision" in key and key.endswith("fc1.weight"))

@@ -22,8 +22,9 @@ import pytest
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint import shared_work
 from uptrain.checkpoint.events import Events
+from uptrain.checkpoint.locks import LOCK
 from uptrain.checkpoint.manifest import verify
-from uptrain.checkpoint.output_folder import LOCK, STATE, partial_of
+from uptrain.checkpoint.output_folder import STATE, partial_of
 from uptrain.checkpoint.shared_work import CALIBRATION, SharedWorker
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert

@@ -19,6 +19,7 @@ from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_families import SOURCES, family
 from tests.conversion.test_svd import NORMED
 from tests.gauge import scatter_heads
+from tests.methods.layers import reorder
 from uptrain.architectures.description import describe_checkpoint
 from uptrain.architectures.projections import LayerHeads
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
@@ -31,7 +32,6 @@ from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarge
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of
-from uptrain.methods.head_maps import reorder
 
 QUICK = CalibrationSettings(held_out=0.25, probes=4, repair_steps=0)
 FAMILY_NAMES = [name for name in SOURCES if name not in NORMED and not family(name).uncalibrated]

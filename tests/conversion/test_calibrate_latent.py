@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_calibrate import QUICK, as_if_all_were_made, opened, tokens
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.conversion.calibration.engine import LayerReport, calibrate
 from uptrain.conversion.calibration.targets import MLATarget
 from uptrain.methods.mla import LatentShape
@@ -31,34 +32,36 @@ def run(target: MLATarget, **changes) -> list[tuple]:
 
 def every_component(target: MLATarget) -> LatentShape:
     spec = target.before[0]
-    slots = tuple(pair for pair in range(spec.head_dim // 2) for _ in range(spec.num_key_value_heads))
-    return LatentShape("decoupled", spec.num_key_value_heads * spec.head_dim, slots, nope=False)
+    pairs = tuple(pair for pair in range(spec.head_dim // 2) for _ in range(spec.num_key_value_heads))
+    return LatentShape(MLARope.DECOUPLED, spec.num_key_value_heads * spec.head_dim, pairs, nope=False)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 def test_every_component_in_the_rotary_key_leaves_no_error(tmp_path, model_type):
-    target = prepared(tmp_path, model_type, LatentShape("free", 1))
+    target = prepared(tmp_path, model_type, LatentShape(MLARope.NONE, 1))
     target = replace(target, shape=every_component(target))
     for maps, report in run(target):
         assert report.choice.error < 1e-9
         assert maps.k_rope.shape[0] == 2 * len(target.shape.pairs)
 
 
-@pytest.mark.parametrize(("model_type", "form"), [("gpt2", "free"), ("llama", "re-rotate"), ("qwen2", "re-rotate")])
-def test_a_latent_wider_than_the_input_leaves_no_error(tmp_path, model_type, form):
-    target = prepared(tmp_path, model_type, LatentShape(form, 1))
+@pytest.mark.parametrize(
+    ("model_type", "rope"), [("gpt2", MLARope.NONE), ("llama", MLARope.PRE_ROPE), ("qwen2", MLARope.PRE_ROPE)]
+)
+def test_a_latent_wider_than_the_input_leaves_no_error(tmp_path, model_type, rope):
+    target = prepared(tmp_path, model_type, LatentShape(rope, 1))
     hidden = target.source.config.get("n_embd") or target.source.config["hidden_size"]
-    target = replace(target, shape=LatentShape(form, hidden + 1))
+    target = replace(target, shape=LatentShape(rope, hidden + 1))
     for maps, report in run(target):
         assert report.choice.error < 1e-9
         assert maps.down.shape == (hidden + 1, hidden)
 
 
 SHAPES = [
-    ("gpt2", LatentShape("free", 12)),
-    ("llama", LatentShape("re-rotate", 12)),
-    ("llama", LatentShape("decoupled", 8, (0, 1))),
-    ("qwen2", LatentShape("decoupled", 8, (0, 0, 1))),
+    ("gpt2", LatentShape(MLARope.NONE, 12)),
+    ("llama", LatentShape(MLARope.PRE_ROPE, 12)),
+    ("llama", LatentShape(MLARope.DECOUPLED, 8, (0, 1))),
+    ("qwen2", LatentShape(MLARope.DECOUPLED, 8, (0, 0, 1))),
 ]
 
 

@@ -187,12 +187,12 @@ def test_a_trained_model_is_not_written_without_all_its_weights() -> None:
             assemble(model, changed, torch.float32)
 
 
-def test_a_source_that_is_quantised_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
+def test_a_source_that_is_quantized_in_part_is_said_not_to_be_asked(save_tiny: Save) -> None:
     _, found, planned = plan_conversion(str(save_tiny("llama")), Request("mqa"))
-    quantised = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
-    planned = replace(planned, source=replace(planned.source, checkpoint=quantised))
-    (note,) = weights.check_classes(quantised, planned, "it")
-    assert "quantised" in note
+    quantized = replace(found, config={**found.config, "quantization_config": {"quant_method": "unheard of"}})
+    planned = replace(planned, source=replace(planned.source, checkpoint=quantized))
+    (note,) = weights.check_classes(quantized, planned, "it")
+    assert "quantized" in note
 
 
 def question(folder: Path) -> weights.Question:

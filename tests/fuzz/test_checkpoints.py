@@ -20,8 +20,9 @@ from tests.small import CONFIG, digests, save_small, small_tensors
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.projections import module_of
 from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.locks import LOCK
 from uptrain.checkpoint.manifest import MANIFEST, converted_from, verify
-from uptrain.checkpoint.output_folder import LOCK, STATE
+from uptrain.checkpoint.output_folder import STATE
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.plan.planner import make_plan

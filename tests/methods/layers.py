@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from uptrain.architectures.projections import Heads, LayerHeads
+from uptrain.methods.grouping import move_heads
+from uptrain.methods.head_conversion import heads_of, maps_of
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.rotary import Rotary, to_complex
 
@@ -59,3 +62,9 @@ def attention(layer: HeadMaps, x: Tensor, position: Rotary | None, theta: float 
         weights = torch.softmax(logits / math.sqrt(q.shape[0]) + mask, dim=-1)
         out += weights @ v.T @ layer.o[:, head].mT
     return out
+
+
+def reorder(layer: HeadMaps, order: list[int]) -> HeadMaps:
+    """Move the key/value heads as a conversion moves them."""
+    heads = heads_of(layer, LayerHeads(o=Heads(layer.o.numpy())))
+    return maps_of(move_heads(heads, order))

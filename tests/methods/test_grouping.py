@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.methods.layers import attention, random_layer, random_moment
+from tests.methods.layers import attention, random_layer, random_moment, reorder
 from uptrain.methods.energy import layer_weights
 from uptrain.methods.grouping import best_partition, similar_order
-from uptrain.methods.head_maps import reorder
 from uptrain.methods.rotary import Rotary
 from uptrain.methods.shared_heads import factor_heads
 

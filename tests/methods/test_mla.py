@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.methods.layers import attention, random_layer, random_moment
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.conversion.calibration.statistics import by_distance
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.mla import LatentShape, factor_latent
@@ -54,7 +55,7 @@ def inputs(hidden: int, tokens: int = 12) -> torch.Tensor:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_latent_as_wide_as_the_input_is_exact_without_rotation(kv_heads, calibrated):
     layer, x = random_layer(4, kv_heads, 8, 15, 0), inputs(15)
-    maps, kept = factor_latent(layer, LatentShape("free", 16), None, weights_of(layer, None, calibrated))
+    maps, kept = factor_latent(layer, LatentShape(MLARope.NONE, 16), None, weights_of(layer, None, calibrated))
     assert maps.down.shape == (16, 15)
     torch.testing.assert_close(attention(maps.expanded(), x, None), attention(layer, x, None), rtol=1e-7, atol=1e-9)
     assert kept.keys > 1 - 1e-9
@@ -66,18 +67,18 @@ def test_a_latent_as_wide_as_the_input_is_exact_without_rotation(kv_heads, calib
 @pytest.mark.parametrize("position", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_component_in_the_rotary_key_is_exact(position, kv_heads, calibrated):
     layer, x = random_layer(4, kv_heads, 8, 15, 0), inputs(15)
-    slots = tuple(pair for pair in range(4) for _ in range(kv_heads))
-    shape = LatentShape("decoupled", kv_heads * 8, slots, nope=False)
+    pairs = tuple(pair for pair in range(4) for _ in range(kv_heads))
+    shape = LatentShape(MLARope.DECOUPLED, kv_heads * 8, pairs, nope=False)
     maps, _ = factor_latent(layer, shape, position, weights_of(layer, position, calibrated))
     assert maps.q_nope.shape[1] == maps.k_up.shape[1] == 0
-    found = attend(maps, x, speeds(position)[list(slots)], 8)
+    found = attend(maps, x, speeds(position)[list(pairs)], 8)
     torch.testing.assert_close(found, attention(layer, x, position, THETA), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("position", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_single_head_fits_the_plain_grid_exactly_whatever_else_the_latent_could_hold(position):
     layer, x = random_layer(4, 1, 8, 15, 0), inputs(15)
-    shape = LatentShape("decoupled", 8, (0, 1, 2, 3))
+    shape = LatentShape(MLARope.DECOUPLED, 8, (0, 1, 2, 3))
     maps, kept = factor_latent(layer, shape, position, weights_of(layer, position, True))
     found = attend(maps, x, speeds(position), 8)
     torch.testing.assert_close(found, attention(layer, x, position, THETA), rtol=1e-7, atol=1e-9)
@@ -87,7 +88,7 @@ def test_a_single_head_fits_the_plain_grid_exactly_whatever_else_the_latent_coul
 @pytest.mark.parametrize("position", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_latent_rotated_on_reading_loses_nothing_to_rotation(position):
     layer, x = random_layer(4, 4, 8, 15, 0), inputs(15)
-    maps, _ = factor_latent(layer, LatentShape("re-rotate", 16), position, weights_of(layer, position, True))
+    maps, _ = factor_latent(layer, LatentShape(MLARope.PRE_ROPE, 16), position, weights_of(layer, position, True))
     wanted = attention(layer, x, position, THETA)
     torch.testing.assert_close(attention(maps.expanded(), x, position, THETA), wanted, rtol=1e-7, atol=1e-9)
 
@@ -99,7 +100,7 @@ def test_unrotated_pairs_are_exact_where_attention_looks_no_further_than_itself(
     distances[:, 0] = 1
     weights = weights_of(layer, position, False)
     weights = LatentWeights(weights.queries, weights.outputs, None, mean_rotation(speeds(position), distances))
-    maps, kept = factor_latent(layer, LatentShape("decoupled", 16, (0,)), position, weights)
+    maps, kept = factor_latent(layer, LatentShape(MLARope.DECOUPLED, 16, (0,)), position, weights)
     assert kept.keys > 1 - 1e-9
     x = inputs(15, tokens=1)
     found = attend(maps, x, speeds(position)[:1], 8)
@@ -111,7 +112,7 @@ def test_unrotated_pairs_are_exact_where_attention_looks_no_further_than_itself(
 def test_a_wider_latent_never_keeps_less(seed, kv_heads, biases, calibrated):
     layer = random_layer(4, kv_heads, 8, 15, seed, biases)
     weights = weights_of(layer, None, calibrated)
-    kept = [factor_latent(layer, LatentShape("free", rank), None, weights, 1.0)[1] for rank in (2, 5, 9, 16)]
+    kept = [factor_latent(layer, LatentShape(MLARope.NONE, rank), None, weights, 1.0)[1] for rank in (2, 5, 9, 16)]
     totals = [share.keys + share.values for share in kept]
     assert all(after > before - 1e-9 for before, after in pairwise(totals))
 
@@ -123,7 +124,7 @@ def test_a_slot_saves_what_leaving_the_component_unrotated_costs(seed):
     layer = random_layer(4, 2, 8, 15, seed)
     weights = weights_of(layer, position, True)
     savings = rotary_savings(layer, position, weights)
-    kept = factor_latent(layer, LatentShape("decoupled", 32), position, weights)[1]
+    kept = factor_latent(layer, LatentShape(MLARope.DECOUPLED, 32), position, weights)[1]
     assert math.isclose(1 - kept.keys, float(savings.sum()), rel_tol=1e-6)
 
 

@@ -86,7 +86,7 @@ def test_float8_weights_outside_attention_pass_and_in_attention_are_refused(dtyp
     folder = save(tmp_path / "src", source)
     found = result(folder, tmp_path / "out", MQA)
     assert torch.equal(found[name].view(torch.uint8), source[name].view(torch.uint8))
-    with pytest.raises(UsageError, match="quantised"):
+    with pytest.raises(UsageError, match="quantized"):
         plan_conversion(folder, Request("mqa", dtype="bfloat16"))
     with pytest.raises(CheckpointError, match=f"{KEY}.*F8_"):
         plan_conversion(save(tmp_path / "src", {**source, KEY: source[KEY].to(dtype)}), MQA)

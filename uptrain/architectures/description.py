@@ -13,7 +13,7 @@ from uptrain.architectures.decoders import FAMILIES, NO_CACHE
 from uptrain.architectures.embeddings import Embeddings, embeddings_of
 from uptrain.architectures.layer_attention import read_attention
 from uptrain.architectures.prefixes import find_prefix
-from uptrain.architectures.quantization import Quantisation, quantisation_of
+from uptrain.architectures.quantization import Quantization, quantization_of
 from uptrain.architectures.rope_parameters import rotary_parameters
 from uptrain.architectures.schema import Family, KeyNorm, Position
 from uptrain.architectures.unknown_models import refuse_unknown
@@ -187,13 +187,13 @@ class CheckpointDescription(ModelDescription):
         return embeddings_of(self)
 
     @cached_property
-    def quantization(self) -> Quantisation | None:
+    def quantization(self) -> Quantization | None:
         """Return how the checkpoint is quantized, None where it isn't.
 
         Raises:
             CheckpointError: a quantize_config.json or the like that can't be read.
         """
-        return quantisation_of(self.checkpoint)
+        return quantization_of(self.checkpoint)
 
     def attention_name(self, index: int) -> str:
         """Return how the tensor names of the model's attention number `index` begin, as `Family.attention`."""

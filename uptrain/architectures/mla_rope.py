@@ -32,6 +32,11 @@ class MLARope(Enum):
         return self in (MLARope.DECOUPLED, MLARope.LONGROPE)
 
     @property
+    def truncates(self) -> bool:
+        """Tell whether the shared rotary key has the source's fastest rope pairs, and no others."""
+        return self is MLARope.DECOUPLED
+
+    @property
     def chooses_pairs(self) -> bool:
         """Tell whether the model chooses its rope pairs, and config.json has a table of its own for them."""
         return self is MLARope.LONGROPE

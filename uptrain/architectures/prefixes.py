@@ -108,7 +108,7 @@ def foreign_names(family: Family, names: Collection[str]) -> Foreign | None:
 
 
 def _stands(family: Family, prefix: str, names: Collection[str]) -> bool:
-    """Tell whether the first layer's output projection has that prefix; a quantised one may have no weight."""
+    """Tell whether the first layer's output projection has that prefix; a quantized one may have no weight."""
     start = _first(family, prefix).removesuffix("weight")
     return any(name.startswith(start) for name in names)
 

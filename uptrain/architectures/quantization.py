@@ -1,4 +1,4 @@
-"""Say how a checkpoint's weights are quantised: by which scheme, in which modules, and which tensors are codes."""
+"""Say how a checkpoint's weights are quantized: by which scheme, in which modules, and which tensors are codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.errors import CheckpointError, UsageError
 
-ORIGINAL = "Convert the full-precision original and quantise the result."
+ORIGINAL = "Convert the full-precision original and quantize the result."
 
 NAMES: Mapping[str, str] = MappingProxyType({
     "aqlm": "AQLM", "auto-round": "AutoRound", "awq": "AWQ", "bitnet": "BitNet", "bitsandbytes": "bitsandbytes",
@@ -48,7 +48,7 @@ _SIGNS: tuple[tuple[str, str], ...] = (
     (r"dense_weights", "spqr"),
     (r"weight_scale|input_scale|activation_scale|output_scale|input_scale_ub", ""),
 )
-"""Ends of tensor names that only quantised modules have, and the scheme that each is a sign of."""
+"""Ends of tensor names that only quantized modules have, and the scheme that each is a sign of."""
 _MARKS = re.compile(rf"(.*)\.(?:{'|'.join(f'(?P<s{number}>{sign[0]})' for number, sign in enumerate(_SIGNS))})")
 _EXPERTS = re.compile(r"(.*\.\w+)_(blocks|scales|scale_inv)")
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -58,8 +58,8 @@ _CACHE_SCALES = re.compile(r".*\.([kv]|kv|[kv]_cache)_scale")
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """How a checkpoint is quantised.
+class Quantization:
+    """How a checkpoint is quantized.
 
     Attributes:
         method: transformers' word for the scheme, as config.json has it; empty where only tensors tell.
@@ -69,7 +69,7 @@ class Quantisation:
         codes: the tensors that hold codes in place of weights.
         floats: those codes that are floating numbers of 8 bits.
         tensors: the codes, and all that belongs to them: scales, zero points, shapes.
-        cache: whether the key/value cache is quantised too, by scales that were measured.
+        cache: whether the key/value cache is quantized too, by scales that were measured.
     """
 
     method: str
@@ -102,8 +102,8 @@ class Quantisation:
         return count
 
 
-def quantisation_of(checkpoint: Checkpoint) -> Quantisation | None:
-    """Return how a checkpoint is quantised, by its config and its tensors' names and dtypes; None where it isn't.
+def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """Return how a checkpoint is quantized, by its config and its tensors' names and dtypes; None where it isn't.
 
     Raises:
         CheckpointError: a quantize_config.json or the like that can't be read.
@@ -111,8 +111,8 @@ def quantisation_of(checkpoint: Checkpoint) -> Quantisation | None:
     return _found(checkpoint.config, checkpoint.tensors, checkpoint.path)
 
 
-def quantisation_in(path: Path) -> Quantisation | None:
-    """Return how the checkpoint in folder `path` is quantised; None where it isn't.
+def quantization_in(path: Path) -> Quantization | None:
+    """Return how the checkpoint in folder `path` is quantized; None where it isn't.
 
     Where its weights can't be read without more ado, its config is all that is asked.
 
@@ -120,12 +120,12 @@ def quantisation_in(path: Path) -> Quantisation | None:
         CheckpointError: config.json is missing or broken.
     """
     try:
-        return quantisation_of(open_checkpoint(path))
+        return quantization_of(open_checkpoint(path))
     except CheckpointError:
         return _found(read_config(path), {}, path)
 
 
-def check_scheme(found: Quantisation | None, methods: Iterable[str], name: str) -> None:
+def check_scheme(found: Quantization | None, methods: Iterable[str], name: str) -> None:
     """Refuse codes that a loader would take for weights: config.json doesn't say what they are, or it knows no such.
 
     `methods` are the schemes that the loader knows. Floats of 8 bits without scales are their own values.
@@ -137,13 +137,13 @@ def check_scheme(found: Quantisation | None, methods: Iterable[str], name: str) 
     known = found is None or any(method.startswith(found.method or "?") for method in methods)
     if found is not None and found.scaled and not known:
         raise CheckpointError(
-            f"{name} is quantised with {found.describe()}, which transformers doesn't know: it would take codes for "
+            f"{name} is quantized with {found.describe()}, which transformers doesn't know: it would take codes for "
             "weights.",
             "Use the full-precision original.",
         )
 
 
-def check_declared(found: Quantisation | None, name: str) -> None:
+def check_declared(found: Quantization | None, name: str) -> None:
     """Refuse codes of which config.json says nothing, so that every loader takes them for weights.
 
     Raises:
@@ -151,16 +151,16 @@ def check_declared(found: Quantisation | None, name: str) -> None:
     """
     if found is not None and found.scaled and not found.declared:
         raise CheckpointError(
-            f"{name} is quantised with {found.describe()}, but its config.json doesn't say so: every loader would take "
+            f"{name} is quantized with {found.describe()}, but its config.json doesn't say so: every loader would take "
             "codes for weights.",
             "Get its whole config.json, or use the full-precision original.",
         )
 
 
-def check_read(found: Quantisation | None, left: Iterable[str], name: str) -> None:
+def check_read(found: Quantization | None, left: Iterable[str], name: str) -> None:
     """Refuse a loaded model that left out scales, zero points or codes; `left` names the tensors it had no place for.
 
-    Its class then has modules that its loader can't quantise, and took their codes for weights.
+    Its class then has modules that its loader can't quantize, and took their codes for weights.
 
     Raises:
         CheckpointError: it did.
@@ -168,12 +168,12 @@ def check_read(found: Quantisation | None, left: Iterable[str], name: str) -> No
     lost = sorted(found.tensors.intersection(left)) if found is not None else []
     if found is not None and lost:
         raise CheckpointError(
-            f"{name} is quantised with {found.describe()}, and transformers has no place for its tensor {lost[0]}.",
+            f"{name} is quantized with {found.describe()}, and transformers has no place for its tensor {lost[0]}.",
             "Use the full-precision original.",
         )
 
 
-def check_trainable(found: Quantisation | None, name: str) -> None:
+def check_trainable(found: Quantization | None, name: str) -> None:
     """Refuse to train a model whose weights are codes: no step is small enough for them.
 
     Raises:
@@ -181,8 +181,8 @@ def check_trainable(found: Quantisation | None, name: str) -> None:
     """
     if found is not None:
         raise UsageError(
-            f"{name} is quantised with {found.describe()}, and codes can't be trained.",
-            "Train the full-precision model and quantise the result.",
+            f"{name} is quantized with {found.describe()}, and codes can't be trained.",
+            "Train the full-precision model and quantize the result.",
         )
 
 
@@ -194,7 +194,7 @@ def declared_scheme(config: Mapping[str, Any]) -> str:
     return "" if not said else NAMES.get(method, method or "MLX") + (f", {bits} bits" if bits else "")
 
 
-def _found(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> Quantisation | None:
+def _found(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> Quantization | None:
     said = _said(config)
     signs: dict[str, str] = {}
     for name, info in tensors.items():
@@ -213,7 +213,7 @@ def _found(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: P
     cache = said.get("kv_cache_scheme") or (said.get("quantization") or {}).get("kv_cache_quant_algo")
     codes = frozenset(name for name in belonging if _is_code(name, tensors[name]))
     bits = _bits(method, said) or _width_of(tensors, codes)
-    return Quantisation(
+    return Quantization(
         str(said.get("quant_method") or ""),
         NAMES.get(method, method) or _unnamed(tensors, codes, said),
         bits,
@@ -226,7 +226,7 @@ def _found(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: P
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of quantisation, empty where it is silent."""
+    """Return what config.json says of quantization, empty where it is silent."""
     inner = config.get("text_config")
     for section in (config, inner if isinstance(inner, dict) else {}):
         for key in ("quantization_config", "compression_config", "quantization"):
@@ -237,7 +237,7 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sign(name: str, info: TensorInfo) -> tuple[str, str]:
-    """Return the module that a tensor marks as quantised, empty where it marks none, and the scheme it is a sign of."""
+    """Return the module that a tensor marks as quantized, empty where it marks none, and the scheme it is a sign of."""
     if info.dtype in FLOAT_DTYPES.values() and name.endswith((".weight", ".bias")):
         return "", ""
     match = _MARKS.fullmatch(name)
@@ -255,7 +255,7 @@ def _sign(name: str, info: TensorInfo) -> tuple[str, str]:
 
 
 def _belonging(tensors: Mapping[str, TensorInfo], modules: Iterable[str]) -> list[str]:
-    """Return the tensors of quantised modules; their biases are plain numbers."""
+    """Return the tensors of quantized modules; their biases are plain numbers."""
     known = set(modules)
     out = []
     for name in tensors:

@@ -16,7 +16,7 @@ def refuse_gguf(path: Path) -> None:
     found = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
     if found:
         raise CheckpointError(
-            f"{found[0]} is a GGUF file, whose weights are quantised or laid out for llama.cpp; uptrain reads "
+            f"{found[0]} is a GGUF file, whose weights are quantized or laid out for llama.cpp; uptrain reads "
             "safetensors.",
             "Convert the original in full precision, and make a GGUF file of the result.",
         )

@@ -9,6 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+LOCK = ".uptrain-lock"
+"""The file of OUT.partial that is locked while OUT is being written: a run alone excludes all others."""
+WORK_LOCKS = ".uptrain-claims"
+"""The folder of OUT.partial with a lock per piece of work, for worker processes that build one OUT together."""
+
 
 def try_lock(file: IO[Any], *, shared: bool = False) -> bool:
     """Lock an open file without waiting; return False where another process has a lock that excludes this one.

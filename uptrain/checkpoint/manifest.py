@@ -10,7 +10,8 @@ from uptrain.checkpoint.adapters import ADAPTER_CONFIG
 from uptrain.checkpoint.checksum import DEFAULT, algorithm_of, checksum_file
 from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.output_folder import LOCK, STATE, WORK_LOCKS
+from uptrain.checkpoint.locks import LOCK, WORK_LOCKS
+from uptrain.checkpoint.output_folder import STATE
 from uptrain.errors import CheckpointError, VerificationError
 
 MANIFEST = "uptrain.json"

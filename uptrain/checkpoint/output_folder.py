@@ -10,13 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from uptrain.checkpoint.files import rename_folder, sync_folder
-from uptrain.checkpoint.locks import is_open_at, try_lock
+from uptrain.checkpoint.locks import LOCK, WORK_LOCKS, is_open_at, try_lock
 from uptrain.errors import UptrainError, UsageError
 
 STATE = ".uptrain-state.json"
-LOCK = ".uptrain-lock"
-WORK_LOCKS = ".uptrain-claims"
-"""The folder of the locks of worker processes that build one OUT together: a file per piece of work."""
+"""The file of OUT.partial that says what is finished in it."""
 
 
 def partial_of(out: Path) -> Path:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from uptrain.checkpoint.locks import is_open_at
-from uptrain.checkpoint.output_folder import LOCK, check_out, friendly_errors, leave, make_partial, prepare_alone, taken
+from uptrain.checkpoint.locks import LOCK, is_open_at
+from uptrain.checkpoint.output_folder import check_out, friendly_errors, leave, make_partial, prepare_alone, taken
 from uptrain.checkpoint.shared_work import SharedWorker, try_worker_lock
 from uptrain.errors import UsageError
 

@@ -17,8 +17,8 @@ from typing import IO, Any
 
 from uptrain.checkpoint import locks
 from uptrain.checkpoint.checksum import Checksum
-from uptrain.checkpoint.locks import is_open_at, wait_for_lock
-from uptrain.checkpoint.output_folder import LOCK, WORK_LOCKS, commit, empty, leave, partial_of
+from uptrain.checkpoint.locks import LOCK, WORK_LOCKS, is_open_at, wait_for_lock
+from uptrain.checkpoint.output_folder import commit, empty, leave, partial_of
 from uptrain.checkpoint.progress import FINISHED, State
 from uptrain.checkpoint.shard_writer import ShardContents, write_shard
 from uptrain.errors import UptrainError

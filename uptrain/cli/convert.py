@@ -177,7 +177,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
         "tensors": sum(len(shard) for shard in plan.shards.values()),
         "changed_tensors": plan.changed,
-        "shards": {name: sum(t.info.nbytes for t in tensors) for name, tensors in plan.shards.items()},
+        "shards": {name: sum(each.output.nbytes for each in operations) for name, operations in plan.shards.items()},
         "total_bytes": plan.total_bytes,
         "peak_memory_bytes": plan.peak_memory,
         "digest": plan.digest,
@@ -231,9 +231,9 @@ def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
     beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
     facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
-    if latent.target.rope.rotates_expanded:
+    if latent.spec.rope.rotates_expanded:
         facts.append(("decoding", "every step expands and rotates the whole context again"))
-    if latent.target.rope.chooses_pairs:
+    if latent.spec.rope.chooses_pairs:
         facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
     if plan.copied_head:
         facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))

@@ -90,7 +90,7 @@ def _show(found: Inspection, as_json: bool) -> None:
             ("sliding window", window if found.sliding_window else "none"),
             ("attention biases", found.biases),
             ("weights", f"{found.parameters:,} parameters, {found.dtype}, {size(found.weight_bytes)}"),
-            *([("quantised", found.quantised)] if found.quantised else []),
+            *([("quantized", found.quantised)] if found.quantised else []),
             ("shards", str(found.shards)),
             ("cache", f"{size(found.cache_bytes_per_token)} per token"),
             *([cross_attention(size(found.cross_bytes_per_token))] if found.cross_bytes_per_token else []),

@@ -46,7 +46,7 @@ class Inspection:
     encoder; `cache_bytes` then is of a source and a target of as many tokens each. With `cache_expanded` transformers'
     own class caches more: a copy for every query head.
 
-    `dtype` is what most weights are stored in. Of a quantised checkpoint, `quantised` says how, `parameters` counts
+    `dtype` is what most weights are stored in. Of a quantized checkpoint, `quantised` says how, `parameters` counts
     packed codes one by one, and `unreadable` says why it can't be converted, where it can't. With `wrapped_in`, the
     model type of a wrapper, all but the weights' figures is said of the language model in it.
     """
@@ -99,7 +99,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
     for info in checkpoint.tensors.values():
         counts[info.dtype] += math.prod(info.shape)
     itemsize = cached_itemsize(source.config, (info.dtype for info in checkpoint.tensors.values()))
-    quantised = source.quantization
+    quantized = source.quantization
     unreadable = _unreadable(source)
     windows = [spec.sliding_window for spec in layers if spec.sliding_window]
     return Inspection(
@@ -120,7 +120,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         sliding_layers=len(windows),
         biases=_biases(source),
         tied_embeddings=_tied(source),
-        parameters=quantised.parameters(checkpoint.tensors) if quantised else sum(counts.values()),
+        parameters=quantized.parameters(checkpoint.tensors) if quantized else sum(counts.values()),
         dtype=counts.most_common(1)[0][0] if counts else "F32",
         shards=len(checkpoint.files),
         weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
@@ -129,7 +129,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
         cache_bytes={context: cache_bytes(layers, context, itemsize) for context in CONTEXTS},
         cache_expanded=source.expands_cache,
         options=() if layers[0].kind == "mla" or unreadable else tuple(_options(source, itemsize)),
-        quantised=quantised.describe() if quantised else "",
+        quantised=quantized.describe() if quantized else "",
         unreadable=unreadable,
         wrapped_in=source.wrapped_in,
     )
@@ -145,7 +145,7 @@ def _tied(source: CheckpointDescription) -> bool:
 
 
 def _unreadable(source: CheckpointDescription) -> str:
-    """Return why a quantised checkpoint can't be converted, empty where nothing speaks against it."""
+    """Return why a quantized checkpoint can't be converted, empty where nothing speaks against it."""
     if source.attention[0].kind == "mla":
         return ""
     try:

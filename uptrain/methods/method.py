@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from uptrain.architectures.attention import AttentionSpec
-    from uptrain.architectures.mla_projections import LatentHeads, LatentTarget
+    from uptrain.architectures.mla_projections import LatentHeads, MLASpec
     from uptrain.architectures.projections import LayerHeads
     from uptrain.architectures.schema import Position
 
@@ -46,7 +46,7 @@ class CalibratedSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """What a method may use of a layer beside its weights.
+    """What a method may use besides a layer's weights.
 
     - `index`: the layer's number; a decoder that reads an encoder counts each of its attentions.
     - `position`: how attention learns where a token stands.
@@ -86,7 +86,7 @@ class Converted(Generic[Layer]):
 ConvertHeads = Callable[["LayerHeads", int, LayerContext], Converted["LayerHeads"]]
 """Takes a layer, its new number of key/value heads and the context. Returns the layer with that many."""
 
-ConvertLatent = Callable[["LayerHeads", "LatentTarget", LayerContext], Converted["LatentHeads"]]
+ConvertLatent = Callable[["LayerHeads", "MLASpec", LayerContext], Converted["LatentHeads"]]
 """Takes a layer, the latent's sizes and the context. Returns the latent."""
 
 PoolNorm = Callable[[Any, int, int], Any]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from uptrain.architectures.mla_rope import MLARope
 from uptrain.methods.energy import rotated_energy, weighted_energy
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import factor, matrix_root
@@ -21,22 +21,19 @@ KEY_WEIGHT = 2.0
 LATENT_SHARE = 0.1
 """Weight of a rotary pair's energy, added to its cost where it is not rotated: the rest must still fit the latent."""
 
-Form = Literal["free", "decoupled", "re-rotate"]
-
 
 @dataclass(frozen=True)
 class LatentShape:
     """What a layer becomes.
 
-    - `form`: `free` has keys without rotation; `decoupled` has a shared rotary key of 2·len(pairs) dims next to
-      unrotated ones; `re-rotate` has a latent whose keys are rotated when they are read.
+    - `rope`: where the positions of keys are; a shared rotary key has 2·len(pairs) dims.
     - `rank`: the latent's size.
     - `pairs`: which of the source's rotary pairs each pair of the shared rotary key has.
     - `nope`: whether unrotated key dims exist.
     - `factor`: what the source's rotary tables are multiplied by; unrotated queries carry its square.
     """
 
-    form: Form
+    rope: MLARope
     rank: int
     pairs: tuple[int, ...] = ()
     nope: bool = True
@@ -126,11 +123,11 @@ class _Problem:
     def keys(self) -> _Keys:
         """Return the keys and queries apart."""
         layer, shape, position = self.layer, self.shape, self.position
-        if shape.form == "decoupled":
+        if shape.rope.shares_key:
             keys = self._decoupled()
         else:
             energy = per_key_head(layer, self.weights.queries)
-            if shape.form == "re-rotate" and position is not None:
+            if shape.rope.rotates_expanded and position is not None:
                 # Rotation mixes a pair's two dims evenly and tells pairs apart.
                 energy = rotated_energy(energy, position)
             keys = _Keys(layer.k_rows[0, :0], layer.q_rows[:, :0], layer.q_rows, layer.k_rows, energy)
@@ -186,7 +183,7 @@ class _Problem:
         if found.k_ups:
             lost = keys.rest - torch.stack([up @ found.down for up in found.k_ups])
             lost_keys = weighted_energy(lost, keys.energy, sigma)
-        if self.shape.form == "decoupled" and position is not None and self.shape.nope:
+        if self.shape.rope.shares_key and position is not None and self.shape.nope:
             cost, _ = pair_energies(layer, position, weights)
             lost_keys += pairs_energy(to_complex(keys.rest, position), cost, sigma)
         total_keys = key_energy(layer, position, weights)

@@ -1,4 +1,4 @@
-"""Carry a latent layer between the factorisation's tensors and the pipeline's numpy arrays."""
+"""Convert a layer to a latent from numpy arrays to numpy arrays, and choose its rotary pairs by weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uptrain.architectures.mla_projections import LatentHeads, LatentTarget
-from uptrain.architectures.mla_rope import MLARope
+from uptrain.architectures.mla_projections import LatentHeads, MLASpec
 from uptrain.architectures.projections import LayerHeads
 from uptrain.checkpoint.dtypes import Array
 from uptrain.methods.head_conversion import maps_of
@@ -19,30 +18,24 @@ from uptrain.methods.mla_energy import choose_rope_pairs, plain_weights, rotary_
 from uptrain.methods.mla_layer import LatentMaps
 from uptrain.methods.rotary import Rotary
 
-FORMS = {
-    MLARope.NONE: "free", MLARope.DECOUPLED: "decoupled", MLARope.LONGROPE: "decoupled", MLARope.PRE_ROPE: "re-rotate",
-}  # fmt: skip
-"""What the mathematics calls each form of a request: where a rotary key's frequencies come from is no matter to it."""
+
+def latent_shape(target: MLASpec) -> LatentShape:
+    """Return the sizes of a latent as the factorisation takes them."""
+    return LatentShape(
+        target.rope, target.kv_lora_rank, target.rope_pairs, target.qk_nope_head_dim > 0, target.attention_factor
+    )
 
 
-def latent_shape(target: LatentTarget) -> LatentShape:
-    """Return what a layer becomes, in the factorisation's words."""
-    form: Any = FORMS[target.rope]
-    return LatentShape(form, target.kv_lora_rank, target.slots, target.qk_nope_head_dim > 0, target.rotary_factor)
-
-
-def latent_layer(heads: LayerHeads, target: LatentTarget, position: Rotary | None) -> Converted[LatentHeads]:
+def latent_layer(heads: LayerHeads, target: MLASpec, position: Rotary | None) -> Converted[LatentHeads]:
     """Return the layer as a latent by the data-free factorisation, in float64."""
     maps = maps_of(heads)
     weights = plain_weights(maps, inverse_frequencies_of(target))
     weight = KEY_WEIGHT if target.key_weight is None else target.key_weight
-    found, kept = factor_latent(maps, latent_shape(target), position, weights, weight)
-    return Converted(heads_of_latent(found, heads.part("o").bias), {"svd": kept})
+    found, explained = factor_latent(maps, latent_shape(target), position, weights, weight)
+    return Converted(heads_of_latent(found, heads.part("o").bias), {"svd": explained})
 
 
-def rope_pairs_by_weights(
-    layers: Iterable[LayerHeads], target: LatentTarget, position: Rotary | None
-) -> tuple[int, ...]:
+def rope_pairs_by_weights(layers: Iterable[LayerHeads], target: MLASpec, position: Rotary | None) -> tuple[int, ...]:
     """Return which of the source's rotary pairs each pair of a latent gets, by the weights of all layers alone."""
     if position is None:
         raise ValueError("only rotary keys have pairs to choose")
@@ -68,6 +61,6 @@ def maps_of_latent(heads: LatentHeads) -> LatentMaps:
     return LatentMaps(**tensors)
 
 
-def inverse_frequencies_of(target: LatentTarget) -> Tensor | None:
+def inverse_frequencies_of(target: MLASpec) -> Tensor | None:
     """Return the source's inverse frequencies (pairs,) in radians per token, None where keys see no rotation."""
-    return torch.tensor(target.frequencies, dtype=torch.float64) if target.frequencies else None
+    return torch.tensor(target.inverse_frequencies, dtype=torch.float64) if target.inverse_frequencies else None

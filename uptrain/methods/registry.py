@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uptrain.methods.method import Converted, Grouping, LayerContext, Method, TargetKind
 
 if TYPE_CHECKING:
-    from uptrain.architectures.mla_projections import LatentHeads, LatentTarget
+    from uptrain.architectures.mla_projections import LatentHeads, MLASpec
     from uptrain.architectures.projections import LayerHeads
     from uptrain.checkpoint.dtypes import Array
 
@@ -58,7 +58,7 @@ def _svd(layer: LayerHeads, groups: int, context: LayerContext) -> Converted[Lay
     return factor_layer(layer, groups, rotary_of(context.position, context.spec))
 
 
-def _svd_latent(layer: LayerHeads, target: LatentTarget, context: LayerContext) -> Converted[LatentHeads]:
+def _svd_latent(layer: LayerHeads, target: MLASpec, context: LayerContext) -> Converted[LatentHeads]:
     from uptrain.methods.head_conversion import rotary_of
     from uptrain.methods.mla_conversion import latent_layer
 
@@ -70,7 +70,7 @@ def _calibrated(layer: LayerHeads, groups: int, context: LayerContext) -> Conver
     return Converted(made.read(context.index), made.explained(context.index))
 
 
-def _calibrated_latent(layer: LayerHeads, target: LatentTarget, context: LayerContext) -> Converted[LatentHeads]:
+def _calibrated_latent(layer: LayerHeads, target: MLASpec, context: LayerContext) -> Converted[LatentHeads]:
     made = context.calibration
     return Converted(made.read_latent(context.index), made.explained(context.index))
 

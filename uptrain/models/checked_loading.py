@@ -11,7 +11,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.model_class import check_language_model
-from uptrain.architectures.quantization import check_read, check_scheme, quantisation_in, quantisation_of
+from uptrain.architectures.quantization import check_read, check_scheme, quantization_in, quantization_of
 from uptrain.architectures.wrappers import language_config, tower_in
 from uptrain.checkpoint.loadable import open_loadable
 from uptrain.checkpoint.reader import read_config
@@ -45,16 +45,16 @@ def load_language_model(source: Source, **options: Any) -> Any:
     config = read_config(folder)
     check_language_model(config, name)
     auto_class = auto_class_of(folder)
-    quantised = quantisation_in(folder) if opened is None else quantisation_of(opened)
-    check_scheme(quantised, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
-    called = f"{name}, which is quantised with {quantised.describe()}" if quantised else name
+    quantized = quantization_in(folder) if opened is None else quantization_of(opened)
+    check_scheme(quantized, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
+    called = f"{name}, which is quantized with {quantized.describe()}" if quantized else name
     with told_as(lambda reason: CheckpointError(f"transformers can't load {called}: {reason}")):
         model, info = loading_info(auto_class, folder, **settings)
-    check_read(quantised, info["unexpected_keys"], name)
+    check_read(quantized, info["unexpected_keys"], name)
     fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)
-    # What a quantised checkpoint stores beside its weights, the quantiser alone knows.
+    # What a quantized checkpoint stores beside its weights, the quantizer alone knows.
     tower, spoken = tower_in(config), language_config(config)
-    family = None if quantised else FAMILIES.get(str(spoken.get("model_type")))
+    family = None if quantized else FAMILIES.get(str(spoken.get("model_type")))
     family = tower.named(family) if tower and family else family
     check_fit(fit, name, family, spoken.get(family.keys.num_hidden_layers) if family else None)
     return model

@@ -68,7 +68,7 @@ def placed(model: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
 
 
 def holds_codes(model: Any) -> bool:
-    """Tell whether a loaded model computes with quantised weights, which no other dtype has a meaning for."""
+    """Tell whether a loaded model computes with quantized weights, which no other dtype has a meaning for."""
     floats = _DTYPES.values()
     narrow = any(parameter.dtype not in (*floats, torch.float64) for parameter in model.parameters())
     return narrow or getattr(model, "hf_quantizer", None) is not None

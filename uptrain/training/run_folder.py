@@ -14,8 +14,7 @@ from accelerate import Accelerator
 
 from uptrain.checkpoint.files import rename_folder, sync_folder, write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.checkpoint.locks import try_lock
-from uptrain.checkpoint.output_folder import LOCK
+from uptrain.checkpoint.locks import LOCK, try_lock
 from uptrain.errors import UptrainError, UsageError
 from uptrain.training.recipe import Recipe
 

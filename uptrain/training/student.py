@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from uptrain.architectures.quantization import check_trainable, quantisation_in
+from uptrain.architectures.quantization import check_trainable, quantization_in
 from uptrain.checkpoint.source import Source
 from uptrain.data.sources import TeacherText
 from uptrain.errors import UsageError
@@ -19,7 +19,7 @@ def make_student(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple
     """Return the model to train, frozen where the recipe says so, and the dtype it will be stored in.
 
     Raises:
-        UsageError: a quantised model, blocks longer than the model's positions, a dtype that can't hold it, or an
+        UsageError: a quantized model, blocks longer than the model's positions, a dtype that can't hold it, or an
             impossible scope.
     """
     if source is None:
@@ -27,7 +27,7 @@ def make_student(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple
         model = loading.new_model(recipe.config, tokenizer, recipe.seed)
         dtype = loading.dtype_named(recipe.dtype) or torch.bfloat16
     else:
-        check_trainable(quantisation_in(source.path), source.name)
+        check_trainable(quantization_in(source.path), source.name)
         model = loading.load_model(source, attn_implementation=recipe.attn_implementation)
         dtype = loading.dtype_named(recipe.dtype) or model.dtype
         loading.check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from uptrain.architectures.projections import LayerHeads
 from uptrain.conversion.calibration.attention_probabilities import Reached
+from uptrain.conversion.calibration.head_sharing import share_layer
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.calibration.refit import Maps
-from uptrain.conversion.calibration.statistics import gather_moments, latent_weights, share_layer
+from uptrain.conversion.calibration.statistics import gather_moments, latent_weights
 from uptrain.methods.head_conversion import ModuleWeights, maps_of
 from uptrain.methods.head_maps import HeadMaps
-from uptrain.methods.method import ExplainedEnergy
+from uptrain.methods.method import Converted
 from uptrain.methods.mla import LatentShape, factor_latent
 from uptrain.methods.mla_layer import Angles, LatentMaps, mix_heads
 from uptrain.methods.rotary import Rotary
@@ -27,18 +28,10 @@ KEY_WEIGHTS = (1.0, 4.0, 16.0)
 M = TypeVar("M", HeadMaps, LatentMaps)
 
 
-@dataclass(frozen=True)
-class Candidate(Generic[M]):
-    """A converted layer: its float32 maps, and the energy that methods explain, all in the same weights."""
-
-    maps: M
-    explained: dict[str, ExplainedEnergy]
-
-
 class CandidateMaker(Protocol[Maps]):
     """Makes candidates for a layer from activations, and runs the layer with one."""
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Candidate[Maps]]:
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[Maps]]:
         """Return candidates from hidden states (T, d) before the layer."""
 
     def run(self, layer: Layer, hidden: Tensor, maps: Maps) -> Tensor:
@@ -58,14 +51,14 @@ class SharedHeads:
     groups: int
     device: torch.device
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Candidate[HeadMaps]]:
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[HeadMaps]]:
         """Return the calibrated factorisation."""
         source = maps_of(self.source)
         narrow = self.weights.parameters(as_float(source, self.device))
         moments = gather_moments(layer, source, narrow, self.groups, hidden)
         del narrow
-        maps, kept = share_layer(source, self.groups, self.position, moments)
-        return [Candidate(as_float(maps, self.device), kept)]
+        found = share_layer(source, self.groups, self.position, moments)
+        return [Converted(as_float(found.layer, self.device), found.explained)]
 
     def run(self, layer: Layer, hidden: Tensor, maps: HeadMaps) -> Tensor:
         """Run the layer with the heads repeated."""
@@ -88,7 +81,7 @@ class PlainLatent:
     device: torch.device
     key_weights: tuple[float, ...] = KEY_WEIGHTS
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Candidate[LatentMaps]]:
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[LatentMaps]]:
         """Return the calibrated factorisation at each key weight."""
         return _latents(self, layer, hidden)
 
@@ -117,7 +110,7 @@ class DecoupledLatent:
     factor: float = 1.0
     key_weights: tuple[float, ...] = KEY_WEIGHTS
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Candidate[LatentMaps]]:
+    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[LatentMaps]]:
         """Return the calibrated factorisation at each key weight."""
         return _latents(self, layer, hidden)
 
@@ -150,13 +143,13 @@ class DecoupledLatent:
 
 def _latents(
     maker: PlainLatent | DecoupledLatent, layer: Layer, hidden: Iterable[Tensor]
-) -> list[Candidate[LatentMaps]]:
+) -> list[Converted[LatentMaps]]:
     source = maps_of(maker.source)
     weights = latent_weights(layer, source, hidden, maker.inverse_frequencies)
     made = []
     for key_weight in maker.key_weights:
         maps, kept = factor_latent(source, maker.shape, maker.position, weights, key_weight)
-        made.append(Candidate(as_float(maps, maker.device), {"calibrated": kept}))
+        made.append(Converted(as_float(maps, maker.device), {"calibrated": kept}))
     return made
 
 

@@ -104,7 +104,7 @@ class LayerSearch(Generic[Maps]):
         stream = self.activations.original if kind == "original" else self.activations.converted
         stride = max(1, len(self._fit) // self.settings.probes)
         probes = (stream[block].to(self.device) for block in self._fit[::stride][: self.settings.probes])
-        made = [_Refitted(one.maps, one.explained, kind) for one in self.maker.make(self.layer, probes)]
+        made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
         return min(((self._error(one.maps), one) for one in made), key=_first)
 
     def _refits(self, unfitted: _Refitted[Maps], stream: str) -> list[tuple[float, _Refitted[Maps]]]:

@@ -169,12 +169,12 @@ def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
     """Return what a plan makes of its source's layers."""
     if plan.latent is None:
         return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
-    wanted = plan.latent.target
+    wanted = plan.latent.spec
     return MLATarget(
         source=plan.source,
         shape=latent_shape(wanted),
-        inverse_frequencies=wanted.frequencies,
-        rotary_factor=wanted.rotary_factor,
+        inverse_frequencies=wanted.inverse_frequencies,
+        rotary_factor=wanted.attention_factor,
         key_weight=wanted.key_weight,
     )
 

@@ -172,7 +172,7 @@ class MLATarget(CalibrationTarget[LatentMaps]):
         position = rotary_of(family.position, layer.spec)
         key_weights = KEY_WEIGHTS if self.key_weight is None else (self.key_weight,)
         inverse_frequencies = torch.tensor(self.inverse_frequencies, dtype=torch.float64)
-        if self.shape.form == "decoupled":
+        if self.shape.rope.shares_key:
             return DecoupledLatent(
                 source=layer.heads,
                 position=position,

@@ -22,7 +22,7 @@ _FIRST_ONLY = "relative_attention_bias"
 def check_kin(source: CheckpointDescription) -> None:
     """Refuse a checkpoint of which a layer lacks what its like have, or that lacks embedding, head or final norm.
 
-    What is quantised is let be: another layer may have the same weight as codes, under other names.
+    What is quantized is let be: another layer may have the same weight as codes, under other names.
 
     Raises:
         CheckpointError: as said.

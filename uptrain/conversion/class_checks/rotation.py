@@ -58,7 +58,7 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
 def writes_rotation(plan: Plan) -> bool:
     """Tell whether a plan writes the result's rotary parameters instead of leaving them as they are."""
     if plan.latent is not None:
-        return plan.latent.target.rope.rotates
+        return plan.latent.spec.rope.rotates
     return plan.target.rotary
 
 
@@ -68,12 +68,12 @@ def _as_planned(plan: Plan, source: Mapping[str, Table], results: Sequence[Mappi
         rotated = {spec.rotary_ndims or spec.head_dim for spec in plan.before if spec.rotary_ndims != 0}
         return rotated <= dims
     was = wanted = source[EVERY]
-    if plan.latent is not None and plan.latent.target.frequencies:
-        target = plan.latent.target
-        if not _same(was, Table(target.frequencies, target.frequencies, target.rotary_factor)):
+    if plan.latent is not None and plan.latent.spec.inverse_frequencies:
+        spec = plan.latent.spec
+        if not _same(was, Table(spec.inverse_frequencies, spec.inverse_frequencies, spec.attention_factor)):
             return False
-        kept = tuple(target.frequencies[slot] for slot in target.slots)
-        wanted = Table(kept, kept, target.rotary_factor)
+        kept = tuple(spec.inverse_frequencies[pair] for pair in spec.rope_pairs)
+        wanted = Table(kept, kept, spec.attention_factor)
     return all(_same(found[EVERY], wanted) for found in results)
 
 

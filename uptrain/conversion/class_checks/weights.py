@@ -67,14 +67,14 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
         CheckpointError: tensors are missing, have other sizes than config.json promises, or would be left out.
     """
     source = Question(checkpoint.config, {key: info.shape for key, info in checkpoint.tensors.items()})
-    outputs = {tensor.info.name: tensor for tensors in plan.shards.values() for tensor in tensors}
-    result = Question(plan.whole_config, {key: tensor.info.shape for key, tensor in outputs.items()})
+    outputs = {operation.output.name: operation for operation in plan.operations}
+    result = Question(plan.whole_config, {key: operation.output.shape for key, operation in outputs.items()})
     family = plan.source.family
     layers = plan.source.config.get(family.keys.num_hidden_layers)
     if plan.source.quantization is not None:
-        # Its quantiser would have to answer, and may need a GPU.
+        # Its quantizer would have to answer, and may need a GPU.
         check_kin(plan.source)
-        return (f"{name} is quantised in part, so it was checked by its tensors' names and sizes, not by its class.",)
+        return (f"{name} is quantized in part, so it was checked by its tensors' names and sizes, not by its class.",)
     before, after = answers((source, result))
     problem = before.problem or after.problem
     if problem:

@@ -9,9 +9,9 @@ from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription, ModelDescription
-from uptrain.architectures.mla_projections import LatentTarget, Stored
+from uptrain.architectures.mla_projections import MLASpec, MLAStorage
 from uptrain.architectures.mla_rope import MLARope
-from uptrain.architectures.rope import Frequencies, highest, own_table, source_frequencies
+from uptrain.architectures.rope import InverseFrequencies, inverse_frequencies, longrope_table, truncated
 from uptrain.architectures.rope_parameters import EVERY, write_rotation
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.request import Request
@@ -27,26 +27,26 @@ class LatentPlan:
     """All that a conversion to a latent needs beyond what every plan has.
 
     `scales` maps the ends of tensor names outside attention to what they are multiplied by, `alpha` is the residual
-    stream's factor. With `own_slots` the target's slots are still to be chosen, by what unrotated pairs would cost.
+    stream's factor. With `pairs_to_choose` the rope pairs are still to be chosen, by what unrotated ones would cost.
     """
 
     entry: MLATargetClass
-    target: LatentTarget
-    stored: Stored
+    spec: MLASpec
+    stored: MLAStorage
     after: tuple[AttentionSpec, ...]
     config: dict[str, Any]
     biased: bool
     output_bias: bool
     alpha: float = 1.0
     scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    own_slots: bool = False
+    pairs_to_choose: bool = False
 
-    def with_slots(self, slots: tuple[int, ...]) -> LatentPlan:
+    def with_rope_pairs(self, rope_pairs: tuple[int, ...]) -> LatentPlan:
         """Return the plan with its rotary pairs chosen and their table in the config."""
-        target = replace(self.target, slots=slots)
+        spec = replace(self.spec, rope_pairs=rope_pairs)
         config = dict(self.config)
-        _set_rotation(target, config, self.config["rope_parameters"])
-        return replace(self, target=target, config=config, own_slots=False)
+        _set_rotation(spec, config, self.config["rope_parameters"])
+        return replace(self, spec=spec, config=config, pairs_to_choose=False)
 
 
 def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
@@ -68,7 +68,7 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
         )
     parameters, frequencies = _source_rotation(source, rope)
     rank, rotary = _sizes(request, source, rope)
-    target = _target(request, spec, rope, rank, rotary, frequencies)
+    mla = _spec(request, spec, rope, rank, rotary, frequencies)
     dtype = _dtype(source, request)
     if dtype not in entry.dtypes:
         raise UsageError(
@@ -77,18 +77,16 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
         )
     alpha, scales = _rescale(entry, config)
     q_lora_rank = _q_lora_rank(request, entry, source)
-    layout = replace(entry.layout, per_query=not rope.rotates_expanded)
-    heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
-    after = tuple(
-        layer.latent(rank, target.qk_rope_head_dim, target.qk_nope_head_dim, heads) for layer in source.attention
-    )
+    schema = replace(entry.schema, per_query=not rope.rotates_expanded)
+    heads = spec.num_attention_heads if schema.per_query else spec.num_key_value_heads
+    after = tuple(layer.latent(rank, mla.qk_rope_head_dim, mla.qk_nope_head_dim, heads) for layer in source.attention)
     written, biases = latent_config(entry, source), (biased, output_bias)
-    written.update(_attention_config(entry, source, target, heads, biases, q_lora_rank))
-    _set_rotation(target, written, parameters, spec.head_dim)
-    _check_truncated(target, ModelDescription(family=entry.family, config=written, name=source.name))
+    written.update(_attention_config(entry, source, mla, heads, biases, q_lora_rank))
+    _set_rotation(mla, written, parameters, spec.head_dim)
+    _check_truncated(mla, ModelDescription(family=entry.family, config=written, name=source.name))
     return LatentPlan(
-        entry, target, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
-        alpha, scales, rope.chooses_pairs and not target.slots,
+        entry, mla, MLAStorage(schema, alpha, q_lora_rank), after, written, biased, output_bias,
+        alpha, scales, rope.chooses_pairs and not mla.rope_pairs,
     )  # fmt: skip
 
 
@@ -106,10 +104,10 @@ def _rope(request: Request, source: CheckpointDescription) -> MLARope:
     return rope
 
 
-def _source_rotation(source: CheckpointDescription, rope: MLARope) -> tuple[dict[str, Any], Frequencies]:
+def _source_rotation(source: CheckpointDescription, rope: MLARope) -> tuple[dict[str, Any], InverseFrequencies]:
     """Return the source's rotary parameters and, where the latent's class gets a table of them, the frequencies."""
     if not rope.rotates:
-        return {}, Frequencies(())
+        return {}, InverseFrequencies(())
     parameters, spec = dict(source.rope[EVERY]), source.attention[0]
     if spec.rotary_ndims is not None:
         raise UsageError(
@@ -118,8 +116,8 @@ def _source_rotation(source: CheckpointDescription, rope: MLARope) -> tuple[dict
         )
     parameters.pop("partial_rotary_factor", None)
     if not rope.shares_key:
-        return parameters, Frequencies(())
-    return parameters, source_frequencies(parameters, source.config, spec.head_dim, source.name)
+        return parameters, InverseFrequencies(())
+    return parameters, inverse_frequencies(parameters, source.config, spec.head_dim, source.name)
 
 
 def _target_class(source: CheckpointDescription, request: Request, rope: MLARope, biased: bool) -> MLATargetClass:
@@ -172,21 +170,21 @@ def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: MLARo
         return 64 if budget >= FAST and spec.head_dim >= 64 else max(2, min(64, spec.head_dim // 4 * 2))
     most = spec.head_dim * (spec.num_key_value_heads if rope.chooses_pairs else 1)
     if dims < 2 or dims % 2 or dims > most:
-        hint = " --rope longrope takes more." if not rope.chooses_pairs and dims > most else ""
+        hint = " --rope longrope takes more." if rope.truncates and dims > most else ""
         raise UsageError(f"--qk-rope-head-dim {dims} is no even number from 2 to {name}'s {most}.{hint}")
     return dims
 
 
-def _target(
-    request: Request, spec: AttentionSpec, rope: MLARope, rank: int, rotary: int, frequencies: Frequencies
-) -> LatentTarget:
+def _spec(
+    request: Request, spec: AttentionSpec, rope: MLARope, rank: int, rotary: int, frequencies: InverseFrequencies
+) -> MLASpec:
     pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
     every = rope.chooses_pairs and rotary == spec.head_dim * heads
-    slots: tuple[int, ...] = () if rope.chooses_pairs else tuple(range(rotary // 2))
+    rope_pairs: tuple[int, ...] = () if rope.chooses_pairs else tuple(range(rotary // 2))
     if every:
-        slots = tuple(pair for pair in range(pairs) for _ in range(heads))
-    return LatentTarget(
-        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.speeds, slots, frequencies.factor,
+        rope_pairs = tuple(pair for pair in range(pairs) for _ in range(heads))
+    return MLASpec(
+        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.values, rope_pairs, frequencies.attention_factor,
         request.key_weight,
     )  # fmt: skip
 
@@ -219,7 +217,7 @@ def _q_lora_rank(request: Request, entry: MLATargetClass, source: CheckpointDesc
     rank = hidden if request.engine == "llama.cpp" and request.q_lora_rank is None else request.q_lora_rank
     if rank is None:
         return None
-    if not entry.layout.neutral:
+    if not entry.schema.neutral:
         raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.target.name} has whole queries.")
     if rank > hidden:
         raise UsageError(f"--q-lora-rank {rank} is more than {source.name}'s hidden_size {hidden}.")
@@ -227,28 +225,28 @@ def _q_lora_rank(request: Request, entry: MLATargetClass, source: CheckpointDesc
 
 
 def _neutral() -> list[str]:
-    return [name for name, entry in MLA_TARGET_CLASSES.items() if entry.layout.neutral]
+    return [name for name, entry in MLA_TARGET_CLASSES.items() if entry.schema.neutral]
 
 
 def _attention_config(
-    entry: MLATargetClass, source: CheckpointDescription, target: LatentTarget, heads: int, biases: tuple[bool, bool],
+    entry: MLATargetClass, source: CheckpointDescription, mla: MLASpec, heads: int, biases: tuple[bool, bool],
     q_lora_rank: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     keys, spec = entry.family.keys, source.attention[0]
     found: dict[str, Any] = {
-        "kv_lora_rank": target.kv_lora_rank,
-        "qk_rope_head_dim": target.qk_rope_head_dim,
-        "qk_nope_head_dim": target.qk_nope_head_dim,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
         "v_head_dim": spec.v_head_dim or spec.head_dim,
     }
     if keys.num_key_value_heads:
         found[keys.num_key_value_heads] = heads
-    if entry.layout.neutral:
+    if entry.schema.neutral:
         layers = source.value(source.family.keys.num_hidden_layers)
         found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": layers}
-    elif target.rope.rotates:
+    elif mla.rope.rotates:
         found |= {
-            "rope_mode": "re-rotate" if target.rope.rotates_expanded else "decoupled",
+            "rope_mode": "re-rotate" if mla.rope.rotates_expanded else "decoupled",
             "qkv_bias": biases[0],
             "attention_bias": biases[1],
             "attention_scale": spec.head_dim**-0.5,
@@ -256,29 +254,27 @@ def _attention_config(
     return found
 
 
-def _check_truncated(target: LatentTarget, written: ModelDescription) -> None:
+def _check_truncated(mla: MLASpec, written: ModelDescription) -> None:
     """Refuse a shared rotary key whose table the target would make another of; yarn's ramp ends with the dims."""
-    if not target.rope.shares_key or target.rope.chooses_pairs:
+    if not mla.rope.truncates:
         return
     parameters = written.rope[EVERY]
-    found = source_frequencies(parameters, written.config, target.qk_rope_head_dim, written.name).speeds
-    if any(abs(one - other) > 1e-6 * other for one, other in zip(found, target.frequencies, strict=False)):
+    found = inverse_frequencies(parameters, written.config, mla.qk_rope_head_dim, written.name).values
+    if any(abs(one - other) > 1e-6 * other for one, other in zip(found, mla.inverse_frequencies, strict=False)):
         raise UsageError(
             f"{written.name}'s {written.config['rope_parameters']['rope_type']} scaling of its highest frequencies "
-            f"can't be written for {target.qk_rope_head_dim} rotary dims alone.",
+            f"can't be written for {mla.qk_rope_head_dim} rotary dims alone.",
             "Raise --qk-rope-head-dim, or use --rope longrope.",
         )
 
 
-def _set_rotation(
-    target: LatentTarget, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0
-) -> None:
-    """Write the rotation into a latent's config; for slots that are still to be chosen, the source's for now."""
-    if target.rope.shares_key and not target.rope.chooses_pairs:
-        parameters = highest(parameters, target.qk_rope_head_dim, head_dim, target.rotary_factor)
-    elif target.rope.chooses_pairs and target.slots:
-        speeds = tuple(target.frequencies[slot] for slot in target.slots)
+def _set_rotation(mla: MLASpec, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0) -> None:
+    """Write the rotation into a latent's config; for rope pairs that are still to be chosen, the source's for now."""
+    if mla.rope.truncates:
+        parameters = truncated(parameters, mla.qk_rope_head_dim, head_dim, mla.attention_factor)
+    elif mla.rope.chooses_pairs and mla.rope_pairs:
+        values = tuple(mla.inverse_frequencies[pair] for pair in mla.rope_pairs)
         longest = int(config.get("max_position_embeddings") or 2048)
-        parameters = own_table(parameters, speeds, target.rotary_factor, longest)
-    if target.rope.rotates:
+        parameters = longrope_table(parameters, values, mla.attention_factor, longest)
+    if mla.rope.rotates:
         write_rotation(config, parameters)

@@ -1,17 +1,17 @@
-"""Refuse what would take a quantised checkpoint's codes for weights, or leave its quantization_config without sense."""
+"""Refuse what would take a quantized checkpoint's codes for weights, or leave its quantization_config without sense."""
 
 from __future__ import annotations
 
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.projections import PARTS, modules_of
-from uptrain.architectures.quantization import ORIGINAL, Quantisation, check_declared
+from uptrain.architectures.quantization import ORIGINAL, Quantization, check_declared
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.models.target import TargetClass
 
 
-def check_attention(source: CheckpointDescription) -> Quantisation | None:
-    """Return how a checkpoint is quantised, None where it isn't; its attention must be floating numbers.
+def check_attention(source: CheckpointDescription) -> Quantization | None:
+    """Return how a checkpoint is quantized, None where it isn't; its attention must be floating numbers.
 
     Raises:
         CheckpointError: the attention's weights are codes, or what stands for a projection's weight is something else.
@@ -27,24 +27,24 @@ def check_attention(source: CheckpointDescription) -> Quantisation | None:
     inside = sorted(tensor for tensor in found.tensors if tensor.startswith(starts))
     if inside:
         raise CheckpointError(
-            f"{name} is quantised with {found.describe()}, its attention too: tensor {inside[0]} is "
+            f"{name} is quantized with {found.describe()}, its attention too: tensor {inside[0]} is "
             f"{source.tensors[inside[0]].dtype}, and codes can't be pooled or factored.",
             ORIGINAL,
         )
     for linear in linears:
         if f"{linear}.weight" not in source.tensors:
             raise CheckpointError(
-                f"{name} is quantised with {found.describe()} and has no tensor {linear}.weight.", ORIGINAL
+                f"{name} is quantized with {found.describe()} and has no tensor {linear}.weight.", ORIGINAL
             )
     return found
 
 
-def check_quantised(source: CheckpointDescription, request: Request) -> None:
+def check_quantized(source: CheckpointDescription, request: Request) -> None:
     """Refuse what a request would do to codes, or to scales that were measured with the heads as they are.
 
     Raises:
-        CheckpointError: the attention is quantised, or other parts are and config.json doesn't say so.
-        UsageError: `--dtype` or calibration, which would take codes for numbers, or a quantised key/value cache.
+        CheckpointError: the attention is quantized, or other parts are and config.json doesn't say so.
+        UsageError: `--dtype` or calibration, which would take codes for numbers, or a quantized key/value cache.
     """
     found, name = check_attention(source), source.name
     check_declared(found, name)
@@ -52,19 +52,19 @@ def check_quantised(source: CheckpointDescription, request: Request) -> None:
         return
     if request.dtype and found.tensors:
         raise UsageError(
-            f"--dtype {request.dtype} can't be used on {name}, parts of which are quantised with {found.describe()}: "
+            f"--dtype {request.dtype} can't be used on {name}, parts of which are quantized with {found.describe()}: "
             "their values mean nothing without their scales.",
             "Leave --dtype out.",
         )
     if request.chosen_method.needs_text:
         raise UsageError(
-            f"--method {request.method} can't be used on {name}, parts of which are quantised with {found.describe()}: "
+            f"--method {request.method} can't be used on {name}, parts of which are quantized with {found.describe()}: "
             "its layers can't be run from codes.",
             "Use --method svd.",
         )
     if found.cache:
         raise UsageError(
-            f"{name} has a quantised key/value cache, by scales that were measured on heads as they are.", ORIGINAL
+            f"{name} has a quantized key/value cache, by scales that were measured on heads as they are.", ORIGINAL
         )
 
 
@@ -86,9 +86,9 @@ def check_target(source: CheckpointDescription, target: TargetClass, latent: boo
         return
     hint = "Use --to gqa or --to mqa, or convert the full-precision original." if latent else ORIGINAL
     if not found.tensors:
-        hint += " If these weights aren't quantised, remove quantization_config from config.json."
+        hint += " If these weights aren't quantized, remove quantization_config from config.json."
     raise UsageError(
-        f"{source.name} has parts that are quantised with {found.describe()}, and as a {target.name} its modules have "
+        f"{source.name} has parts that are quantized with {found.describe()}, and as a {target.name} its modules have "
         "other names or weights than its quantization_config speaks of.",
         hint,
     )

@@ -62,8 +62,8 @@ def with_rotary_pairs(checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated
     """Return the plan with the rotary table of the model's own, where it asks for one."""
     if plan.latent is None or not plan.chooses_rope_pairs:
         return plan
-    slots = calibrated.rope_pairs if calibrated else choose_by_weights(checkpoint, plan)
-    latent = plan.latent.with_slots(slots)
+    rope_pairs = calibrated.rope_pairs if calibrated else choose_by_weights(checkpoint, plan)
+    latent = plan.latent.with_rope_pairs(rope_pairs)
     return replace(plan, latent=latent, config=with_rotation(plan.config, latent.config))
 
 

@@ -42,7 +42,7 @@ class RunOptions:
         Raises:
             UsageError: `diagnose` for a latent, or `memory` where nothing is calibrated.
         """
-        if self.diagnose and request.target == "mla":
+        if self.diagnose and request.kind.latent:
             raise UsageError(
                 "--diagnose compares heads that come to share one, and --to mla has none.", "Leave --diagnose out."
             )

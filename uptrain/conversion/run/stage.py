@@ -83,8 +83,8 @@ def _latent(plan: Plan) -> dict[str, Any]:
         "latent": {
             **{name: getattr(plan.after[0], name) for name in sizes},
             "q_lora_rank": plan.latent.stored.q_lora_rank,
-            "rope": plan.latent.target.rope.recorded,
-            "slots": plan.latent.target.slots,
+            "rope": plan.latent.spec.rope.recorded,
+            "slots": plan.latent.spec.rope_pairs,
             "residual_scale": plan.latent.alpha,
         }
     }

@@ -69,12 +69,12 @@ def _text(subject: CardSubject, licence: Licence, metrics: CardMetrics | None) -
 
 
 def _summary(subject: CardSubject) -> str:
-    return "\n\n".join([_made_of(subject), *_quantised(subject)])
+    return "\n\n".join([_made_of(subject), *_quantized(subject)])
 
 
-def _quantised(subject: CardSubject) -> list[str]:
+def _quantized(subject: CardSubject) -> list[str]:
     scheme = declared_scheme(subject.config)
-    return [f"Its weights outside attention are quantised ({scheme}), as those of its source are."] if scheme else []
+    return [f"Its weights outside attention are quantized ({scheme}), as those of its source are."] if scheme else []
 
 
 def _made_of(subject: CardSubject) -> str:

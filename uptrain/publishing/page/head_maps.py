@@ -42,7 +42,7 @@ def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pick
 
     Raises:
         UsageError: the model keeps a latent, `out` is no place for a PNG, or matplotlib is not installed.
-        CheckpointError: the model can't be found or read, its attention is quantised, or it holds NaN.
+        CheckpointError: the model can't be found or read, its attention is quantized, or it holds NaN.
     """
     if out.suffix.lower() != ".png" or not out.resolve().parent.is_dir():
         raise UsageError(f"{out} can't be written.", "Name a .png in a folder that exists.")

@@ -126,7 +126,7 @@ class TrialRunner:
             self._events.layer(0, len(plan.before))
         began = time.monotonic()
         options = RunOptions(
-            diagnose=not plan.latent,
+            diagnose=not plan.request.kind.latent,
             memory=self._settings.memory + self._reference.nbytes if planned.needs_text else None,
             shared=self._sharing() if planned.needs_text else None,
         )

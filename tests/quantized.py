@@ -1,4 +1,4 @@
-"""Checkpoints quantised by each scheme, as their tools store them: names, dtypes, shapes and config. Values are random.
+"""Checkpoints quantized by each scheme, as their tools store them: names, dtypes, shapes and config. Values are random.
 
 Formats: transformers' quantizers and the integrations they load (auto-gptq, autoawq, bitsandbytes, compressed-tensors,
 torchao, hqq, optimum-quanto, EETQ), and the models that were published in them.
@@ -196,8 +196,8 @@ SCHEMES = {
 THROUGHOUT = [name for name, scheme in SCHEMES.items() if scheme.attention]
 
 
-def save_quantised(folder: Path, scheme: str, attention: bool, declare: bool = True, **config: Any) -> Path:
-    """Write a small Llama whose MLP, and `attention`, `scheme` has quantised; `declare` says so in config.json."""
+def save_quantized(folder: Path, scheme: str, attention: bool, declare: bool = True, **config: Any) -> Path:
+    """Write a small Llama whose MLP, and `attention`, `scheme` has quantized; `declare` says so in config.json."""
     torch.manual_seed(0)
     found, of = dict(PLAIN), SCHEMES[scheme]
     for name in PLAIN:
