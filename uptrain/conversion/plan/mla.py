@@ -77,15 +77,15 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
         )
     alpha, scales = _rescale(entry, config)
     q_lora_rank = _q_lora_rank(request, entry, source)
-    layout = replace(entry.layout, per_query=not rope.rotates_expanded)
-    heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
+    schema = replace(entry.schema, per_query=not rope.rotates_expanded)
+    heads = spec.num_attention_heads if schema.per_query else spec.num_key_value_heads
     after = tuple(layer.latent(rank, mla.qk_rope_head_dim, mla.qk_nope_head_dim, heads) for layer in source.attention)
     written, biases = latent_config(entry, source), (biased, output_bias)
     written.update(_attention_config(entry, source, mla, heads, biases, q_lora_rank))
     _set_rotation(mla, written, parameters, spec.head_dim)
     _check_truncated(mla, ModelDescription(family=entry.family, config=written, name=source.name))
     return LatentPlan(
-        entry, mla, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
+        entry, mla, Stored(schema, alpha, q_lora_rank), after, written, biased, output_bias,
         alpha, scales, rope.chooses_pairs and not mla.rope_pairs,
     )  # fmt: skip
 
@@ -217,7 +217,7 @@ def _q_lora_rank(request: Request, entry: MLATargetClass, source: CheckpointDesc
     rank = hidden if request.engine == "llama.cpp" and request.q_lora_rank is None else request.q_lora_rank
     if rank is None:
         return None
-    if not entry.layout.neutral:
+    if not entry.schema.neutral:
         raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.target.name} has whole queries.")
     if rank > hidden:
         raise UsageError(f"--q-lora-rank {rank} is more than {source.name}'s hidden_size {hidden}.")
@@ -225,7 +225,7 @@ def _q_lora_rank(request: Request, entry: MLATargetClass, source: CheckpointDesc
 
 
 def _neutral() -> list[str]:
-    return [name for name, entry in MLA_TARGET_CLASSES.items() if entry.layout.neutral]
+    return [name for name, entry in MLA_TARGET_CLASSES.items() if entry.schema.neutral]
 
 
 def _attention_config(
@@ -241,7 +241,7 @@ def _attention_config(
     }
     if keys.num_key_value_heads:
         found[keys.num_key_value_heads] = heads
-    if entry.layout.neutral:
+    if entry.schema.neutral:
         layers = source.value(source.family.keys.num_hidden_layers)
         found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": layers}
     elif mla.rope.rotates:
