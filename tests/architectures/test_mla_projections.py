@@ -14,7 +14,7 @@ from uptrain.architectures.mla_projections import (
     NEUTRAL_EPS,
     LatentHeads,
     MLASchema,
-    Stored,
+    MLAStorage,
     join_latent,
     latent_shapes,
 )
@@ -121,7 +121,7 @@ def test_a_target_class_computes_what_the_heads_mean(name: str, size: Mapping[st
     heads = random_heads(size, bool(size["biased"]) and not schema.neutral)
     x = np.random.default_rng(1).standard_normal((TOKENS, HIDDEN))
     for q_lora_rank in (None, HIDDEN) if schema.neutral else (None,):
-        tensors = join_latent(heads, Stored(schema, q_lora_rank=q_lora_rank), HEAD_DIM)
+        tensors = join_latent(heads, MLAStorage(schema, q_lora_rank=q_lora_rank), HEAD_DIM)
         for found, wanted in zip(of_target_class(tensors, schema, size, x), meant(heads, x), strict=True):
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9 * (1 + np.abs(wanted).max()))
 
@@ -136,7 +136,7 @@ def test_the_plan_s_shapes_are_those_of_the_tensors(
     biased = bool(size["biased"]) and not schema.neutral
     heads = random_heads(size, biased)
     rank = min(3, len(heads.q_nope) * (size["nope"] + 2 * size["pairs"])) if low and schema.neutral else None
-    stored = Stored(schema, scale, rank)
+    stored = MLAStorage(schema, scale, rank)
     tensors = join_latent(heads, stored, HEAD_DIM)
     shapes = latent_shapes(stored, spec_of(size, schema), HIDDEN, biased, heads.o_bias is not None)
     assert {key: tensor.shape for key, tensor in tensors.items()} == shapes
@@ -145,8 +145,8 @@ def test_the_plan_s_shapes_are_those_of_the_tensors(
 @given(size=sizes)
 def test_the_output_scale_multiplies_weight_and_bias_and_nothing_else(size: Mapping[str, int]) -> None:
     heads = random_heads(size, True)
-    plain = join_latent(heads, Stored(MLASchema()), HEAD_DIM)
-    scaled = join_latent(heads, Stored(MLASchema(), 0.5), HEAD_DIM)
+    plain = join_latent(heads, MLAStorage(MLASchema()), HEAD_DIM)
+    scaled = join_latent(heads, MLAStorage(MLASchema(), 0.5), HEAD_DIM)
     for name, tensor in plain.items():
         np.testing.assert_array_equal(scaled[name], tensor * (0.5 if name.startswith("o_proj") else 1))
 
@@ -154,9 +154,9 @@ def test_the_output_scale_multiplies_weight_and_bias_and_nothing_else(size: Mapp
 def test_low_rank_queries_are_the_nearest_of_that_rank() -> None:
     size = {"groups": 2, "per_group": 1, "nope": 4, "pairs": 1, "rank": 3, "value": 2, "seed": 0}
     heads, schema = random_heads(size, False), SCHEMAS["deepseek_v3"]
-    query = join_latent(heads, Stored(schema), HEAD_DIM)["q_proj.weight"]
+    query = join_latent(heads, MLAStorage(schema), HEAD_DIM)["q_proj.weight"]
     for rank in (1, 4, 6):
-        tensors = join_latent(heads, Stored(schema, q_lora_rank=rank), HEAD_DIM)
+        tensors = join_latent(heads, MLAStorage(schema, q_lora_rank=rank), HEAD_DIM)
         gain = tensors["q_a_layernorm.weight"] / NEUTRAL_EPS**0.5
         found = (tensors["q_b_proj.weight"] * gain) @ tensors["q_a_proj.weight"]
         left = np.linalg.svd(query, compute_uv=False)[rank:]

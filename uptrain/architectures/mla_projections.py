@@ -28,7 +28,7 @@ class MLASpec:
     - `qk_nope_head_dim`: unrotated dims of a head's key.
     - `inverse_frequencies`: the source's (D/2,), in radians per token; empty where no shared rotary key needs them.
     - `rope_pairs`: the index in `inverse_frequencies` that each pair of the shared rotary key has.
-    - `rotary_factor`: what the source's rotary tables are multiplied by.
+    - `attention_factor`: what the source's rotary tables are multiplied by.
     - `key_weight`: weight of key error relative to value error; None for the method's default or its search.
     """
 
@@ -38,7 +38,7 @@ class MLASpec:
     qk_nope_head_dim: int
     inverse_frequencies: tuple[float, ...] = ()
     rope_pairs: tuple[int, ...] = ()
-    rotary_factor: float = 1.0
+    attention_factor: float = 1.0
     key_weight: float | None = None
 
 
@@ -81,7 +81,7 @@ class MLASchema:
 
 
 @dataclass(frozen=True)
-class Stored:
+class MLAStorage:
     """How one conversion stores its layers: the schema, what the output projection is multiplied by, a q_a of rank."""
 
     schema: MLASchema
@@ -89,7 +89,7 @@ class Stored:
     q_lora_rank: int | None = None
 
 
-def join_latent(heads: LatentHeads, stored: Stored, head_dim: int) -> dict[str, Array]:
+def join_latent(heads: LatentHeads, stored: MLAStorage, head_dim: int) -> dict[str, Array]:
     """Join a latent layer into a target class's modules ("q_proj.weight", …); `head_dim` is the source's.
 
     Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1 for the projections.
@@ -119,7 +119,7 @@ def join_latent(heads: LatentHeads, stored: Stored, head_dim: int) -> dict[str, 
 
 
 def latent_shapes(
-    stored: Stored, spec: AttentionSpec, hidden_size: int, biased: bool, output_bias: bool
+    stored: MLAStorage, spec: AttentionSpec, hidden_size: int, biased: bool, output_bias: bool
 ) -> dict[str, tuple[int, ...]]:
     """Return every tensor of one layer and its shape, in the order `join_latent` gives them."""
     schema, rank = stored.schema, spec.kv_lora_rank or 0
