@@ -10,6 +10,7 @@ from tests.corpus import corpus
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
+from uptrain.errors import UsageError
 from uptrain.training import recipes, train
 
 TARGETS = {
@@ -44,3 +45,17 @@ def test_two_steps_of_it_on_the_demo(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gqa-uptrain", "mqa-uptrain", "mla-uptrain"])
 def test_a_converted_model_learns_from_its_original(name: str) -> None:
     assert recipes.load_recipe(name).distill is not None
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.shipped() if recipes.load_recipe(name).model])
+def test_its_own_model_is_a_folder_to_make_and_never_a_hub_id(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("uptrain.training.setup.resolve", lambda *_: pytest.fail("asked for the model"))
+    made = recipes.load_recipe(name)
+    with pytest.raises(UsageError, match=f"{made.model}.*model=CHECKPOINT"):
+        train(made)
+    recipes.check_model(recipes.load_recipe(name, ["model=gpt2"]))
+    (tmp_path / str(made.model)).mkdir()
+    recipes.check_model(made)

@@ -142,7 +142,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class RotaryWords:
+class RopeSettings:
     """How a family's config class reads what config.json says of rotation, where families differ.
 
     `theta` is the base of a silent config, and `theta_key` its word beside the rotary parameters. With `partly` a
@@ -180,7 +180,7 @@ class Family:
     position: Position = Position.ROTARY
     partial_rotary_factor: float = 1.0
     """The share of a head's dims that are rotated, where the config is silent."""
-    rotary: RotaryWords = RotaryWords()
+    rotary: RopeSettings = RopeSettings()
     rotates_sliding_only: bool = False
     """Whether the layers that look back all the way see no rotation."""
     key_norm: KeyNorm | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -109,10 +110,10 @@ class TeacherText(WeightedSource):
 
 
 TextSource = Files | Dataset | Builtin | TeacherText
-KINDS: tuple[tuple[str, type[TextSource]], ...] = (
-    ("files", Files), ("dataset", Dataset), ("builtin", Builtin), ("source", TeacherText),
-)  # fmt: skip
-"""The key that tells what a source is, and the source."""
+TEXT_SOURCES: Mapping[str, type[TextSource]] = MappingProxyType(
+    {"files": Files, "dataset": Dataset, "builtin": Builtin, "source": TeacherText}
+)
+"""Every kind of text source: the key that names it in a recipe, and its class. `documents.pieces` reads them."""
 
 
 def has_chats(source: TextSource) -> bool:
@@ -138,9 +139,9 @@ def parse_source(value: Any) -> Any:
             return Files(files=value)
         return Dataset(dataset=value)
     if isinstance(value, Mapping):
-        for key, kind_of in KINDS:
+        for key, source in TEXT_SOURCES.items():
             if key in value:
-                return kind_of.model_validate(value)
+                return source.model_validate(value)
         raise ValueError("a source is a file name, a dataset name, or a mapping with files, dataset, builtin or source")
     return value
 

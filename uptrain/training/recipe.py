@@ -101,42 +101,83 @@ class Recipe(Strict):
     eval_every_tokens: int | None = Field(None, gt=0)
     keep: Literal["last", "best"] = "last"
 
+    # One validator per subject, in the order in which a recipe's first mistake is reported.
+
     @model_validator(mode="after")
-    def _one_of_each(self) -> Recipe:
+    def _check_model(self) -> Recipe:
         if (self.model is None) == (self.config is None):
             raise ValueError("give either model (a checkpoint to train) or config (to train from scratch)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Recipe:
         if sum(length is not None for length in (self.tokens, self.steps, self.alpha)) != 1:
             raise ValueError("give one of tokens, steps and alpha, the length of the run")
         if (self.alpha is None) != (self.pretraining_tokens is None):
             raise ValueError("alpha is a share of pretraining_tokens: give both (alpha: 0.05 is the paper's)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_trained_weights(self) -> Recipe:
         if self.lora is not None and self.train == "attention":
             raise ValueError("lora says what trains by its target_modules (attention unless named): leave train out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Recipe:
         if self.config is not None and self.distill is not None and self.distill.teacher is None:
             raise ValueError("a new model was converted from nothing: name distill.teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluations(self) -> Recipe:
         if self.eval_every is not None and self.eval_every_tokens is not None:
             raise ValueError("give either eval_every (steps) or eval_every_tokens")
         if self.keep == "best" and not (self.held_out and self.steps_between_evaluations):
             raise ValueError("keep: best needs held_out text and eval_every or eval_every_tokens to choose by")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tokenizer(self) -> Recipe:
         if self.config is not None and self.tokenizer is None:
             raise ValueError("training from a config needs a tokenizer: a name, or a mapping with vocab_size")
         if self.model is not None and isinstance(self.tokenizer, TokenizerSpec):
             raise ValueError("a checkpoint keeps its own tokenizer: a new one would make its embeddings meaningless")
+        return self
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Recipe:
         if self.batch_size % self.gradient_accumulation:
-            raise ValueError(f"gradient_accumulation {self.gradient_accumulation} must divide batch_size "
-                             f"{self.batch_size}, which counts a whole step's sequences")  # fmt: skip
+            raise ValueError(
+                f"gradient_accumulation {self.gradient_accumulation} must divide batch_size {self.batch_size}, "
+                "which counts a whole step's sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Recipe:
         weighted = [source.weight is not None for source in self.data]
         if any(weighted) and not all(weighted):
             raise ValueError("give every source in data a weight, or none of them")
         if any(source.weight is not None for source in self.held_out):
             raise ValueError("held_out is read in order, so its sources have no weight; weights belong in data")
-        if isinstance(self.tokenizer, TokenizerSpec) and any(map(has_chats, [*self.data, *self.held_out])):
+        return self
+
+    @model_validator(mode="after")
+    def _check_teacher_text(self) -> Recipe:
+        new_tokenizer = isinstance(self.tokenizer, TokenizerSpec)
+        if new_tokenizer and any(map(has_chats, [*self.data, *self.held_out])):
             raise ValueError("chat_field needs a tokenizer with a chat template, and one trained on the data has none")
         if any(isinstance(source, TeacherText) for source in self.held_out):
             raise ValueError("held_out must be real text: what the teacher writes says nothing about other text")
-        if isinstance(self.tokenizer, TokenizerSpec) and any(isinstance(source, TeacherText) for source in self.data):
+        if new_tokenizer and any(isinstance(source, TeacherText) for source in self.data):
             raise ValueError("a tokenizer can't be trained on the teacher's text, which has the teacher's own tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _check_readers(self) -> Recipe:
         alone = [source for source in self.data if isinstance(source, TeacherText) or is_stream(source)]
-        if alone and len(self.data) > 1 and not all(weighted):
+        if alone and len(self.data) > 1 and any(source.weight is None for source in self.data):
             kind = "the teacher" if isinstance(alone[0], TeacherText) else "a streamed dataset"
             raise ValueError(f"{kind} must be the only source in data, or every source needs a weight")
         return self

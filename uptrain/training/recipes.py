@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from uptrain.data.sources import KINDS, Strict
+from uptrain.data.sources import TEXT_SOURCES, Strict
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.training.recipe import Distill, Lora, Recipe, TokenizerSpec
 
@@ -78,6 +78,24 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(values, override)
     return parse_recipe(values, str(path))
+
+
+def check_model(recipe: Recipe) -> None:
+    """Refuse the `model` of a shipped recipe where no such folder exists.
+
+    A shipped recipe names a folder that the user makes with `uptrain convert`. The name must not be taken for a Hub id.
+
+    Raises:
+        UsageError: the user did not replace it.
+    """
+    model = recipe.model
+    if model is None or Path(model).is_dir():
+        return
+    if any(read_yaml(path.read_text(encoding="utf-8")).get("model") == model for path in shipped().values()):
+        raise UsageError(
+            f"The recipe's model is not a folder: {model}.",
+            "Make it with `uptrain convert`, or name your own: model=CHECKPOINT.",
+        )
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,7 +179,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _sentence(error: ValidationError, where: str) -> tuple[str, str]:
     first = error.errors()[0]
-    sections = {"TokenizerSpec", "Distill", "Lora", *(kind.__name__ for _, kind in KINDS)}
+    sections = {"TokenizerSpec", "Distill", "Lora", *(source.__name__ for source in TEXT_SOURCES.values())}
     place = [part for part in map(str, first["loc"]) if part not in sections and not part.startswith("function-")]
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
@@ -180,5 +198,5 @@ def _known_beside(place: Sequence[str]) -> list[str]:
     if len(place) == 1:
         return list(Recipe.model_fields)
     named: dict[str, list[type[Strict]]] = {"tokenizer": [TokenizerSpec], "distill": [Distill], "lora": [Lora]}
-    sections = named.get(place[0], [kind for _, kind in KINDS])
+    sections = named.get(place[0], list(TEXT_SOURCES.values()))
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))

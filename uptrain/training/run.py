@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uptrain.checkpoint.events import Events
 from uptrain.models import devices, loading
-from uptrain.training import plots
+from uptrain.training import plots, recipes
 from uptrain.training.accelerator import LESS_MEMORY, make_accelerator
 from uptrain.training.finish import finish
 from uptrain.training.launch import accelerate_device, report_lost_process
@@ -34,6 +34,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the run is saved.
         UptrainError: a loss is not finite, a checkpoint can't be written, memory is full, or a process is lost.
     """
+    recipes.check_model(recipe)
     loading.quiet()
     if plot:
         plots.check()
