@@ -101,11 +101,11 @@ def _versions(config: Mapping[str, Any]) -> str:
     if not config.get("rope_parameters"):
         return ""
     if "rope_theta" in config and config["rope_theta"] is None:
-        return " It wants transformers 5: in transformers 4 the class has no scaled rotation and raises an error."
+        return " It needs transformers 5: in transformers 4 the class has no scaled rotation and raises an error."
     if "rope_theta" in config or "rotary_emb_base" in config:
         return " config.json has its rotary parameters in the words of transformers 4 too."
     return (
-        " It wants transformers 5: config.json has its rotary parameters as transformers 5 writes them, and "
+        " It needs transformers 5: config.json has its rotary parameters as transformers 5 writes them, and "
         "transformers 4 would silently use its defaults."
     )
 
