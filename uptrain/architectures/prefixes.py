@@ -87,7 +87,7 @@ def refuse_foreign(family: Family, names: Collection[str], name: str) -> None:
 
 
 def foreign_names(family: Family, names: Collection[str]) -> Foreign | None:
-    """Return what a wrapper added to the family's names; None where nothing was added, or where they are other names."""
+    """Return what a wrapper added to the family's names; None if nothing was added or they are other names."""
     if any(_stands(family, prefix, names) for prefix in family.prefixes):
         return None
     leads: dict[str, tuple[str, str]] = {}
