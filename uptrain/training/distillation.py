@@ -132,7 +132,7 @@ _Losses = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
 
 class _Chunked(torch.autograd.Function):
-    """Apply a linear head and a loss of its logits to a few rows at a time; gradients are computed in the forward pass."""
+    """Apply a linear head and a loss of its logits to a few rows at a time, with gradients in the forward pass."""
 
     @staticmethod
     def forward(
