@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from uptrain.architectures.decoders import LLAMA
-from uptrain.architectures.rope import Frequencies, highest, own_table, source_frequencies
+from uptrain.architectures.rope import InverseFrequencies, inverse_frequencies, longrope_table, truncated
 from uptrain.architectures.rope_parameters import EVERY, rotary_parameters
 from uptrain.errors import UsageError
 
@@ -35,8 +35,8 @@ def config(variant: str, theta: float = 10000.0, dims: int = 32) -> LlamaConfig:
                        rope_parameters=parameters)  # fmt: skip
 
 
-def read(config: dict[str, Any], dims: int) -> Frequencies:
-    return source_frequencies(rotary_parameters(LLAMA, config, "tiny")[EVERY], config, dims, "tiny")
+def read(config: dict[str, Any], dims: int) -> InverseFrequencies:
+    return inverse_frequencies(rotary_parameters(LLAMA, config, "tiny")[EVERY], config, dims, "tiny")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -46,23 +46,23 @@ def test_they_are_transformers_own(variant, theta, dims):
     made = config(variant, theta, dims)
     embedding = LlamaRotaryEmbedding(made)
     found = read(made.to_dict(), dims)
-    torch.testing.assert_close(torch.tensor(found.speeds), embedding.inv_freq, rtol=1e-5, atol=1e-9)
-    assert abs(found.factor - embedding.attention_scaling) < 1e-6
+    torch.testing.assert_close(torch.tensor(found.values), embedding.inv_freq, rtol=1e-5, atol=1e-9)
+    assert abs(found.attention_factor - embedding.attention_scaling) < 1e-6
 
 
 @pytest.mark.parametrize("variant", ["default", "linear", "llama3", "yarn"])
 @pytest.mark.parametrize("dims", [8, 16, 32])
 def test_the_highest_of_them_are_those_of_a_smaller_theta(variant, dims):
     made = config(variant)
-    smaller = highest(rotary_parameters(LLAMA, made.to_dict(), "tiny")[EVERY], dims, 32)
-    speeds = read({**made.to_dict(), "rope_parameters": smaller}, dims).speeds
-    assert speeds == pytest.approx(read(made.to_dict(), 32).speeds[: dims // 2], rel=1e-6)
+    smaller = truncated(rotary_parameters(LLAMA, made.to_dict(), "tiny")[EVERY], dims, 32)
+    speeds = read({**made.to_dict(), "rope_parameters": smaller}, dims).values
+    assert speeds == pytest.approx(read(made.to_dict(), 32).values[: dims // 2], rel=1e-6)
 
 
 @given(st.lists(st.floats(1e-5, 1.0), min_size=1, max_size=16), st.floats(0.5, 2.0))
 @settings(max_examples=30, deadline=None)
 def test_any_table_can_be_written(speeds, factor):
-    parameters = own_table({"rope_theta": 10000.0}, tuple(speeds), factor, 256)
+    parameters = longrope_table({"rope_theta": 10000.0}, tuple(speeds), factor, 256)
     made = LlamaConfig(head_dim=2 * len(speeds), max_position_embeddings=256, rope_parameters=parameters)
     for tokens in (1, 255, 10_000):
         found, scaling = ROPE_INIT_FUNCTIONS["longrope"](made, "cpu", seq_len=tokens)

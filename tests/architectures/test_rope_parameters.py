@@ -24,7 +24,7 @@ from tests.rotary_configs import LINEAR, PLAIN, SPELLINGS, YARN
 from uptrain.architectures import description
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import ModelDescription
-from uptrain.architectures.rope import source_frequencies
+from uptrain.architectures.rope import inverse_frequencies
 from uptrain.architectures.rope_parameters import EVERY, STATIC, WORDS, rotary_parameters, rotated_dims
 from uptrain.architectures.validation import check_kinds
 from uptrain.conversion.class_checks import rotation
@@ -102,9 +102,9 @@ def test_every_spelling_is_read_as_the_family_s_own_classes_read_it(model_type: 
             of_layers = {spec.rotary_ndims for spec in specs if spec.rotary_ndims != 0}
             assert entry.keys.alibi or {each or whole for each in of_layers} & {2 * len(speeds)}, (name, kind)
             if parameters["rope_type"] in STATIC and not (spread % 2 and parameters["rope_type"] == "yarn"):
-                found = source_frequencies(parameters, config, spread, "m")
-                torch.testing.assert_close(torch.tensor(found.speeds), speeds, rtol=1e-5, atol=0, msg=f"{name} {kind}")
-                assert found.factor == pytest.approx(factor), (name, kind)
+                found = inverse_frequencies(parameters, config, spread, "m")
+                torch.testing.assert_close(torch.tensor(found.values), speeds, rtol=1e-5, atol=0, msg=f"{name} {kind}")
+                assert found.attention_factor == pytest.approx(factor), (name, kind)
             equal += 1
     assert equal >= (8 if entry.rotary.by_layer_type or entry.rotary.renamed else 25)
 

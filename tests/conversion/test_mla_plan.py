@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import CheckpointDescription
-from uptrain.architectures.rope import Frequencies, source_frequencies
+from uptrain.architectures.rope import InverseFrequencies, inverse_frequencies
 from uptrain.architectures.rope_parameters import EVERY, rotary_parameters
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import open_checkpoint
@@ -65,8 +65,8 @@ def llama(save_tiny: Save, heads: int, **changes: Any) -> Path:
     return save_tiny("llama", heads, **{"head_dim": 16, "attention_bias": False, **changes})
 
 
-def read(config: dict[str, Any], dims: int) -> Frequencies:
-    return source_frequencies(rotary_parameters(FAMILIES["llama"], config, "m")[EVERY], config, dims, "m")
+def read(config: dict[str, Any], dims: int) -> InverseFrequencies:
+    return inverse_frequencies(rotary_parameters(FAMILIES["llama"], config, "m")[EVERY], config, dims, "m")
 
 
 @every_rope
@@ -78,8 +78,8 @@ def test_frequencies_are_transformers_own(rope: dict[str, Any], old: bool) -> No
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         config = {"max_position_embeddings": 96, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
     found = read(config, 64)
-    torch.testing.assert_close(torch.tensor(found.speeds), theirs.inv_freq, rtol=2e-6, atol=0)
-    assert found.factor == pytest.approx(theirs.attention_scaling)
+    torch.testing.assert_close(torch.tensor(found.values), theirs.inv_freq, rtol=2e-6, atol=0)
+    assert found.attention_factor == pytest.approx(theirs.attention_scaling)
 
 
 @pytest.mark.parametrize(

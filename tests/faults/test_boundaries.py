@@ -20,6 +20,7 @@ from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.locks import LOCK, WORK_LOCKS
 from uptrain.checkpoint.manifest import MANIFEST, verify
 from uptrain.checkpoint.output_folder import STATE
+from uptrain.conversion.plan.planner import PLAN_FORMAT
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.conversion.run.options import RunOptions
@@ -253,6 +254,23 @@ def test_a_source_that_changed_since_a_run_was_cut_off(world: World) -> None:
     assert notes == ["The source or uptrain changed since the run that was cut off: starting over."]
     convert(str(world.source), world.root / "later", MQA)
     assert digests(world.out) == digests(world.root / "later")
+
+
+def test_an_unfinished_run_of_an_older_plan_format_starts_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that an older format finished gets into the result; another request is refused as ever."""
+    with monkeypatch.context() as patch:
+        patch.setattr("uptrain.conversion.plan.planner.PLAN_FORMAT", PLAN_FORMAT - 1)
+        world.cut_off()
+    left = world.out.with_name("out.partial")
+    assert list(left.glob("model-*.safetensors"))
+    for path in left.glob("model-*.safetensors"):
+        path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(UsageError, match="unfinished"):
+        convert(str(world.source), world.out, Request("gqa", 2))
+    notes: list[str] = []
+    assert convert(str(world.source), world.out, MQA, events=Events(note=notes.append)).resumed == ()
+    assert ["uptrain changed" in note for note in notes] == [True]
+    assert digests(world.out) == world.final
 
 
 def test_a_finished_shard_that_was_damaged_is_written_again(world: World) -> None:

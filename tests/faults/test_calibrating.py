@@ -18,6 +18,7 @@ from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.source import DEMO
 from uptrain.conversion.calibration.layer_search import LayerSearch
 from uptrain.conversion.calibration.store import NOTES
+from uptrain.conversion.plan.planner import PLAN_FORMAT
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import Conversion, convert
 from uptrain.conversion.run.options import RunOptions
@@ -169,6 +170,15 @@ def test_damaged_layers_are_made_again(damage: str, world: World) -> None:
         whole = (world.folder / "layer-1.npz").read_bytes()
         (world.folder / "layer-1.npz").write_bytes(whole[:-9])
     world.check_ends_well({LAYERS if "notes" in damage else LAYERS - 1})
+
+
+@pytest.mark.slow
+def test_layers_of_an_older_plan_format_are_made_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("uptrain.conversion.plan.planner.PLAN_FORMAT", PLAN_FORMAT - 1)
+        cut_off(world, 2)
+    assert (world.folder / "layer-1.npz").is_file()
+    world.check_ends_well({LAYERS})
 
 
 @pytest.mark.slow

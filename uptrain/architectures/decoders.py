@@ -1,4 +1,4 @@
-"""The table: one frozen entry a model family, saying where its attention lives. Data only.
+"""The table of families: one frozen entry per model family, which says where its attention is. Data only.
 
 To add a family, add its entry here and run `pytest tests/conversion/test_families.py`.
 """
@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.encoder_decoders import ENCODER_DECODERS
-from uptrain.architectures.mha_only import CLIPPED, UNCOUNTED
+from uptrain.architectures.mha_only import CLIPPED, MHA_ONLY
 from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.architectures.schema import (
     ConfigKeys,
@@ -20,7 +20,7 @@ from uptrain.architectures.schema import (
     Packing,
     Position,
     Projections,
-    RotaryWords,
+    RopeSettings,
     Sliding,
     Vocabulary,
 )
@@ -57,13 +57,13 @@ GPT_BIGCODE = GPT2.for_model(
     keys=replace(GPT2.keys, multi_query="multi_query"),
     defaults={**GPT2.defaults, "multi_query": True},
     targets={},
-    unsupported={"multi_query": (False, "only its multi-query form has a known layout")},
+    unsupported={"multi_query": (False, "only the schema of its multi-query form is known")},
     native=True,
 )
 
 UPTRAIN_GPT2_MLA = GPT2.for_own_class(OWN_CLASSES["uptrain_gpt2_mla"], keys=replace(GPT2.keys, latent=True), targets={})
 
-_PARTLY = RotaryWords(partly=True)
+_PARTLY = RopeSettings(partly=True)
 
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings",
@@ -141,7 +141,7 @@ FALCON = Family(
 )  # fmt: skip
 
 _ENTRIES = (
-    *UNCOUNTED,
+    *MHA_ONLY,
     *ENCODER_DECODERS,
     FALCON,
     GPT2,
@@ -162,7 +162,7 @@ _ENTRIES = (
     ),
     _like_llama(
         "mixtral", "MixtralForCausalLM", 4096, 32, 32, 32000, 131072, 8,
-        sliding=Sliding.ALL, uncalibrated=_FUSED_EXPERTS, rotary=RotaryWords(1_000_000.0),
+        sliding=Sliding.ALL, uncalibrated=_FUSED_EXPERTS, rotary=RopeSettings(1_000_000.0),
     ),
     _like_llama(
         "qwen2_moe", "Qwen2MoeForCausalLM", 2048, 24, 16, 151936, 32768, 16,
@@ -192,14 +192,14 @@ _ENTRIES = (
     _like_llama(
         "smollm3", "SmolLM3ForCausalLM", 2048, 36, 16, 128256, 32768, 4, vocabulary=_TIED,
         sliding=Sliding.UNROTATED, sliding_flag=True, also={"no_rope_layer_interval": 4},
-        rotary=RotaryWords(2_000_000.0),
+        rotary=RopeSettings(2_000_000.0),
     ),
     _like_llama(
         "starcoder2", "Starcoder2ForCausalLM", 3072, 30, 24, 49152, 4096, 2, vocabulary=_TIED, sliding=Sliding.ALL
     ),
     _like_llama(
         "cohere", "CohereForCausalLM", 8192, 40, 64, 256000, 8192, vocabulary=_TIED,
-        position=Position.ROTARY_INTERLEAVED, rotary=RotaryWords(500_000.0),
+        position=Position.ROTARY_INTERLEAVED, rotary=RopeSettings(500_000.0),
         key_norm=KeyNorm(flag="use_qk_norm", by_head=True), also={"use_qk_norm": False},
     ),
     _like_llama(
@@ -214,7 +214,7 @@ _ENTRIES = (
         "gemma3_text", "Gemma3ForCausalLM", 2304, 26, 8, 262208, 131072, 4, 256, vocabulary=_TIED,
         sliding=Sliding.PATTERN, sliding_window_pattern=6, key_norm=KeyNorm(), also={"sliding_window": 4096},
         unsupported=_BOTH_WAYS,
-        rotary=RotaryWords(by_layer_type={
+        rotary=RopeSettings(by_layer_type={
             "full_attention": ("rope_theta", 1_000_000.0), "sliding_attention": ("rope_local_base_freq", 10_000.0),
         }),
     ),
@@ -226,7 +226,7 @@ _ENTRIES = (
     PHI,
     _like_llama(
         "phi3", "Phi3ForCausalLM", 3072, 32, 32, 32064, 4096, sliding=Sliding.ALL,
-        rotary=RotaryWords(partly=True, renamed={"su": "longrope", "yarn": "longrope"}),
+        rotary=RopeSettings(partly=True, renamed={"su": "longrope", "yarn": "longrope"}),
         also={"original_max_position_embeddings": 4096},
         projections=Projections(fused="qkv_proj", packing=Packing.CONCAT),
     ),
@@ -241,11 +241,11 @@ _ENTRIES = (
     ),
     _like_llama(
         "helium", "HeliumForCausalLM", 2560, 24, 20, 48000, 4096, 20, 128, position=Position.ROTARY_INTERLEAVED,
-        rotary=RotaryWords(100_000.0),
+        rotary=RopeSettings(100_000.0),
     ),
     _like_llama(
         "ernie4_5", "Ernie4_5ForCausalLM", 1024, 18, 16, 103424, 131072, 2, 128, vocabulary=_TIED,
-        position=Position.ROTARY_INTERLEAVED, rotary=RotaryWords(500_000.0),
+        position=Position.ROTARY_INTERLEAVED, rotary=RopeSettings(500_000.0),
     ),
     _like_llama(
         "glm", "GlmForCausalLM", 4096, 40, 32, 151552, 131072, 2, 128,
@@ -267,7 +267,7 @@ _ENTRIES = (
         "olmo3", "Olmo3ForCausalLM", 4096, 32, 32, 50304, 2048, key_norm=KeyNorm(by_head=True),
         sliding=Sliding.PATTERN, sliding_window_pattern=4, also={"sliding_window": 4096},
         # What a config says of the base is for the layers that look back all the way; the others have their own.
-        rotary=RotaryWords(by_layer_type={
+        rotary=RopeSettings(by_layer_type={
             "full_attention": ("rope_theta", 500_000.0), "sliding_attention": ("", 500_000.0),
         }),
     ),
@@ -284,7 +284,7 @@ _ENTRIES = (
     ),
     _like_llama(
         "apertus", "ApertusForCausalLM", 4096, 32, 32, 131072, 65536, key_norm=KeyNorm(),
-        rotary=RotaryWords(12_000_000.0, whole={
+        rotary=RopeSettings(12_000_000.0, whole={
             "rope_type": "llama3", "rope_theta": 12_000_000.0, "factor": 8.0,
             "original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         }),
@@ -293,7 +293,7 @@ _ENTRIES = (
         "laguna", "LagunaForCausalLM", 2048, 40, 48, 100352, 131072, 8, 128,
         keys=ConfigKeys(attention_heads_by_layer="num_attention_heads_per_layer"), key_norm=KeyNorm(),
         also={"sliding_window": 512}, uncalibrated=_FUSED_EXPERTS,
-        rotary=RotaryWords(
+        rotary=RopeSettings(
             partly=True, by_layer_type=dict.fromkeys(("full_attention", "sliding_attention"), ("rope_theta", None)),
             whole={
                 "full_attention": {"rope_type": "default", "rope_theta": 500_000.0, "partial_rotary_factor": 0.5},

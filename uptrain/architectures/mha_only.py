@@ -1,4 +1,4 @@
-"""The table's families whose config counts no key/value heads, and our own classes that do. Data only."""
+"""The families whose config has no number of key/value heads, and our own classes for their results. Data only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uptrain.architectures.schema import (
     Packing,
     Position,
     Projections,
-    RotaryWords,
+    RopeSettings,
     Vocabulary,
 )
 
@@ -26,7 +26,7 @@ GPT_NEOX = Family(
     keys=ConfigKeys(num_key_value_heads=None, head_dim=None, rotary_share="rotary_pct"),
     partial_rotary_factor=0.25,
     vocabulary=Vocabulary("embed_in.weight", ("lm_head.weight", "embed_out.weight")),
-    rotary=RotaryWords(theta_key="rotary_emb_base", partly=True),
+    rotary=RopeSettings(theta_key="rotary_emb_base", partly=True),
     buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
     defaults=dict(zip(_SIZES, (6144, 44, 64, 50432, 2048), strict=True)),
     targets=dict.fromkeys(("gqa", "mqa"), ("phi_of_gpt_neox", "nemotron_of_gpt_neox")),
@@ -135,7 +135,7 @@ PERSIMMON = Family(
     projections=Projections(o="dense", fused="query_key_value", packing=Packing.GROUPED),
     keys=ConfigKeys(num_key_value_heads=None, head_dim=None),
     partial_rotary_factor=0.5,
-    rotary=RotaryWords(partly=True),
+    rotary=RopeSettings(partly=True),
     key_norm=KeyNorm("k_layernorm", "qk_layernorm"),
     defaults={**dict(zip(_SIZES, (4096, 36, 64, 262144, 16384), strict=True)), "qk_layernorm": True},
     targets={"gqa": ("uptrain_persimmon",), "mqa": ("uptrain_persimmon",)},
@@ -148,7 +148,7 @@ UPTRAIN_MPT = MPT.with_groups(OWN_CLASSES["uptrain_mpt"])
 UPTRAIN_OPT = OPT.with_groups(OWN_CLASSES["uptrain_opt"])
 UPTRAIN_PERSIMMON = PERSIMMON.with_groups(OWN_CLASSES["uptrain_persimmon"])
 
-UNCOUNTED = (
+MHA_ONLY = (
     BLOOM, UPTRAIN_BLOOM, CODEGEN, GPT_NEO, UPTRAIN_GPT_NEO, GPT_NEOX, GPTJ, MPT, UPTRAIN_MPT, OPT, UPTRAIN_OPT,
     PERSIMMON, UPTRAIN_PERSIMMON,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One layer with a latent, head by head, and how each target class stores it. Pure array functions."""
+"""One layer's latent attention by head, and how each target class stores it. Pure array functions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.dtypes import Array
 
 NEUTRAL_EPS = 1e-6
-"""The ε that transformers hard-codes in the latent's norm."""
+"""The ε that transformers hard-codes in the norm on the latent."""
 NEUTRAL_WEIGHT = 2.0**20
 """The norm's weight in its neutral form; a power of two, so that no dtype rounds it."""
 NEUTRAL_SCALE = NEUTRAL_EPS**0.5 / NEUTRAL_WEIGHT
-"""What latent rows are multiplied by, so that ε outweighs their energy and the norm multiplies by 1/√ε alone."""
+"""The factor of the latent's rows. With it ε outweighs their energy, so that the norm multiplies by 1/√ε alone."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MLASpec:
     - `qk_nope_head_dim`: unrotated dims of a head's key.
     - `inverse_frequencies`: the source's (D/2,), in radians per token; empty where no shared rotary key needs them.
     - `rope_pairs`: the index in `inverse_frequencies` that each pair of the shared rotary key has.
-    - `rotary_factor`: what the source's rotary tables are multiplied by.
+    - `attention_factor`: what the source's rotary tables are multiplied by.
     - `key_weight`: weight of key error relative to value error; None for the method's default or its search.
     """
 
@@ -38,7 +38,7 @@ class MLASpec:
     qk_nope_head_dim: int
     inverse_frequencies: tuple[float, ...] = ()
     rope_pairs: tuple[int, ...] = ()
-    rotary_factor: float = 1.0
+    attention_factor: float = 1.0
     key_weight: float | None = None
 
 
@@ -65,12 +65,16 @@ class LatentHeads:
 
 
 @dataclass(frozen=True)
-class LatentLayout:
+class MLASchema:
     """How a target class stores a latent layer. Data only.
 
-    `per_query` classes expand the latent to one key and value per query head. `fold_scale` classes multiply logits by
-    (Dn + Dr)^-½, so the ratio to the source's head_dim^-½ goes into the queries. `neutral` classes have a compulsory
-    norm on the latent, which small rows and a large weight turn into the identity.
+    Attributes:
+        output: the name of the output projection.
+        output_transposed: whether its weight is (in, out).
+        per_query: whether the latent expands to one key and value per query head.
+        fold_scale: whether the class multiplies logits by (Dn + Dr)^-½. The ratio to the source's head_dim^-½ then goes
+            into the queries.
+        neutral: whether the class has a norm on the latent, which small rows and a large weight turn into the identity.
     """
 
     output: str = "o_proj"
@@ -81,22 +85,28 @@ class LatentLayout:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """How one conversion stores its layers: the layout, what the output projection is multiplied by, a q_a of rank."""
+class MLAStorage:
+    """How one conversion stores its latent layers.
 
-    layout: LatentLayout
+    Attributes:
+        schema: how the target class stores them.
+        output_scale: the factor of the output projection.
+        q_lora_rank: the rank of low-rank queries, None for whole queries.
+    """
+
+    schema: MLASchema
     output_scale: float = 1.0
     q_lora_rank: int | None = None
 
 
-def join_latent(heads: LatentHeads, stored: Stored, head_dim: int) -> dict[str, Array]:
-    """Join a latent layer into a target class's modules ("q_proj.weight", …); `head_dim` is the source's.
+def join_latent(heads: LatentHeads, stored: MLAStorage, head_dim: int) -> dict[str, Array]:
+    """Join a latent layer into the modules of a target class ("q_proj.weight", …); `head_dim` is the source's.
 
     Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1 for the projections.
     """
-    layout = stored.layout
+    schema = stored.schema
     width = heads.q_nope.shape[1] + heads.q_rope.shape[1]
-    scale = (width / head_dim) ** 0.5 if layout.fold_scale else 1.0
+    scale = (width / head_dim) ** 0.5 if schema.fold_scale else 1.0
     out: dict[str, Array] = {}
     query = _flat(np.concatenate([heads.q_nope, heads.q_rope], axis=1)) * scale
     if stored.q_lora_rank is None:
@@ -104,25 +114,32 @@ def join_latent(heads: LatentHeads, stored: Stored, head_dim: int) -> dict[str, 
     else:
         out |= _low_rank_queries(query, stored.q_lora_rank)
     out |= _bias("q_proj", _joined(heads.q_nope_bias, heads.q_rope_bias, axis=1))
-    latent = heads.down * NEUTRAL_SCALE if layout.neutral else heads.down
+    latent = heads.down * NEUTRAL_SCALE if schema.neutral else heads.down
     out["kv_a_proj_with_mqa.weight"] = np.concatenate([latent, heads.k_rope])
     out |= _bias("kv_a_proj_with_mqa", _joined(heads.down_bias, heads.k_rope_bias, axis=0))
-    if layout.neutral:
+    if schema.neutral:
         out["kv_a_layernorm.weight"] = np.full(len(latent), NEUTRAL_WEIGHT)
     up = np.concatenate([heads.k_up, heads.v_up], axis=1)
-    if layout.per_query:
+    if schema.per_query:
         up = np.repeat(up, len(heads.q_nope) // len(up), axis=0)
     out["kv_b_proj.weight"] = _flat(up)
     output = heads.o.reshape(len(heads.o), -1) * stored.output_scale
-    out[f"{layout.output}.weight"] = output.T if layout.output_transposed else output
-    return out | _bias(layout.output, None if heads.o_bias is None else heads.o_bias * stored.output_scale)
+    out[f"{schema.output}.weight"] = output.T if schema.output_transposed else output
+    return out | _bias(schema.output, None if heads.o_bias is None else heads.o_bias * stored.output_scale)
 
 
 def latent_shapes(
-    stored: Stored, spec: AttentionSpec, hidden_size: int, biased: bool, output_bias: bool
+    stored: MLAStorage, spec: AttentionSpec, hidden_size: int, biased: bool, output_bias: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Return every tensor of one layer and its shape, in the order `join_latent` gives them."""
-    layout, rank = stored.layout, spec.kv_lora_rank or 0
+    """Return the shape of every tensor of one layer, in the order of `join_latent`.
+
+    - `stored`: how the layers are stored.
+    - `spec`: the attention's sizes in the result.
+    - `hidden_size`: the width of the hidden states.
+    - `biased`: whether queries and the latent have biases.
+    - `output_bias`: whether the output projection has a bias.
+    """
+    schema, rank = stored.schema, spec.kv_lora_rank or 0
     nope, rope, value = spec.qk_nope_head_dim or 0, spec.qk_rope_head_dim, spec.v_head_dim or spec.head_dim
     query, latent = spec.num_attention_heads * (nope + rope), rank + rope
     out: dict[str, tuple[int, ...]] = {}
@@ -137,18 +154,18 @@ def latent_shapes(
     out["kv_a_proj_with_mqa.weight"] = (latent, hidden_size)
     if biased:
         out["kv_a_proj_with_mqa.bias"] = (latent,)
-    if layout.neutral:
+    if schema.neutral:
         out["kv_a_layernorm.weight"] = (rank,)
     out["kv_b_proj.weight"] = (spec.num_key_value_heads * (nope + value), rank)
     mixed = spec.num_attention_heads * value
-    out[f"{layout.output}.weight"] = (mixed, hidden_size) if layout.output_transposed else (hidden_size, mixed)
+    out[f"{schema.output}.weight"] = (mixed, hidden_size) if schema.output_transposed else (hidden_size, mixed)
     if output_bias:
-        out[f"{layout.output}.bias"] = (hidden_size,)
+        out[f"{schema.output}.bias"] = (hidden_size,)
     return out
 
 
 def _low_rank_queries(query: Array, rank: int) -> dict[str, Array]:
-    """Split the queries' map into two, with the norm between them neutral; as wide as the input it is exact."""
+    """Split the queries' map into two with a neutral norm between them; a rank equal to the input's width is exact."""
     if rank == query.shape[1]:
         down, up = np.eye(rank), query
     else:

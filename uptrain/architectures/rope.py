@@ -1,4 +1,4 @@
-"""The rotary frequencies a config asks for, without torch; arithmetic as in transformers' own functions."""
+"""The rotary inverse frequencies that a config asks for, without torch; arithmetic as in transformers' functions."""
 
 from __future__ import annotations
 
@@ -13,40 +13,58 @@ _MAGNITUDES = ("mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True)
-class Frequencies:
-    """Rotary `speeds` (head_dim/2,), radians a token, highest first, and what cosines and sines are multiplied by."""
+class InverseFrequencies:
+    """The rotation of a head's rope pairs.
 
-    speeds: tuple[float, ...]
-    factor: float = 1.0
+    Attributes:
+        values: (head_dim/2,), radians per token, the highest first.
+        attention_factor: the factor of all cosines and sines.
+    """
+
+    values: tuple[float, ...]
+    attention_factor: float = 1.0
 
 
 def partly_rotated(parameters: Mapping[str, Any], rotary_ndims: int, spread: int, head_dim: int) -> dict[str, Any]:
-    """Return rotary parameters with the share of rotated dims written out; their frequencies spread over `spread` dims.
+    """Return rotary parameters with the share of rotated dims written out.
+
+    - `parameters`: the rotary parameters, in the words of transformers 5.
+    - `rotary_ndims`: how many dims of a head are rotated.
+    - `spread`: the number of dims that the inverse frequencies are computed for.
+    - `head_dim`: the dims per head.
 
     Raises:
-        UsageError: an odd number of dims is rotated, which classes round differently.
+        UsageError: `spread` is odd, which classes round differently.
     """
     if spread % 2:
-        raise UsageError(f"Its keys rotate {spread} of {head_dim} dims, an odd number no other class agrees on.")
+        raise UsageError(
+            f"Its keys rotate {spread} of {head_dim} dims, an odd number, which no other class rotates in the same way."
+        )
     share = rotary_ndims / head_dim
-    # Classes multiply and cut off the fraction, which must not fall short of the number.
+    # Classes multiply and cut off the fraction, so the share must not be smaller than the number asks for.
     share = share if int(head_dim * share) == rotary_ndims else math.nextafter(share, 2)
     return {**parameters, "partial_rotary_factor": share}
 
 
-def source_frequencies(parameters: Mapping[str, Any], config: Mapping[str, Any], dims: int, where: str) -> Frequencies:
-    """Return the frequencies over `dims` dims that a config class's rotary parameters stand for.
+def inverse_frequencies(
+    parameters: Mapping[str, Any], config: Mapping[str, Any], dims: int, name: str
+) -> InverseFrequencies:
+    """Return the inverse frequencies over `dims` dims that the rotary parameters of a config stand for.
 
-    `config` says what stands beside them.
+    - `parameters`: the rotary parameters, in the words of transformers 5.
+    - `config`: the whole config; scaling reads lengths from it.
+    - `dims`: the number of rotated dims.
+    - `name`: what the user called the model; errors name it.
 
     Raises:
-        UsageError: a rope type whose frequencies change with the length of the text.
+        UsageError: a rope type whose inverse frequencies change with the length of the text.
         CheckpointError: parameters that are missing or no numbers.
     """
     kind = parameters["rope_type"]
-    if kind not in _VARIANTS:
+    if kind not in _TYPES:
         raise UsageError(
-            f"{where} has rope_type {kind}, whose frequencies change with the text's length: they fit no latent yet.",
+            f"{name} has rope_type {kind}, whose inverse frequencies change with the text's length: they fit no latent "
+            "yet.",
             "Use --rope pre-rope, or --to gqa.",
         )
     try:
@@ -54,56 +72,59 @@ def source_frequencies(parameters: Mapping[str, Any], config: Mapping[str, Any],
         if theta <= 0:
             raise ValueError(f"rope_theta is {theta}")
         base = [theta ** (-2 * pair / dims) for pair in range((dims + 1) // 2)]
-        found = _VARIANTS[kind](base, parameters, config, dims)
-        if not all(0 < value < math.inf for value in (*found.speeds, found.factor)):
+        found = _TYPES[kind](base, parameters, config, dims)
+        if not all(0 < value < math.inf for value in (*found.values, found.attention_factor)):
             raise ValueError("a frequency is not a positive number")
         return found
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{where} has {kind} rotary parameters that say no frequencies: {reason}.") from None
+        raise CheckpointError(f"{name} has {kind} rotary parameters that can't be computed: {reason}.") from None
 
 
-def _default(base: list[float], _parameters: Mapping[str, Any], _config: Mapping[str, Any], _dim: int) -> Frequencies:
-    return Frequencies(tuple(base))
+_Parameters = Mapping[str, Any]
 
 
-def _linear(base: list[float], parameters: Mapping[str, Any], _config: Mapping[str, Any], _dim: int) -> Frequencies:
-    return Frequencies(tuple(speed / float(parameters["factor"]) for speed in base))
+def _default(base: list[float], _parameters: _Parameters, _config: _Parameters, _dims: int) -> InverseFrequencies:
+    return InverseFrequencies(tuple(base))
 
 
-def _llama3(base: list[float], parameters: Mapping[str, Any], config: Mapping[str, Any], _dim: int) -> Frequencies:
+def _linear(base: list[float], parameters: _Parameters, _config: _Parameters, _dims: int) -> InverseFrequencies:
+    return InverseFrequencies(tuple(value / float(parameters["factor"]) for value in base))
+
+
+def _llama3(base: list[float], parameters: _Parameters, config: _Parameters, _dims: int) -> InverseFrequencies:
     """Source: Llama Team 2024, The Llama 3 Herd of Models, section 3.4.2; transformers' modeling_rope_utils."""
     factor, old = float(parameters["factor"]), float(parameters["original_max_position_embeddings"])
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
     out = []
-    for speed in base:
-        turns = old * speed / (2 * math.pi)
-        smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
-        out.append((1 - smooth) * speed / factor + smooth * speed)
-    return Frequencies(tuple(out))
+    for value in base:
+        rotations = old * value / (2 * math.pi)
+        smooth = min(1.0, max(0.0, (rotations - low) / (high - low)))
+        out.append((1 - smooth) * value / factor + smooth * value)
+    return InverseFrequencies(tuple(out))
 
 
-def _yarn(base: list[float], parameters: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> Frequencies:
+def _yarn(base: list[float], parameters: _Parameters, config: _Parameters, dims: int) -> InverseFrequencies:
     """Source: Peng et al. 2023, YaRN, section 3; transformers' modeling_rope_utils."""
     old = float(parameters["original_max_position_embeddings"])
     given = parameters["factor"]
     factor = float(config["max_position_embeddings"]) / old if given is None else float(given)
     theta = float(parameters["rope_theta"])
 
-    def pair_of(turns: float) -> float:
-        return dim * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_of(rotations: float) -> float:
+        return dims * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair_of(float(parameters.get("beta_fast") or 32)), pair_of(float(parameters.get("beta_slow") or 1))
     if parameters.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
+    first, last = max(first, 0), min(last, dims - 1)
     width = (last - first) or 0.001
     ramp = [min(1.0, max(0.0, (pair - first) / width)) for pair in range(len(base))]
-    speeds = tuple(speed / factor * part + speed * (1 - part) for speed, part in zip(base, ramp, strict=True))
-    return Frequencies(speeds, _yarn_factor(parameters, factor))
+    values = tuple(value / factor * part + value * (1 - part) for value, part in zip(base, ramp, strict=True))
+    return InverseFrequencies(values, _yarn_factor(parameters, factor))
 
 
-def _yarn_factor(parameters: Mapping[str, Any], factor: float) -> float:
+def _yarn_factor(parameters: _Parameters, factor: float) -> float:
     given = parameters.get("attention_factor")
     if given is not None:
         return float(given)
@@ -117,7 +138,7 @@ def _magnitude(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-_VARIANTS: Mapping[str, Callable[[list[float], Mapping[str, Any], Mapping[str, Any], int], Frequencies]] = {
+_TYPES: Mapping[str, Callable[[list[float], _Parameters, _Parameters, int], InverseFrequencies]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
@@ -125,12 +146,17 @@ _VARIANTS: Mapping[str, Callable[[list[float], Mapping[str, Any], Mapping[str, A
 }
 
 
-def highest(parameters: Mapping[str, Any], dims: int, head_dim: int, factor: float = 1.0) -> dict[str, Any]:
-    """Return rotary parameters whose `dims`/2 frequencies are the highest of `head_dim`/2, scaling included.
+def truncated(parameters: Mapping[str, Any], dims: int, head_dim: int, factor: float = 1.0) -> dict[str, Any]:
+    """Return rotary parameters whose `dims`/2 inverse frequencies are the highest of `head_dim`/2, scaling included.
 
-    θ^(−2p/D) = θ'^(−2p/Dr) for θ' = θ^(Dr/D). Linear and llama3 scale a frequency by its own size alone and yarn by
-    its place, which stays, but for a ramp that would end after the last dim. `factor` is what the tables are
-    multiplied by: latent classes read yarn's mscale_all_dim as a softmax scale besides, so it is said outright.
+    θ^(−2p/D) = θ'^(−2p/Dr) for θ' = θ^(Dr/D). Linear and llama3 scale a frequency by its own size alone. Yarn scales it
+    by its place, which stays the same, unless the ramp would end after the last dim.
+
+    - `parameters`: the source's rotary parameters.
+    - `dims`: Dr, the number of rotated dims in the result.
+    - `head_dim`: D, the number of rotated dims in the source.
+    - `factor`: the factor of all cosines and sines. It is written out where yarn's mscale_all_dim was, since latent
+      classes also read that as a softmax scale.
     """
     found = {key: value for key, value in parameters.items() if key not in _MAGNITUDES}
     if found.keys() != parameters.keys():
@@ -138,13 +164,20 @@ def highest(parameters: Mapping[str, Any], dims: int, head_dim: int, factor: flo
     return {**found, "rope_theta": float(parameters["rope_theta"]) ** (dims / head_dim)}
 
 
-def own_table(parameters: Mapping[str, Any], speeds: tuple[float, ...], factor: float, longest: int) -> dict[str, Any]:
-    """Return "longrope" parameters that give exactly `speeds`, whatever the text's length.
+def longrope_table(
+    parameters: Mapping[str, Any], values: tuple[float, ...], factor: float, longest: int
+) -> dict[str, Any]:
+    """Return "longrope" parameters that give exactly the inverse frequencies `values`, for a text of any length.
 
     Source: Ding et al. 2024, LongRoPE, section 3.2 for a factor per pair.
+
+    - `parameters`: the source's rotary parameters.
+    - `values`: the inverse frequency of each rope pair, radians per token.
+    - `factor`: the factor of all cosines and sines.
+    - `longest`: the tokens of the longest text, max_position_embeddings.
     """
-    theta, dims = float(parameters["rope_theta"]), 2 * len(speeds)
-    factors = [theta ** (-2 * pair / dims) / speed for pair, speed in enumerate(speeds)]
+    theta, dims = float(parameters["rope_theta"]), 2 * len(values)
+    factors = [theta ** (-2 * pair / dims) / value for pair, value in enumerate(values)]
     return {
         "rope_type": "longrope",
         "rope_theta": theta,

@@ -177,7 +177,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
         "tensors": sum(len(shard) for shard in plan.shards.values()),
         "changed_tensors": plan.changed,
-        "shards": {name: sum(t.info.nbytes for t in tensors) for name, tensors in plan.shards.items()},
+        "shards": {name: sum(each.output.nbytes for each in operations) for name, operations in plan.shards.items()},
         "total_bytes": plan.total_bytes,
         "peak_memory_bytes": plan.peak_memory,
         "digest": plan.digest,

@@ -9,7 +9,7 @@ from typing import Any
 
 from uptrain.architectures.decoders import DEEPSEEK_V3
 from uptrain.architectures.description import ModelDescription
-from uptrain.architectures.mla_projections import LatentLayout
+from uptrain.architectures.mla_projections import MLASchema
 from uptrain.architectures.mla_rope import MLARope
 from uptrain.architectures.rope_parameters import WORDS
 from uptrain.architectures.schema import Family
@@ -24,7 +24,7 @@ class MLATargetClass:
     """A class that can hold a latent, and what a source needs for it.
 
     - `target`: the class, and how a source's checkpoint becomes one of its own.
-    - `layout`: how it stores a latent layer.
+    - `schema`: how it stores a latent layer.
     - `ropes`: where it can have the positions of keys.
     - `biased`: queries and the latent may have biases.
     - `refuses`: the values (None: any but null) of keys in the source's config that it can't hold.
@@ -37,7 +37,7 @@ class MLATargetClass:
     """
 
     target: TargetClass
-    layout: LatentLayout
+    schema: MLASchema
     ropes: tuple[MLARope, ...]
     biased: bool = True
     refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _NOTHING)
@@ -76,7 +76,7 @@ MLA_TARGET_CLASSES: Mapping[str, MLATargetClass] = MappingProxyType(
                 },
                 purposes=("Model", "ForSequenceClassification", "ForTokenClassification"),
             ),
-            LatentLayout(fold_scale=True, neutral=True),
+            MLASchema(fold_scale=True, neutral=True),
             ropes=(MLARope.DECOUPLED, MLARope.LONGROPE),
             biased=False,
             refuses={"attention_bias": (True,), "mlp_bias": (True,)},
@@ -91,13 +91,13 @@ MLA_TARGET_CLASSES: Mapping[str, MLATargetClass] = MappingProxyType(
         ),
         "uptrain_llama_mla": MLATargetClass(
             TARGET_CLASSES["uptrain_llama_mla"],
-            LatentLayout(),
+            MLASchema(),
             ropes=(MLARope.DECOUPLED, MLARope.LONGROPE, MLARope.PRE_ROPE),
             engines={"any": (MLARope.DECOUPLED, MLARope.LONGROPE, MLARope.PRE_ROPE)},
         ),
         "uptrain_gpt2_mla": MLATargetClass(
             TARGET_CLASSES["uptrain_gpt2_mla"],
-            LatentLayout(output="c_proj", output_transposed=True),
+            MLASchema(output="c_proj", output_transposed=True),
             ropes=(MLARope.NONE,),
             engines={"any": (MLARope.NONE,)},
         ),

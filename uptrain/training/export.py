@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from uptrain.errors import UptrainError
-from uptrain.models import loading, neutral_norm
+from uptrain.models import neutral_norm
 from uptrain.models.class_fit import listed
+from uptrain.models.saving import save
 from uptrain.training.parallel import whole
 from uptrain.training.run_folder import RunFolder
 from uptrain.training.setup import TrainingSetup
@@ -32,7 +33,7 @@ def write_model(setup: TrainingSetup, folder: Path | None) -> None:
     weights = gather(student, setup.dtype, keep=folder is not None)
     if folder is not None:
         model = assemble(student, weights, setup.dtype)
-        loading.save(model, setup.tokenizer, folder, setup.dtype, setup.model)
+        save(model, setup.tokenizer, folder, setup.dtype, setup.model)
 
 
 @torch.no_grad()

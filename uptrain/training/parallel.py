@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from uptrain.data.block_reader import Tokens
-from uptrain.models import loading
+from uptrain.models.checks import check_tokens
 from uptrain.training.batches import Batch, Boundary, batch_of
 from uptrain.training.distillation import Objective
 from uptrain.training.losses import IGNORED
@@ -51,7 +51,7 @@ class ParallelObjective:
         Raises:
             UsageError: the student has no embedding of a token.
         """
-        loading.check_tokens(self.objective.student, blocks)
+        check_tokens(self.objective.student, blocks)
         return batch_of(blocks, boundary, self.objective.has_encoder)
 
     def losses(self, part: Batch) -> Tensor:

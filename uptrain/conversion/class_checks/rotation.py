@@ -70,10 +70,10 @@ def _as_planned(plan: Plan, source: Mapping[str, Table], results: Sequence[Mappi
     was = wanted = source[EVERY]
     if plan.latent is not None and plan.latent.spec.inverse_frequencies:
         spec = plan.latent.spec
-        if not _same(was, Table(spec.inverse_frequencies, spec.inverse_frequencies, spec.rotary_factor)):
+        if not _same(was, Table(spec.inverse_frequencies, spec.inverse_frequencies, spec.attention_factor)):
             return False
         kept = tuple(spec.inverse_frequencies[pair] for pair in spec.rope_pairs)
-        wanted = Table(kept, kept, spec.rotary_factor)
+        wanted = Table(kept, kept, spec.attention_factor)
     return all(_same(found[EVERY], wanted) for found in results)
 
 

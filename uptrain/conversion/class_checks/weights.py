@@ -67,8 +67,8 @@ def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, .
         CheckpointError: tensors are missing, have other sizes than config.json promises, or would be left out.
     """
     source = Question(checkpoint.config, {key: info.shape for key, info in checkpoint.tensors.items()})
-    outputs = {tensor.info.name: tensor for tensors in plan.shards.values() for tensor in tensors}
-    result = Question(plan.whole_config, {key: tensor.info.shape for key, tensor in outputs.items()})
+    outputs = {operation.output.name: operation for operation in plan.operations}
+    result = Question(plan.whole_config, {key: operation.output.shape for key, operation in outputs.items()})
     family = plan.source.family
     layers = plan.source.config.get(family.keys.num_hidden_layers)
     if plan.source.quantization is not None:

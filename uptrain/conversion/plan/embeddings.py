@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.checkpoint.header import TensorInfo
-from uptrain.conversion.plan.operations import OutputTensor
+from uptrain.conversion.plan.operations import Operation, copy_or_cast, new_info
 from uptrain.models.target import TargetClass
 
 
@@ -15,8 +15,8 @@ def shared_outputs(
     source: CheckpointDescription,
     target: TargetClass,
     untied: bool,
-    passed: Callable[[str, TensorInfo], OutputTensor],
-) -> dict[str, list[OutputTensor]]:
+    passed: Callable[[str, TensorInfo], Operation],
+) -> dict[str, list[Operation]]:
     """Map the one tensor that a source stores for embedding and head to what it becomes; empty where it stores two.
 
     The result stores the embedding, because not every reader takes a head for it. Target classes that tie nothing get a
@@ -33,8 +33,8 @@ def shared_outputs(
     if not embeddings.tied or not stored or stored != embeddings.head or names.more:
         return {}
     info = source.tensors[stored]
-    table = replace(passed(embeddings.own_table, info), source=stored)
+    table = replace(passed(embeddings.own_table, info), sources=(stored,))
     if not untied:
         return {stored: [table]}
-    head = TensorInfo(names.heads[0], table.info.dtype, info.shape, "", -1, -1)
-    return {stored: [OutputTensor(head, "copy", stored), table]}
+    head = new_info(names.heads[0], table.output.dtype, info.shape)
+    return {stored: [copy_or_cast(head, info), table]}

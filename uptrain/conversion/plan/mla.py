@@ -9,9 +9,9 @@ from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription, ModelDescription
-from uptrain.architectures.mla_projections import MLASpec, Stored
+from uptrain.architectures.mla_projections import MLASpec, MLAStorage
 from uptrain.architectures.mla_rope import MLARope
-from uptrain.architectures.rope import Frequencies, highest, own_table, source_frequencies
+from uptrain.architectures.rope import InverseFrequencies, inverse_frequencies, longrope_table, truncated
 from uptrain.architectures.rope_parameters import EVERY, write_rotation
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.request import Request
@@ -32,7 +32,7 @@ class LatentPlan:
 
     entry: MLATargetClass
     spec: MLASpec
-    stored: Stored
+    stored: MLAStorage
     after: tuple[AttentionSpec, ...]
     config: dict[str, Any]
     biased: bool
@@ -77,15 +77,15 @@ def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
         )
     alpha, scales = _rescale(entry, config)
     q_lora_rank = _q_lora_rank(request, entry, source)
-    layout = replace(entry.layout, per_query=not rope.rotates_expanded)
-    heads = spec.num_attention_heads if layout.per_query else spec.num_key_value_heads
+    schema = replace(entry.schema, per_query=not rope.rotates_expanded)
+    heads = spec.num_attention_heads if schema.per_query else spec.num_key_value_heads
     after = tuple(layer.latent(rank, mla.qk_rope_head_dim, mla.qk_nope_head_dim, heads) for layer in source.attention)
     written, biases = latent_config(entry, source), (biased, output_bias)
     written.update(_attention_config(entry, source, mla, heads, biases, q_lora_rank))
     _set_rotation(mla, written, parameters, spec.head_dim)
     _check_truncated(mla, ModelDescription(family=entry.family, config=written, name=source.name))
     return LatentPlan(
-        entry, mla, Stored(layout, alpha, q_lora_rank), after, written, biased, output_bias,
+        entry, mla, MLAStorage(schema, alpha, q_lora_rank), after, written, biased, output_bias,
         alpha, scales, rope.chooses_pairs and not mla.rope_pairs,
     )  # fmt: skip
 
@@ -104,10 +104,10 @@ def _rope(request: Request, source: CheckpointDescription) -> MLARope:
     return rope
 
 
-def _source_rotation(source: CheckpointDescription, rope: MLARope) -> tuple[dict[str, Any], Frequencies]:
+def _source_rotation(source: CheckpointDescription, rope: MLARope) -> tuple[dict[str, Any], InverseFrequencies]:
     """Return the source's rotary parameters and, where the latent's class gets a table of them, the frequencies."""
     if not rope.rotates:
-        return {}, Frequencies(())
+        return {}, InverseFrequencies(())
     parameters, spec = dict(source.rope[EVERY]), source.attention[0]
     if spec.rotary_ndims is not None:
         raise UsageError(
@@ -116,8 +116,8 @@ def _source_rotation(source: CheckpointDescription, rope: MLARope) -> tuple[dict
         )
     parameters.pop("partial_rotary_factor", None)
     if not rope.shares_key:
-        return parameters, Frequencies(())
-    return parameters, source_frequencies(parameters, source.config, spec.head_dim, source.name)
+        return parameters, InverseFrequencies(())
+    return parameters, inverse_frequencies(parameters, source.config, spec.head_dim, source.name)
 
 
 def _target_class(source: CheckpointDescription, request: Request, rope: MLARope, biased: bool) -> MLATargetClass:
@@ -176,7 +176,7 @@ def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: MLARo
 
 
 def _spec(
-    request: Request, spec: AttentionSpec, rope: MLARope, rank: int, rotary: int, frequencies: Frequencies
+    request: Request, spec: AttentionSpec, rope: MLARope, rank: int, rotary: int, frequencies: InverseFrequencies
 ) -> MLASpec:
     pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
     every = rope.chooses_pairs and rotary == spec.head_dim * heads
@@ -184,7 +184,7 @@ def _spec(
     if every:
         rope_pairs = tuple(pair for pair in range(pairs) for _ in range(heads))
     return MLASpec(
-        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.speeds, rope_pairs, frequencies.factor,
+        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.values, rope_pairs, frequencies.attention_factor,
         request.key_weight,
     )  # fmt: skip
 
@@ -217,7 +217,7 @@ def _q_lora_rank(request: Request, entry: MLATargetClass, source: CheckpointDesc
     rank = hidden if request.engine == "llama.cpp" and request.q_lora_rank is None else request.q_lora_rank
     if rank is None:
         return None
-    if not entry.layout.neutral:
+    if not entry.schema.neutral:
         raise UsageError(f"--q-lora-rank is for {', '.join(_neutral())}; {entry.target.name} has whole queries.")
     if rank > hidden:
         raise UsageError(f"--q-lora-rank {rank} is more than {source.name}'s hidden_size {hidden}.")
@@ -225,7 +225,7 @@ def _q_lora_rank(request: Request, entry: MLATargetClass, source: CheckpointDesc
 
 
 def _neutral() -> list[str]:
-    return [name for name, entry in MLA_TARGET_CLASSES.items() if entry.layout.neutral]
+    return [name for name, entry in MLA_TARGET_CLASSES.items() if entry.schema.neutral]
 
 
 def _attention_config(
@@ -241,7 +241,7 @@ def _attention_config(
     }
     if keys.num_key_value_heads:
         found[keys.num_key_value_heads] = heads
-    if entry.layout.neutral:
+    if entry.schema.neutral:
         layers = source.value(source.family.keys.num_hidden_layers)
         found |= {"q_lora_rank": q_lora_rank, "first_k_dense_replace": layers}
     elif mla.rope.rotates:
@@ -259,7 +259,7 @@ def _check_truncated(mla: MLASpec, written: ModelDescription) -> None:
     if not mla.rope.truncates:
         return
     parameters = written.rope[EVERY]
-    found = source_frequencies(parameters, written.config, mla.qk_rope_head_dim, written.name).speeds
+    found = inverse_frequencies(parameters, written.config, mla.qk_rope_head_dim, written.name).values
     if any(abs(one - other) > 1e-6 * other for one, other in zip(found, mla.inverse_frequencies, strict=False)):
         raise UsageError(
             f"{written.name}'s {written.config['rope_parameters']['rope_type']} scaling of its highest frequencies "
@@ -271,10 +271,10 @@ def _check_truncated(mla: MLASpec, written: ModelDescription) -> None:
 def _set_rotation(mla: MLASpec, config: dict[str, Any], parameters: Mapping[str, Any], head_dim: int = 0) -> None:
     """Write the rotation into a latent's config; for rope pairs that are still to be chosen, the source's for now."""
     if mla.rope.truncates:
-        parameters = highest(parameters, mla.qk_rope_head_dim, head_dim, mla.rotary_factor)
+        parameters = truncated(parameters, mla.qk_rope_head_dim, head_dim, mla.attention_factor)
     elif mla.rope.chooses_pairs and mla.rope_pairs:
-        speeds = tuple(mla.inverse_frequencies[pair] for pair in mla.rope_pairs)
+        values = tuple(mla.inverse_frequencies[pair] for pair in mla.rope_pairs)
         longest = int(config.get("max_position_embeddings") or 2048)
-        parameters = own_table(parameters, speeds, mla.rotary_factor, longest)
+        parameters = longrope_table(parameters, values, mla.attention_factor, longest)
     if mla.rope.rotates:
         write_rotation(config, parameters)

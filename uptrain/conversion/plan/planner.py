@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec, cache_bytes_per_token
@@ -24,7 +26,7 @@ from uptrain.conversion.plan.checks import check_effects, check_groups, check_in
 from uptrain.conversion.plan.embeddings import shared_outputs
 from uptrain.conversion.plan.mla import LatentPlan, plan_latent
 from uptrain.conversion.plan.norms import pooled_norms
-from uptrain.conversion.plan.operations import OutputTensor
+from uptrain.conversion.plan.operations import AttentionPart, Operation, Scale, Transpose, copy_or_cast, new_info
 from uptrain.conversion.plan.quantized import check_quantized, check_target
 from uptrain.conversion.plan.sharding import into_shards
 from uptrain.conversion.plan.target_tensors import TargetTensors, rotate_as_before
@@ -33,8 +35,11 @@ from uptrain.errors import CheckpointError, UsageError
 from uptrain.models.target import TargetClass
 from uptrain.models.targets import OF_THE_FOLDER, choose_target, own_target, result_class, target_config
 
-PLAN_FORMAT = 2
-"""Raised whenever the same request would give other bytes, so that no run resumes across the change."""
+PLAN_FORMAT = 3
+"""Raised whenever the same request gives other bytes or another digest, so that no run resumes across the change.
+
+3: the rows of the digest are those of `Operation`; the bytes are those of format 2.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Plan:
     after: tuple[AttentionSpec, ...]
     config: dict[str, Any]
     """The config of the language model in the result."""
-    shards: dict[str, list[OutputTensor]]
+    shards: dict[str, list[Operation]]
     digest: str
     latent: LatentPlan | None = None
     copied_head: bool = False
@@ -79,6 +84,16 @@ class Plan:
         return self.source.wrapped_in or self.target.name
 
     @property
+    def operations(self) -> Iterator[Operation]:
+        """Yield what makes each tensor of the result, shard by shard."""
+        return chain.from_iterable(self.shards.values())
+
+    @property
+    def attention_parts(self) -> Iterator[AttentionPart]:
+        """Yield what makes each tensor of the changed attention layers."""
+        return (operation for operation in self.operations if isinstance(operation, AttentionPart))
+
+    @property
     def chooses_rope_pairs(self) -> bool:
         """Whether the rotary pairs of a latent are still to be chosen, by what unrotated pairs would cost."""
         return self.latent is not None and self.latent.pairs_to_choose
@@ -86,17 +101,17 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Return the bytes of all output tensors."""
-        return sum(tensor.info.nbytes for shard in self.shards.values() for tensor in shard)
+        return sum(operation.output.nbytes for operation in self.operations)
 
     @property
     def changed(self) -> int:
-        """Count the output tensors that aren't plain copies."""
-        return sum(tensor.operation != "copy" for shard in self.shards.values() for tensor in shard)
+        """Count the output tensors whose values differ from the source's by more than rounding."""
+        return sum(operation.changes for operation in self.operations)
 
     @property
     def itemsize(self) -> int:
         """Return the bytes a cached value takes when the model runs in its own dtype."""
-        return cached_itemsize(self.config, (t.info.dtype for shard in self.shards.values() for t in shard))
+        return cached_itemsize(self.config, (operation.output.dtype for operation in self.operations))
 
     @property
     def cache_before(self) -> int:
@@ -111,19 +126,16 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Estimate the bytes of memory that one worker needs: a layer in fp32 beside its own dtype, and buffers."""
-        layers: dict[int, int] = {}
-        whole = 0
-        for tensor in (tensor for shard in self.shards.values() for tensor in shard):
-            if tensor.operation == "fold":
-                whole = max(whole, 4 * tensor.info.nbytes)
-            if tensor.operation == "attention":
-                layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.info.nbytes
+        layers: Counter[int] = Counter()
+        for part in self.attention_parts:
+            layers[part.layer] += part.output.nbytes
+        whole = max((operation.memory for operation in self.operations), default=0)
         ratio = max(1, self.before[0].num_key_value_heads // self.after[0].num_key_value_heads)
         return max(whole, max(layers.values(), default=0) * (ratio + 4)) + 16 * 2**20
 
     def weight_map(self) -> dict[str, str]:
         """Return the index's map from tensor name to shard file."""
-        return {tensor.info.name: shard for shard, tensors in self.shards.items() for tensor in tensors}
+        return {each.output.name: shard for shard, operations in self.shards.items() for each in operations}
 
 
 def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
@@ -203,7 +215,7 @@ class _Planner:
     latent: LatentPlan | None = None
     untied: bool = False
 
-    def outputs(self) -> Iterator[OutputTensor]:
+    def outputs(self) -> Iterator[Operation]:
         """Yield the result's tensors in the order of the source's bytes."""
         attention, norms, moved = self._attention(), self._norms(), self._target_tensors().outputs(self._dtype)
         zeros = self._target_tensors().zeros(self._dtype)
@@ -229,12 +241,12 @@ class _Planner:
             yield from outputs
             placed.add(layer)
 
-    def _attention(self) -> dict[str, tuple[int, list[OutputTensor]]]:
+    def _attention(self) -> dict[str, tuple[int, list[Operation]]]:
         """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
         source, target = self.source.family, self.target.family
         moved = source.projections != target.projections or self.latent is not None
         parts = frozenset("qkvo") if moved else self.request.changed_parts
-        out: dict[str, tuple[int, list[OutputTensor]]] = {}
+        out: dict[str, tuple[int, list[Operation]]] = {}
         for layer, (before, after) in enumerate(zip(self.source.attention, self.after, strict=True)):
             base = self.source.attention_name(layer)
             modules = modules_of(source.projections, frozenset("qkvo"))
@@ -253,20 +265,18 @@ class _Planner:
     def _target_tensors(self) -> TargetTensors:
         return TargetTensors(self.source, self.target)
 
-    def _norms(self) -> dict[str, OutputTensor | None]:
+    def _norms(self) -> dict[str, Operation | None]:
         """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
         if self.same or self.latent is not None:
             return {}
-        out: dict[str, OutputTensor | None] = {}
-        for norm in pooled_norms(self.source, self.after):
-            first = norm.sources[0]
-            info = TensorInfo(norm.name, self._dtype(self.source.tensors[first].dtype), norm.shape, "", -1, -1)
-            out |= {**dict.fromkeys(norm.sources), first: OutputTensor(info, "pool", first, norm=norm)}
+        out: dict[str, Operation | None] = {}
+        for norm in pooled_norms(self.source, self.after, self.request.chosen_method, self._dtype):
+            out |= {**dict.fromkeys(norm.sources), norm.source: norm}
         return out
 
     def _layer_outputs(
         self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
-    ) -> Iterator[OutputTensor]:
+    ) -> Iterator[Operation]:
         source, target = self.source.family, self.target.family
         base = target.attention(self._target_tensors().prefix, layer)
         for module in modules_of(target.projections, parts):
@@ -278,17 +288,18 @@ class _Planner:
             dtype = self._dtype(self.source.tensors[first].dtype)
             for kind in ("weight", "bias") if self.target.biased else present[origin]:
                 shape = (rows, columns) if kind == "weight" else (out_features,)
-                info = TensorInfo(f"{base}{module}.{kind}", dtype, shape, "", -1, -1)
-                yield OutputTensor(info, "attention", first, layer, f"{module}.{kind}")
+                output, name = new_info(f"{base}{module}.{kind}", dtype, shape), f"{module}.{kind}"
+                yield AttentionPart(output=output, sources=(first,), layer=layer, module=name)
 
-    def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[OutputTensor]:
+    def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[Operation]:
         base = self.target.family.attention(self.source.prefix, layer)
         origin = module_of(self.source.family.projections, "k")
         first = self.source.attention_name(layer) + origin + ".weight"
         dtype = self._dtype(self.source.tensors[first].dtype)
         shapes = latent_shapes(latent.stored, spec, self.source.hidden_size, latent.biased, latent.output_bias)
         for name, shape in shapes.items():
-            yield OutputTensor(TensorInfo(base + name, dtype, shape, "", -1, -1), "attention", first, layer, name)
+            output = new_info(base + name, dtype, shape)
+            yield AttentionPart(output=output, sources=(first,), layer=layer, module=name)
 
     def _check(self, base: str, module: str, spec: AttentionSpec) -> list[str]:
         """Return which of weight and bias the source's module has, after checking their shapes."""
@@ -308,17 +319,17 @@ class _Planner:
             raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantized?")
         return ["weight"] if bias is None else ["weight", "bias"]
 
-    def _passed(self, name: str, info: TensorInfo) -> OutputTensor:
+    def _passed(self, name: str, info: TensorInfo) -> Operation:
         turned = any(name.endswith(f"{module}.weight") for module in self.target.transposes)
         if len(info.shape) != 2:
             turned = False
         shape = info.shape[::-1] if turned else info.shape
-        new = TensorInfo(self._target_tensors().named(name), self._dtype(info.dtype), shape, "", -1, -1)
+        output = new_info(self._target_tensors().named(name), self._dtype(info.dtype), shape)
         scales = self.latent.scales if self.latent else {}
         for ending, factor in scales.items():
             if name == ending or name.endswith(f".{ending}"):
-                return OutputTensor(new, "scale", name, factor=factor)
-        return OutputTensor(new, "transpose" if turned else "copy", name)
+                return Scale(output=output, sources=(name,), factor=factor)
+        return Transpose(output=output, sources=(name,)) if turned else copy_or_cast(output, info)
 
     def _dtype(self, dtype: str) -> str:
         return FLOAT_DTYPES[self.request.dtype] if self.request.dtype and is_float(dtype) else dtype
@@ -340,16 +351,10 @@ def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
         "host": plan.target.name,
         "config": plan.whole_config,
         "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-        "shards": {name: [_row(tensor) for tensor in tensors] for name, tensors in plan.shards.items()},
+        "shards": {name: [each.digest_row for each in operations] for name, operations in plan.shards.items()},
     }
     text = json.dumps(material, sort_keys=True, ensure_ascii=False).encode()
     return hashlib.sha256(text).hexdigest()
-
-
-def _row(tensor: OutputTensor) -> Iterable[Any]:
-    return (
-        tensor.info.name, tensor.info.dtype, tensor.info.shape, tensor.operation, tensor.source, tensor.factor,
-    )  # fmt: skip
 
 
 def result_attention(checkpoint: Checkpoint, name: str) -> tuple[TargetClass, tuple[AttentionSpec, ...]]:

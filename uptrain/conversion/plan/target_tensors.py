@@ -11,7 +11,7 @@ from uptrain.architectures.model_class import is_language_model
 from uptrain.architectures.rope import partly_rotated
 from uptrain.architectures.rope_parameters import EVERY, TYPES, rotated_dims, write_rotation
 from uptrain.checkpoint.header import TensorInfo
-from uptrain.conversion.plan.operations import OutputTensor
+from uptrain.conversion.plan.operations import Constant, FoldNormBias, FoldNormWeight, Operation, Shift, new_info
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.models.target import TargetClass
 
@@ -40,18 +40,18 @@ class TargetTensors:
             dotted = dotted.replace(f".{old}.", f".{new}.")
         return dotted[1:]
 
-    def outputs(self, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+    def outputs(self, dtype: Callable[[str], str]) -> dict[str, list[Operation]]:
         """Map each source tensor that is no plain copy to what it becomes; `dtype` gives the result's dtype.
 
         Raises:
             CheckpointError: a norm that moves into a linear, or that linear, is missing.
         """
-        out: dict[str, list[OutputTensor]] = {}
+        out: dict[str, list[Operation]] = {}
         for module, addend in self.target.shifts.items():
             for name, info in self.source.tensors.items():
                 if f".{name}".endswith(f".{module}.weight"):
-                    new = TensorInfo(self.named(name), dtype(info.dtype), info.shape, "", -1, -1)
-                    out[name] = [OutputTensor(new, "shift", name, factor=addend)]
+                    output = new_info(self.named(name), dtype(info.dtype), info.shape)
+                    out[name] = [Shift(output=output, sources=(name,), addend=addend)]
         for block in (self._block(layer) for layer in range(len(self.source.attention))):
             for linear, norm in self.target.folds.items():
                 out.update(self._folded(block + linear, block + norm, dtype))
@@ -59,7 +59,7 @@ class TargetTensors:
                 out.update(self._neutral(block + self.target.attention_norm, dtype))
         return out
 
-    def zeros(self, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
+    def zeros(self, dtype: Callable[[str], str]) -> dict[str, list[Operation]]:
         """Map the token embedding to the tensors of zeros that have a value for each of its rows.
 
         Raises:
@@ -72,30 +72,36 @@ class TargetTensors:
             return {}
         embeddings = self.source.embeddings
         info = self._info(embeddings.table or embeddings.own_table)
-        headers = [TensorInfo(zero, dtype(info.dtype), info.shape[:1], "", -1, -1) for zero in missing]
-        return {info.name: [_constant(new, info.name, 0) for new in headers]}
+        outputs = [new_info(zero, dtype(info.dtype), info.shape[:1]) for zero in missing]
+        return {info.name: [Constant(output=output, sources=(info.name,), value=0) for output in outputs]}
 
     def _block(self, layer: int) -> str:
         return self.source.attention_name(layer).removesuffix(".").rpartition(".")[0] + "."
 
-    def _folded(self, linear: str, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
-        source, out = self._info(f"{linear}.weight"), {}
+    def _folded(self, linear: str, norm: str, dtype: Callable[[str], str]) -> dict[str, list[Operation]]:
+        source = self._info(f"{linear}.weight")
         for info in (self._info(f"{norm}.{kind}") for kind in ("weight", "bias")):
             if len(source.shape) != 2 or info.shape != source.shape[1:]:
                 raise CheckpointError(f"Tensor {info.name} is {list(info.shape)}, not the width of {source.name}.")
-        for kind, shape in (("weight", source.shape), ("bias", source.shape[:1])):
-            new = TensorInfo(self.named(f"{linear}.{kind}"), dtype(source.dtype), shape, "", -1, -1)
-            out[f"{linear}.{kind}"] = [OutputTensor(new, "fold", source.name, module=kind, linear=linear, fold=norm)]
-        if f"{linear}.bias" not in self.source.tensors:
-            out[source.name] += out.pop(f"{linear}.bias")
-        return {**out, **{self._info(f"{norm}.{kind}").name: [] for kind in ("weight", "bias")}}
+        weight, bias = f"{linear}.weight", f"{linear}.bias"
+        has_bias = bias in self.source.tensors
+        folded_weight = FoldNormWeight(
+            output=new_info(self.named(weight), dtype(source.dtype), source.shape), sources=(weight, f"{norm}.weight")
+        )
+        folded_bias = FoldNormBias(
+            output=new_info(self.named(bias), dtype(source.dtype), source.shape[:1]),
+            sources=(weight, f"{norm}.bias", *([bias] if has_bias else [])),
+        )
+        made: dict[str, list[Operation]] = {weight: [folded_weight]}
+        made.setdefault(bias if has_bias else weight, []).append(folded_bias)
+        return {**made, f"{norm}.weight": [], f"{norm}.bias": []}
 
-    def _neutral(self, norm: str, dtype: Callable[[str], str]) -> dict[str, list[OutputTensor]]:
-        out = {}
+    def _neutral(self, norm: str, dtype: Callable[[str], str]) -> dict[str, list[Operation]]:
+        out: dict[str, list[Operation]] = {}
         for kind, value in (("weight", 1), ("bias", 0)):
             info = self._info(f"{norm}.{kind}")
-            new = TensorInfo(self.named(info.name), dtype(info.dtype), info.shape, "", -1, -1)
-            out[info.name] = [_constant(new, info.name, value)]
+            output = new_info(self.named(info.name), dtype(info.dtype), info.shape)
+            out[info.name] = [Constant(output=output, sources=(info.name,), value=value)]
         return out
 
     def _info(self, name: str) -> TensorInfo:
@@ -123,7 +129,3 @@ def rotate_as_before(config: dict[str, Any], target: TargetClass, source: Checkp
         rotated = spread = spec.rotary_ndims or spec.head_dim
     parameters = partly_rotated(parameters, rotated or spec.head_dim, spread, spec.head_dim)
     write_rotation(config, parameters, target.older_ropes)
-
-
-def _constant(info: TensorInfo, source: str, value: int) -> OutputTensor:
-    return OutputTensor(info, "constant", source, factor=value)

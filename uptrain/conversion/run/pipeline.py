@@ -11,21 +11,18 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from uptrain.checkpoint.checksum import Checksum, FollowingChecksum, checksum_file
-from uptrain.checkpoint.dtypes import Array, as_float32, cast, raw_bytes
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.nonfinite import ALLOW, only_finite
 from uptrain.checkpoint.progress import State
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.shard_writer import ShardContents
 from uptrain.checkpoint.shared_work import SharedWorker, SoleWorker
-from uptrain.conversion.malloc import give_back
-from uptrain.conversion.plan.operations import OutputTensor, unchanged_spans
+from uptrain.conversion.plan.operations import Operation, unchanged_spans
 from uptrain.conversion.plan.planner import Plan
-from uptrain.conversion.plan.rewrites import folded_bias, folded_weight
+from uptrain.conversion.run.inputs import ShardInputs
 from uptrain.conversion.run.layers import LayerMaker
 from uptrain.errors import Interrupted
 
@@ -87,7 +84,7 @@ class Pipeline:
                 return {}
             for name in (self.plan.shards.keys() & self.state.shards.keys()) - self.counted:
                 self.counted.add(name)
-                self.events.bytes(sum(tensor.info.nbytes for tensor in self.plan.shards[name]))
+                self.events.bytes(sum(operation.output.nbytes for operation in self.plan.shards[name]))
             shards = [name for name in self.plan.shards if name not in self.state.shards]
             followed = {self.followers[name] for name in shards if name in self.followers}
             known = followed | self.state.sources.keys()
@@ -113,20 +110,20 @@ class Pipeline:
         """Write one shard, and digest the source file it follows, if it follows one."""
         file = self.followers.get(shard)
         follower = FollowingChecksum(self.checkpoint.path / file) if file else None
-        tensors = {tensor.info.name: tensor for tensor in self.plan.shards[shard]}
-        made: dict[int, dict[str, Array]] = {}
+        operations = {operation.output.name: operation for operation in self.plan.shards[shard]}
+        inputs = ShardInputs(self.checkpoint, self.layers, self.room, follower)
 
         def chunks(name: str) -> Iterator[memoryview]:
-            for chunk in self._checked(tensors[name], self._chunks(tensors[name], made, follower)):
+            for chunk in self._checked(operations[name], operations[name].chunks(inputs)):
                 if self.stop.is_set():
                     raise Interrupted("Interrupted.")
                 yield chunk
 
         checksum = Checksum()
         path = self.partial / shard
-        spans = unchanged_spans(tensors.values(), self.checkpoint)
-        infos = [tensor.info for tensor in tensors.values()]
-        contents = ShardContents(tensors=infos, chunks=chunks, spans=spans)
+        spans = unchanged_spans(operations.values(), self.checkpoint)
+        outputs = [operation.output for operation in operations.values()]
+        contents = ShardContents(tensors=outputs, chunks=chunks, spans=spans)
         self.worker.write_shard(path, contents, checksum, self._advance)
         digest = follower.text() if follower else ""
         with self.lock:
@@ -144,60 +141,12 @@ class Pipeline:
         with self.lock:
             self.events.bytes(count)
 
-    def _checked(self, tensor: OutputTensor, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-        """Refuse NaN and infinity outside attention, where a layer's maker does, unless they are allowed."""
-        if tensor.operation == "attention" or self.plan.request.allow_nonfinite:
+    def _checked(self, operation: Operation, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Refuse NaN and infinity, unless they are allowed or the operation refuses them itself."""
+        if operation.checks_values or self.plan.request.allow_nonfinite:
             return chunks
-        info = replace(self.checkpoint.tensors[tensor.source], dtype=tensor.info.dtype)
+        info = replace(self.checkpoint.tensors[operation.source], dtype=operation.output.dtype)
         return only_finite(chunks, info, self.checkpoint.path, ALLOW)
-
-    def _chunks(
-        self, tensor: OutputTensor, made: dict[int, dict[str, Array]], follower: FollowingChecksum | None
-    ) -> Iterator[memoryview]:
-        if tensor.operation == "attention":
-            if tensor.layer not in made:
-                made.clear()
-                with self.room:
-                    give_back()
-                    made[tensor.layer] = self.layers.make(tensor.layer)
-            yield raw_bytes(made[tensor.layer].pop(tensor.module))
-            return
-        source = self.checkpoint.tensors[tensor.source]
-        if tensor.unchanged(self.checkpoint):
-            chunks = self.checkpoint.chunks(tensor.source)
-            yield from follower.follow(source.start, chunks) if follower else chunks
-            return
-        if tensor.operation == "constant":
-            yield raw_bytes(cast(np.full(tensor.info.shape, tensor.factor, np.float32), tensor.info.dtype, ""))
-            return
-        if tensor.operation == "fold":
-            yield raw_bytes(np.ascontiguousarray(cast(self._folded(tensor), tensor.info.dtype, tensor.source)))
-            return
-        read = self.checkpoint.read(tensor.source)
-        if tensor.operation == "shift":
-            read = as_float32(read) + np.float32(tensor.factor)
-        if tensor.operation == "scale":
-            read = as_float32(read) * np.float32(tensor.factor)
-        if tensor.norm is not None:
-            read = np.concatenate([self.checkpoint.read(name) for name in tensor.norm.sources])
-            read = self._pooled_norm(read, tensor.norm.heads, tensor.norm.groups)
-        array = cast(read, tensor.info.dtype, tensor.source)
-        yield raw_bytes(np.ascontiguousarray(array.T if tensor.operation == "transpose" else array))
-
-    def _pooled_norm(self, weight: Array, heads: int, groups: int) -> Array:
-        method = self.plan.request.chosen_method
-        if method.pool_norm is None:
-            raise ValueError(f"--method {method.name} pools no key norm")
-        pooled: Array = method.pool_norm(weight, heads, groups)
-        return pooled
-
-    def _folded(self, tensor: OutputTensor) -> Array:
-        weight = self.checkpoint.read(f"{tensor.linear}.weight")
-        if tensor.module == "weight":
-            return folded_weight(weight, self.checkpoint.read(f"{tensor.fold}.weight"))
-        name = f"{tensor.linear}.bias"
-        bias = self.checkpoint.read(name) if name in self.checkpoint.tensors else None
-        return folded_bias(weight, bias, self.checkpoint.read(f"{tensor.fold}.bias"))
 
 
 @cache
@@ -213,7 +162,10 @@ def _workers() -> int:
 
 def _followers(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
     """Map each shard that is made from one source file, which feeds no other shard, to that file."""
-    made_of = {shard: {checkpoint.tensors[t.source].file for t in tensors} for shard, tensors in plan.shards.items()}
+    made_of = {
+        shard: {checkpoint.tensors[each.source].file for each in operations}
+        for shard, operations in plan.shards.items()
+    }
     feeds = Counter(file for files in made_of.values() for file in files)
     single = {shard: next(iter(files)) for shard, files in made_of.items() if len(files) == 1}
     return {shard: file for shard, file in single.items() if feeds[file] == 1 and checkpoint.pickles is None}

@@ -172,9 +172,9 @@ def _begin(job: Job, state: State) -> tuple[str, ...]:
 
 
 def _check_space(job: Job, partial: Path, resumed: tuple[str, ...]) -> None:
-    left = [tensor for name, tensors in job.plan.shards.items() if name not in resumed for tensor in tensors]
+    left = [each for name, operations in job.plan.shards.items() if name not in resumed for each in operations]
     others = job.sidecars.nbytes(job.source.path)
-    needed, free = sum(tensor.info.nbytes for tensor in left) + others + 2**20, shutil.disk_usage(partial).free
+    needed, free = sum(operation.output.nbytes for operation in left) + others + 2**20, shutil.disk_usage(partial).free
     if needed > free:
         # Not to the byte: what lies otherwise in blocks is copied all the same, and a disk that gets full can be freed.
         spans = unchanged_spans(left, job.checkpoint).values()
