@@ -266,7 +266,7 @@ def uptrain_against(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess
 
 @pytest.fixture(autouse=True, scope="session")
 def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Ask classes anew in every run of the tests: what an earlier run has stored would hide what asking does."""
+    """Ask classes again in every run of the tests: an answer that an earlier run stored would hide what asking does."""
     place, stored = tmp_path_factory.mktemp("classes"), weights._place
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "_place", lambda: stored() if "UPTRAIN_CACHE" in os.environ else place)

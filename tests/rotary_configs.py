@@ -21,8 +21,8 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "both, scaled twice": {
         "rope_parameters": {**LINEAR, "rope_theta": 77.0}, "rope_scaling": {**LINEAR, "factor": 4.0},
     },
-    "a type beside a plain section": {"rope_parameters": PLAIN, "rope_scaling": {"type": "linear", "factor": 4.0}},
-    "yarn beside a plain section": {"rope_parameters": PLAIN, "rope_scaling": YARN, "rope_theta": 55.0},
+    "a type next to a plain section": {"rope_parameters": PLAIN, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "yarn next to a plain section": {"rope_parameters": PLAIN, "rope_scaling": YARN, "rope_theta": 55.0},
     "base in the old section": {"rope_scaling": {**YARN, "rope_theta": 99.0}, "rope_theta": 55.0},
     "base outside the new section": {"rope_parameters": LINEAR, "rope_theta": 55.0},
     "type in the new section": {"rope_parameters": {"type": "linear", "factor": 2.0, "rope_theta": 55.0}},
@@ -68,7 +68,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
             FULL: {**LINEAR, "rope_theta": 5e2, "partial_rotary_factor": 0.5}, SLIDING: {**PLAIN, "rope_theta": 7.0},
         },
     },
-    "by type of layer, scaled beside": {
+    "by type of layer, scaled apart": {
         "rope_parameters": {FULL: PLAIN, SLIDING: {**PLAIN, "rope_theta": 7.0}}, "rope_scaling": LINEAR,
     },
     "by type of layer, one silent": {"rope_parameters": {FULL: {**LINEAR, "rope_theta": 3.0}}},

@@ -27,13 +27,13 @@ def test_shares_equal_the_factorisation_s(size: tuple[int, int, int, int, int], 
     kept = factor_heads(layer, groups, position).explained
     keys, values = layer.k_rows.float().numpy(), layer.v_rows.float().numpy()
     if position is None:
-        found = energy_numpy.kept_by_factor(keys, groups)
+        found = energy_numpy.explained_by_factor(keys, groups)
     else:
-        found = energy_numpy.kept_by_phases(keys, groups, layout == "interleaved", 2 * pairs)
+        found = energy_numpy.explained_by_phases(keys, groups, layout == "interleaved", 2 * pairs)
     assert found == pytest.approx(kept["svd"].keys, abs=1e-4)
-    assert energy_numpy.kept_by_factor(values, groups) == pytest.approx(kept["svd"].values, abs=1e-4)
-    assert energy_numpy.kept_by_mean(keys, groups) == pytest.approx(kept["mean"].keys, abs=1e-4)
-    assert energy_numpy.kept_by_mean(values, groups) == pytest.approx(kept["mean"].values, abs=1e-4)
+    assert energy_numpy.explained_by_factor(values, groups) == pytest.approx(kept["svd"].values, abs=1e-4)
+    assert energy_numpy.explained_by_mean(keys, groups) == pytest.approx(kept["mean"].keys, abs=1e-4)
+    assert energy_numpy.explained_by_mean(values, groups) == pytest.approx(kept["mean"].values, abs=1e-4)
 
 
 def test_the_leading_values_of_a_large_stack_are_found_without_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +41,6 @@ def test_the_leading_values_of_a_large_stack_are_found_without_all(monkeypatch: 
     spectrum = np.exp(-np.arange(200) / 40).astype(np.float32)
     left = np.linalg.qr(generator.standard_normal((400, 200)))[0]
     rows = ((left * spectrum) @ generator.standard_normal((200, 150))).astype(np.float32).reshape(8, 50, 150)
-    exact = energy_numpy.kept_by_factor(rows, 1)
+    exact = energy_numpy.explained_by_factor(rows, 1)
     monkeypatch.setattr(energy_numpy, "EXACT_ROWS", 100)
-    assert exact * 0.999 < energy_numpy.kept_by_factor(rows, 1) <= exact + 1e-5
+    assert exact * 0.999 < energy_numpy.explained_by_factor(rows, 1) <= exact + 1e-5

@@ -47,11 +47,9 @@ def test_error_is_the_tail_of_the_weighted_spectrum(dtype, sizes, columns, seed,
     found = factor(blocks, lefts, sigma, rank)
     stack = np.concatenate([(left @ block).numpy() for left, block in zip(lefts, blocks, strict=True)])
     energies = np.linalg.svd(stack @ np.linalg.cholesky(sigma.numpy()), compute_uv=False) ** 2
-    assert found.discarded == pytest.approx(energies[rank:].sum(), rel=1e-8, abs=1e-10 * energies.sum())
-    assert found.kept + found.discarded == pytest.approx(energies.sum(), rel=1e-10)
-    assert weighted_error(blocks, lefts, sigma, found) == pytest.approx(
-        found.discarded, rel=1e-6, abs=1e-9 * energies.sum()
-    )
+    assert found.lost == pytest.approx(energies[rank:].sum(), rel=1e-8, abs=1e-10 * energies.sum())
+    assert found.explained + found.lost == pytest.approx(energies.sum(), rel=1e-10)
+    assert weighted_error(blocks, lefts, sigma, found) == pytest.approx(found.lost, rel=1e-6, abs=1e-9 * energies.sum())
 
 
 def test_full_rank_is_exact_even_when_text_and_weights_are_degenerate():
@@ -74,7 +72,7 @@ def test_the_gram_routes_agree_with_the_direct_one(monkeypatch, sizes, columns, 
     by_gram = factor(blocks, lefts, sigma, rank)
     for one, other in zip(direct.ups, by_gram.ups, strict=True):
         torch.testing.assert_close(one @ direct.down, other @ by_gram.down, rtol=1e-6, atol=1e-7)
-    assert by_gram.discarded == pytest.approx(direct.discarded, rel=1e-7, abs=1e-9)
+    assert by_gram.lost == pytest.approx(direct.lost, rel=1e-7, abs=1e-9)
 
 
 def test_repeated_singular_values_have_one_basis_whatever_the_decomposition_gives(monkeypatch):

@@ -117,3 +117,9 @@ def test_each_entry_has_the_name_it_is_found_by() -> None:
 def test_a_method_that_leaves_queries_alone_must_pool_norms() -> None:
     with pytest.raises(ValueError, match="pool_norm"):
         Method(name="bad", summary="", changes=frozenset("kv"), convert=METHODS["mean"].convert)
+
+
+def test_the_documentation_describes_every_method_and_grouping() -> None:
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in METHODS)
+    assert all(f"`{name}`" in text or f"--grouping {name}" in text for name in GROUPINGS)

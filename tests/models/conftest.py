@@ -1,4 +1,4 @@
-"""Converted tiny models beside their oracles."""
+"""Converted tiny models with their oracles."""
 
 from __future__ import annotations
 

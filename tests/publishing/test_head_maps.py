@@ -21,11 +21,11 @@ DIMS, HIDDEN = 8, 40
 
 
 def one(pair: energy_numpy.Floats) -> float:
-    return energy_numpy.kept_by_factor(pair, 1)
+    return energy_numpy.explained_by_factor(pair, 1)
 
 
 def phases(pair: energy_numpy.Floats) -> float:
-    return energy_numpy.kept_by_phases(pair, 1, False, DIMS)
+    return energy_numpy.explained_by_phases(pair, 1, False, DIMS)
 
 
 @pytest.fixture

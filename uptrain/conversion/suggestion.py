@@ -136,5 +136,5 @@ def _options_of(plan: Plan) -> str:
 def _pooled(checkpoint: Checkpoint, plan: Plan, layer: int, groups: int) -> tuple[float, float]:
     base = plan.source.attention_name(layer)
     heads = read_layer(checkpoint, plan.source.family.projections, plan.before[layer], base, frozenset("kv"))
-    keys, values = (energy_numpy.kept_by_mean(energy_numpy.rows_of(heads.part(part)), groups) for part in "kv")
+    keys, values = (energy_numpy.explained_by_mean(energy_numpy.rows_of(heads.part(part)), groups) for part in "kv")
     return keys, values

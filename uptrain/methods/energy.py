@@ -1,4 +1,4 @@
-"""What a layer feels of its keys and values: the weights under which every method is chosen and compared."""
+"""How much a layer's errors count: the weights under which methods are chosen and compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from uptrain.methods.rotary import Rotary, pair_means
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Hold how errors count: `keys` (G, D, D), `values` (G, Dv, Dv), and `second_moment` of x̃ (d̃, d̃) or None."""
+    """How much a layer's errors count.
+
+    - `keys`: (G, D, D), the weights of each key head's errors.
+    - `values`: (G, Dv, Dv), the weights of each value head's errors.
+    - `second_moment`: (d̃, d̃), E[x̃x̃ᵀ] of the layer's input, None for the identity.
+    """
 
     keys: Tensor
     values: Tensor
@@ -23,11 +28,11 @@ class LayerWeights:
 
 
 def layer_weights(layer: HeadMaps, position: Rotary | None, second_moment: Tensor | None) -> LayerWeights:
-    """Return the weights of a layer's errors: felt by its logits and its output, or plain ones without text.
+    """Return how much a layer's errors count: by the change of its logits and output, or equally without text.
 
-    A key error δ moves a logit by qᵀδ, so keys weigh by E[q qᵀ]/D summed over the query heads that read them;
-    rotation mixes the two dims of a pair evenly and tells pairs apart, so there a pair has its mean query energy.
-    A value error moves the output by W_o δ, so values weigh by W_oᵀ W_o. Without a second moment all are identities.
+    A key error δ moves a logit by qᵀδ. So keys weigh by E[q qᵀ]/D, summed over the query heads that read them. Rotation
+    mixes the two dims of a pair evenly and separates pairs, so each pair has its mean query energy. A value error
+    moves the output by W_o δ. So values weigh by W_oᵀ W_o. Without a second moment all weights are identities.
     """
     dims, value_dims = layer.k.shape[1], layer.v.shape[1]
     if second_moment is None:
@@ -45,14 +50,14 @@ def layer_weights(layer: HeadMaps, position: Rotary | None, second_moment: Tenso
 
 
 def output_energy(layer: HeadMaps) -> Tensor:
-    """Return Σ W_oᵀ W_o over the query heads that read each value head, (G, Dv, Dv): what its errors are felt by."""
+    """Return Σ W_oᵀ W_o over the query heads that read each value head, (G, Dv, Dv): the weights of its errors."""
     by_query = torch.stack([weight.mT @ weight for weight in layer.o.unbind(1)])
     by_head: Tensor = by_query.unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
     return by_head
 
 
-def shares(layer: HeadMaps, weights: LayerWeights, keys: Tensor, values: Tensor) -> ExplainedEnergy:
-    """Compare reconstructed keys (G, D, d̃) and values (G, Dv, d̃) with the layer's own, under `weights`."""
+def explained_energy(layer: HeadMaps, weights: LayerWeights, keys: Tensor, values: Tensor) -> ExplainedEnergy:
+    """Return the energy that approximate keys (G, D, d̃) and values (G, Dv, d̃) explain, under `weights`."""
     return ExplainedEnergy(
         _share(layer.k_rows, keys, weights.keys, weights.second_moment),
         _share(layer.v_rows, values, weights.values, weights.second_moment),
@@ -72,7 +77,7 @@ def _share(rows: Tensor, approximation: Tensor, weights: Tensor, second_moment: 
 
 
 def rotated_energy(keys: Tensor, position: Rotary) -> Tensor:
-    """Keep of each (D, D) energy the pairs' means on the rotated dims and the full block on the rest."""
+    """Return each (D, D) energy reduced to the pairs' means on the rotated dims; the block of the other dims stays."""
     pair = pair_means(keys.diagonal(dim1=-2, dim2=-1), position)
     real, imaginary = position.indices()
     result = torch.zeros_like(keys)

@@ -1,8 +1,11 @@
-"""What share of a layer's key and value energy poolings and the factorisation keep, in numpy: fit for one layer of a
-large model in the middle of a conversion, where importing torch would cost more than converting. And what that says
-of two heads, and of all of them.
+"""The share of a layer's key and value energy that pooling and the factorisation explain, in numpy.
 
-Energy is the squared Frobenius norm of the stacked heads, biases included. Source: Eckart & Young 1936.
+A conversion measures a layer with it without importing torch, which would cost more than converting. The same measure
+compares two heads.
+
+Energy is the squared Frobenius norm of the stacked heads, biases included.
+
+Source: Eckart & Young 1936, "The approximation of one matrix by another of lower rank".
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from uptrain.checkpoint.dtypes import Array, as_float32
 
 Floats = npt.NDArray[np.floating]
 EXACT_ROWS = 1024
-"""Stacked rows up to which all singular values are computed; above it, the leading ones by subspace iteration."""
+"""Stacked rows up to which all singular values are computed; above, subspace iteration gives the leading ones."""
 
 
 def rows_of(heads: Heads) -> npt.NDArray[np.float32]:
@@ -28,49 +31,54 @@ def rows_of(heads: Heads) -> npt.NDArray[np.float32]:
 
 
 def rows_by_group(heads: Heads, groups: int) -> Iterator[Floats]:
-    """Yield `rows_of` the heads of each of `groups` groups: a large layer's would be half a gigabyte at once."""
+    """Yield `rows_of` the heads of each of `groups` groups: those of a whole large layer would take half a gigabyte."""
     size = len(heads.weight) // groups
     for start in range(0, len(heads.weight), size):
         bias = None if heads.bias is None else heads.bias[start : start + size]
         yield rows_of(Heads(heads.weight[start : start + size], bias))
 
 
-def kept_by_mean(rows: Floats, groups: int) -> float:
-    """Return the share of `rows` (heads, D, d̃) that `groups` averages still explain."""
+def explained_by_mean(rows: Floats, groups: int) -> float:
+    """Return the share of the energy of `rows` (heads, D, d̃) that the averages of `groups` groups explain."""
     runs = rows.reshape(groups, -1, *rows.shape[1:])
     lost = np.square(runs - runs.mean(1, keepdims=True)).sum(dtype=np.float64)
     return 1 - float(lost / energy(rows))
 
 
-def kept_by_factor(rows: Floats, groups: int) -> float:
-    """Return the share that the best D shared rows a group explain, for `rows` (heads, D, d̃) free of rotation."""
+def explained_by_factor(rows: Floats, groups: int) -> float:
+    """Return the share of energy that the best D shared rows per group explain, for unrotated `rows` (heads, D, d̃)."""
     runs = rows.reshape(groups, -1, rows.shape[2])
     return sum(_leading(run, rows.shape[1]) for run in runs) / energy(rows)
 
 
-def kept_by_phases(rows: Floats, groups: int, interleaved: bool, dims: int) -> float:
-    """Return the share that shared rows explain for keys (heads, D, d̃) whose first `dims` dims are rotated.
+def explained_by_phases(rows: Floats, groups: int, interleaved: bool, dims: int) -> float:
+    """Return the share of energy that shared rows explain, for keys whose first `dims` dims are rotated.
 
-    There it is one complex row a frequency and group; the rest is as free as without rotation.
+    A group shares one complex row per rotary pair. The other dims are as free as without rotation.
+
+    - `rows`: (heads, D, d̃).
+    - `groups`: how many groups the heads form.
+    - `interleaved`: whether a pair is two neighbouring dims, instead of one of each half.
+    - `dims`: how many dims are rotated.
     """
-    turned, free, half = rows[:, :dims], rows[:, dims:], dims // 2
-    real, imaginary = (turned[:, ::2], turned[:, 1::2]) if interleaved else (turned[:, :half], turned[:, half:])
+    rotated, free, half = rows[:, :dims], rows[:, dims:], dims // 2
+    real, imaginary = (rotated[:, ::2], rotated[:, 1::2]) if interleaved else (rotated[:, :half], rotated[:, half:])
     pairs = (real + 1j * imaginary).reshape(groups, -1, half, rows.shape[2]).transpose(0, 2, 1, 3)
     grams = pairs @ pairs.conj().swapaxes(2, 3)
-    kept = float(np.linalg.eigvalsh(grams)[..., -1].sum(dtype=np.float64))
+    explained = float(np.linalg.eigvalsh(grams)[..., -1].sum(dtype=np.float64))
     if dims < rows.shape[1]:
-        kept += kept_by_factor(free, groups) * energy(free)
-    return kept / energy(rows)
+        explained += explained_by_factor(free, groups) * energy(free)
+    return explained / energy(rows)
 
 
 def cost(heads: int, head_dim: int, hidden_size: int) -> float:
-    """Return about how many multiplications `kept_by_factor` of `heads` heads takes, for keys and for values."""
+    """Return about how many multiplications `explained_by_factor` of `heads` heads takes, for keys and for values."""
     stacked = heads * head_dim
     return 2.0 * stacked * (hidden_size + 1) * (stacked if stacked <= EXACT_ROWS else 8 * (head_dim + 32))
 
 
 def energy(rows: Array) -> float:
-    """Return the energy of `rows`, and 1 for that of none, so that shares of it are numbers."""
+    """Return the energy of `rows`, and 1 where it is 0, so that every share of it is a number."""
     return float(np.square(rows).sum(dtype=np.float64)) or 1.0
 
 
@@ -87,24 +95,24 @@ def _leading(stack: Floats, rank: int) -> float:
     return float(np.square(found[:rank]).sum(dtype=np.float64))
 
 
-def pair_similarity(rows: Floats, kept: Callable[[Floats], float]) -> npt.NDArray[np.float32]:
-    """Return (heads, heads): the share of two heads' energy that one shared head keeps, from rows (heads, D, d̃).
+def pair_similarity(rows: Floats, explained: Callable[[Floats], float]) -> npt.NDArray[np.float32]:
+    """Return (heads, heads): the share of two heads' energy that one shared head explains, from rows (heads, D, d̃).
 
-    `kept` says it of two heads' rows (2, D, d̃). Two that are equal share 1; two that have nothing in common and the
-    same energy share a half.
+    `explained` returns it for two heads' rows (2, D, d̃). Equal heads give 1. Heads of the same energy that have nothing
+    in common give a half.
     """
     heads = len(rows)
     out = np.ones((heads, heads), np.float32)
     for one in range(heads):
         for other in range(one):
-            out[one, other] = out[other, one] = kept(rows[[one, other]])
+            out[one, other] = out[other, one] = explained(rows[[one, other]])
     return out
 
 
 def spectrum(rows: Floats) -> npt.NDArray[np.float64]:
     """Return the singular values of the stacked heads (heads, D, d̃), descending; float64."""
     stack = rows.reshape(-1, rows.shape[2]).astype(np.float64)
-    # The shorter side's Gram matrix: a fraction of the time, and small values matter to no picture.
+    # The Gram matrix of the shorter side takes a fraction of the time, and no picture shows its small errors.
     gram = stack @ stack.T if len(stack) <= stack.shape[1] else stack.T @ stack
     found: npt.NDArray[np.float64] = np.sqrt(np.linalg.eigvalsh(gram)[::-1].clip(min=0))
     return found

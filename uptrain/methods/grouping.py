@@ -18,12 +18,13 @@ from uptrain.methods.low_rank import gram, matrix_root
 from uptrain.methods.rotary import Rotary, to_complex
 
 EXACT_HEADS = 12
-"""Heads up to which every partition is considered (4096 sets of placed heads); above it, a local search."""
+"""Heads up to which every partition is compared (4096 sets of placed heads); above, a local search."""
 
 RESTARTS = 4
 """Starting points of the local search: the contiguous partition and random ones."""
 
 Cost = Callable[[tuple[int, ...]], float]
+"""Returns the energy that a group of heads loses, as a share."""
 
 
 def similar_order(
@@ -31,8 +32,14 @@ def similar_order(
 ) -> list[int]:
     """Return an order of the key/value heads whose runs of G₀/G lose the least weighted energy when factored.
 
-    Keys and values count each as a share of their own total. Exact up to `EXACT_HEADS`
-    heads, else by swaps from seeded starts, never worse than contiguous. Use `heads.reorder` to apply.
+    Keys and values each count as a share of their own total. The order is exact up to `EXACT_HEADS` heads. Above, it is
+    found by swaps from seeded starts, and never worse than contiguous. `move_heads` applies it.
+
+    - `layer`: the layer's projections by head, float64.
+    - `groups`: how many groups the heads form.
+    - `position`: which key dims are rotated, None where keys see no rotation.
+    - `weights`: how much errors count.
+    - `seed`: the seed of the starts.
     """
     return [
         head
@@ -42,7 +49,13 @@ def similar_order(
 
 
 def best_partition(heads: int, groups: int, cost: Cost, seed: int = 0) -> list[tuple[int, ...]]:
-    """Partition `heads` heads into `groups` equal groups of least total cost; groups ordered by their first head."""
+    """Partition heads into equal groups of least total cost; the groups are ordered by their first head.
+
+    - `heads`: how many heads there are.
+    - `groups`: how many groups they form.
+    - `cost`: the cost of one group.
+    - `seed`: the seed of the local search.
+    """
     size = heads // groups
     known = cache(cost)
     if heads <= EXACT_HEADS:
@@ -99,7 +112,7 @@ def _best_swap(partition: list[tuple[int, ...]], cost: Cost) -> list[tuple[int, 
 
 
 def _cost(layer: HeadMaps, position: Rotary | None, weights: LayerWeights) -> Cost:
-    """Return a group's discarded share of key and value energy, from Gram matrices over all heads made once."""
+    """Return the cost of a group: its lost shares of key and value energy. All heads' Gram matrices are made once."""
     rotated = 0 if position is None else position.dims
     stacks = [_weighted(layer.v_rows, weights.values)]
     keys = layer.k_rows
@@ -138,11 +151,15 @@ def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def similar_layer(layer: LayerHeads, groups: int, position: Rotary | None, seed: int) -> tuple[LayerHeads, list[int]]:
-    """Return the layer with its key/value heads, their queries and output columns moved so that similar ones share.
+    """Return the layer with its heads moved so that similar ones share, and their order.
 
-    With it comes the order: the number of each of the result's key/value heads in the given layer.
+    The order lists, for each key/value head of the result, its number in the given layer. Values only change place: no
+    bit of them and no logit changes.
 
-    Values only change place: no bit of them and no logit changes by it.
+    - `layer`: the layer's heads.
+    - `groups`: how many groups the heads form.
+    - `position`: which key dims are rotated, None where keys see no rotation.
+    - `seed`: the seed of the local search.
     """
     maps = maps_of(layer)
     order = similar_order(maps, groups, position, layer_weights(maps, position, None), seed)

@@ -1,4 +1,4 @@
-"""Carry a layer between the pipeline's numpy heads, the factorisation's tensors and a module's own parameters."""
+"""Convert a layer between numpy heads, tensors by head, and the parameters of the source's attention module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uptrain.architectures.schema import Position, Projections
 from uptrain.checkpoint.dtypes import Array, as_float32
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.method import Converted
-from uptrain.methods.rotary import Layout, Rotary
+from uptrain.methods.rotary import Pairing, Rotary
 from uptrain.methods.shared_heads import factor_heads
 
 
@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 def factor_layer(layer: LayerHeads, groups: int, position: Rotary | None) -> Converted[LayerHeads]:
     """Return the layer with `groups` key/value heads by the data-free factorisation, in float64.
 
-    Queries and the output change too, in value but not in shape: they absorb what each head's factor leaves over.
+    Queries and the output change in value, not in shape: they absorb each head's factor.
     """
     found = factor_heads(maps_of(layer), groups, position)
     return Converted(heads_of(found.layer, layer), found.explained)
@@ -43,8 +43,8 @@ def rotary_of(position: Position, spec: AttentionSpec) -> Rotary | None:
     """Return which dims of a layer's keys are rotated and how they pair up, None where keys see no rotation."""
     if not position.rotates or spec.rotary_ndims == 0:
         return None
-    layout: Layout = "interleaved" if position is Position.ROTARY_INTERLEAVED else "half"
-    return Rotary(layout, spec.rotary_ndims or spec.head_dim)
+    pairing: Pairing = "interleaved" if position is Position.ROTARY_INTERLEAVED else "half"
+    return Rotary(pairing, spec.rotary_ndims or spec.head_dim)
 
 
 def maps_of(layer: LayerHeads) -> HeadMaps:
@@ -65,7 +65,7 @@ def heads_of(maps: HeadMaps, source: LayerHeads) -> LayerHeads:
 
 
 class ModuleWeights:
-    """Turns heads, shared or not, into the parameters of the source's own attention module; differentiable."""
+    """Converts heads, shared or not, to the parameters of the source's own attention module; differentiable."""
 
     def __init__(self, projections: Projections, spec: AttentionSpec) -> None:
         self._projections, self._spec = projections, spec
@@ -95,18 +95,18 @@ class ModuleWeights:
         }
         flat = {part: bias.flatten() for part, bias in biases.items() if bias is not None}
         names = {part: module_of(self._projections, part) for part in "qkvo"}
-        out = {f"{names['o']}.weight": self._turned(maps.o.flatten(1))}
+        out = {f"{names['o']}.weight": self._stored(maps.o.flatten(1))}
         if self._order is None:
-            out.update({f"{names[part]}.weight": self._turned(weights[part]) for part in "qkv"})
+            out.update({f"{names[part]}.weight": self._stored(weights[part]) for part in "qkv"})
             out.update({f"{names[part]}.bias": bias for part, bias in flat.items()})
             return out
         order = self._order.to(maps.q.device)
-        out[f"{names['q']}.weight"] = self._turned(torch.cat(list(weights.values()))[order])
+        out[f"{names['q']}.weight"] = self._stored(torch.cat(list(weights.values()))[order])
         if flat:
             out[f"{names['q']}.bias"] = torch.cat(list(flat.values()))[order]
         return out
 
-    def _turned(self, weight: Tensor) -> Tensor:
+    def _stored(self, weight: Tensor) -> Tensor:
         return weight.T if self._projections.transposed else weight
 
 

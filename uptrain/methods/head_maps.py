@@ -1,4 +1,4 @@
-"""One attention layer's projections, split by head: what every method of this package takes and returns."""
+"""One attention layer's projections by head, as tensors: what the mathematics takes and returns."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HeadMaps:
-    """Hold one layer's projections by head; H query heads, G key/value heads, input size d, float64.
+    """One layer's projections by head, float64. H query heads, G key/value heads, input size d.
 
-    Shapes: `q` (H, D, d), `k` (G, D, d), `v` (G, Dv, d), `o` (out, H, Dv); the biases, where the layer has them,
-    `q_bias` (H, D), `k_bias` (G, D), `v_bias` (G, Dv). Query heads h·H/G … (h+1)·H/G − 1 read key/value head h,
-    as `repeat_kv` does. The bias of `o` is never touched and so isn't here.
+    - `q`, `k`, `v`, `o`: (H, D, d), (G, D, d), (G, Dv, d) and (out, H, Dv).
+    - `q_bias`, `k_bias`, `v_bias`: (H, D), (G, D) and (G, Dv); None where the layer has no biases.
+
+    Query heads h·H/G … (h+1)·H/G − 1 read key/value head h, as in transformers' `repeat_kv`. The bias of `o` is not
+    here, because no method changes it.
     """
 
     q: Tensor

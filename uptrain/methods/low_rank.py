@@ -17,12 +17,17 @@ CLUSTER = 1e-12
 
 @dataclass(frozen=True)
 class Factored:
-    """Hold W_i ≈ ups[i] @ down: `down` (rank, d̃), `ups[i]` (n_i, rank), and the weighted energy kept and lost."""
+    """A factorisation W_i ≈ ups[i] @ down, and the weighted energy that it explains and loses.
+
+    - `down`: (rank, d̃).
+    - `ups`: (n_i, rank) each.
+    - `explained`, `lost`: sums of squared singular values.
+    """
 
     down: Tensor
     ups: list[Tensor]
-    kept: float
-    discarded: float
+    explained: float
+    lost: float
 
 
 def factor(
@@ -33,12 +38,18 @@ def factor(
 ) -> Factored:
     """Factor the stacked maps W_i into B_i A at `rank`, minimising Σ_i ‖L_i (W_i − B_i A) Σ^½‖²_F.
 
-    `blocks[i]` (n_i, d̃), real or complex float64; `left_weights[i]` (n_i, n_i) invertible, None for identities;
-    `second_moment` (d̃, d̃) real, E[x̃x̃ᵀ] already damped, None for the identity. X = stack(L_i W_i) Σ^½ = U S Vᴴ gives
-    A = U_rᴴ stack(L_i W_i) and B_i = L_i⁻¹ U_r[i]: no inverse of Σ is needed, and rank = Σ n_i is exact for any Σ.
-    Columns of each B_i are scaled so that their mean square over the stack is that of an identity.
+    X = stack(L_i W_i) Σ^½ = U S Vᴴ gives A = U_rᴴ stack(L_i W_i) and B_i = L_i⁻¹ U_r[i]. No inverse of Σ is needed, and
+    rank = Σ n_i is exact for any Σ. Columns of each B_i are scaled: their mean square over the stack is that of an
+    identity.
 
-    Raises: ValueError if the rank is below 1 or above Σ n_i.
+    - `blocks`: W_i (n_i, d̃), float64 or complex128.
+    - `left_weights`: L_i (n_i, n_i), invertible; None for identities.
+    - `second_moment`: Σ (d̃, d̃), real, E[x̃x̃ᵀ] already damped; None for the identity.
+    - `rank`: the rows of A.
+
+    Raises:
+        ValueError: the rank is below 1 or above Σ n_i.
+
     Source: Eckart and Young 1936, for the two-sided norm as in Srebro and Jaakkola 2003, section 2 (weights that
     factor into rows times columns keep the closed form); one-sided in Wang et al. 2024, SVD-LLM, section 3.1.
     """
@@ -51,15 +62,15 @@ def factor(
     stack = torch.cat(list(weighted))
     basis, energies = _left_singular(stack, second_moment, rank)
     basis = _canonical(basis, energies, rank)
-    kept = float(energies[:rank].sum())
-    discarded = float(energies[rank:].sum())
+    explained = float(energies[:rank].sum())
+    lost = float(energies[rank:].sum())
     parts = basis.split([block.shape[0] for block in blocks])
     ups = [
         part if left_weights is None else torch.linalg.solve(left_weights[i].to(part.dtype), part)
         for i, part in enumerate(parts)
     ]
     scale = _unit_columns(ups, rank)
-    return Factored((basis.mH @ stack) * scale[:, None], [up / scale for up in ups], kept, discarded)
+    return Factored((basis.mH @ stack) * scale[:, None], [up / scale for up in ups], explained, lost)
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
@@ -71,8 +82,8 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
 def matrix_root(energy: Tensor, floor: float = 1e-8) -> Tensor:
     """Return the symmetric square root of a positive semi-definite (n, n), eigenvalues floored to stay invertible.
 
-    `floor` is relative to the largest eigenvalue; an energy of zero gives the identity, so that heads nothing
-    reads from still factor.
+    `floor` is relative to the largest eigenvalue. An energy of zero gives the identity: heads that nothing reads can
+    still be factored.
     """
     values, vectors = torch.linalg.eigh((energy + energy.mH) / 2)
     top = float(values[-1])
@@ -135,7 +146,7 @@ def _unit_columns(ups: Sequence[Tensor], rank: int) -> Tensor:
 def _canonical(basis: Tensor, energies: Tensor, rank: int) -> Tensor:
     """Fix what the decomposition leaves open in the first `rank` vectors: phases, and the basis of a repeated value.
 
-    Directions without energy are left as they come: nothing in the result depends on them.
+    Directions without energy stay as they are: nothing in the result depends on them.
     """
     top = float(energies[0])
     fixed = basis.clone()
@@ -164,7 +175,7 @@ def _span_basis(span: Tensor) -> Tensor:
 
 
 def _phase(vectors: Tensor) -> Tensor:
-    """Turn each column so that its first entry of largest magnitude is real and positive."""
+    """Multiply each column by a phase that makes its first entry of largest magnitude real and positive."""
     sizes = vectors.abs()
     first = (sizes >= sizes.max(0).values * (1 - 1e-6)).to(torch.int8).argmax(0)
     entries = vectors.gather(0, first[None])[0]

@@ -46,7 +46,7 @@ class CalibratedSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """What a method may use of a layer beside its weights.
+    """What a method may use besides a layer's weights.
 
     - `index`: the layer's number; a decoder that reads an encoder counts each of its attentions.
     - `position`: how attention learns where a token stands.

@@ -1,4 +1,4 @@
-"""Carry a latent layer between the factorisation's tensors and the pipeline's numpy arrays."""
+"""Convert a layer to a latent from numpy arrays to numpy arrays, and choose its rotary pairs by weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from uptrain.methods.rotary import Rotary
 
 
 def latent_shape(target: MLASpec) -> LatentShape:
-    """Return what a layer becomes, in the factorisation's words."""
+    """Return the sizes of a latent as the factorisation takes them."""
     return LatentShape(
         target.rope, target.kv_lora_rank, target.rope_pairs, target.qk_nope_head_dim > 0, target.attention_factor
     )
@@ -31,8 +31,8 @@ def latent_layer(heads: LayerHeads, target: MLASpec, position: Rotary | None) ->
     maps = maps_of(heads)
     weights = plain_weights(maps, inverse_frequencies_of(target))
     weight = KEY_WEIGHT if target.key_weight is None else target.key_weight
-    found, kept = factor_latent(maps, latent_shape(target), position, weights, weight)
-    return Converted(heads_of_latent(found, heads.part("o").bias), {"svd": kept})
+    found, explained = factor_latent(maps, latent_shape(target), position, weights, weight)
+    return Converted(heads_of_latent(found, heads.part("o").bias), {"svd": explained})
 
 
 def rope_pairs_by_weights(layers: Iterable[LayerHeads], target: MLASpec, position: Rotary | None) -> tuple[int, ...]:

@@ -13,11 +13,17 @@ from uptrain.methods.head_maps import HeadMaps
 
 @dataclass(frozen=True)
 class LatentMaps:
-    """Hold one layer's latent attention; H query heads, G heads that the latent expands to, input size d.
+    """One layer's latent attention. H query heads, G heads that the latent expands to, input size d.
 
-    Shapes: `q_nope` (H, Dn, d), `q_rope` (H, Dr, d), `down` (r, d) the latent's map, `k_rope` (Dr, d) the shared rotary
-    key's, `k_up` (G, Dn, r), `v_up` (G, Dv, r), `o` (out, H, Dv); rotary rows are in neighbouring pairs. Biases are
-    None where the layer has none: `q_nope_bias` (H, Dn), `q_rope_bias` (H, Dr), `down_bias` (r,), `k_rope_bias` (Dr,).
+    - `q_nope`, `q_rope`: (H, Dn, d) and (H, Dr, d), the queries for unrotated keys and for the shared rotary key.
+    - `down`: (r, d), the latent's map.
+    - `k_rope`: (Dr, d), the shared rotary key's map.
+    - `k_up`, `v_up`: (G, Dn, r) and (G, Dv, r), what expands the latent to keys and values.
+    - `o`: (out, H, Dv).
+    - `q_nope_bias`, `q_rope_bias`, `down_bias`, `k_rope_bias`: (H, Dn), (H, Dr), (r,) and (Dr,); None without biases.
+
+    Rotary rows are in neighbouring pairs.
+
     Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.2 and 2.1.3.
     """
 
@@ -34,7 +40,11 @@ class LatentMaps:
     k_rope_bias: Tensor | None = None
 
     def expanded(self) -> HeadMaps:
-        """Return the heads that the latent stands for, where nothing is in the shared rotary key."""
+        """Return the heads that the latent expands to, where the shared rotary key is empty.
+
+        Raises:
+            ValueError: there is a shared rotary key.
+        """
         if self.k_rope.shape[0]:
             raise ValueError("a layer with a shared rotary key isn't a layer of plain heads")
         k_bias = v_bias = None
@@ -53,10 +63,13 @@ class Angles:
     sin: Tensor
 
     @classmethod
-    def at(cls, frequencies: Tensor, tokens: int, factor: float = 1.0) -> Angles:
-        """Return the angles of `frequencies` (Dr/2,), radians a token, for `tokens` positions, times `factor`."""
-        turned = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies.cpu().double()
-        return cls(factor * turned.cos(), factor * turned.sin())
+    def at(cls, inverse_frequencies: Tensor, tokens: int, factor: float = 1.0) -> Angles:
+        """Return the angles of pairs with `inverse_frequencies` (Dr/2,), in radians per token, at `tokens` positions.
+
+        `factor` multiplies cosines and sines, as scaled variants of RoPE ask for.
+        """
+        angles = torch.arange(tokens, dtype=torch.float64)[:, None] * inverse_frequencies.cpu().double()
+        return cls(factor * angles.cos(), factor * angles.sin())
 
     def rotate(self, pairs: Tensor) -> Tensor:
         """Rotate rows (…, T, Dr) of neighbouring pairs.
@@ -69,9 +82,15 @@ class Angles:
 
 
 def mix_heads(maps: LatentMaps, x: Tensor, angles: Angles, mask: Tensor | None, scale: float) -> Tensor:
-    """Return the mixed heads (T, H·Dv), the output projection's input, for attention inputs x (T, d).
+    """Return the mixed heads (T, H·Dv), the output projection's input.
 
-    `mask` broadcasts to (1, 1, T, T), boolean or added; None is causal.
+    - `maps`: the layer's latent attention.
+    - `x`: (T, d), the attention's input.
+    - `angles`: of the shared rotary key's pairs, at the T positions.
+    - `mask`: broadcasts to (1, 1, T, T), boolean or added to the logits; None is causal.
+    - `scale`: what logits are multiplied by.
+
+    Source: DeepSeek-AI 2024, DeepSeek-V2, equations 9 to 19.
     """
     latent = _linear(x, maps.down, maps.down_bias)
     q_nope = _heads(x, maps.q_nope, maps.q_nope_bias)

@@ -19,7 +19,7 @@ def mean(heads: Array, groups: int) -> Array:
     """Average each run of heads: (heads, …) of any floating dtype to (groups, …) float32, summed in float32."""
     per_group = len(heads) // groups
     means = np.empty((groups, *heads.shape[1:]), np.float32)
-    # A head at a time: what is summed stays in cache, and nothing but the result is as large as it.
+    # One head at a time: the sum stays in the processor's cache, and nothing but the result is as large.
     for group, total in enumerate(means):
         total[:] = as_float32(heads[group * per_group])
         for head in heads[group * per_group + 1 : (group + 1) * per_group]:
@@ -29,12 +29,12 @@ def mean(heads: Array, groups: int) -> Array:
 
 
 def first(heads: Array, groups: int) -> Array:
-    """Keep the first head of each run: (heads, …) to (groups, …) in the heads' own dtype."""
+    """Return the first head of each run: (heads, …) to (groups, …) in the heads' own dtype."""
     return heads[:: len(heads) // groups]
 
 
 def fresh(shape: tuple[int, ...], std: float, seed: int, layer: int, part: str) -> Array:
-    """Draw new heads from N(0, std²) in float32; the same for the same seed, layer and part, in any order.
+    """Draw heads from N(0, std²) in float32; the same seed, layer and part give the same heads, in any order.
 
     - `shape`: the shape of the result.
     - `std`: the standard deviation.

@@ -1,4 +1,4 @@
-"""Rotated keys as complex numbers: a rotation is a phase, so what commutes with it is one complex factor a pair."""
+"""Rotated keys as complex numbers: a rotation is a phase, and one complex factor per pair commutes with it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Layout = Literal["half", "interleaved"]
+Pairing = Literal["half", "interleaved"]
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Say which of a head's `head_dim` dims are rotated, and how they pair up.
+    """Which of a head's dims are rotated, and how they pair up.
 
-    `half` pairs dim j with j + dims/2 (Llama, NeoX, Phi); `interleaved` pairs 2j with 2j + 1 (GPT-J, Cohere, GLM).
-    The first `dims` dims are rotated; the rest, in partial-rotary models, see no position.
+    - `pairing`: `half` pairs dim j with j + dims/2 (Llama, NeoX, Phi); `interleaved` pairs 2j with 2j + 1 (GPT-J,
+      Cohere, GLM).
+    - `dims`: how many dims are rotated, the first ones; the others, in partial-rotary models, see no position.
+
     Source: Su et al. 2021, RoFormer, section 3.2.2.
     """
 
-    layout: Layout
+    pairing: Pairing
     dims: int
 
     @property
     def pairs(self) -> int:
-        """Count the frequencies, dims/2."""
+        """Count the pairs, dims/2."""
         return self.dims // 2
 
     def indices(self) -> tuple[Tensor, Tensor]:
         """Return the dims of the real and of the imaginary parts, each (dims/2,) int64."""
-        if self.layout == "half":
+        if self.pairing == "half":
             return torch.arange(self.pairs), torch.arange(self.pairs, self.dims)
         return torch.arange(0, self.dims, 2), torch.arange(1, self.dims, 2)
 
@@ -53,8 +55,8 @@ def set_complex(rows: Tensor, rotary: Rotary, pairs: Tensor) -> Tensor:
 def apply_factor(rows: Tensor, rotary: Rotary, factors: Tensor) -> Tensor:
     """Multiply each head's pairs by its complex factors; rows (heads, D, d̃), factors (heads, dims/2) complex.
 
-    A rotation by θ multiplies a pair by e^{iθ}, and complex factors commute, so the result of rotating is the same
-    before and after.
+    A rotation by θ multiplies a pair by e^{iθ}, and complex factors commute: rotating before or after gives the same.
+
     Source: Su et al. 2021, RoFormer, equations 12 and 34.
     """
     return set_complex(rows, rotary, to_complex(rows, rotary) * factors[..., None])

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uptrain.methods.energy import LayerWeights, layer_weights, shares
+from uptrain.methods.energy import LayerWeights, explained_energy, layer_weights
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import damped, factor, matrix_root
 from uptrain.methods.method import Converted, ExplainedEnergy
 from uptrain.methods.rotary import Rotary, to_complex
 
 DAMPING = 1e-3
-"""Default damping of a measured second moment, against its mean diagonal: right for a few thousand tokens."""
+"""Default damping of a measured second moment, relative to its mean diagonal: right for a few thousand tokens."""
 
 
 @dataclass(frozen=True)
 class SharedRows:
-    """One group's shared rows (D, d̃) and, for each of its heads, the (D, D) factor that expands them again."""
+    """One group's shared rows `down` (D, d̃), and for each of its heads the factor (D, D) that expands them again."""
 
     down: Tensor
     ups: list[Tensor]
@@ -32,15 +32,22 @@ def factor_heads(
     second_moment: Tensor | None = None,
     damping: float = DAMPING,
 ) -> Converted[HeadMaps]:
-    """Convert a layer to `groups` key/value heads by factoring each group, absorbing the factors into q and o.
+    """Convert a layer to `groups` key/value heads by factoring each group; queries and output absorb the factors.
 
-    `second_moment` (d+1, d+1) is E[x̃x̃ᵀ] of the layer's input with x̃ = [x; 1]; with None the method is the data-free
-    `svd`, else `calibrated`. `position` is the rotary layout of the keys, None where keys see no rotation. As many
-    groups as heads return the layer itself. In its own weighting the result never keeps less than `mean` or
-    `first`, which are points of the set it minimises over.
+    As many groups as heads return the layer itself. Under its own weights the result never explains less than `mean`
+    or `first`, which are points of the set that it minimises over.
 
-    Raises: ValueError if `groups` does not divide the layer's key/value heads.
-    Source: Ainslie et al. 2023, section 2.1 for the grouping; factor.py for the factorisation.
+    - `layer`: the layer's projections by head, float64.
+    - `groups`: how many key/value heads the result has.
+    - `position`: which key dims are rotated, None where keys see no rotation.
+    - `second_moment`: (d+1, d+1), E[x̃x̃ᵀ] of the layer's input x̃ = [x; 1]. The method is `calibrated` with it, and the
+      data-free `svd` without.
+    - `damping`: what is added to the diagonal of the second moment, relative to its mean.
+
+    Raises:
+        ValueError: `groups` does not divide the layer's key/value heads.
+
+    Source: Ainslie et al. 2023, section 2.1 for the grouping; `low_rank.factor` for the factorisation.
     """
     if layer.kv_heads % groups:
         raise ValueError(f"groups {groups} does not divide {layer.kv_heads} key/value heads")
@@ -54,9 +61,9 @@ def factor_heads(
     values = [share_values(layer, weights, span) for span in spans]
     converted = absorb(layer, keys, values, position)
     explained = {
-        name: shares(layer, weights, expand(keys), expand(values)),
-        "mean": pooled_shares(layer, weights, groups, "mean"),
-        "first": pooled_shares(layer, weights, groups, "first"),
+        name: explained_energy(layer, weights, expand(keys), expand(values)),
+        "mean": pooled_energy(layer, weights, groups, "mean"),
+        "first": pooled_energy(layer, weights, groups, "first"),
     }
     return Converted(converted, explained)
 
@@ -67,12 +74,19 @@ def spans_of(heads: int, groups: int) -> list[range]:
     return [range(start, start + size) for start in range(0, heads, size)]
 
 
-def pooled_shares(layer: HeadMaps, weights: LayerWeights, groups: int, how: str) -> ExplainedEnergy:
-    """Return what `mean` or `first` pooling would keep, in the same weighting as a factorisation.
+def pooled_energy(layer: HeadMaps, weights: LayerWeights, groups: int, how: str) -> ExplainedEnergy:
+    """Return the energy that `mean` or `first` pooling explains, under the weights of a factorisation.
+
+    - `layer`: the layer's projections by head.
+    - `weights`: how much errors count.
+    - `groups`: how many key/value heads pooling leaves.
+    - `how`: `mean` or `first`.
 
     Source: Ainslie et al. 2023, section 2.1 and figure 5.
     """
-    return shares(layer, weights, pooled_rows(layer.k_rows, groups, how), pooled_rows(layer.v_rows, groups, how))
+    return explained_energy(
+        layer, weights, pooled_rows(layer.k_rows, groups, how), pooled_rows(layer.v_rows, groups, how)
+    )
 
 
 def pooled_rows(rows: Tensor, groups: int, how: str) -> Tensor:
@@ -94,7 +108,7 @@ def share_values(layer: HeadMaps, weights: LayerWeights, span: range) -> SharedR
 
 
 def share_keys(layer: HeadMaps, weights: LayerWeights, span: range, position: Rotary | None) -> SharedRows:
-    """Factor rotated pairs one frequency at a time, where only a complex scalar commutes, and the rest as one."""
+    """Factor each rotated pair alone, since only a complex scalar commutes with rotation, and the other dims as one."""
     rows = layer.k_rows
     dims = rows.shape[1]
     rotated = 0 if position is None else position.dims

@@ -223,9 +223,9 @@ def _estimated(
 
     def kept_keys(rows: Array) -> float:
         if not position.rotates or rotary_ndims == 0:
-            return energy_numpy.kept_by_factor(rows, 1)
+            return energy_numpy.explained_by_factor(rows, 1)
         interleaved = position is Position.ROTARY_INTERLEAVED
-        return energy_numpy.kept_by_phases(rows, 1, interleaved, rotary_ndims or rows.shape[1])
+        return energy_numpy.explained_by_phases(rows, 1, interleaved, rotary_ndims or rows.shape[1])
 
     if not measured:
         return {}
@@ -235,8 +235,8 @@ def _estimated(
         for rows in islice(energy_numpy.rows_by_group(heads.part(part), groups), measured):
             if not _measurable(rows):
                 return {}  # what isn't finite is refused with its name when the layer is finished
-            best = kept_keys(rows) if part == "k" else energy_numpy.kept_by_factor(rows, 1)
-            found.append((energy_numpy.energy(rows), energy_numpy.kept_by_mean(rows, 1), best))
+            best = kept_keys(rows) if part == "k" else energy_numpy.explained_by_factor(rows, 1)
+            found.append((energy_numpy.energy(rows), energy_numpy.explained_by_mean(rows, 1), best))
         energy, mean, best = np.array(found).T
         means.append(float(np.average(mean, weights=energy)))
         bests.append(float(np.average(best, weights=energy)))
