@@ -27,6 +27,7 @@ from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.models import loading
 from uptrain.models.loading import load as load_for_generating
+from uptrain.models.precision import place_model
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
 from uptrain.publishing.hub.subject import CardSubject
@@ -318,10 +319,10 @@ def test_codes_are_not_trained(scheme: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
 def test_a_model_that_computes_with_codes_keeps_them(dtype: torch.dtype) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    assert loading.placed(model, None, torch.float64)[0].weight.dtype is torch.float64
+    assert place_model(model, None, torch.float64)[0].weight.dtype is torch.float64
     model[1].weight = torch.nn.Parameter(torch.ones(2, 2).to(dtype), requires_grad=False)
-    placed = loading.placed(model, torch.device("cpu"), torch.float32)
-    assert [layer.weight.dtype for layer in placed] == [torch.float64, dtype]
+    found = place_model(model, torch.device("cpu"), torch.float32)
+    assert [layer.weight.dtype for layer in found] == [torch.float64, dtype]
 
 
 def test_pictures_of_codes_are_not_drawn(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation import evaluate
-from uptrain.models import loading
+from uptrain.models.checks import check_heads
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
 from uptrain.publishing.hub.subject import CardSubject
@@ -397,4 +397,4 @@ def test_a_checkpoint_s_family_has_the_names_of_the_wrapper(tmp_path: Path) -> N
     assert described.config["model_type"] == "llama" and checkpoint.config["model_type"] == "idefics3"
     assert described.wrapped_in == "idefics3"
     with pytest.raises(UsageError, match="idefics3"):
-        loading.check_heads(resolve(str(tmp_path / "s")))
+        check_heads(resolve(str(tmp_path / "s")))

@@ -22,7 +22,7 @@ from uptrain.checkpoint.weight_files import find_weights
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError
-from uptrain.models.loading import check_weights
+from uptrain.models.checks import check_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GQA2 = Request("gqa", 2)

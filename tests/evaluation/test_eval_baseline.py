@@ -35,11 +35,11 @@ def test_the_source_is_the_baseline_and_a_line_says_so(here: Path, capsys: pytes
     named = measure("mqa", "--baseline", "source")
     capsys.readouterr()
     found = measure("mqa")
-    told = capsys.readouterr().err
-    assert "Comparing with" in told and "source" in told and "--no-baseline" in told
+    reported = capsys.readouterr().err
+    assert "Comparing with" in reported and "source" in reported and "--no-baseline" in reported
     assert found["kl"] == named["kl"] > 0 and found["baseline"]["name"] == "source"
     assert measure("mqa", "--no-baseline")["baseline"] is None
-    # Of what has no history nothing is said.
+    # A model without a history gets no note.
     capsys.readouterr()
     assert measure("source")["baseline"] is None
     assert "aseline" not in capsys.readouterr().err
@@ -76,8 +76,8 @@ def test_without_it_the_result_is_measured_alone_and_a_line_says_why(
         monkeypatch.chdir(here / "other")
     capsys.readouterr()
     assert measure(str(here / "mqa"))["baseline"] is None
-    told = capsys.readouterr().err
-    assert "without a baseline" in told and "--baseline MODEL" in told and "source" in told
+    reported = capsys.readouterr().err
+    assert "without a baseline" in reported and "--baseline MODEL" in reported and "source" in reported
 
 
 def test_nothing_is_downloaded_for_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +91,9 @@ def test_nothing_is_downloaded_for_it(here: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
-    source, said = find_baseline("mqa")
-    assert source is None and "org/model" in said and "cache" in said
-    # Nor where something else is said to have been its kind of place.
+    source, note = find_baseline("mqa")
+    assert source is None and "org/model" in note and "cache" in note
+    # Nor is it where the history names another kind of place.
     manifest["stages"][0]["source"] |= {"origin": "elsewhere"}
     (here / "mqa/uptrain.json").write_text(json.dumps(manifest))
     assert find_baseline("mqa")[0] is None
@@ -102,7 +102,7 @@ def test_nothing_is_downloaded_for_it(here: Path, monkeypatch: pytest.MonkeyPatc
     # In the cache, it is taken, at the commit that was converted.
     cached = here / "cache/models--org--model/snapshots" / revision
     shutil.copytree(here / "source", cached)
-    source, said = find_baseline("mqa")
+    source, note = find_baseline("mqa")
     assert source is not None and source.path == cached and source.revision == revision
 
 
@@ -127,14 +127,14 @@ def test_what_is_not_the_source_any_more_is_no_teacher(
     values = [f"model={model}", f"output={here / 'up'}", f"data=[{text}]", "tokens=64", "block_size=16", "batch_size=2"]
     capsys.readouterr()
     assert run(["train", "gqa-uptrain", *values]) == 2
-    told = capsys.readouterr().err
-    assert "The teacher" in told and "is not what" in told and "distill.teacher=MODEL" in told
+    reported = capsys.readouterr().err
+    assert "The teacher" in reported and "is not what" in reported and "distill.teacher=MODEL" in reported
     assert not (here / "up").exists() and not (here / "up.run").exists()
     # Named, it is whatever the user names.
     assert run(["train", "gqa-uptrain", *values, f"distill.teacher={here / 'source'}"]) == 0
 
 
-def test_figures_of_another_text_by_the_same_name_are_stale(here: Path) -> None:
+def test_metrics_of_another_text_by_the_same_name_are_stale(here: Path) -> None:
     words = ["eval", "mqa", "--text", "one.txt", "--context", "16", "--tokens", "60", "--no-speed"]
     assert run(words) == 0
     before = json.loads((here / "mqa/eval.json").read_text())

@@ -65,10 +65,10 @@ def test_every_key_is_documented_and_every_documented_key_is_there(
 def test_the_folder_still_verifies_and_the_card_reads_it(converted: Path) -> None:
     assert run(command(converted, "--no-speed")) == 0
     verify(converted)
-    figures = read_metrics(converted)
-    assert figures is not None
-    assert figures.text == "one.txt, two.txt"
-    assert {"kl_divergence", "top5_agreement", "flip_rate"} <= {row.metric for row in figures.rows}
+    metrics = read_metrics(converted)
+    assert metrics is not None
+    assert metrics.text == "one.txt, two.txt"
+    assert {"kl_divergence", "top5_agreement", "flip_rate"} <= {row.metric for row in metrics.rows}
 
 
 def test_a_place_is_chosen_only_in_folders_that_uptrain_wrote(converted: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_place_is_chosen_only_in_folders_that_uptrain_wrote(converted: Path) -
     assert not (DEMO / "eval.json").exists()
 
 
-def test_what_cannot_be_written_is_said_before_anything_is_measured(
+def test_what_cannot_be_written_is_reported_before_anything_is_measured(
     converted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()

@@ -61,7 +61,7 @@ def test_a_key_is_found_exactly_when_greedy_generation_writes_it(tmp_path: Path)
         assert not ask(model, Prompt(ids, other))[0]
 
 
-def test_cells_are_the_brute_force_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_are_the_brute_force_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint(tmp_path / "model", n_positions=160)
     other = shutil.copytree(folder, tmp_path / "other")
     noisy = {n: t + 0.05 * torch.randn_like(t) for n, t in load_file(folder / "model.safetensors").items()}

@@ -1,4 +1,4 @@
-"""Speeds are medians over turns in which models alternate, on a clock that the test winds."""
+"""Speeds are medians over rounds in which the models alternate, on a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Clocked:
     config = SimpleNamespace(is_encoder_decoder=False)
 
     def __init__(self, clock: list[float], seconds: list[tuple[float, float]], calls: list[Any]) -> None:
-        self.clock, self.seconds, self.calls, self.turn = clock, seconds, calls, -1
+        self.clock, self.seconds, self.calls, self.round = clock, seconds, calls, -1
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         prefill = input_ids.shape[1] > 1
-        self.turn += prefill
+        self.round += prefill
         self.calls.append((self, input_ids))
-        self.clock[0] += self.seconds[self.turn][not prefill]
+        self.clock[0] += self.seconds[self.round][not prefill]
         return CausalLMOutputWithPast(logits=torch.zeros(len(input_ids), 1, 5), past_key_values=())
 
     def __call__(self, **given: Any) -> Any:
@@ -47,13 +47,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_figures_are_medians_ranges_and_ratios_of_one_turn(clock: list[float]) -> None:
+def test_metrics_are_medians_ranges_and_ratios_of_one_turn(clock: list[float]) -> None:
     ours = [(90.0, 90.0), (2.0, 0.5), (4.0, 0.25), (3.0, 1.0)]
     theirs = [(90.0, 90.0), (1.0, 1.0), (8.0, 1.0), (2.0, 4.0)]
     calls: list[Any] = []
     pair = [Clocked(clock, ours, calls), Clocked(clock, theirs, calls)]
     found = time_cell(pair, torch.arange(10), SpeedPlan(batch=4, context=16, decode_tokens=3, repeats=3))
-    # The first turn only warms up; 4 sequences of 16 tokens, then 3 steps of 4 tokens.
+    # The first round only warms up; 4 sequences of 16 tokens, then 3 steps of 4 tokens.
     for seconds, of in ((ours[1:], ""), (theirs[1:], "baseline_")):
         prefill = [4 * 16 / each for each, _ in seconds]
         decode = [4 * 3 / (3 * each) for _, each in seconds]
@@ -64,12 +64,12 @@ def test_figures_are_medians_ranges_and_ratios_of_one_turn(clock: list[float]) -
     assert found.decode_ratio_range == pytest.approx((2, 4))
     shapes = [tuple(ids.shape) for _, ids in calls]
     assert shapes == [(4, 16), *[(4, 1)] * 3] * 8
-    turns = [who for who, ids in calls if ids.shape[1] > 1]
-    assert all(one is not other for one, other in pairwise(turns))
+    rounds = [who for who, ids in calls if ids.shape[1] > 1]
+    assert all(one is not other for one, other in pairwise(rounds))
     assert len({tuple(row.tolist()) for row in calls[0][1]}) == 4
 
 
-def test_a_model_that_does_not_fit_leaves_the_other_s_figures(clock: list[float]) -> None:
+def test_a_model_that_does_not_fit_leaves_the_other_s_metrics(clock: list[float]) -> None:
     class Full(Clocked):
         def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
             raise torch.OutOfMemoryError

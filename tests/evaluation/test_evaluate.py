@@ -1,4 +1,4 @@
-"""Every figure equals what its definition gives when it is computed the plain way."""
+"""Every metric equals its definition, computed in the plainest way."""
 
 from __future__ import annotations
 
@@ -137,9 +137,9 @@ def test_each_text_and_context_is_a_row_as_if_measured_alone(tmp_path: Path, tex
         (alone,) = quick(other, folder, [Files(files=row.text)], tokens=200, context=row.context).rows
         assert alone == row
     first, second, all_ = found.rows[3:]
-    for figure in ("kl", "top1_agreement", "top5_agreement", "flip_rate"):
-        total = sum(getattr(row, figure) * row.tokens for row in (first, second))
-        assert getattr(all_, figure) == pytest.approx(total / all_.tokens)
+    for metric in ("kl", "top1_agreement", "top5_agreement", "flip_rate"):
+        total = sum(getattr(row, metric) * row.tokens for row in (first, second))
+        assert getattr(all_, metric) == pytest.approx(total / all_.tokens)
     assert all_.perplexity == pytest.approx(300, rel=1e-4)
     assert all_.perplexity_ratio_interval is not None and all_.perplexity_ratio is not None
     assert all_.perplexity_ratio_interval[0] < all_.perplexity_ratio < all_.perplexity_ratio_interval[1]

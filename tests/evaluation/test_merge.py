@@ -57,22 +57,22 @@ def test_what_was_not_measured_again_stays_as_it_was(here: Path, capsys: pytest.
     whole = measure(here, *EVERYTHING, context="16,32")
     capsys.readouterr()
     found = measure(here, "--no-speed")
-    told = capsys.readouterr().err
-    assert all(word in told for word in ("speed", "retrieval", "samples", "quality"))
+    reported = capsys.readouterr().err
+    assert all(word in reported for word in ("speed", "retrieval", "samples", "quality"))
     for part in ("speeds", "needle", "samples"):
         assert found[part] == whole[part]
         assert all(run_of(found, entry)["settings"]["contexts"] == [16, 32] for entry in found[part])
     assert keys(found) == {("one", 16), ("one", 32)}
     for name in ("model", "baseline"):
-        for figure in ("decode_tokens_per_second", "prefill_tokens_per_second", "decode_range"):
-            assert found[name][figure] == whole[name][figure] is not None
+        for metric in ("decode_tokens_per_second", "prefill_tokens_per_second", "decode_range"):
+            assert found[name][metric] == whole[name][metric] is not None
     assert (found["speed_context"], found["speed_repeats"]) == (8, 5)
-    # The figures outside the lists are the newest run's.
+    # The metrics outside the lists are those of the newest run.
     assert (found["context"], whole["context"]) == (16, 32)
     assert found["model"]["perplexity"] == next(row["perplexity"] for row in found["rows"] if row["context"] == 16)
-    figures = read_metrics(here / "mqa")
-    assert figures is not None and "context 16" in figures.conditions
-    assert {title for title, _ in figures.tables} >= {"By text and context", "Retrieval of a hidden pass key"}
+    metrics = read_metrics(here / "mqa")
+    assert metrics is not None and "context 16" in metrics.conditions
+    assert {title for title, _ in metrics.tables} >= {"By text and context", "Retrieval of a hidden pass key"}
 
 
 def test_another_text_and_fewer_tokens_are_measurements_of_their_own(here: Path) -> None:
@@ -114,8 +114,8 @@ def test_other_weights_make_what_was_measured_stale(whose: str, here: Path, caps
         key: before["rows"][0][key] for key in ("text", "kl")
     }
     # Of the report and the card only what is of these weights is read.
-    figures = read_metrics(here / "mqa")
-    assert figures is not None and not any("pass key" in title for title, _ in figures.tables)
+    metrics = read_metrics(here / "mqa")
+    assert metrics is not None and not any("pass key" in title for title, _ in metrics.tables)
 
 
 def test_what_is_stale_comes_back_with_its_weights(here: Path) -> None:
@@ -145,8 +145,8 @@ def test_a_file_of_the_version_before_is_read_and_nothing_of_it_is_lost(
     for part in ("rows", "needle", "samples", "speeds"):
         old[part] = [{key: value for key, value in entry.items() if key != "run"} for entry in old[part]]
     (here / "mqa/eval.json").write_text(json.dumps(old))
-    figures = read_metrics(here / "mqa")
-    assert figures is not None and any("pass key" in title for title, _ in figures.tables)
+    metrics = read_metrics(here / "mqa")
+    assert metrics is not None and any("pass key" in title for title, _ in metrics.tables)
     (subject,) = find_models(here / "mqa")
     assert subject.evaluation is not None and subject.metric("kl") == new["kl"]
     capsys.readouterr()
@@ -156,7 +156,9 @@ def test_a_file_of_the_version_before_is_read_and_nothing_of_it_is_lost(
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"runs": 3, "rows": {"a": 1}, "stale": [1]}', '{"runs": [1]}'])
-def test_a_broken_file_is_said_and_stops_nothing(broken: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_is_reported_and_stops_nothing(
+    broken: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "mqa/eval.json").write_text(broken)
     found = measure(here, "--no-speed")
     assert keys(found) == {("one", 16)} and list(here.glob("mqa/*.tmp")) == []

@@ -1,4 +1,4 @@
-"""An encoder-decoder's figures equal what their definition gives when it is computed the plain way."""
+"""The metrics of an encoder-decoder equal their definition, computed in the plainest way."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def continued(model: PreTrainedModel, ids: torch.Tensor, begin: int, first: int,
     """Return log-probabilities (end − first, vocabulary), one decoder pass for each token so that none sees a later."""
     rows = []
     for position in range(first, end):
-        said = torch.cat([torch.tensor([0]), ids[first:position]])
-        rows.append(model(input_ids=ids[None, begin:first], decoder_input_ids=said[None]).logits[0, -1])
+        decoded = torch.cat([torch.tensor([0]), ids[first:position]])
+        rows.append(model(input_ids=ids[None, begin:first], decoder_input_ids=decoded[None]).logits[0, -1])
     return torch.stack(rows).log_softmax(-1)
 
 
@@ -96,7 +96,7 @@ def test_each_token_is_written_once_after_as_many_as_the_encoder_always_reads(
     assert scored == list(range(before, length))
 
 
-def test_cache_bytes_are_told_by_side_and_halve_with_the_heads(converted: Path, text: list[Files]) -> None:
+def test_cache_bytes_are_given_per_side_and_halve_with_the_heads(converted: Path, text: list[Files]) -> None:
     found = quick(converted, converted.parent / "source", text)
     assert found.baseline is not None
     per_token = 2 * 2 * (2 * 16) * 4  # layers × (self + cross) × (key + value) × bytes, a head
@@ -111,9 +111,9 @@ def test_the_command_says_how_a_text_is_read(
     arguments = ["eval", str(converted), "--baseline", str(converted.parent / "source"), f"--text={text[0].files}"]
     assert run([*arguments, "--context=32", "--tokens=60", "--no-speed"]) == 0
     printed = capsys.readouterr()
-    said = " ".join((printed.out + printed.err).split())
-    assert "Of each window the encoder reads 16 tokens, and the decoder writes what follows, teacher-forced." in said
-    assert "seq2seq loss, nats" in said and "of it cross-attention" in said
+    shown = " ".join((printed.out + printed.err).split())
+    assert "Of each window the encoder reads 16 tokens, and the decoder writes what follows, teacher-forced." in shown
+    assert "seq2seq loss, nats" in shown and "of it cross-attention" in shown
     assert json.loads((converted / "eval.json").read_text())["model"]["cross_bytes_per_token"] > 0
 
 

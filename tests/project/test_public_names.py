@@ -16,6 +16,10 @@ from uptrain import convert
 from uptrain.conversion.run.convert import convert as same
 assert convert is same is uptrain.convert
 assert "torch" not in __import__("sys").modules
+import uptrain.evaluation.run, uptrain.workflows.sweeps.run, uptrain.workflows.demo.run
+assert uptrain.evaluation.evaluate is uptrain.evaluate is uptrain.evaluation.run.evaluate
+assert uptrain.workflows.sweep is uptrain.sweep is uptrain.workflows.sweeps.run.sweep
+assert uptrain.workflows.run_demo is uptrain.workflows.demo.run.run_demo
 """
 
 

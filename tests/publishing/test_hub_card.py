@@ -24,6 +24,7 @@ from uptrain.evaluation.quality_row import QualityRow
 from uptrain.evaluation.result import ModelMetrics
 from uptrain.evaluation.speed import SpeedCell
 from uptrain.evaluation.tasks import TaskMetric
+from uptrain.models.saving import save
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.card_metrics import read_metrics
 from uptrain.publishing.hub.licence import Licence, read_card
@@ -264,9 +265,7 @@ def test_measurements_of_the_weights_before_do_not_travel(tmp_path: Path) -> Non
     (folder / "eval.json").write_text(json.dumps(evaluation().to_dict()))
     source = resolve(str(folder))
     (tmp_path / "trained").mkdir()
-    loading.save(
-        loading.load_model(source), loading.load_tokenizer(folder), tmp_path / "trained", torch.float32, source
-    )
+    save(loading.load_model(source), loading.load_tokenizer(folder), tmp_path / "trained", torch.float32, source)
     convert(str(folder), tmp_path / "converted", Request("mqa"))
     for name in ("trained", "converted"):
         assert (tmp_path / name / "tokenizer.json").is_file() and not (tmp_path / name / "eval.json").exists()

@@ -83,7 +83,7 @@ def test_each_checkpoint_is_what_convert_writes(here: Path, done: dict[str, Any]
     assert len(done["arms"]) == 5
 
 
-def test_each_figure_is_what_eval_says(here: Path, done: dict[str, Any]) -> None:
+def test_each_metric_is_what_eval_says(here: Path, done: dict[str, Any]) -> None:
     text = [Files(files=str(here / "text.txt"))]
     settings = EvaluationSettings(text=text, context=32, tokens=300, repeats=0)
     for trial in done["arms"]:
@@ -186,7 +186,6 @@ def test_the_source_runs_once_where_memory_holds_it(here: Path, counted: dict[st
     assert plain(read(here / "apart"))["arms"] == plain(read(here / "shared"))["arms"]
 
 
-@pytest.mark.slow
 def test_each_calibration_reports_its_layers_from_the_first(here: Path) -> None:
     layers: list[tuple[int, int]] = []
     settings = SweepSettings(
@@ -198,6 +197,7 @@ def test_each_calibration_reports_its_layers_from_the_first(here: Path) -> None:
     assert layers == [(done, 2) for _ in TARGETS for done in (0, 1, 2)]
 
 
+@pytest.mark.slow
 def test_only_what_is_to_stay_stays(here: Path) -> None:
     for keep, methods in (("best", "first,svd"), ("none", "first,svd")):
         assert run(command(here, keep, "--methods", methods, "--keep", keep)) == 0
@@ -218,8 +218,8 @@ def test_another_sweep_and_other_files_are_left_alone(
         assert run(command(here, "done", *arguments)) == 2
         return " ".join(capsys.readouterr().err.split())
 
-    told = refused("--tokens", "200")
-    assert "another sweep" in told and "tokens: 300, not 200" in told and "--overwrite" in told
+    reported = refused("--tokens", "200")
+    assert "another sweep" in reported and "tokens: 300, not 200" in reported and "--overwrite" in reported
     assert "calibration tokens: 256, not 100" in refused("--calibration-tokens", "100")
     (tmp_path / "mine").write_text("")
     for more in ((), ("--overwrite",)):
@@ -243,11 +243,11 @@ def test_a_folder_elsewhere_is_never_deleted(here: Path, done: dict[str, Any], t
 
 
 @pytest.mark.slow
-def test_overwrite_starts_anew(here: Path) -> None:
-    assert run(command(here, "anew", "--methods", "first")) == 0
-    assert run(command(here, "anew", "--methods", "mean", "--tokens", "200", "--overwrite")) == 0
-    assert [trial["name"] for trial in read(here / "anew")["arms"]] == ["gqa2-mean"]
-    assert [path.name for path in (here / "anew").iterdir() if path.is_dir()] == ["gqa2-mean"]
+def test_overwrite_replaces_the_sweep(here: Path) -> None:
+    assert run(command(here, "again", "--methods", "first")) == 0
+    assert run(command(here, "again", "--methods", "mean", "--tokens", "200", "--overwrite")) == 0
+    assert [trial["name"] for trial in read(here / "again")["arms"]] == ["gqa2-mean"]
+    assert [path.name for path in (here / "again").iterdir() if path.is_dir()] == ["gqa2-mean"]
 
 
 @pytest.mark.parametrize(

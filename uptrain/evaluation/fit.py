@@ -12,7 +12,7 @@ from uptrain.evaluation.pair import ModelPair
 from uptrain.evaluation.reading import has_encoder
 from uptrain.evaluation.samples import check_samples
 from uptrain.evaluation.settings import EvaluationSettings
-from uptrain.models import loading
+from uptrain.models.checks import check_reads_text
 
 
 def fit_settings(
@@ -49,7 +49,7 @@ def fit_settings(
 def _check_reading(settings: EvaluationSettings, pair: ModelPair) -> None:
     """Refuse models that don't read text, that read it differently, or that can't do what is asked."""
     for name, model in zip(pair.names, pair.models, strict=True):
-        loading.check_reads_text(model, name, "eval")
+        check_reads_text(model, name, "eval")
     if len({has_encoder(model) for model in pair.models}) > 1:
         raise UsageError(f"Only one of {' and '.join(pair.names)} has an encoder, so they can't read the same text.")
     if settings.for_decoders_only and pair.has_encoder:

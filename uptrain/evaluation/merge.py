@@ -121,7 +121,7 @@ def _whole(run: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _unknown(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an eval.json that records no runs says about its run."""
+    """Return what is known about the run of an eval.json that records no runs."""
     baseline = found.get("baseline")
     named = {"name": baseline.get("name"), "weights": None} if isinstance(baseline, Mapping) else None
     settings = {name: found.get(name) for name in ("texts", "context", "stride", "speed_context")}

@@ -19,6 +19,8 @@ from uptrain.evaluation.reading import has_encoder
 from uptrain.evaluation.reference import Reference
 from uptrain.evaluation.settings import EvaluationSettings
 from uptrain.models import devices, loading
+from uptrain.models.checks import check_heads, check_tokens, check_weights, longest_context
+from uptrain.models.precision import dtype_named, place_model
 
 _UNLIMITED = 2**31
 """Positions of a model whose config counts none."""
@@ -65,20 +67,20 @@ class ModelPair:
     def limit(self, reserved: int = 0) -> PositionLimit:
         """Return the limit of the model with the fewest positions, `reserved` of which are not for a context."""
         found = zip(self.models, self.names, strict=True)
-        positions, name = min((loading.longest_context(model) or _UNLIMITED, name) for model, name in found)
+        positions, name = min((longest_context(model) or _UNLIMITED, name) for model, name in found)
         return PositionLimit(positions=positions, name=name, reserved=reserved)
 
     def place_as_served(self) -> None:
         """Put each model into its checkpoint's dtype."""
         for model, dtype in zip(self.models, self.dtypes, strict=True):
-            loading.placed(model, None, dtype)
+            place_model(model, None, dtype)
 
     def place_for_speed(self) -> None:
         """Put models of bfloat16 into float32 where the device can't multiply bfloat16 in hardware."""
         if not devices.has_fast_bf16(self.device):
             for model in self.models:
                 if model.dtype is torch.bfloat16:
-                    loading.placed(model, None, torch.float32)
+                    place_model(model, None, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +108,15 @@ class ModelPairSource:
             UsageError: a text has tokens that a model has no embedding of.
         """
         device = devices.device()
-        wanted = devices.scoring_dtype(loading.dtype_named(dtype), device)
+        wanted = devices.scoring_dtype(dtype_named(dtype), device)
         weights = weights_digest(self.sources[0].path)
         models = [loading.load_model(self.sources[0])]
         if self.reference is not None:
             models.append(self.reference.load(loading.load_model))
         dtypes = tuple(model.dtype for model in models)
-        placed = tuple(loading.placed(model, device, wanted or model.dtype).eval() for model in models)
+        placed = tuple(place_model(model, device, wanted or model.dtype).eval() for model in models)
         for model, text in product(placed, self.texts.values()):
-            loading.check_tokens(model, text.ids)
+            check_tokens(model, text.ids)
         return ModelPair(
             names=tuple(source.name for source in self.sources), models=placed, tokenizers=self.tokenizers,
             texts=self.texts, reference=self.reference, weights=weights, dtypes=dtypes, device=device,
@@ -129,8 +131,8 @@ def open_pair(source: Source, reference: Reference | None, settings: EvaluationS
         UsageError: a model without a language-model head, a text that is too short, or two tokenizers that differ.
     """
     sources = (source, *([reference.source] if reference else []))
-    loading.check_weights(*sources)
-    loading.check_heads(*sources)
+    check_weights(*sources)
+    check_heads(*sources)
     tokenizers = tuple(loading.load_tokenizer(each.path) for each in sources)
     texts = {}
     for text in settings.text:

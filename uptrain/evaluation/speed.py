@@ -92,7 +92,7 @@ def measure_speed(pair: ModelPair, settings: EvaluationSettings, events: Events)
 def time_cell(
     models: Sequence[Any], ids: Tensor, plan: SpeedPlan, on_runs: Callable[[int], None] = lambda count: None
 ) -> SpeedCell:
-    """Time one or two models, which take turns.
+    """Time one or two models, which alternate.
 
     - `models`: models of transformers, the baseline second.
     - `ids`: tokens of a text, int64 (tokens,); a longer context repeats it. An encoder reads the context.

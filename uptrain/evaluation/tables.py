@@ -82,7 +82,7 @@ def by_text(found: Mapping[str, Any]) -> MetricTable:
     places = [row[:2] for row in rows]
     if len({*places}) < len(places):  # one text and context was measured under several conditions
         columns = (*columns[:2], "tokens, stride", *columns[2:])
-        rows = [(*row[:2], said, *row[2:]) for row, said in zip(rows, conditions, strict=True)]
+        rows = [(*row[:2], condition, *row[2:]) for row, condition in zip(rows, conditions, strict=True)]
     return MetricTable(columns, rows)
 
 

@@ -1,4 +1,4 @@
-"""Load a model so that no weight of it is random: every `from_pretrained` of uptrain goes through here."""
+"""Load a model so that no weight of it is random. Every `from_pretrained` of a model in uptrain is called here."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from uptrain.models.class_fit import Fit, check_fit
 from uptrain.models.register import register
 
 _ELSEWHERE = frozenset(("variant", "subfolder", "gguf_file", "state_dict", "use_safetensors"))
-"""Options of `from_pretrained` that say which files to read; whoever gives one chooses them."""
+"""Options of `from_pretrained` that choose which files are read."""
 
 
 def load_language_model(source: Source, **options: Any) -> Any:
     """Load a language model, every weight from its files.
 
-    `options` are for transformers' `from_pretrained`; without them it reads the checkpoint's own dtype and no code.
+    `options` are arguments of transformers' `from_pretrained`. By default the model has the checkpoint's own dtype, and
+    no remote code is run.
 
     Raises:
         UsageError: its class has no language-model head, or wraps a language model.
-        CheckpointError: transformers can't load it; weights are missing, of other sizes, or left out, or they are
-            pickles without permission.
+        CheckpointError: transformers can't load it. Weights are missing, of other sizes or left out. Weights are
+            pickles, and `source` does not permit them.
     """
     folder, name, chosen = source.path, source.name, _ELSEWHERE & options.keys()
     opened = None if chosen else open_loadable(folder, source.allow_pickle)
@@ -52,7 +53,7 @@ def load_language_model(source: Source, **options: Any) -> Any:
         model, info = loading_info(auto_class, folder, **settings)
     check_read(quantized, info["unexpected_keys"], name)
     fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)
-    # What a quantized checkpoint stores beside its weights, the quantizer alone knows.
+    # Only the quantizer knows what else a quantized checkpoint stores.
     tower, spoken = tower_in(config), language_config(config)
     family = None if quantized else FAMILIES.get(str(spoken.get("model_type")))
     family = tower.named(family) if tower and family else family

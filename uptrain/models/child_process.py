@@ -1,4 +1,4 @@
-"""Ask another process of the same Python what needs torch, so that this one stays small."""
+"""Ask a child process of the same Python what needs torch, so that this process stays small."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ _QUIET = {
 
 
 def ask(module: str, *arguments: str, text: str | None = None, seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module arguments` on the input `text` and return what it wrote; its exit code is the caller's.
+    """Run `python -m module arguments` and return its output and exit code, which the caller checks.
 
-    It imports from where this process does. The folder that a user stands in is no such place: a checkpoint's may hold
-    a torch.py.
+    - `module`: the module to run.
+    - `arguments`: of the command line.
+    - `text`: its standard input, None for none.
+    - `seconds`: how long it may take.
+
+    The child imports from the same folders as this process, and not from the current one, which may be a checkpoint
+    with a torch.py in it.
 
     Raises:
         OSError: it can't be started.

@@ -1,4 +1,4 @@
-"""What a class of transformers misses in a checkpoint, what it can't place, and how that is said."""
+"""Which tensors of a checkpoint a class of transformers misses, which it has no place for, and the messages."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ _BUFFERS = re.compile(
 class Fit:
     """How the tensors of a checkpoint fit a class, by the class's own loading.
 
-    `mismatched` has a tensor's name, its shape in the file and the one that the class needs. `unjoined` are those that
-    the class makes of several tensors of the file which don't go together. `known` says whether `class_name` is the
-    class that config.json names; else it is the body of its family. `problem` says why the class could not be asked.
+    - `class_name`: the class; `known`: config.json names it, else it is the body of its family.
+    - `missing`: tensors that the class needs and the file lacks.
+    - `mismatched`: a tensor's name, its shape in the file and the one that the class needs.
+    - `unjoined`: tensors that the class makes of several in the file, which don't go together.
+    - `unexpected`: tensors of the file that the class has no place for.
+    - `problem`: why the class could not be asked, empty where it was.
     """
 
     class_name: str = ""
@@ -77,11 +80,10 @@ def _sizes(found: Any) -> tuple[int, ...]:
 def check_fit(fit: Fit, name: str, family: Family | None, layers: int | None = None) -> None:
     """Refuse a checkpoint whose weights are not all that its class needs, or of which the class leaves out a layer's.
 
-    Args:
-        fit: how it fits.
-        name: what the user called it.
-        family: its entry in the table, None for one that has none; then tensors beyond the class are let be.
-        layers: how many layers config.json promises, for the sentence.
+    - `fit`: how it fits.
+    - `name`: what the user called it.
+    - `family`: its entry in the table; None where it has none, and then tensors beyond the class are allowed.
+    - `layers`: how many layers config.json names, for the message.
 
     Raises:
         CheckpointError: tensors are missing, of other sizes, or no part of the class.
@@ -125,7 +127,7 @@ def is_buffer(name: str, family: Family | None) -> bool:
 
 
 def note_of(fit: Fit, family: Family | None) -> str:
-    """Return a sentence on tensors that go along though the class has no place for them; empty where there are none."""
+    """Return a sentence on tensors that are copied though the class has no place for them, empty where all have."""
     others = [name for name in fit.unexpected if not is_buffer(name, family)]
     if not others:
         return ""

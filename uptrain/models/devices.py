@@ -1,6 +1,6 @@
 """Where numbers are computed, and how: the device, its precision, its random state, and what happens when it is full.
 
-Every command asks here. What no torch is needed for works without it.
+Every command asks here. What needs no torch works without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-"""The word for the device that there is."""
+"""The name that asks for the machine's own device."""
 _WORDS = "Say auto, cpu, cuda, cuda:1, mps, or another device that torch has here."
 _TRUE = ("1", "true", "yes", "on", "y", "t")
 _FALSE = ("0", "false", "no", "off", "n", "f")
@@ -30,7 +30,7 @@ _FULL = re.compile(
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _choice: list[str | None] = [None]
-"""What `using` was told, innermost last."""
+"""The names given to `using`, innermost last."""
 
 
 class OutOfMemory(UptrainError):
@@ -39,7 +39,7 @@ class OutOfMemory(UptrainError):
 
 @contextmanager
 def using(name: str | None) -> Iterator[None]:
-    """Compute on the device of that name for as long as the block runs; None changes nothing, `auto` asks anew.
+    """Compute on the device of that name for as long as the block runs; None changes nothing, `auto` chooses again.
 
     Raises:
         UsageError: torch has no such device here, or is not installed.
@@ -57,7 +57,7 @@ def using(name: str | None) -> Iterator[None]:
 
 
 def chosen() -> str | None:
-    """Return the name of the device that `using` was told, None where the choice is free."""
+    """Return the name of the device that was given to `using`, None where the choice is free."""
     return None if _choice[-1] == AUTO else _choice[-1]
 
 
@@ -164,7 +164,7 @@ def _cpu_has_bf16() -> bool:
     usable = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     if usable is None or not usable():
         return False
-    # Where oneDNN is told to use less than there is, what there is says nothing.
+    # Where oneDNN is set to use fewer instructions, the CPU's list says nothing.
     capped = any(os.environ.get(f"{name}_MAX_CPU_ISA") for name in ("ONEDNN", "DNNL"))
     return _bf16_instructions({} if capped else torch.cpu.get_capabilities(), _bf16_is_faster)
 
@@ -264,7 +264,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def enough_memory(what: str, hint: str) -> Iterator[None]:
-    """Turn what any backend raises when its memory is full into one sentence: `what` needed it, `hint` says what helps.
+    """Turn what any backend raises when its memory is full into one sentence: `what` needed it, `hint` is the remedy.
 
     Raises:
         OutOfMemory: the block ran out of memory.

@@ -48,7 +48,7 @@ class LogitHead:
 
     @property
     def vocab_size(self) -> int:
-        """Return the number of logits of a token."""
+        """Return the number of logits per token."""
         return int(self.model.config.vocab_size)
 
     def hidden(

@@ -1,8 +1,8 @@
-"""The latent's compulsory norm in its neutral form, and away from it while a model trains.
+"""The latent's compulsory norm in its neutral form, and its removal while a model trains.
 
 A stock class has an RMSNorm on the latent. With rows so small that ε outweighs their energy, and a weight that undoes
-both, it is the identity; but weights of 1e-9 and 1e6 are no place for an optimizer. So a model trains without the norm,
-its latent at true scale, and is folded back when it is written.
+both, it is the identity; but an optimizer can't train weights of 1e-9 and 1e6. So a model trains without the norm, its
+latent at true scale, and the norm is put back when the model is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAIRS = (("kv_a_proj_with_mqa", "kv_a_layernorm"), ("q_a_proj", "q_a_layernorm")
 
 
 class AbsentNorm(nn.Module):
-    """Pass a latent on; remembers the ε and width of the norm that it stands for.
+    """Pass a latent on, and keep the ε and width of the norm that was there.
 
     Rows are unfolded by a power of two, which no dtype rounds, and not by weight/√ε; `gain` is the rest, near 1.
     """

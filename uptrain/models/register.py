@@ -1,4 +1,4 @@
-"""Make our model classes known to transformers' Auto classes without importing it before its time."""
+"""Register uptrain's own model classes with transformers' Auto classes, once transformers is imported."""
 
 from __future__ import annotations
 

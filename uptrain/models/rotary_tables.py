@@ -18,9 +18,10 @@ from uptrain.architectures.rope_parameters import EVERY
 
 @dataclass(frozen=True)
 class Table:
-    """Rotary speeds (dims/2,), radians a token, for short texts and beyond all that the config speaks of.
+    """Inverse frequencies (dims/2,), in radians per token.
 
-    `factor` is what cosines and sines are multiplied by.
+    - `short`: for short texts; `long`: for texts longer than any that the config names.
+    - `factor`: what cosines and sines are multiplied by.
     """
 
     short: tuple[float, ...]
@@ -51,10 +52,10 @@ def rotary_tables(config: Mapping[str, Any]) -> dict[str, Table]:
     modules = [sys.modules[each.__module__] for each in auto._model_mapping[type(made)].__mro__]
     module = modules[0]
     if hasattr(module, "create_sinusoidal_positions"):
-        # GPT-J and CodeGen have a table of sines and cosines: the sines of the second position tell the speeds.
+        # GPT-J and CodeGen have a table of sines and cosines. Its second row has the sines of the inverse frequencies.
         sines = module.create_sinusoidal_positions(2, made.rotary_dim)[1, : made.rotary_dim // 2]
-        speeds = tuple(torch.asin(sines.double()).tolist())
-        return {EVERY: Table(speeds, speeds, 1.0)}
+        inverse = tuple(torch.asin(sines.double()).tolist())
+        return {EVERY: Table(inverse, inverse, 1.0)}
     # Our own classes take over the rotary embedding of the class that they are made from.
     rotary = next(
         value(config=made)

@@ -20,7 +20,7 @@ from uptrain.models.target_nemotron import NEMOTRON_TARGETS
 from uptrain.models.target_phi import PHI_TARGETS
 
 OF_THE_FOLDER = ("auto_map", EXPLICIT)
-"""Config keys that name code or weight files of the source's own folder."""
+"""Config keys that name code or weight files in the source's own folder."""
 
 
 def _ours(family: Family, **changes: Any) -> TargetClass:
@@ -75,9 +75,11 @@ TARGET_CLASSES: Mapping[str, TargetClass] = MappingProxyType(
 
 
 def choose_target(source: ModelDescription, kind: str, same: bool) -> TargetClass:
-    """Return the first target class that holds `kind` (gqa, mqa) exactly for this source; its own class where it can.
+    """Return the first target class that holds a result exactly, else the source's own class.
 
-    `same` says that the result has as many key/value heads as the source.
+    - `source`: what the source's config says.
+    - `kind`: "gqa" or "mqa".
+    - `same`: the result has as many key/value heads as the source.
     """
     for name in source.family.targets.get(kind, ()):
         target = TARGET_CLASSES[name]
@@ -87,7 +89,7 @@ def choose_target(source: ModelDescription, kind: str, same: bool) -> TargetClas
 
 
 def own_target(family: Family) -> TargetClass:
-    """Return the family's own class as a target class, with its modelling file where that is ours."""
+    """Return the family's own class as a target class, with its modelling file where the class is uptrain's."""
     known = TARGET_CLASSES.get(family.model_type)
     if known is None or known.family is not family or not known.remote_code:
         return TargetClass(family)

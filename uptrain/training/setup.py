@@ -19,7 +19,7 @@ from uptrain.data.readers import build_tokens, open_reader
 from uptrain.data.sources import TeacherText
 from uptrain.data.token_text import TokenText
 from uptrain.errors import UsageError
-from uptrain.models import loading
+from uptrain.models.checks import check_heads, check_weights
 from uptrain.training.accelerator import seed_process, shards
 from uptrain.training.batches import Boundary
 from uptrain.training.distillation import Objective
@@ -79,8 +79,8 @@ def prepared(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, restar
     trusted = recipe.allow_pickle
     model = resolve(recipe.model, recipe.revision, trusted) if recipe.model else None
     teacher = find_teacher(recipe.distill.teacher, model, trusted) if recipe.distill else None
-    loading.check_weights(model, teacher)
-    loading.check_heads(model, teacher)
+    check_weights(model, teacher)
+    check_heads(model, teacher)
     # A block under `main_process_first` runs in the first process, then in all others.
     with accelerator.main_process_first():
         check_out(recipe.output, recipe.overwrite, model.path if model else None)

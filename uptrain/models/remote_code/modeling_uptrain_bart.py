@@ -17,7 +17,7 @@ from transformers.models.bart.modeling_bart import BartAttention, eager_attentio
 
 
 class UptrainBartConfig(SharedHeadsConfig, BartConfig):
-    """Configure a BART whose decoder has `num_key_value_heads` key/value heads; None means one a query head."""
+    """Configure a BART whose decoder has `num_key_value_heads` key/value heads; None means one per query head."""
 
     model_type = "uptrain_bart"
     query_heads = "decoder_attention_heads"

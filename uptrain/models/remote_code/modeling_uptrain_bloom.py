@@ -38,9 +38,9 @@ class UptrainBloomAttention(BloomAttention):
 
     def _reshape(self, fused_qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Split (batch, tokens, rows) into queries (batch, H, tokens, dim), keys and values (batch, G, tokens, dim)."""
-        slots = fused_qkv.unflatten(-1, (self.num_key_value_heads, self.num_key_value_groups + 2, self.head_dim))
-        queries = slots[..., :-2, :].flatten(2, 3).transpose(1, 2)
-        return queries, slots[..., -2, :].transpose(1, 2), slots[..., -1, :].transpose(1, 2)
+        heads = fused_qkv.unflatten(-1, (self.num_key_value_heads, self.num_key_value_groups + 2, self.head_dim))
+        queries = heads[..., :-2, :].flatten(2, 3).transpose(1, 2)
+        return queries, heads[..., -2, :].transpose(1, 2), heads[..., -1, :].transpose(1, 2)
 
     def forward(  # type: ignore[override]
         self,

@@ -75,7 +75,7 @@ class UptrainGPT2MLAAttention(AbsorbedDecoding, GPT2Attention):
         self.c_proj = Conv1D(self.embed_dim, self.num_heads * self.kv_sizes[1])
 
     def expand_kv(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values (batch, heads, slots, dim) of the latent (batch, 1, slots, kv_lora_rank)."""
+        """Return keys and values (batch, heads, cached, dim) of the latent (batch, 1, cached, kv_lora_rank)."""
         heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, sum(self.kv_sizes)))
         key, value = heads.transpose(1, 2).split(self.kv_sizes, dim=-1)
         return key, value

@@ -4,7 +4,7 @@
 
 This file and uptrain_shared.py are copied into converted checkpoints, where `trust_remote_code=True` loads them
 without uptrain. `rope_mode` says where positions are:
-- "decoupled": in one rotary key per token that all heads share, beside the latent. Decoding reads the latent as
+- "decoupled": in one rotary key per token that all heads share, cached with the latent. Decoding reads the latent as
   it is (absorbed).
 - "re-rotate": in every key, rotated after it is expanded from the latent of unrotated keys and values. A rotation
   stands between latent and query, so nothing can be absorbed: each step expands and rotates all cached tokens.
@@ -33,7 +33,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 
 class UptrainLlamaMLAConfig(OwnConfig, LlamaConfig):
-    """Configure a Llama with a latent of `kv_lora_rank` values and a rotary key of `qk_rope_head_dim` a token.
+    """Configure a Llama with a latent of `kv_lora_rank` values and a rotary key of `qk_rope_head_dim` per token.
 
     `attention_scale` multiplies the scores, (qk_nope_head_dim + qk_rope_head_dim)^-½ if not given. `qkv_bias` is
     for q_proj and kv_a_proj_with_mqa, `attention_bias` for o_proj. `head_dim` follows: it is what rotates.
@@ -106,7 +106,7 @@ class UptrainLlamaMLAAttention(AbsorbedDecoding, LlamaAttention):
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=config.attention_bias)
 
     def expand_kv(self, latent: torch.Tensor, key_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values (batch, heads, slots, dim) of what is cached, each (batch, 1, slots, width)."""
+        """Return keys and values (batch, heads, cached, dim) of what is cached, each (batch, 1, cached, width)."""
         heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, sum(self.kv_sizes)))
         key, value = heads.transpose(1, 2).split(self.kv_sizes, dim=-1)
         return torch.cat([key, key_rope.expand(-1, key.shape[1], -1, -1)], dim=-1), value
@@ -190,13 +190,13 @@ class UptrainLlamaReRotateAttention(UptrainLlamaMLAAttention):
         latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         query_angles = key_angles = position_embeddings
         if cache is not None:
-            # Only distances matter, and those of cache slots are right for padded rows too. A static cache updates
-            # the length it has given, and its free slots must not make the rotation think the text is longer.
-            slots = torch.arange(tokens, device=latent.device) + cache.get_seq_length(self.layer_idx)
+            # Only distances matter, and those of cached tokens are right for padded rows too. A static cache updates
+            # the length it has given, and its free places must not make the rotation think the text is longer.
+            places = torch.arange(tokens, device=latent.device) + cache.get_seq_length(self.layer_idx)
             latent, _ = cache.update(latent, latent[..., :0], self.layer_idx, kwargs=kwargs)
-            positions = torch.arange(latent.shape[2], device=latent.device).clamp(max=slots[-1])
+            positions = torch.arange(latent.shape[2], device=latent.device).clamp(max=places[-1])
             cos, sin = key_angles = self.rotary_emb(latent, positions.unsqueeze(0))
-            query_angles = cos[:, slots], sin[:, slots]
+            query_angles = cos[:, places], sin[:, places]
 
         key, value = self.expand_kv(latent, latent[..., :0])
         query = rotate(query.chunk(2, dim=-1), query_angles)

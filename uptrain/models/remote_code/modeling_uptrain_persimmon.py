@@ -46,8 +46,8 @@ class UptrainPersimmonAttention(PersimmonAttention):
 
     def _split_heads(self, fused_qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Split (batch, tokens, rows) into queries (batch, tokens, H, dim), keys and values (batch, tokens, G, dim)."""
-        slots = fused_qkv.unflatten(-1, (self.num_key_value_heads, self.num_key_value_groups + 2, self.head_dim))
-        return slots[..., :-2, :].flatten(2, 3), slots[..., -2, :], slots[..., -1, :]
+        heads = fused_qkv.unflatten(-1, (self.num_key_value_heads, self.num_key_value_groups + 2, self.head_dim))
+        return heads[..., :-2, :].flatten(2, 3), heads[..., -2, :], heads[..., -1, :]
 
     def forward(  # type: ignore[override]
         self,

@@ -17,7 +17,7 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, eager
 
 
 class UptrainWhisperConfig(SharedHeadsConfig, WhisperConfig):
-    """Configure a Whisper whose decoder has `num_key_value_heads` key/value heads; None means one a query head."""
+    """Configure a Whisper whose decoder has `num_key_value_heads` key/value heads; None means one per query head."""
 
     model_type = "uptrain_whisper"
     query_heads = "decoder_attention_heads"
