@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from uptrain import formatting
+from uptrain.architectures.description import CheckpointDescription
+from uptrain.architectures.mla_projections import MLASpec
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.nonfinite import ALLOW, finite
@@ -167,15 +169,20 @@ def _begun(
 
 def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
     """Return what a plan makes of its source's layers."""
-    if plan.latent is None:
-        return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
-    wanted = plan.latent.spec
+    return _mla_target(plan.source, plan.latent.spec) if plan.latent else _heads_target(plan)
+
+
+def _heads_target(plan: Plan) -> HeadsTarget:
+    return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
+
+
+def _mla_target(source: CheckpointDescription, spec: MLASpec) -> MLATarget:
     return MLATarget(
-        source=plan.source,
-        shape=latent_shape(wanted),
-        inverse_frequencies=wanted.inverse_frequencies,
-        rotary_factor=wanted.attention_factor,
-        key_weight=wanted.key_weight,
+        source=source,
+        shape=latent_shape(spec),
+        inverse_frequencies=spec.inverse_frequencies,
+        rotary_factor=spec.rotary_factor,
+        key_weight=spec.key_weight,
     )
 
 
