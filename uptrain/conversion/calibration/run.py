@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from uptrain import formatting
-from uptrain.architectures.description import CheckpointDescription
-from uptrain.architectures.mla_projections import MLASpec
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.nonfinite import ALLOW, finite
@@ -25,6 +23,7 @@ from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
+from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.data.sources import text_of_option
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
@@ -169,20 +168,15 @@ def _begun(
 
 def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
     """Return what a plan makes of its source's layers."""
-    return _mla_target(plan.source, plan.latent.spec) if plan.latent else _heads_target(plan)
-
-
-def _heads_target(plan: Plan) -> HeadsTarget:
-    return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
-
-
-def _mla_target(source: CheckpointDescription, spec: MLASpec) -> MLATarget:
+    if not isinstance(plan.attention, MLAPlan):
+        return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
+    wanted = plan.attention.spec
     return MLATarget(
-        source=source,
-        shape=latent_shape(spec),
-        inverse_frequencies=spec.inverse_frequencies,
-        rotary_factor=spec.rotary_factor,
-        key_weight=spec.key_weight,
+        source=plan.source,
+        shape=latent_shape(wanted),
+        inverse_frequencies=wanted.inverse_frequencies,
+        attention_factor=wanted.attention_factor,
+        key_weight=wanted.key_weight,
     )
 
 
@@ -197,7 +191,7 @@ def _with_rope_pairs(
     - `done`: remembers the choice.
     - `events`: receives `note`.
     """
-    if not isinstance(target, MLATarget) or not plan.chooses_rope_pairs:
+    if not isinstance(target, MLATarget) or not plan.attention.chooses_rope_pairs:
         return target
     if not done.rope_pairs:
         events.note("Choosing the rope pairs of the shared rotary key.")
