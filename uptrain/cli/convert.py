@@ -201,14 +201,14 @@ def _show_plan(source: Source, plan: Plan, beside: Sidecars, out: Path, as_json:
             ("tensors", f"{sum(map(len, plan.shards.values()))}, of which {plan.changed} change"),
             ("disk", f"{size(plan.total_bytes)} in {counted(len(plan.shards), 'shard')}"),
             ("memory", f"about {size(plan.peak_memory)} a thread above the interpreter's own"),
-            ("goes along", short(beside.along) or "nothing"),
+            ("goes along", short(beside.copied) or "nothing"),
             *_left_out(beside),
         ],
     )
 
 
 def _left_out(beside: Sidecars) -> list[tuple[str, str]]:
-    return [("left out", beside.summary())] if beside.left else []
+    return [("left out", beside.summary())] if beside.left_out else []
 
 
 def _shared_facts(plan: Plan) -> list[tuple[str, str]]:

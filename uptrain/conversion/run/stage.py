@@ -62,7 +62,7 @@ def _source(job: Job, read: dict[str, str]) -> dict[str, Any]:
     """Describe the source; `read` has the checksums of its weight files."""
     checkpoint, source = job.checkpoint, job.source
     # An index that was not read, such as one next to a single weight file, is no part of the source.
-    wanted = (*job.sidecars.along, "config.json", *filter(None, [checkpoint.index]))
+    wanted = (*job.sidecars.copied, "config.json", *filter(None, [checkpoint.index]))
     others = [name for name in wanted if (checkpoint.path / name).is_file()]
     files = {name: read[name] for name in checkpoint.files}
     files |= {name: checksum_file(checkpoint.path / name) for name in others}
