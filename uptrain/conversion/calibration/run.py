@@ -23,6 +23,7 @@ from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
+from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.data.sources import text_of_option
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
@@ -167,9 +168,9 @@ def _begun(
 
 def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
     """Return what a plan makes of its source's layers."""
-    if plan.latent is None:
+    if not isinstance(plan.attention, MLAPlan):
         return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
-    wanted = plan.latent.spec
+    wanted = plan.attention.spec
     return MLATarget(
         source=plan.source,
         shape=latent_shape(wanted),
@@ -190,7 +191,7 @@ def _with_rope_pairs(
     - `done`: remembers the choice.
     - `events`: receives `note`.
     """
-    if not isinstance(target, MLATarget) or not plan.chooses_rope_pairs:
+    if not isinstance(target, MLATarget) or not plan.attention.chooses_rope_pairs:
         return target
     if not done.rope_pairs:
         events.note("Choosing the rope pairs of the shared rotary key.")
