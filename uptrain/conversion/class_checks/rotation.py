@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uptrain.architectures.rope import InverseFrequencies
 from uptrain.architectures.rope_parameters import EVERY
 from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.reader import Checkpoint
@@ -31,13 +32,13 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
     Raises:
         CheckpointError: it is another, or a class can't read it.
     """
-    writes, mixes = writes_rotation(plan), plan.request.chosen_method.mixes_dims
+    writes, mixes = plan.attention.writes_rotation, plan.request.chosen_method.mixes_dims
     moves = plan.before != plan.after and mixes and any(spec.rotary_ndims != 0 for spec in plan.before)
     if not plan.source.family.position.rotates or not (writes or moves) or not _installed():
         return
-    chosen = not plan.chooses_rope_pairs
+    chosen = not plan.attention.chooses_rope_pairs
     configs = [plan.source.config, *([plan.config] if writes and chosen else [])]
-    tables = _ask(configs, here=plan.latent is not None or mixes)
+    tables = _ask(configs, here=plan.request.needs_torch)
     for config, found in zip(configs, tables, strict=True):
         if isinstance(found, str):
             raise CheckpointError(
@@ -55,26 +56,22 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
         )
 
 
-def writes_rotation(plan: Plan) -> bool:
-    """Tell whether a plan writes the result's rotary parameters instead of leaving them as they are."""
-    if plan.latent is not None:
-        return plan.latent.spec.rope.rotates
-    return plan.target.rotary
-
-
 def _as_planned(plan: Plan, source: Mapping[str, Table], results: Sequence[Mapping[str, Table]]) -> bool:
-    if plan.latent is None and not plan.target.rotary:
+    if not plan.attention.writes_rotation:
         dims = {2 * len(table.short) for table in source.values()}
         rotated = {spec.rotary_ndims or spec.head_dim for spec in plan.before if spec.rotary_ndims != 0}
         return rotated <= dims
     was = wanted = source[EVERY]
-    if plan.latent is not None and plan.latent.spec.inverse_frequencies:
-        spec = plan.latent.spec
-        if not _same(was, Table(spec.inverse_frequencies, spec.inverse_frequencies, spec.attention_factor)):
+    planned = plan.attention.rotation
+    if planned is not None:
+        if not _same(was, _table(planned.source)):
             return False
-        kept = tuple(spec.inverse_frequencies[pair] for pair in spec.rope_pairs)
-        wanted = Table(kept, kept, spec.attention_factor)
+        wanted = _table(planned.result)
     return all(_same(found[EVERY], wanted) for found in results)
+
+
+def _table(planned: InverseFrequencies) -> Table:
+    return Table(planned.values, planned.values, planned.attention_factor)
 
 
 def _same(found: Table, wanted: Table) -> bool:
