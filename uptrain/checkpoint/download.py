@@ -151,7 +151,7 @@ def refuse_missing(model: str, names: Collection[str]) -> None:
 
 
 def unreachable() -> str:
-    """Say why the Hub can't be asked."""
+    """Return why the Hub can't be reached."""
     from huggingface_hub import constants
 
     if is_offline():
@@ -160,7 +160,7 @@ def unreachable() -> str:
 
 
 def is_offline() -> bool:
-    """Say whether the Hub may not be asked, by the environment."""
+    """Tell whether the environment forbids requests to the Hub."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
