@@ -131,7 +131,7 @@ def test_a_finished_calibration_is_not_repeated_when_writing_was_cut_off(monkeyp
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no text"),
+        (b"", "empty"),
         (b"too short for two blocks", "less than two blocks"),
         (bytes(range(256)) * 40, "UTF-8"),
     ],

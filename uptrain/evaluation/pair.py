@@ -139,7 +139,8 @@ def open_pair(source: Source, reference: Reference | None, settings: EvaluationS
         read = [read_tokens([text], tokenizer, settings.tokens) for tokenizer in tokenizers]
         if reference is not None and not _same(read[0], read[1]):
             raise UsageError(
-                f"{source.name} and {sources[1].name} have different tokenizers, so their tokens can't be compared."
+                f"{source.name} and {sources[1].name} have different tokenizers, so their tokens can't be compared.",
+                "Compare models that have one tokenizer.",
             )
         texts[text_name(text)] = read[0]
     return ModelPairSource(sources=sources, reference=reference, tokenizers=tokenizers, texts=texts)
