@@ -20,6 +20,7 @@ from tests.conftest import tiny_config, tiny_model
 from tests.corpus import checkpoint
 from tests.hub_server import SHA, serve
 from tests.small import digests, save_small
+from uptrain.checkpoint.download import weights_among
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 
