@@ -111,7 +111,6 @@ def test_importing_every_package_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.xfail(reason="being rebuilt")
 def test_decisions_are_objects_not_strings_compared_again() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
