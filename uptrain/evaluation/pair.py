@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from uptrain.checkpoint.folder_digest import weights_digest
 from uptrain.checkpoint.source import Source
-from uptrain.checkpoint.weights import weights_digest
 from uptrain.data.sources import Builtin, Dataset, Files, TextSource
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError

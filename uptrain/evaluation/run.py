@@ -59,7 +59,7 @@ def evaluate(
     - `events`: `part` is called with the progress of each part, `note` with sentences for the user.
 
     Raises:
-        UsageError: a text is too short, the baseline has another tokenizer or another kind of architecture, a size
+        UsageError: a text is too short, the baseline has another tokenizer or another kind of family, a size
             doesn't fit, or the model can't do what is asked.
         CheckpointError: a model can't be loaded.
     """
