@@ -19,7 +19,7 @@ from tests.corpus import checkpoint, tokenizer
 from tests.small import digests, save_small
 from uptrain.checkpoint import sidecars as rule
 from uptrain.checkpoint.manifest import read_manifest, verify
-from uptrain.checkpoint.sidecars import carry, sidecars_of
+from uptrain.checkpoint.sidecars import copy_sidecars, sidecars_of
 from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
 from uptrain.conversion.request import Request
@@ -82,14 +82,14 @@ def test_each_file_goes_along_or_is_named_with_its_reason(remote: bool, tmp_path
         (folder / name).touch()
     listed = [*names, "tokenizer_config.json", "config.json", "model.safetensors"] if remote else None
     found = sidecars_of(folder, listed, ["model.safetensors"], dry=remote)
-    assert set(found.along) == {*ALONG, "tokenizer_config.json"}
+    assert set(found.copied) == {*ALONG, "tokenizer_config.json"}
     wanted = {reason: set(group) for reason, group in LEFT.items()}
     if not remote:  # folders that nobody looks into are named themselves
         wanted[rule.HIDDEN] = {".git/" if name == ".git/config" else name for name in wanted[rule.HIDDEN]}
         wanted[rule.HIDDEN] = {"__pycache__/" if name[:3] == "__p" else name for name in wanted[rule.HIDDEN]}
-    assert {reason: set(group) for reason, group in found.left.items()} == wanted
+    assert {reason: set(group) for reason, group in found.left_out.items()} == wanted
     kept = sidecars_of(folder, listed, ["model.safetensors"], keeps_class=True, dry=remote)
-    assert set(kept.along) - set(found.along) == {"modeling_mine.py"}
+    assert set(kept.copied) - set(found.copied) == {"modeling_mine.py"}
 
 
 def test_a_summary_is_short(tmp_path: Path) -> None:
@@ -122,17 +122,17 @@ def test_links_lead_into_the_folder_the_cache_or_another_checkpoint_only(tmp_pat
         (folder / name).symlink_to(goal)
     os.mkfifo(folder / "vocab.txt")
     found = sidecars_of(folder, None, ["model.safetensors"])
-    assert set(found.along) == {"LICENSE", "tokenizer.json", "inside.txt", "there.txt"}
-    assert set(found.left[rule.LINK]) == {
+    assert set(found.copied) == {"LICENSE", "tokenizer.json", "inside.txt", "there.txt"}
+    assert set(found.left_out[rule.LINK]) == {
         "NOTICE", "id_rsa", "loop.txt", "merges.txt", "gone.txt", "folder/", "vocab.txt",
     }  # fmt: skip
-    carry(folder, found, tmp_path / "out")
+    copy_sidecars(folder, found, tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").read_text() == "terms" and not (tmp_path / "out" / "LICENSE").is_symlink()
 
 
 @pytest.mark.parametrize("name", ["../out.txt", "a/../../out.txt", "/etc/x.txt", "line\nbreak.txt"])
 def test_names_that_leave_the_folder_or_that_nobody_can_print_stay(name: str, tmp_path: Path) -> None:
-    assert sidecars_of(tmp_path, [name], dry=True).left == {rule.ODD: (name,)}
+    assert sidecars_of(tmp_path, [name], dry=True).left_out == {rule.ODD: (name,)}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_tokenizer_of_its_own_class_loads_from_the_result(where: str, model_ty
     assert type(loaded).__name__ == "Mine" and loaded("the quick brown fox")["input_ids"] == ids
     if where == "tokenizer_config.json":
         assert type(AutoTokenizer.from_pretrained(done.out, trust_remote_code=True)).__name__ == "Mine"
-    assert done.sidecars.left[rule.CODE] == ("modeling_mine.py",) and not (done.out / "modeling_mine.py").exists()
+    assert done.sidecars.left_out[rule.CODE] == ("modeling_mine.py",) and not (done.out / "modeling_mine.py").exists()
     own = json.loads((done.out / "config.json").read_text()).get("auto_map", {})
     assert "modeling_mine" not in json.dumps(own)
     verify(done.out)
@@ -269,20 +269,20 @@ def test_a_run_that_was_cut_off_takes_them_along_when_it_is_repeated(
     (source / "a" / "b").mkdir(parents=True)
     (source / "a" / "b" / "terms.txt").write_text("terms")
     module: Any = import_module("uptrain.conversion.run.companions")
-    real: Callable[..., None] = module.carry
+    real: Callable[..., None] = module.copy_sidecars
 
     def cut_off(*arguments: Any) -> None:
         real(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "carry", cut_off)
+        patch.setattr(module, "copy_sidecars", cut_off)
         with pytest.raises(UptrainError):
             convert(str(source), tmp_path / "out", GQA2, options=RunOptions(join=join))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out.partial" / "stranger.txt").write_text("not the source's")
     done: Conversion = convert(str(source), tmp_path / "out", GQA2, options=RunOptions(join=join))
-    assert len(done.resumed) == 2 and done.sidecars.along == ("a/b/terms.txt",)
+    assert len(done.resumed) == 2 and done.sidecars.copied == ("a/b/terms.txt",)
     assert (done.out / "a/b/terms.txt").read_text() == "terms" and not (done.out / "stranger.txt").exists()
     verify(done.out)
 
@@ -294,7 +294,7 @@ def test_a_file_that_goes_while_others_are_copied_ends_in_a_sentence(tmp_path: P
     (source / "terms.txt").unlink()
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"terms\.txt"):
-        carry(source, found, tmp_path / "out")
+        copy_sidecars(source, found, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -206,7 +206,7 @@ def test_own_frequencies_are_in_the_config_and_the_manifest(tmp_path):
     assert len(slots) == 5
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.rope_parameters["rope_type"] == "longrope"
-    wanted = [done.plan.latent.spec.inverse_frequencies[pair] for pair in slots]
+    wanted = [done.plan.attention.spec.inverse_frequencies[pair] for pair in slots]
     torch.testing.assert_close(loaded(tmp_path / "out").model.rotary_emb.inv_freq, torch.tensor(wanted))
 
 

@@ -22,7 +22,7 @@ from uptrain.architectures.rope import InverseFrequencies, inverse_frequencies
 from uptrain.architectures.rope_parameters import EVERY, rotary_parameters
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.conversion.plan.mla import plan_latent
+from uptrain.conversion.plan.mla import plan_mla
 from uptrain.conversion.plan.planner import result_attention
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert, plan_conversion
@@ -203,7 +203,7 @@ def stub(config: dict[str, Any], base: str) -> Any:
 def planned(checkpoint: Any, request: Request) -> Any:
     family = FAMILIES[checkpoint.config["model_type"]]
     source = CheckpointDescription(family=family, config=checkpoint.config, name="m", checkpoint=checkpoint)
-    return plan_latent(source, request)
+    return plan_mla(source, request)
 
 
 LLAMA_2 = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-5}

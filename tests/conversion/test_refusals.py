@@ -53,7 +53,7 @@ CONFIGS: list[tuple[Config, Kind, str]] = [
     (CODEGEN, CheckpointError, "blocks"),
     ({"num_hidden_layers": 10_001}, CheckpointError, "layers"),
     ({"num_attention_heads": 65_540, "head_dim": 2}, CheckpointError, "attention heads"),
-    ({"head_dim": 65_540}, CheckpointError, "dims a head"),
+    ({"head_dim": 65_540}, CheckpointError, "dims per head"),
     ({"rope_theta": "big"}, CheckpointError, "rope_theta"),
     ({"rope_scaling": [2.0]}, CheckpointError, "rope_scaling"),
     ({"rope_parameters": {"rope_theta": True}}, CheckpointError, "rope_theta"),

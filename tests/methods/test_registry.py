@@ -72,7 +72,7 @@ def test_a_toy_method_converts_the_demo(toy: Method, tmp_path: Path) -> None:
 
 
 def test_a_toy_method_is_offered_and_refused_like_any_other(toy: Method, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match=r"--method lost is not known.*last"):
+    with pytest.raises(UsageError, match=r"--method .*lost.*last"):
         Request(method="lost")
     with pytest.raises(UsageError, match="fewer heads, not a latent"):
         Request("mla", method="last")

@@ -73,6 +73,6 @@ def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def greedy(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Generate 12 tokens after ids (batch, tokens), greedily unless told otherwise."""
+    """Generate 12 tokens after ids (batch, tokens), greedily unless `options` say otherwise."""
     options = {"do_sample": False, "max_new_tokens": 12, "attention_mask": torch.ones_like(ids)} | options
     return model.generate(ids, **options)

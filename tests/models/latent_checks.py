@@ -177,16 +177,16 @@ def dropout_draws_as_the_source_does(model: PreTrainedModel, source: PreTrainedM
 
 
 def the_cache_holds_only(model: PreTrainedModel, values: int, layers: int = 2) -> None:
-    """Check the bytes of a cache after generate(), dynamic and static: `values` numbers a token and layer."""
+    """Check the bytes of a cache after generate(), dynamic and static: `values` numbers per token and layer."""
     ids = prompt(2, 11)
     options = {"return_dict_in_generate": True, "max_new_tokens": 5}
     dynamic = cache_of(greedy(model, ids, **options))
     static = StaticCache(model.config, max_cache_len=20)
     greedy(model, ids, **with_cache(model, static), **options)
-    for cache, slots in ((dynamic, 11 + 4), (static, 20)):  # the last token is never put in
+    for cache, places in ((dynamic, 11 + 4), (static, 20)):  # the last token is never put in
         held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        assert {tuple(tensor.shape[:3]) for tensor in held} == {(2, 1, slots)}
-        assert sum(tensor.untyped_storage().nbytes() for tensor in held) == values * layers * 4 * 2 * slots
+        assert {tuple(tensor.shape[:3]) for tensor in held} == {(2, 1, places)}
+        assert sum(tensor.untyped_storage().nbytes() for tensor in held) == values * layers * 4 * 2 * places
 
 
 def attention_maps_have_one_per_head(model: PreTrainedModel, heads: int) -> None:

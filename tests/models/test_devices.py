@@ -144,7 +144,7 @@ def test_the_device_is_what_the_command_says_else_the_environment_else_what_ther
             pass
 
 
-@pytest.mark.parametrize("command", ["eval", "calibrate", "slots", "train", "sweep"])
+@pytest.mark.parametrize("command", ["eval", "calibrate", "rope pairs", "train", "sweep"])
 def test_every_command_that_computes_asks_for_the_same_device(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +159,7 @@ def test_every_command_that_computes_asks_for_the_same_device(
         ),
         "calibrate": lambda: convert(str(tmp_path / "llama"), tmp_path / "new", Request("mqa", method="calibrated",
                                      calibrate=text, calibration_tokens=128)),
-        "slots": lambda: convert(str(tmp_path / "llama"), tmp_path / "new", Request("mla", method="calibrated",
+        "rope pairs": lambda: convert(str(tmp_path / "llama"), tmp_path / "new", Request("mla", method="calibrated",
                                  calibrate=text, calibration_tokens=128, **latent)),
         "train": lambda: train(made),
         "sweep": lambda: sweep(

@@ -126,7 +126,7 @@ def test_gradients_are_the_oracle_s_summed_over_the_heads_that_share(model_type:
 def test_all_but_the_decoder_s_keys_and_values_pass_through_bitwise(
     model_type: str, changes: dict[str, Any], save_tiny: Save, tmp_path: Path
 ) -> None:
-    """A head of its own beside the embedding included, as T5 v1.1's and mT5's checkpoints have."""
+    """A head that is no copy of the embedding included, as T5 v1.1's and mT5's checkpoints have."""
     source = save_tiny(model_type, dtype=torch.bfloat16, **changes)
     state = load_file(source / "model.safetensors")
     state["lm_head.weight"] = torch.randn_like(next(iter(state.values())).new_empty(64, 48))

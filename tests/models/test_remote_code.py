@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conversion.test_families import load, request
+from tests.hub_server import serve
 from tests.models.test_gpt2_checkpoint import run_python
 from tests.models.test_shared_heads import Save
 from uptrain.architectures.decoders import FAMILIES
@@ -86,7 +88,7 @@ def test_a_result_holds_both_files_and_its_manifest_lists_them(save_tiny: Save, 
     verify(tmp_path / "out")
 
 
-BEFORE = """
+WITHOUT_UPTRAIN = """
 import sys
 sys.modules["uptrain"] = None  # any import of it now fails, installed or not
 import torch
@@ -105,5 +107,24 @@ def test_a_checkpoint_of_the_version_before_loads_with_and_without_uptrain(save_
     shared.unlink()
     with torch.no_grad():
         wanted = load(tmp_path / "out")(torch.tensor([[5, 7, 11, 2]])).logits.double().sum().item()
-    assert float(run_python(BEFORE, tmp_path / "out", home=tmp_path)) == pytest.approx(wanted, abs=1e-4)
+    assert float(run_python(WITHOUT_UPTRAIN, tmp_path / "out", home=tmp_path)) == pytest.approx(wanted, abs=1e-4)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "UptrainOPTForCausalLM"
+
+
+@pytest.mark.slow
+def test_transformers_fetches_both_files_from_the_hub(save_tiny: Save, tmp_path: Path) -> None:
+    convert(str(save_tiny("bloom")), tmp_path / "out", request(2))
+    with torch.no_grad():
+        wanted = load(tmp_path / "out")(torch.tensor([[5, 7, 11, 2]])).logits.double().sum().item()
+    with serve(tmp_path / "out", "org/tiny") as (endpoint, log):
+        environment = {
+            **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": "",
+        }  # fmt: skip
+        environment.pop("HF_MODULES_CACHE", None)
+        command = [sys.executable, "-c", WITHOUT_UPTRAIN, "org/tiny"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(wanted, abs=1e-4)
+    fetched = {path.rpartition("/")[2] for method, path, _ in log if method == "GET" and path.endswith(".py")}
+    assert fetched == {"modeling_uptrain_bloom.py", SHARED_CODE}

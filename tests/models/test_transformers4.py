@@ -1,6 +1,7 @@
 """What results are in transformers 4: the same model where its class is there, a refusal where it isn't.
 
-Installs transformers 4 in front of this environment's own packages, from the registry: `pytest -m wheel`.
+Installs transformers 4 in front of this environment's own packages, from the registry: `pytest -m wheel`. With the
+variable PYTHON4, the path of a Python that has it, nothing is installed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 
 pytestmark = pytest.mark.wheel
+PYTHON4 = os.environ.get("PYTHON4")
+"""A Python that has torch and transformers 4, to use in place of an installation."""
 OLD = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.0")
 
 # Reads folders on stdin, and says of each the logits or why there are none.
@@ -50,15 +53,16 @@ print(json.dumps([answer(folder) for folder in json.load(sys.stdin)]))
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Return a function from folders to their logits in transformers 4, text in place of those that don't load."""
     packages = tmp_path_factory.mktemp("transformers4")
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages), *OLD]
-    # The constraints of this environment name another transformers.
-    free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-    subprocess.run(install, check=True, env=free)
+    if PYTHON4 is None:
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages), *OLD]
+        # The constraints of this environment name another transformers.
+        free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+        subprocess.run(install, check=True, env=free)
     modules = str(tmp_path_factory.mktemp("modules"))
     env = {**os.environ, "PYTHONPATH": str(packages), "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
 
     def answers(*folders: Path) -> list[Any]:
-        program, given = [sys.executable, "-c", PROGRAM], json.dumps([str(folder) for folder in folders])
+        program, given = [PYTHON4 or sys.executable, "-c", PROGRAM], json.dumps([str(folder) for folder in folders])
         done = subprocess.run(
             program,
             input=given,

@@ -116,7 +116,7 @@ class Store(dict[str, bytes]):
 def test_the_first_speaks_for_all_and_another_of_what_only_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     store, both = Store(), UptrainError("The disk is full.")
     monkeypatch.setattr(launch, "_store", lambda: store)
-    monkeypatch.setattr(launch, "_PATIENCE", 0.1)
+    monkeypatch.setattr(launch, "_WAIT_SECONDS", 0.1)
     monkeypatch.setenv("RANK", "1")
     assert launch.announce(both), "the first has said nothing"
     monkeypatch.setenv("RANK", "0")

@@ -1,4 +1,4 @@
-"""How many values an attention layer keeps per token, and how many bytes that costs. Arithmetic only."""
+"""The values that a layer's attention caches per token, and their bytes. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ Kind = Literal["mha", "gqa", "mqa", "mla"]
 class AttentionSpec:
     """One layer's attention: query heads, key/value heads or a latent, and what its cache holds.
 
-    `kv_lora_rank` makes it MLA: the cache then holds the latent and `qk_rope_head_dim` shared rotary key values
-    instead of heads, and a query head has `qk_nope_head_dim` dims for what the latent expands to beside the rotary
-    ones. `sliding_window` (tokens) bounds how many tokens the cache holds at all. `rotary_ndims` counts the first dims
-    of a head that are rotated, None for all that the family's position says. A `cross` layer attends over an encoder's
-    output, so its cache holds the source's tokens instead of the target's.
+    Attributes:
+        num_attention_heads: the query heads.
+        num_key_value_heads: the key/value heads; of a latent, the heads that it expands to.
+        head_dim: dims per query and key head.
+        v_head_dim: dims per value head, None for `head_dim`.
+        kv_lora_rank: values of the latent per token. It makes the attention MLA: the cache holds the latent instead of
+            heads.
+        qk_rope_head_dim: dims of the rotary key that is cached with the latent and shared by all heads.
+        qk_nope_head_dim: dims per head of the keys that the latent expands to.
+        sliding_window: the most tokens that the cache holds, None for all.
+        rotary_ndims: how many of a head's first dims are rotated, None for all where the family's position rotates.
+        cross: whether it attends over an encoder's output; the cache then holds the encoder's tokens.
     """
 
     num_attention_heads: int
@@ -60,7 +67,7 @@ class AttentionSpec:
         return self.num_key_value_heads * (self.head_dim + (self.v_head_dim or self.head_dim))
 
     def cache_bytes(self, context: int, itemsize: int) -> int:
-        """Return the cache bytes of one sequence of `context` tokens at `itemsize` bytes a value."""
+        """Return the cache bytes of one sequence of `context` tokens, at `itemsize` bytes per value."""
         held = context if self.sliding_window is None else min(context, self.sliding_window)
         return held * self.cache_values_per_token * itemsize
 
@@ -69,7 +76,13 @@ class AttentionSpec:
         return replace(self, num_key_value_heads=num_key_value_heads)
 
     def latent(self, kv_lora_rank: int, qk_rope_head_dim: int, qk_nope_head_dim: int, heads: int) -> AttentionSpec:
-        """Return the same layer with a latent that expands to `heads` keys and values."""
+        """Return the same layer with a latent.
+
+        - `kv_lora_rank`: values of the latent per token.
+        - `qk_rope_head_dim`: dims of the rotary key that all heads share.
+        - `qk_nope_head_dim`: unrotated dims per key head.
+        - `heads`: the key and value heads that the latent expands to.
+        """
         return replace(
             self,
             num_key_value_heads=heads,
@@ -81,18 +94,18 @@ class AttentionSpec:
 
 
 def cache_bytes_per_token(layers: Sequence[AttentionSpec], itemsize: int) -> int:
-    """Return the bytes one more token costs over all layers while no sliding window is full.
+    """Return the bytes that one more token costs over all layers, while no sliding window is full.
 
-    Of a decoder that reads an encoder it is one token of the target and one of the source.
+    In a decoder that reads an encoder, these are the bytes of one token of the target and one of the source.
     """
     return sum(layer.cache_bytes(1, itemsize) for layer in layers)
 
 
 def cross_bytes_per_token(layers: Sequence[AttentionSpec], itemsize: int) -> int:
-    """Return the bytes one more token of the source costs, 0 without an encoder."""
+    """Return the bytes that one more token of an encoder's text costs, 0 without an encoder."""
     return cache_bytes_per_token([layer for layer in layers if layer.cross], itemsize)
 
 
 def cache_bytes(layers: Sequence[AttentionSpec], context: int, itemsize: int) -> int:
-    """Return the cache bytes over all layers of one sequence of `context` tokens, and of a source as long if any."""
+    """Return the cache bytes over all layers for `context` tokens, and for an encoder's text of that length if any."""
     return sum(layer.cache_bytes(context, itemsize) for layer in layers)

@@ -1,4 +1,4 @@
-"""The table: one frozen entry a model family, saying where its attention lives. Data only.
+"""The table of families: one frozen entry per model family, which says where its attention is. Data only.
 
 To add a family, add its entry here and run `pytest tests/conversion/test_families.py`.
 """
@@ -57,7 +57,7 @@ GPT_BIGCODE = GPT2.for_model(
     keys=replace(GPT2.keys, multi_query="multi_query"),
     defaults={**GPT2.defaults, "multi_query": True},
     targets={},
-    unsupported={"multi_query": (False, "only its multi-query form has a known layout")},
+    unsupported={"multi_query": (False, "only the schema of its multi-query form is known")},
     native=True,
 )
 

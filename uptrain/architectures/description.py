@@ -26,7 +26,7 @@ from uptrain.errors import CheckpointError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """What a config.json says of a language model. `describe` makes it once; all else is read from it when asked for.
+    """What a config.json says about a language model. `describe` makes it once; properties are computed on first use.
 
     Attributes:
         family: the entry of the language model's family, with the tensor names that it has inside a wrapper.

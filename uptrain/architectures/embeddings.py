@@ -1,4 +1,4 @@
-"""Decide once per checkpoint which stored tensors hold its token embedding and its head, and whether they are one."""
+"""Find which stored tensors hold a checkpoint's token embedding and its head, and whether the two are tied."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ FLAG = "tie_word_embeddings"
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The tensors of a checkpoint that its model's token embedding and head take their values from.
+    """The tensors of a checkpoint with the values of its model's token embedding and head.
 
-    `table` and `head` name stored tensors; empty where no tensor holds the values. `tied` says that the loaded model
-    has one matrix for both. `own_table` is the name that the class gives its embedding, stored or not.
+    Attributes:
+        table: the stored tensor with the embedding's values, empty where there is none.
+        head: the stored tensor with the head's values, empty where there is none.
+        tied: whether the loaded model has one matrix for both.
+        own_table: the class's own name for its embedding, stored or not.
     """
 
     table: str
@@ -33,9 +36,9 @@ class Embeddings:
 def embeddings_of(source: CheckpointDescription) -> Embeddings:
     """Return where the embedding's and the head's values are, as transformers' loader decides it.
 
-    A model whose config says tied has one matrix if only one of the two is stored, whichever that is, or if both are
-    stored with equal values. It has two if both are stored and differ. Any other model has two. Values are read only
-    where both are stored; of a model on the Hub, whose values can't be read yet, the config is believed.
+    A model whose config ties the two has one matrix if only one of them is stored, or if both are stored with equal
+    values. If both are stored and differ, it has two. Any other model has two. Values are read only where both are
+    stored. For a model on the Hub, whose values can't be read yet, the config decides.
 
     Source: transformers 5.23, `PreTrainedModel.tie_weights`.
 
@@ -72,22 +75,21 @@ def declare(
 ) -> None:
     """Write into a result's config whether its class must tie the head, unless the class reads that from it already.
 
-    Args:
-        config: the result's config, changed in place.
-        embeddings: what the source's model has.
-        source: the source's family.
-        target: the family of the result's class.
-        untied: whether the result has a head of its own in any case.
+    - `config`: the result's config, changed in place.
+    - `embeddings`: the source's embedding and head.
+    - `source`: the source's family.
+    - `target`: the family of the result's class.
+    - `untied`: whether the result has a head of its own in any case.
     """
     tied = embeddings.tied and not untied
     if source.vocabulary.more or target.vocabulary.more:
-        return  # the flag says more there than this
+        return  # there the flag also decides about other tensors
     if declares_tied(target, config) != tied:
         config[FLAG] = tied
 
 
 def declare_loaded(config: dict[str, Any], tied_names: Collection[str]) -> None:
-    """Write into a config, in place, whether a model that has been loaded ties its head; `tied_names` are its own."""
+    """Write into a loaded model's config, in place, whether its head is tied; `tied_names` are its tied tensors."""
     entry = FAMILIES.get(str(config.get("model_type")))
     if entry is None or entry.vocabulary.more:
         return

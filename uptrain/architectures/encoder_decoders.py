@@ -1,6 +1,6 @@
-"""The table's families whose decoder reads an encoder, and our own classes for their results. Data only.
+"""The families whose decoder reads an encoder, and our own classes for their results. Data only.
 
-Both of a decoder layer's attentions share heads; the encoder, which keeps no cache, is left alone.
+Both attentions of a decoder layer share heads. The encoder has no cache and stays as it is.
 
 Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models", section 3.1.
 """

@@ -1,4 +1,4 @@
-"""Find all that counts a model's heads by number: heads move only where everything that names them moves too."""
+"""Find everything that names a model's heads by number: heads move only where all of it moves too."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ GENERATION = "generation_config.json"
 
 
 def check_order(source: CheckpointDescription) -> None:
-    """Refuse to move heads where something that counts them would stay behind.
+    """Refuse to move heads where something that names them by number would not move.
 
-    Moved are the projections, and what the family's `head_indices` name in generation_config.json. Norms that all
-    heads of a layer share need no move.
+    The projections move, and the lists in generation_config.json that the family's `head_indices` name. Norms that all
+    heads of a layer share stay.
 
     Raises:
         UsageError: a tensor or a setting that may have an entry for each head.
@@ -49,10 +49,7 @@ def check_order(source: CheckpointDescription) -> None:
 def move_indices(source: CheckpointDescription, orders: Mapping[int, Sequence[int]], folder: Path) -> None:
     """Write the new numbers of moved heads into the generation_config.json of the result in `folder`.
 
-    Args:
-        source: the checkpoint whose heads moved.
-        orders: of each attention whose heads moved, the source's key/value heads in the result's order.
-        folder: where the result is written.
+    `orders` gives, for each attention whose heads moved, the source's key/value heads in the result's order.
     """
     values = _generation(source.checkpoint.path)
     found = list(_indices(source.family, values, len(source.attention)))
@@ -69,7 +66,7 @@ def move_indices(source: CheckpointDescription, orders: Mapping[int, Sequence[in
 
 
 def _movable(source: CheckpointDescription) -> frozenset[str]:
-    """Name, below an attention, the tensors that move with its heads or have no entry for each head."""
+    """Return the names, below an attention, of tensors that move with its heads or have no entry per head."""
     modules = {*modules_of(source.family.projections, frozenset(PARTS))}
     norm = source.key_norm
     if norm is not None and not norm.by_head:
@@ -82,10 +79,10 @@ def _generation(path: Path) -> dict[str, Any]:
 
 
 def _indices(family: Family, values: Mapping[str, Any], count: int) -> Iterator[tuple[str, int, int]]:
-    """Yield each pair of a layer and a query head: its key, the model's attention it means, and the head.
+    """Yield each pair of a layer and a query head: the key, the number of the attention, and the head.
 
     Raises:
-        CheckpointError: something else than such pairs, or a layer that the model doesn't have.
+        CheckpointError: a list holds something other than such pairs, or a layer that the model doesn't have.
     """
     kinds = len(family.attentions)
     for key, cross in family.head_indices.items():

@@ -26,7 +26,7 @@ def read_attention(model: ModelDescription) -> tuple[AttentionSpec, ...]:
     key_value_heads = _key_value_heads(model, heads)
     head_dim = _head_dim(model, heads, hidden)
     check_most(heads, MOST_HEADS, "attention heads", model.name)
-    check_most(head_dim, MOST_HEAD_DIM, "dims a head", model.name)
+    check_most(head_dim, MOST_HEAD_DIM, "dims per head", model.name)
     if model.family.projections.packing is Packing.BLOCKS and heads % BLOCKS:
         raise CheckpointError(
             f"{model.name} has {heads} attention heads, which don't fill the {BLOCKS} blocks it needs."
@@ -108,7 +108,7 @@ def _windows(model: ModelDescription, layers: int) -> list[int | None]:
 
 
 def _sliding_layers(model: ModelDescription, layers: int) -> list[bool]:
-    """Tell of each layer whether it looks back through the window alone."""
+    """Return for each layer whether it attends only to the tokens in the window."""
     listed = model.config.get("layer_types")
     if isinstance(listed, list):
         if len(listed) != layers:

@@ -1,4 +1,4 @@
-"""The table's families whose config counts no key/value heads, and our own classes that do. Data only."""
+"""The families whose config has no number of key/value heads, and our own classes for their results. Data only."""
 
 from __future__ import annotations
 

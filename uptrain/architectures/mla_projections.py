@@ -1,4 +1,4 @@
-"""One layer with a latent, head by head, and how each target class stores it. Pure array functions."""
+"""One layer's latent attention by head, and how each target class stores it. Pure array functions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.dtypes import Array
 
 NEUTRAL_EPS = 1e-6
-"""The ε that transformers hard-codes in the latent's norm."""
+"""The ε that transformers hard-codes in the norm on the latent."""
 NEUTRAL_WEIGHT = 2.0**20
 """The norm's weight in its neutral form; a power of two, so that no dtype rounds it."""
 NEUTRAL_SCALE = NEUTRAL_EPS**0.5 / NEUTRAL_WEIGHT
-"""What latent rows are multiplied by, so that ε outweighs their energy and the norm multiplies by 1/√ε alone."""
+"""The factor of the latent's rows. With it ε outweighs their energy, so that the norm multiplies by 1/√ε alone."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,13 @@ class LatentHeads:
 class MLASchema:
     """How a target class stores a latent layer. Data only.
 
-    `per_query` classes expand the latent to one key and value per query head. `fold_scale` classes multiply logits by
-    (Dn + Dr)^-½, so the ratio to the source's head_dim^-½ goes into the queries. `neutral` classes have a compulsory
-    norm on the latent, which small rows and a large weight turn into the identity.
+    Attributes:
+        output: the name of the output projection.
+        output_transposed: whether its weight is (in, out).
+        per_query: whether the latent expands to one key and value per query head.
+        fold_scale: whether the class multiplies logits by (Dn + Dr)^-½. The ratio to the source's head_dim^-½ then goes
+            into the queries.
+        neutral: whether the class has a norm on the latent, which small rows and a large weight turn into the identity.
     """
 
     output: str = "o_proj"
@@ -82,7 +86,13 @@ class MLASchema:
 
 @dataclass(frozen=True)
 class MLAStorage:
-    """How one conversion stores its layers: the schema, what the output projection is multiplied by, a q_a of rank."""
+    """How one conversion stores its latent layers.
+
+    Attributes:
+        schema: how the target class stores them.
+        output_scale: the factor of the output projection.
+        q_lora_rank: the rank of low-rank queries, None for whole queries.
+    """
 
     schema: MLASchema
     output_scale: float = 1.0
@@ -90,7 +100,7 @@ class MLAStorage:
 
 
 def join_latent(heads: LatentHeads, stored: MLAStorage, head_dim: int) -> dict[str, Array]:
-    """Join a latent layer into a target class's modules ("q_proj.weight", …); `head_dim` is the source's.
+    """Join a latent layer into the modules of a target class ("q_proj.weight", …); `head_dim` is the source's.
 
     Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1 for the projections.
     """
@@ -121,7 +131,14 @@ def join_latent(heads: LatentHeads, stored: MLAStorage, head_dim: int) -> dict[s
 def latent_shapes(
     stored: MLAStorage, spec: AttentionSpec, hidden_size: int, biased: bool, output_bias: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Return every tensor of one layer and its shape, in the order `join_latent` gives them."""
+    """Return the shape of every tensor of one layer, in the order of `join_latent`.
+
+    - `stored`: how the layers are stored.
+    - `spec`: the attention's sizes in the result.
+    - `hidden_size`: the width of the hidden states.
+    - `biased`: whether queries and the latent have biases.
+    - `output_bias`: whether the output projection has a bias.
+    """
     schema, rank = stored.schema, spec.kv_lora_rank or 0
     nope, rope, value = spec.qk_nope_head_dim or 0, spec.qk_rope_head_dim, spec.v_head_dim or spec.head_dim
     query, latent = spec.num_attention_heads * (nope + rope), rank + rope
@@ -148,7 +165,7 @@ def latent_shapes(
 
 
 def _low_rank_queries(query: Array, rank: int) -> dict[str, Array]:
-    """Split the queries' map into two, with the norm between them neutral; as wide as the input it is exact."""
+    """Split the queries' map into two with a neutral norm between them; a rank equal to the input's width is exact."""
     if rank == query.shape[1]:
         down, up = np.eye(rank), query
     else:

@@ -1,4 +1,4 @@
-"""What a checkpoint's class is for: a language model, a classifier, an embedding; read from its name alone."""
+"""The purpose of a checkpoint's class, read from its name: a language model, a classifier, an embedding."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ AUTO_CLASSES: Mapping[str, str] = {
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
-"""By the ending of a class's name, the Auto class of transformers that loads it."""
+"""The Auto class of transformers that loads a class, by the ending of the class's name."""
 
 
 def class_named(config: Mapping[str, Any]) -> str | None:
-    """Return the class that a config's `architectures` names first, None where it names none."""
+    """Return the first class in a config's `architectures`, None where there is none."""
     names = config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     return first if isinstance(first, str) and first else None
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config's class has a language-model head; a config that names no class is taken to have one."""
+    """Tell whether a config's class has a language-model head; a config that names no class counts as one."""
     named = class_named(config)
     return named is None or bool(_LANGUAGE.search(named))
 
 
 def auto_class_without_head(config: Mapping[str, Any]) -> str:
-    """Return the Auto class of transformers that loads a checkpoint which is no language model."""
+    """Return the Auto class of transformers that loads a checkpoint without a language-model head."""
     named = class_named(config) or ""
     return next((auto for ending, auto in AUTO_CLASSES.items() if named.endswith(ending)), "AutoModel")
 
 
 def check_language_model(config: Mapping[str, Any], name: str) -> None:
-    """Refuse a checkpoint that has no language-model head; `name` is what the user called it.
+    """Refuse a checkpoint without a language-model head; `name` is what the user called it.
 
     Raises:
-        UsageError: its class has none.
+        UsageError: its class has no such head.
     """
     if is_language_model(config):
         return
@@ -55,5 +55,5 @@ def check_language_model(config: Mapping[str, Any], name: str) -> None:
 
 
 def stem(class_name: str) -> str:
-    """Return what the names of a family's classes begin with: "Llama" for LlamaForCausalLM."""
+    """Return how the names of a family's classes begin: "Llama" for LlamaForCausalLM."""
     return _LANGUAGE_ENDING.sub("", class_name)

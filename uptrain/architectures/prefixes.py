@@ -1,4 +1,4 @@
-"""Find under which prefix a checkpoint's tensors stand, and name those that a wrapper has put before every name."""
+"""Find which prefix a checkpoint's tensor names have, and prefixes that a training tool or a larger model added."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uptrain.architectures.projections import module_of
 from uptrain.architectures.schema import Family
 from uptrain.errors import CheckpointError
 
-WRAPPERS: Mapping[str, str] = MappingProxyType(
+TOOL_PREFIXES: Mapping[str, str] = MappingProxyType(
     {
         "_orig_mod": "torch.compile",
         "module": "DistributedDataParallel",
@@ -20,18 +20,21 @@ WRAPPERS: Mapping[str, str] = MappingProxyType(
         "base_model": "peft",
     }
 )
-"""Parts of names that training tools add, and the tool."""
+"""Parts of names that training tools add, and the tool that adds each."""
 _INSIDE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Those that can stand inside a name too, where single layers are wrapped."""
+"""Parts that can also be inside a name, where the tool wraps single layers."""
 _OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech")
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """Names that are a family's but for what a wrapper added.
+    """Tensor names that are a family's, except for what a wrapper added.
 
-    `example` is one of the checkpoint's names and `added` are the parts of it that are not the family's; `renames` maps
-    patterns to what stands in their place in the family's names; `count` tensors have such a name.
+    Attributes:
+        example: one of the checkpoint's names.
+        added: the parts of `example` that are not the family's.
+        renames: patterns, and their replacements in the family's names.
+        count: how many tensors have such a name.
     """
 
     example: str
@@ -41,7 +44,11 @@ class Foreign:
 
 
 def find_prefix(family: Family, names: Collection[str], name: str) -> str:
-    """Return which of the family's prefixes a checkpoint's tensor `names` have; `name` is what the user called it.
+    """Return which of the family's prefixes a checkpoint's tensor names have.
+
+    - `family`: the checkpoint's family.
+    - `names`: its tensor names.
+    - `name`: what the user called it.
 
     Raises:
         CheckpointError: no tensor has the family's names.
@@ -57,15 +64,15 @@ def find_prefix(family: Family, names: Collection[str], name: str) -> str:
 
 
 def refuse_foreign(family: Family, names: Collection[str], name: str) -> None:
-    """Refuse a checkpoint whose tensor `names` are the family's but for a prefix that a wrapper added.
+    """Refuse a checkpoint whose tensor `names` are the family's, except for a prefix that a wrapper added.
 
     Raises:
-        CheckpointError: they are; transformers would load none of those tensors.
+        CheckpointError: there is such a prefix, with which transformers would load none of those tensors.
     """
     found = foreign_names(family, names)
     if found is None:
         return
-    tools = [tool for part, tool in WRAPPERS.items() if part in ".".join(found.added).split(".")]
+    tools = [tool for part, tool in TOOL_PREFIXES.items() if part in ".".join(found.added).split(".")]
     of = f"of {' and '.join(tools)}" if tools else "of a model that it was part of"
     wanted = _first(family, family.prefixes[0])
     # What a file says may hold quotes, and is to be pasted into Python.
@@ -73,14 +80,14 @@ def refuse_foreign(family: Family, names: Collection[str], name: str) -> None:
     raise CheckpointError(
         f"{name} has the prefix {' and '.join(found.added)} {of} in {found.count} of its {len(names)} "
         f"tensor names: {found.example}, where {family.model_type} has {wanted}.",
-        # Without that last word transformers would write the names that it has read.
+        # Without save_original_format=False transformers would write the names that it has read.
         f"Write it without, and copy the tokenizer's files: transformers.{family.auto_class}.from_pretrained("
         f"{name!r}, dtype='auto', key_mapping={{{renames}}}).save_pretrained('NEW', save_original_format=False).",
     )
 
 
 def foreign_names(family: Family, names: Collection[str]) -> Foreign | None:
-    """Return what a wrapper added to the family's names; None where they are the family's, or another's."""
+    """Return what a wrapper added to the family's names; None if nothing was added or they are other names."""
     if any(_stands(family, prefix, names) for prefix in family.prefixes):
         return None
     leads: dict[str, tuple[str, str]] = {}
@@ -108,7 +115,7 @@ def foreign_names(family: Family, names: Collection[str]) -> Foreign | None:
 
 
 def _stands(family: Family, prefix: str, names: Collection[str]) -> bool:
-    """Tell whether the first layer's output projection has that prefix; a quantized one may have no weight."""
+    """Tell whether the first layer's output projection has that prefix; a quantized projection may have no weight."""
     start = _first(family, prefix).removesuffix("weight")
     return any(name.startswith(start) for name in names)
 
@@ -123,7 +130,7 @@ def _stripped(name: str) -> str:
 
 
 def _lead(name: str, wanted: str) -> str | None:
-    """Return what stands before the family's name, wrappers of single layers apart; None where it is another name."""
+    """Return what precedes the family's name, without wrappers of single layers; None where it is another name."""
     plain = _stripped(name)
     if plain != wanted and not plain.endswith(f".{wanted}"):
         return None

@@ -1,4 +1,4 @@
-"""Split a layer's attention projections into heads, and join heads into any packing. Pure array functions."""
+"""Split the projections of a layer's attention into heads, and join heads into any packing. Pure array functions."""
 
 from __future__ import annotations
 
@@ -67,14 +67,21 @@ def read_layer(
     base: str,
     parts: frozenset[str] = frozenset(PARTS),
 ) -> LayerHeads:
-    """Read and split the modules that hold `parts` of the attention named `base` ("model.layers.0.self_attn.")."""
+    """Read the modules that hold `parts` of one attention, and split them into heads.
+
+    - `checkpoint`: the open checkpoint.
+    - `projections`: how the family stores them.
+    - `spec`: the attention's sizes.
+    - `base`: how the attention's tensor names begin ("model.layers.0.self_attn.").
+    - `parts`: which of q, k, v and o to read.
+    """
     names = [f"{module}.{kind}" for module in modules_of(projections, parts) for kind in ("weight", "bias")]
     stored = {name: checkpoint.read(base + name) for name in names if base + name in checkpoint.tensors}
     return split(projections, spec, stored)
 
 
 def split(projections: Projections, spec: AttentionSpec, tensors: Mapping[str, Array]) -> LayerHeads:
-    """Split the modules in `tensors` ("c_attn.weight", …) into heads; modules that aren't there stay None."""
+    """Split the modules in `tensors` ("c_attn.weight", …) into heads; a missing module stays None."""
     parts: dict[str, Heads] = {}
     for part in PARTS:
         name = module_of(projections, part)
@@ -115,7 +122,13 @@ def join(projections: Projections, spec: AttentionSpec, heads: LayerHeads) -> di
 
 
 def module_shape(projections: Projections, spec: AttentionSpec, name: str, hidden_size: int) -> tuple[int, int]:
-    """Return the (out, in) shape of the linear module `name`, transposed where the family stores it so."""
+    """Return the shape of the linear module `name`: (out, in), or (in, out) in families that store it transposed.
+
+    - `projections`: how the family stores the modules.
+    - `spec`: the attention's sizes.
+    - `name`: the module.
+    - `hidden_size`: the width of the hidden states.
+    """
     q = spec.num_attention_heads * spec.head_dim
     k = spec.num_key_value_heads * spec.head_dim
     if name == projections.o:
@@ -138,7 +151,7 @@ def _module(projections: Projections, name: str, weight: Array, bias: Array | No
 
 
 def _rows(projections: Projections, spec: AttentionSpec, part: str) -> slice | Array:
-    """Return which rows of the stored projection hold `part`, head by head; a slice where no copy is needed."""
+    """Return the rows of the stored projection that hold `part`, head by head; a slice where no copy is needed."""
     heads, groups, head_dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
     if projections.packing is Packing.SEPARATE:
         return slice(None)
@@ -149,7 +162,7 @@ def _rows(projections: Projections, spec: AttentionSpec, part: str) -> slice | A
         rows = np.arange(3 * heads * head_dim).reshape(BLOCKS, 3, -1)
         return np.asarray(rows[:, "qvk".index(part)].reshape(-1))
     per_group = heads // groups
-    slots = np.arange(groups * (per_group + 2)).reshape(groups, per_group + 2)
+    rows_of_heads = np.arange(groups * (per_group + 2)).reshape(groups, per_group + 2)
     columns = {"q": slice(per_group), "k": slice(per_group, per_group + 1), "v": slice(per_group + 1, None)}
-    chosen = slots[:, columns[part]].reshape(-1, 1)
+    chosen = rows_of_heads[:, columns[part]].reshape(-1, 1)
     return np.asarray((chosen * head_dim + np.arange(head_dim)).reshape(-1))

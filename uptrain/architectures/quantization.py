@@ -1,4 +1,4 @@
-"""Say how a checkpoint's weights are quantized: by which scheme, in which modules, and which tensors are codes."""
+"""Find how a checkpoint's weights are quantized: the scheme, the modules, and the tensors that are codes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NAMES: Mapping[str, str] = MappingProxyType({
     "modelopt": "ModelOpt", "mxfp4": "MXFP4", "mxfp8": "MXFP8", "nvfp4": "NVFP4", "quanto": "quanto",
     "quark": "Quark", "sinq": "SINQ", "spqr": "SpQR", "torchao": "torchao", "vptq": "VPTQ",
 })  # fmt: skip
-"""What people call each `quant_method` of transformers, and three schemes of other tools."""
+"""The usual name of each `quant_method` of transformers, and of three schemes of other tools."""
 
 _WIDTHS: Mapping[str, int] = MappingProxyType({
     "bitnet": 2, "eetq": 8, "fbgemm_fp8": 8, "fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4,
 })  # fmt: skip
-"""Bits of a code, where the scheme leaves no choice."""
+"""Bits per code, where the scheme fixes them."""
 
 _CODES = ("qweight", "weight_packed", "W_q", "weight._data", "_weight_qdata", "weight:_data", "codes", "dense_weights")
 _SIGNS: tuple[tuple[str, str], ...] = (
@@ -48,11 +48,11 @@ _SIGNS: tuple[tuple[str, str], ...] = (
     (r"dense_weights", "spqr"),
     (r"weight_scale|input_scale|activation_scale|output_scale|input_scale_ub", ""),
 )
-"""Ends of tensor names that only quantized modules have, and the scheme that each is a sign of."""
+"""Endings of tensor names that only quantized modules have, and the scheme that each ending shows."""
 _MARKS = re.compile(rf"(.*)\.(?:{'|'.join(f'(?P<s{number}>{sign[0]})' for number, sign in enumerate(_SIGNS))})")
 _EXPERTS = re.compile(r"(.*\.\w+)_(blocks|scales|scale_inv)")
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Where GPTQ, AWQ and ModelOpt say what they did, beside config.json or in place of it."""
+"""The files of GPTQ, AWQ and ModelOpt that describe the quantization, with config.json or in place of it."""
 _NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme")
 _CACHE_SCALES = re.compile(r".*\.([kv]|kv|[kv]_cache)_scale")
 
@@ -62,14 +62,14 @@ class Quantization:
     """How a checkpoint is quantized.
 
     Attributes:
-        method: transformers' word for the scheme, as config.json has it; empty where only tensors tell.
-        scheme: what people call the scheme.
-        bits: bits of a code; None where nothing says it.
-        declared: whether config.json says so, as transformers' loader needs.
+        method: the `quant_method` of config.json; empty where only tensors show the scheme.
+        scheme: the usual name of the scheme.
+        bits: bits per code; None where nothing says it.
+        declared: whether config.json declares it, as transformers' loader needs.
         codes: the tensors that hold codes in place of weights.
-        floats: those codes that are floating numbers of 8 bits.
-        tensors: the codes, and all that belongs to them: scales, zero points, shapes.
-        cache: whether the key/value cache is quantized too, by scales that were measured.
+        floats: the codes that are 8-bit floating-point numbers.
+        tensors: the codes, and their scales, zero points and shapes.
+        cache: whether the key/value cache is quantized too, with measured scales.
     """
 
     method: str
@@ -87,7 +87,7 @@ class Quantization:
 
     @property
     def scaled(self) -> bool:
-        """Tell whether there are codes that mean nothing by themselves, as 8-bit floats without scales do."""
+        """Tell whether there are codes that need scales; 8-bit floats without scales do not."""
         return len(self.tensors) > len(self.floats)
 
     def parameters(self, tensors: Mapping[str, TensorInfo]) -> int:
@@ -103,7 +103,7 @@ class Quantization:
 
 
 def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
-    """Return how a checkpoint is quantized, by its config and its tensors' names and dtypes; None where it isn't.
+    """Return how a checkpoint is quantized, from its config and its tensors' names and dtypes; None where it isn't.
 
     Raises:
         CheckpointError: a quantize_config.json or the like that can't be read.
@@ -114,7 +114,7 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
 def quantization_in(path: Path) -> Quantization | None:
     """Return how the checkpoint in folder `path` is quantized; None where it isn't.
 
-    Where its weights can't be read without more ado, its config is all that is asked.
+    Where its weights can't be opened, only its config is read.
 
     Raises:
         CheckpointError: config.json is missing or broken.
@@ -126,12 +126,14 @@ def quantization_in(path: Path) -> Quantization | None:
 
 
 def check_scheme(found: Quantization | None, methods: Iterable[str], name: str) -> None:
-    """Refuse codes that a loader would take for weights: config.json doesn't say what they are, or it knows no such.
+    """Refuse codes that a loader would take for weights: config.json or the loader does not know the scheme.
 
-    `methods` are the schemes that the loader knows. Floats of 8 bits without scales are their own values.
+    - `found`: how the checkpoint is quantized.
+    - `methods`: the schemes that the loader knows.
+    - `name`: what the user called the checkpoint.
 
     Raises:
-        CheckpointError: there are some.
+        CheckpointError: there are such codes.
     """
     check_declared(found, name)
     known = found is None or any(method.startswith(found.method or "?") for method in methods)
@@ -144,10 +146,10 @@ def check_scheme(found: Quantization | None, methods: Iterable[str], name: str) 
 
 
 def check_declared(found: Quantization | None, name: str) -> None:
-    """Refuse codes of which config.json says nothing, so that every loader takes them for weights.
+    """Refuse codes that config.json does not mention, because every loader takes them for weights.
 
     Raises:
-        CheckpointError: there are some.
+        CheckpointError: there are such codes.
     """
     if found is not None and found.scaled and not found.declared:
         raise CheckpointError(
@@ -158,12 +160,16 @@ def check_declared(found: Quantization | None, name: str) -> None:
 
 
 def check_read(found: Quantization | None, left: Iterable[str], name: str) -> None:
-    """Refuse a loaded model that left out scales, zero points or codes; `left` names the tensors it had no place for.
+    """Refuse a loaded model that left out scales, zero points or codes.
 
     Its class then has modules that its loader can't quantize, and took their codes for weights.
 
+    - `found`: how the checkpoint is quantized.
+    - `left`: the tensors for which the model had no place.
+    - `name`: what the user called the checkpoint.
+
     Raises:
-        CheckpointError: it did.
+        CheckpointError: the model left out such tensors.
     """
     lost = sorted(found.tensors.intersection(left)) if found is not None else []
     if found is not None and lost:
@@ -174,10 +180,10 @@ def check_read(found: Quantization | None, left: Iterable[str], name: str) -> No
 
 
 def check_trainable(found: Quantization | None, name: str) -> None:
-    """Refuse to train a model whose weights are codes: no step is small enough for them.
+    """Refuse to train a model whose weights are codes: no optimizer step is small enough for codes.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the weights are codes.
     """
     if found is not None:
         raise UsageError(
@@ -187,7 +193,7 @@ def check_trainable(found: Quantization | None, name: str) -> None:
 
 
 def declared_scheme(config: Mapping[str, Any]) -> str:
-    """Return "GPTQ, 4 bits" or the like where a config says so; empty where it doesn't."""
+    """Return the scheme that a config declares ("GPTQ, 4 bits"), empty where it declares none."""
     said = _said(config)
     method = str(said.get("quant_method") or "")
     bits = _bits(method, said)
@@ -226,7 +232,7 @@ def _found(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: P
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of quantization, empty where it is silent."""
+    """Return the section of config.json about quantization, empty where there is none."""
     inner = config.get("text_config")
     for section in (config, inner if isinstance(inner, dict) else {}):
         for key in ("quantization_config", "compression_config", "quantization"):
@@ -237,7 +243,7 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sign(name: str, info: TensorInfo) -> tuple[str, str]:
-    """Return the module that a tensor marks as quantized, empty where it marks none, and the scheme it is a sign of."""
+    """Return the module that a tensor shows to be quantized (or nothing), and the scheme that its name shows."""
     if info.dtype in FLOAT_DTYPES.values() and name.endswith((".weight", ".bias")):
         return "", ""
     match = _MARKS.fullmatch(name)
@@ -279,7 +285,7 @@ def _is_code(name: str, info: TensorInfo) -> bool:
 
 
 def _bits(method: str, said: Mapping[str, Any]) -> int | None:
-    """Return the bits of a code that a quantization_config tells, in the words of its scheme."""
+    """Return the bits per code from a quantization_config, whose keys depend on the scheme."""
     for key in ("bits", "w_bit", "nbits", "num_bits"):
         if type(said.get(key)) is int:
             return int(said[key])
@@ -298,7 +304,7 @@ def _bits(method: str, said: Mapping[str, Any]) -> int | None:
 
 
 def _width_of(tensors: Mapping[str, TensorInfo], codes: Iterable[str]) -> int | None:
-    """Return 8 where all codes are 8-bit floats, which nothing packs."""
+    """Return 8 where all codes are 8-bit floats, which no scheme packs."""
     dtypes = {tensors[name].dtype for name in codes}
     return 8 if dtypes and all(dtype.startswith("F8") for dtype in dtypes) else None
 

@@ -30,14 +30,16 @@ def partly_rotated(parameters: Mapping[str, Any], rotary_ndims: int, spread: int
 
     - `parameters`: the rotary parameters, in the words of transformers 5.
     - `rotary_ndims`: how many dims of a head are rotated.
-    - `spread`: over how many dims the inverse frequencies are spread.
-    - `head_dim`: how many dims a head has.
+    - `spread`: the number of dims that the inverse frequencies are computed for.
+    - `head_dim`: the dims per head.
 
     Raises:
         UsageError: `spread` is odd, which classes round differently.
     """
     if spread % 2:
-        raise UsageError(f"Its keys rotate {spread} of {head_dim} dims, an odd number no other class agrees on.")
+        raise UsageError(
+            f"Its keys rotate {spread} of {head_dim} dims, an odd number, which no other class rotates in the same way."
+        )
     share = rotary_ndims / head_dim
     # Classes multiply and cut off the fraction, so the share must not be smaller than the number asks for.
     share = share if int(head_dim * share) == rotary_ndims else math.nextafter(share, 2)

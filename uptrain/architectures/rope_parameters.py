@@ -1,7 +1,7 @@
-"""What config.json says of rotation, read as the family's own config class reads it, and written for both spellings.
+"""The rotary parameters of a config.json: read as the family's own config class does, and written for both spellings.
 
-transformers 5 has one section for it, `rope_parameters`. Before that the base and the share of rotated dims stood
-beside a section `rope_scaling`, which transformers 5 still prefers to `rope_parameters` where a config has both.
+transformers 5 has one section for them, `rope_parameters`. transformers 4 has a section `rope_scaling`, with the base
+and the share of rotated dims outside it. Where a config has both sections, transformers 5 prefers `rope_scaling`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ WORDS = (
     "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
     "rope_local_base_freq", "original_max_position_embeddings",
 )  # fmt: skip
-"""The keys of config.json that say how much is rotated and how fast."""
+"""The keys of config.json for the rotation."""
 
 STATIC = ("default", "linear", "llama3", "yarn")
-"""The rope types whose frequencies don't change with the text's length."""
+"""The rope types whose inverse frequencies don't change with the text's length."""
 
 OLDER_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """The rope types that transformers 4 knows."""
@@ -36,11 +36,11 @@ _LENGTH = "original_max_position_embeddings"
 _SHARE = "partial_rotary_factor"
 
 
-def rotary_parameters(family: Family, config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """Return what the family's config class makes of a config's rotary parameters, in transformers 5's words.
+def rotary_parameters(family: Family, config: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """Return a config's rotary parameters as the family's config class reads them, in the words of transformers 5.
 
-    The keys are layer types, or EVERY alone where all layers have the same. A share of rotated dims is there only
-    where the family's module looks at it. `where` names the config in errors.
+    The keys are layer types, or EVERY alone where all layers have the same parameters. A share of rotated dims is
+    included only where the family's module uses it. `name` is what the user called the model.
 
     Raises:
         CheckpointError: parameters that the class can't read.
@@ -49,9 +49,9 @@ def rotary_parameters(family: Family, config: Mapping[str, Any], where: str) -> 
         return {EVERY: {"rope_type": "default", "rope_theta": family.rotary.theta}}
     words = family.rotary
     if words.by_layer_type:
-        found = _by_layer_type(family, config, where)
+        found = _by_layer_type(family, config, name)
     else:
-        found = {EVERY: _flat(family, config, where)}
+        found = {EVERY: _flat(family, config, name)}
     for parameters in found.values():
         kind = parameters.pop("type", "default")
         kind = parameters.setdefault("rope_type", kind)
@@ -63,12 +63,12 @@ def rotary_parameters(family: Family, config: Mapping[str, Any], where: str) -> 
     return found
 
 
-def _flat(family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _flat(family: Family, config: Mapping[str, Any], name: str) -> dict[str, Any]:
     words, new = family.rotary, config.get("rope_parameters")
     found = dict(config.get("rope_scaling") or (words.whole if new is None else new))
     if any(isinstance(found.get(kind), Mapping) for kind in (FULL, SLIDING)):
         raise CheckpointError(
-            f"{where} has rotary parameters for each type of layer, which {family.class_name} doesn't read.",
+            f"{name} has rotary parameters for each type of layer, which {family.class_name} doesn't read.",
             "Say them once, for all layers.",
         )
     found.setdefault("rope_theta", config.get(words.theta_key, words.theta))
@@ -79,23 +79,22 @@ def _flat(family: Family, config: Mapping[str, Any], where: str) -> dict[str, An
     return found
 
 
-def _by_layer_type(family: Family, config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+def _by_layer_type(family: Family, config: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
     words, old = family.rotary, config.get("rope_scaling")
     merges = any(theta is not None for _, theta in words.by_layer_type.values())
     new = config.get("rope_parameters")
     if not merges:
-        # These classes have no words of transformers 4, and take one section for the other.
+        # These classes have no keys of transformers 4, and read either section as the other.
         new = config.get("rope_scaling", words.whole if new is None else new)
     given = new or {}
     for kind in words.by_layer_type:
         if not isinstance(given.get(kind) or {}, Mapping):
-            raise CheckpointError(f"{where} has rotary parameters of {kind} {given[kind]!r:.100}, not an object.")
+            raise CheckpointError(f"{name} has rotary parameters of {kind} {given[kind]!r:.100}, not an object.")
     found = {kind: dict(given.get(kind) or {"rope_type": "default"}) for kind in words.by_layer_type}
     if merges and old is not None:
         if new is not None and not isinstance(given.get(FULL), Mapping):
             raise CheckpointError(
-                f"{where} has rope_scaling beside rope_parameters without {FULL}, which {family.class_name} "
-                "can't read.",
+                f"{name} has rope_scaling, and rope_parameters without {FULL}, which {family.class_name} can't read.",
                 "Leave one of them out.",
             )
         found[FULL].update(old)
@@ -110,7 +109,7 @@ def _by_layer_type(family: Family, config: Mapping[str, Any], where: str) -> dic
 
 
 def _set_length(parameters: dict[str, Any], family: Family, config: Mapping[str, Any]) -> None:
-    """Put in the length that scaling starts from; the classes prefer one that stands beside the parameters."""
+    """Add the length from which scaling starts; the classes prefer the one outside the section."""
     known = {**family.defaults, **config}
     longest = known.get(family.keys.max_position_embeddings)
     if _LENGTH in known and not family.rotary.by_layer_type:
@@ -119,24 +118,29 @@ def _set_length(parameters: dict[str, Any], family: Family, config: Mapping[str,
         parameters.setdefault(_LENGTH, longest)
 
 
-def rotated_dims(family: Family, parameters: Mapping[str, Any], head_dim: int, where: str) -> tuple[int | None, int]:
-    """Return how many of a head's dims are rotated, None for all, and the dims that the frequencies are spread over.
+def rotated_dims(family: Family, parameters: Mapping[str, Any], head_dim: int, name: str) -> tuple[int | None, int]:
+    """Return the rotated dims per head (None for all), and the dims that inverse frequencies are computed for.
 
-    They differ where the share comes to an odd number: dims are rotated in pairs, so the class rounds up.
+    The two differ where the share gives an odd number: dims are rotated in pairs, so the class rounds up.
+
+    - `family`: the model's family.
+    - `parameters`: the rotary parameters, as `rotary_parameters` gives them.
+    - `head_dim`: the dims per head.
+    - `name`: what the user called the model.
 
     Raises:
-        CheckpointError: a share that is none, or that the family's module can't compute with.
+        CheckpointError: the share is not between 0 and 1, or the family's module can't compute with it.
     """
     share = parameters.get(_SHARE)
     share = 1 if share is None else share
     if type(share) not in (int, float) or not 0 < share <= 1:
-        raise CheckpointError(f"{where} has {_SHARE} {share!r}, not a share of each head's dims.")
-    # This rope type turns the other dims too, by nothing.
+        raise CheckpointError(f"{name} has {_SHARE} {share!r}, not a share of each head's dims.")
+    # This rope type rotates the other dims too, by an angle of 0.
     if share == 1 or parameters["rope_type"] == "proportional":
         return None, head_dim
     if not family.rotary.partly:
         raise CheckpointError(
-            f"{where} has {_SHARE} {share} with rope_type {parameters['rope_type']}, but {family.class_name} "
+            f"{name} has {_SHARE} {share} with rope_type {parameters['rope_type']}, but {family.class_name} "
             "rotates all of each head.",
             f"Leave {_SHARE} out.",
         )
@@ -145,7 +149,7 @@ def rotated_dims(family: Family, parameters: Mapping[str, Any], head_dim: int, w
 
 
 def layer_types(config: Mapping[str, Any], windows: list[int | None]) -> list[str]:
-    """Return each layer's type: what the config lists, else what follows from the layers' windows."""
+    """Return each layer's type: as the config lists it, else from the layers' windows."""
     listed = config.get("layer_types")
     if isinstance(listed, list) and len(listed) == len(windows):
         return [str(kind) for kind in listed]
@@ -155,8 +159,8 @@ def layer_types(config: Mapping[str, Any], windows: list[int | None]) -> list[st
 def write_rotation(config: dict[str, Any], parameters: Mapping[str, Any], older: tuple[str, ...] = OLDER_TYPES) -> None:
     """Write rotary parameters into a config of one kind of layer, so that transformers 5 and 4 read the same.
 
-    `older` are the rope types that transformers 4's class reads. Of another it gets a base of null, at which it stops:
-    without it, it would take its own and say nothing.
+    `older` are the rope types that the class in transformers 4 reads. For another rope type it gets a base of null, at
+    which it stops. Without that it would use its default base silently.
     """
     for word in WORDS:
         config.pop(word, None)
@@ -175,6 +179,6 @@ def write_rotation(config: dict[str, Any], parameters: Mapping[str, Any], older:
 
 
 def with_rotation(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the rotation of another."""
+    """Return a config with the rotary parameters of another config."""
     found = {key: value for key, value in config.items() if key not in WORDS}
     return {**found, **{key: other[key] for key in WORDS if key in other}}

@@ -1,4 +1,4 @@
-"""The dtype that a checkpoint's model runs in, and so what a value in its cache takes."""
+"""The dtype in which a checkpoint's model runs, and so the bytes per cached value."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS
 
 
 def cached_itemsize(config: Mapping[str, Any], stored: Iterable[str]) -> int:
-    """Return the bytes of a cached value: of config.json's dtype, else of the first floating one that is `stored`.
+    """Return the bytes per cached value: in config.json's dtype, else in the first floating-point dtype of `stored`.
 
-    `stored` are safetensors dtypes. Floats of 8 bits are only ever stored; where nothing else is known, a value takes
-    16 bits.
+    `stored` are safetensors dtypes. No model runs in 8-bit floats, so those are skipped. Where nothing else is known, a
+    value has 16 bits.
 
     Source: transformers, `PreTrainedModel.from_pretrained`, argument `dtype="auto"`.
     """

@@ -1,4 +1,4 @@
-"""The words the table of families is written in: where a family's attention lives and how it runs. Types only."""
+"""The fields of an entry in the table of families: where a family's attention is and how it works. Types only."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Packing(Enum):
     GROUPED = "grouped"
     """One projection; per key/value head its query heads, its key, its value."""
     BLOCKS = "four blocks"
-    """One projection in four blocks, each the queries, then the values, then the keys of a quarter of the heads."""
+    """One projection in four blocks: the queries, then the values, then the keys of a quarter of the heads."""
 
 
 class Position(Enum):
-    """What tells attention where a token stands."""
+    """How attention encodes the position of a token."""
 
     ABSOLUTE = "absolute positions"
     ROTARY = "rotary"
@@ -43,7 +43,7 @@ class Position(Enum):
 
 
 class Sliding(Enum):
-    """Which layers look back only `sliding_window` tokens when the config doesn't list `layer_types`."""
+    """Which layers have the sliding window, where the config lists no `layer_types`."""
 
     NEVER = "never"
     ALL = "all"
@@ -75,7 +75,7 @@ class Projections:
 
 @dataclass(frozen=True)
 class ConfigKeys:
-    """What the family's config.json calls the field's words."""
+    """Maps standard config names (hidden_size, …) to this family's names."""
 
     hidden_size: str = "hidden_size"
     num_hidden_layers: str = "num_hidden_layers"
@@ -85,31 +85,33 @@ class ConfigKeys:
     multi_query: str | None = None
     """A flag that means one key/value head when it is true."""
     grouped: str | None = None
-    """A flag without which the family has no groups, only one key/value head or all; it overrides `multi_query`."""
+    """A flag: where it is off, the family has one key/value head or all of them. It overrides `multi_query`."""
     rotary_share: str = "partial_rotary_factor"
-    """The share of a head's dims that are rotated, where rotary parameters don't say it."""
+    """The share of a head's dims that is rotated, where the rotary parameters don't say it."""
     rotary_ndims: str | None = None
-    """The number of a head's dims that are rotated, in families that count them."""
+    """The number of rotated dims per head, in families that give a number instead of a share."""
     alibi: str | None = None
-    """A flag that means ALiBi in place of the family's position."""
+    """A flag that replaces the family's position with ALiBi."""
     latent: bool = False
-    """Whether the field's words for a latent (kv_lora_rank, …) say what is cached."""
+    """Whether the config has the sizes of a latent (kv_lora_rank, …)."""
     vocab_size: str = "vocab_size"
     max_position_embeddings: str = "max_position_embeddings"
     initializer_range: str = "initializer_range"
-    """The deviation that fresh weights are drawn with."""
+    """The standard deviation of new random weights."""
     initializer_factor: str | None = None
-    """In families that draw by width, what 1/√hidden_size is multiplied by for that."""
+    """In families whose deviation depends on the width: what multiplies 1/√hidden_size."""
     attention_heads_by_layer: str | None = None
-    """A list of every layer's attention heads, where they differ; it overrides `num_attention_heads`."""
+    """A list with each layer's number of query heads, where they differ. It overrides `num_attention_heads`."""
 
 
 @dataclass(frozen=True)
 class KeyNorm:
     """A norm on the keys after their projection, relative to the layer's attention.
 
-    `flag` is the config key that turns it on, if it isn't always there. With `by_head` its weight has an entry for
-    every dim of every key head, and so is pooled with the heads; a "{head}" in `module` gives each head its own.
+    Attributes:
+        module: the norm's module; a "{head}" in it means one module per head.
+        flag: the config key that turns the norm on, empty where it is always there.
+        by_head: whether the weight has an entry per dim of each key head. Such a weight is pooled with the heads.
     """
 
     module: str = "k_norm"
@@ -118,7 +120,7 @@ class KeyNorm:
 
     @property
     def query_module(self) -> str:
-        """Name the norm on the queries, which stands beside the one on the keys."""
+        """Name the norm on the queries that belongs to the one on the keys."""
         return self.module.replace("key", "query") if "key" in self.module else "q" + self.module.removeprefix("k")
 
 
@@ -126,9 +128,12 @@ class KeyNorm:
 class Vocabulary:
     """Where a family's token embedding and head are, and when the two are one matrix.
 
-    `table` is the embedding's name below the prefix, and `heads` are the head's names, newest first. `tied` is what the
-    config class assumes of `tie_word_embeddings`; classes with `always` tie whatever config.json says. With `more` the
-    flag decides about other tensors or scales too, so no result changes it.
+    Attributes:
+        table: the embedding's name below the prefix.
+        heads: the names of the head, newest first.
+        tied: the config class's default for `tie_word_embeddings`.
+        always: whether the class ties the two whatever config.json says.
+        more: whether the flag decides about other tensors or scales too, so that no result may change it.
     """
 
     table: str = "embed_tokens.weight"
@@ -143,12 +148,16 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class RopeSettings:
-    """How a family's config class reads what config.json says of rotation, where families differ.
+    """How a family's config class reads the rotary parameters of config.json, where families differ.
 
-    `theta` is the base of a silent config, and `theta_key` its word beside the rotary parameters. With `partly` a
-    module rotates the share of each head's dims that it is given; others rotate all. `by_layer_type` families have
-    parameters for each type of layer, and here each one's word for its base and the base of a silent config. `whole`
-    are the parameters of a config that has no `rope_parameters`, `renamed` what a class takes a rope_type for.
+    Attributes:
+        theta: the base where the config gives none.
+        theta_key: the config key of the base, outside the section of rotary parameters.
+        partly: whether the module rotates the given share of each head's dims; others rotate all dims.
+        by_layer_type: in families with parameters per type of layer, each type's config key for its base, and its base
+            where the config gives none.
+        whole: the parameters of a config without `rope_parameters`.
+        renamed: rope types that the class reads as other rope types.
     """
 
     theta: float = 10_000.0
@@ -171,7 +180,7 @@ class Family:
     class_name: str
     layer: str = "{prefix}layers.{layer}.self_attn."
     cross: str = ""
-    """Where a layer's attention over an encoder's output is, in decoders that read one."""
+    """The name of a layer's attention over an encoder's output, in decoders that read one."""
     auto_class: str = "AutoModelForCausalLM"
     """Which of transformers' Auto classes loads it."""
     prefixes: tuple[str, ...] = ("model.", "")
@@ -179,39 +188,39 @@ class Family:
     keys: ConfigKeys = ConfigKeys()
     position: Position = Position.ROTARY
     partial_rotary_factor: float = 1.0
-    """The share of a head's dims that are rotated, where the config is silent."""
+    """The share of a head's dims that is rotated, where the config gives none."""
     rotary: RopeSettings = RopeSettings()
     rotates_sliding_only: bool = False
-    """Whether the layers that look back all the way see no rotation."""
+    """Whether the layers without a sliding window have no rotation."""
     key_norm: KeyNorm | None = None
     sliding: Sliding = Sliding.NEVER
     sliding_flag: bool = False
-    """Whether layers slide only if the config says `use_sliding_window`."""
+    """Whether layers have a sliding window only if the config sets `use_sliding_window`."""
     sliding_window_pattern: int = 2
-    """What the config class assumes where the config is silent."""
+    """The config class's default."""
     vocabulary: Vocabulary = Vocabulary()
     buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    """What the config class assumes where config.json is silent."""
+    """The config class's defaults."""
     older: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-    """Config keys and what older checkpoints call them, which the config class still reads."""
+    """Config keys, and their names in older checkpoints, which the config class still reads."""
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
-    """Config keys, with a dot where they lead into a section, the value that can't be converted, and why."""
+    """Config keys (with a dot where they lead into a section), the value that can't be converted, and the reason."""
     pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-    """Config keys that, when set, rule out methods that change queries and output, and why."""
+    """Config keys that, when set, exclude methods that change queries and output, and the reason."""
     fixed_order: str = ""
-    """Why no head can take another's place, beyond norms and ALiBi; empty where each can."""
+    """Why heads can't be reordered, apart from norms and ALiBi; empty where they can."""
     head_indices: Mapping[str, bool] = field(default_factory=lambda: _NOTHING)
-    """Keys of generation_config.json that list pairs of layer and query head; true where cross-attention is meant."""
+    """Keys of generation_config.json that list pairs of layer and query head; true where they mean cross-attention."""
     uncalibrated: str = ""
-    """Why no layer can be run alone, which calibration does; empty where it can."""
+    """Why calibration can't run a layer alone; empty where it can."""
     native: bool = True
     expanded: str = ""
-    """The config flag under which transformers' class caches a copy for every query head."""
+    """The config flag with which transformers' class caches a copy for every query head."""
 
     def for_model(self, model_type: str, class_name: str, **changes: Any) -> Family:
-        """Return the same layout under another `model_type`, with the given fields changed."""
+        """Return the same entry under another `model_type`, with the given fields changed."""
         return replace(self, model_type=model_type, class_name=class_name, **changes)
 
     def for_own_class(self, own: OwnClass, **changes: Any) -> Family:
@@ -225,20 +234,20 @@ class Family:
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """Return where each of a layer's attentions is: its own and, in decoders that read an encoder, that one."""
+        """Return the names of a layer's attentions: its own and, in decoders that read an encoder, that one."""
         return (self.layer, self.cross) if self.cross else (self.layer,)
 
     def attention(self, prefix: str, index: int) -> str:
-        """Name the model's attention number `index`, counted over all of a layer's before the next layer's."""
+        """Name the model's attention number `index`; all attentions of a layer count before those of the next."""
         layer, which = divmod(index, len(self.attentions))
         return self.attentions[which].format(prefix=prefix, layer=layer)
 
     def inside(self) -> tuple[str, str]:
-        """Return where the list of layers is below the prefix ("layers"), and the attention in one ("self_attn")."""
+        """Return the name of the list of layers ("layers"), and of the attention in a layer ("self_attn")."""
         path, _, attention = self.layer.removeprefix("{prefix}").partition(".{layer}.")
         return path, attention.removesuffix(".")
 
     def place(self, index: int) -> str:
-        """Say for people where the model's attention number `index` is: "3", or "3, cross"."""
+        """Return where the model's attention number `index` is, for people: "3", or "3, cross"."""
         layer, which = divmod(index, len(self.attentions))
         return f"{layer}, cross" if which else str(layer)

@@ -1,4 +1,4 @@
-"""Say what a checkpoint of an unknown model type is: a wrapper around other models, or a misspelt family."""
+"""Explain a checkpoint of an unknown model type: a wrapper around other models, or a misspelt family."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from uptrain.architectures.wrappers import WRAPPERS
 from uptrain.errors import UsageError, did_you_mean
 
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config", "decoder")
-"""Where the configs of wrappers describe their text tower, the surest first."""
+"""The sections in which wrappers' configs describe their language model, the most certain first."""
 OTHER_SECTIONS = ("vision_config", "audio_config", "visual", "vision_tower_config", "speech_config")
-"""Sections that only wrappers have; some of those keep their text tower's values beside them."""
+"""Sections that only wrappers have. Some of those wrappers keep their language model's values outside any section."""
 ALIKE = 0.85
-"""How alike a misspelt model type is to the family that is meant."""
+"""The least similarity of a misspelt model type and the family that is meant, of at most 1."""
 
 
 def refuse_unknown(config: Mapping[str, Any], where: str) -> UsageError:
-    """Return the refusal of a config whose model_type is none of the table's; `where` names the config."""
+    """Return the refusal of a config whose model_type is not in the table; `where` names the config."""
     model_type = config.get("model_type")
     wrapper = WRAPPERS.get(model_type) if isinstance(model_type, str) else None
     if wrapper is not None and not isinstance(config.get(wrapper.section), Mapping):
@@ -42,9 +42,9 @@ def refuse_unknown(config: Mapping[str, Any], where: str) -> UsageError:
 
 
 def sections_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """Map the sections of a wrapper's config that describe whole models to their model types, empty if unsaid.
+    """Map the sections of a wrapper's config that describe whole models to their model types, empty if not given.
 
-    A config without such sections is no wrapper's.
+    A config without such sections is not a wrapper's.
     """
     found = {}
     for key, section in config.items():
@@ -55,7 +55,12 @@ def sections_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse_wrapper(config: Mapping[str, Any], where: str, verb: str) -> UsageError:
-    """Return the refusal of a wrapper's config, which names its text tower; `verb` is what can't be done with it."""
+    """Return the refusal of a wrapper's config, which names its language model.
+
+    - `config`: the wrapper's config.
+    - `where`: what the user called it.
+    - `verb`: what can't be done with it.
+    """
     model_type, wrapped = config.get("model_type"), sections_of(config)
     parts = ", ".join(f"{key} ({said})" if said else key for key, said in wrapped.items())
     tower = next((key for key in TEXT_SECTIONS if key in wrapped), "")
@@ -73,7 +78,7 @@ def refuse_wrapper(config: Mapping[str, Any], where: str, verb: str) -> UsageErr
 
 
 def _meant(model_type: str) -> str:
-    """Return a question that names the family which a model type misspells, empty where it may be another's name."""
+    """Return a question that names the family which a model type misspells; empty where it may be another model."""
     plain = {_plain(name): name for name in FAMILIES}
     same = plain.get(_plain(model_type))
     if same is not None:
@@ -90,12 +95,12 @@ def _plain(name: str) -> str:
 
 
 def _numbers(name: str) -> list[str]:
-    # Another number is another generation of the family, no slip of the finger.
+    # Another number is another generation of the family, not a typing error.
     return re.findall(r"\d+", name)
 
 
 def _known_to_transformers() -> Collection[str]:
-    """Return all words that transformers' tables of models quote, without importing it; empty where it isn't there."""
+    """Return all quoted words of transformers' tables of models, without importing it; empty if it isn't installed."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         return frozenset()

@@ -1,4 +1,4 @@
-"""Check the kinds of config.json's values before anything computes with them: a checkpoint is untrusted input."""
+"""Check the kinds of config.json's values before any code computes with them: a checkpoint is untrusted input."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from uptrain.errors import CheckpointError
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
-"""What config.json calls the dtype of weights: transformers 5, and before."""
+"""The keys of config.json for the dtype of weights: in transformers 5, and before."""
 
 MOST = 2**31 - 1
-"""The largest whole number that a config may say of anything."""
+"""The largest whole number that a config may hold."""
 MOST_LAYERS = 10_000
 MOST_HEADS = 65_536
 MOST_HEAD_DIM = 65_536
-"""Far beyond any model, and small enough to list."""
+"""More than any model has, and few enough to list."""
 
 
 def _number(value: Any) -> bool:
@@ -54,7 +54,7 @@ KINDS: Mapping[str, _Kind] = MappingProxyType({
     "rope_parameters": OBJECT, "rope_scaling": OBJECT, "attn_config": OBJECT,
     "tie_word_embeddings": FLAG, "quantization_config": OBJECT,
 })  # fmt: skip
-"""What config.json's keys hold, where they aren't null."""
+"""The kind of value of config.json's keys, where they aren't null."""
 
 ROPE_KINDS: Mapping[str, _Kind] = MappingProxyType({
     **dict.fromkeys(("rope_type", "type"), TEXT),
@@ -64,16 +64,16 @@ ROPE_KINDS: Mapping[str, _Kind] = MappingProxyType({
         NUMBER,
     ),
 })  # fmt: skip
-"""What the section of rotary parameters holds, where it isn't null."""
+"""The kind of value in the section of rotary parameters, where it isn't null."""
 
 NEVER_NULL = frozenset({"max_window_layers", "rms_norm_eps"})
 
 
 def check_kinds(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config with a value of another kind than its key holds; `where` names the config.
+    """Refuse a config with a value of the wrong kind; `where` names the config.
 
     Raises:
-        CheckpointError: such a value.
+        CheckpointError: there is such a value.
     """
     _check(config, KINDS, where)
     for section in ("rope_parameters", "rope_scaling"):
@@ -87,10 +87,15 @@ def _check(values: Mapping[str, Any], kinds: Mapping[str, _Kind], where: str) ->
 
 
 def check_most(value: int, most: int, what: str, where: str) -> None:
-    """Refuse a size that no model has, before as many things are listed.
+    """Refuse a size that no model has, before a list of that length is made.
+
+    - `value`: the size.
+    - `most`: the largest size that is accepted.
+    - `what`: what is counted.
+    - `where`: what the user called the model.
 
     Raises:
         CheckpointError: `value` is more than `most`.
     """
     if value > most:
-        raise CheckpointError(f"{where} has {value:,} {what}, more than the {most:,} that uptrain takes for real.")
+        raise CheckpointError(f"{where} has {value:,} {what}, more than the {most:,} that uptrain accepts.")

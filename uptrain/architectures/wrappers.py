@@ -1,7 +1,7 @@
-"""Classes that wrap a language model together with others, and where it stands in their configs and files.
+"""Classes that wrap a language model together with other models, and its place in their configs and files.
 
-Whoever opens a wrapper's checkpoint sees its language model's config, and tensors of which most are others'. What is
-written is the wrapper's config again, with that model's section changed.
+A wrapper's checkpoint is described by its language model's config; many of its tensors belong to the other models. A
+result gets the wrapper's config again, with the section of the language model changed.
 """
 
 from __future__ import annotations
@@ -22,23 +22,30 @@ TIED = "tie_word_embeddings"
 BODIES = (
     "language_model.model.", "model.language_model.", "model.text_model.", "language_model.", "text_model.",
 )  # fmt: skip
-"""What starts the names of a wrapped body: as transformers writes it, as its classes call it, and in a body alone."""
+"""How the names of a wrapped body begin: as transformers writes them, as its classes name them, and without a head."""
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 _ABOUT_ALL = ("architectures", "quantization_config", "compression_config", "quantization")
-"""What a wrapper's config says of the language model too."""
+"""Keys of a wrapper's config that apply to the language model too."""
 _NOT_THE_SECTION_S = frozenset(("model_type", TIED, *_ABOUT_ALL, *DTYPE_KEYS))
-"""What no result changes in the section, or changes everywhere."""
+"""Keys that a result never changes in the section, or changes in every section."""
 
 
 @dataclass(frozen=True)
 class Wrapper:
     """A class of transformers that wraps a language model.
 
-    `text` is the model type of that model where its section doesn't say one, and `tied` what the class assumes of
-    `tie_word_embeddings`, which it looks for beside the section; with `tied_by_section` it ties too where the section
-    says so. Classes that read `both_ways` show their language model what comes before the answer both ways, and cache
-    it all the same. `section` is where the config describes the language model.
+    Attributes:
+        model_type: the wrapper's model type.
+        text: the language model's type, where its section gives none.
+        tied: the class's default for `tie_word_embeddings`, which it reads outside the section.
+        tied_by_section: whether the class also ties where the section says so.
+        both_ways: whether the language model attends in both directions to the tokens before the answer. They are
+            cached all the same.
+        section: the key under which the config describes the language model.
+        auto_class: the Auto class of transformers that loads the wrapper.
+        bodies: the prefixes that the language model's body can have.
+        heads: the names that its head can have.
     """
 
     model_type: str
@@ -85,14 +92,14 @@ WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Tower:
-    """The language model in a wrapper's checkpoint; `whole` is the wrapper's config.json."""
+    """The place of the language model in a wrapper's checkpoint; `whole` is the wrapper's config.json."""
 
     wrapper: Wrapper
     whole: Mapping[str, Any]
 
     @property
     def config(self) -> dict[str, Any]:
-        """Return the language model's own config, with what the wrapper's says of it."""
+        """Return the language model's own config, with the keys of the wrapper's config that apply to it."""
         section = self.whole[self.wrapper.section]
         config = {key: value for key, value in section.items() if key not in ("architectures", *DTYPE_KEYS)}
         if self.wrapper.both_ways:
@@ -109,17 +116,16 @@ class Tower:
         return section.get(TIED, FAMILIES[_text_type(self.wrapper, section)].vocabulary.tied)
 
     def named(self, family: Family) -> Family:
-        """Return the language model's family with the names that it has in the wrapper."""
+        """Return the language model's family with the tensor names that it has in the wrapper."""
         return replace(family, prefixes=self.wrapper.bodies)
 
     def placed(self, family: Family, where: str) -> Family:
-        """Return what a conversion needs to know of the language model; `where` names the config.
+        """Return the entry of the language model's family as it is inside the wrapper; `where` names the config.
 
-        That is its family, with the names that it has in the wrapper. No other class can hold its results, and the
-        wrapper decides what is tied.
+        It has the wrapper's tensor names. No other class can hold its results, and the wrapper decides what is tied.
 
         Raises:
-            UsageError: its class can't have fewer key/value heads.
+            UsageError: the language model's class can't have fewer key/value heads.
         """
         if not family.native or family.targets.get("gqa") or family.keys.latent:
             raise UsageError(
@@ -137,7 +143,7 @@ class Tower:
         )
 
     def around(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the wrapper's config around a result's config of its language model."""
+        """Return the wrapper's config with the section of the language model changed to a result's config."""
         before = self.config
         changed = {key: value for key, value in config.items() if key not in before or before[key] != value}
         section = {key: value for key, value in changed.items() if key not in _NOT_THE_SECTION_S}
@@ -149,7 +155,7 @@ class Tower:
 
 
 def tower_in(config: Mapping[str, Any]) -> Tower | None:
-    """Return the language model that a config wraps, None where it is no known wrapper's or of no known family."""
+    """Return the language model that a config wraps; None if the wrapper or the model's family is unknown."""
     model_type = config.get("model_type")
     wrapper = WRAPPERS.get(model_type) if isinstance(model_type, str) else None
     section = config.get(wrapper.section) if wrapper else None
@@ -159,16 +165,20 @@ def tower_in(config: Mapping[str, Any]) -> Tower | None:
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of the language model in a config.json, which is that itself where nothing wraps it."""
+    """Return the config of the language model in a config.json: the config itself where nothing wraps the model."""
     tower = tower_in(config)
     return config if tower is None else tower.config
 
 
 def check_unwrapped(config: Mapping[str, Any], name: str, verb: str) -> None:
-    """Refuse a wrapper where only language models will do; `verb` is what can't be done with it.
+    """Refuse a wrapper where only a language model is accepted.
+
+    - `config`: the config.json.
+    - `name`: what the user called the model.
+    - `verb`: what can't be done with a wrapper.
 
     Raises:
-        UsageError: it is one.
+        UsageError: it is a wrapper.
     """
     wrapper = WRAPPERS.get(str(config.get("model_type")))
     if wrapper is not None:
@@ -186,7 +196,7 @@ def _text_type(wrapper: Wrapper, section: Mapping[str, Any]) -> str:
 
 
 def _with_dtype(value: Any, dtype: str) -> Any:
-    """Write a dtype into a section that names one."""
+    """Return a section with its dtype replaced, where it names one."""
     if not isinstance(value, Mapping):
         return value
     return {**value, **{key: dtype for key in DTYPE_KEYS if key in value}}

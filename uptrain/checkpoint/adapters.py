@@ -1,4 +1,4 @@
-"""Name adapters: a folder that is one is no model, and beside a model transformers would load it on top, silently."""
+"""Refuse adapters: an adapter alone is not a model, and transformers silently loads one on top of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uptrain.checkpoint.weight_files import ORDER
 from uptrain.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""Where this file stands, transformers loads an adapter if peft is installed. Source: transformers, `peft_utils`."""
+"""The file from which transformers loads an adapter, if peft is installed. Source: transformers, `peft_utils`."""
 
 _AUTO_CLASSES: Mapping[str, str] = MappingProxyType(
     {
@@ -28,18 +28,18 @@ _ADDED_TO_INPUTS = frozenset(
         "P_TUNING", "XLORA",
     )
 )  # fmt: skip
-"""Kinds that peft can't merge: they add tokens or routes, and change no weight."""
+"""Kinds that peft can't merge: they add tokens or routes and change no weight."""
 
 _SAFE = re.compile(r"[\w./~+@ -]+")
 
 
 def refuse_adapter(path: Path, names: Collection[str] | None = None) -> None:
-    """Refuse a folder with an adapter in it, alone or beside a model, and say how to merge it.
+    """Refuse a folder with an adapter in it, alone or with a model, and say how to merge it.
 
-    `names` are the files of the repository that `path` holds a part of; None means that it holds all.
+    `names` are the files of the repository, where `path` holds only a part of them; None means that it holds all.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: there is an adapter.
     """
     if not (path / ADAPTER_CONFIG).is_file():
         return
@@ -51,7 +51,7 @@ def refuse_adapter(path: Path, names: Collection[str] | None = None) -> None:
     names = [entry.name for entry in path.iterdir()] if names is None else names
     if "config.json" in names and any(weights in names for weights in ORDER):
         raise CheckpointError(
-            f"{name} holds an adapter beside a model, which transformers loads on top of it: {ADAPTER_CONFIG}.",
+            f"{name} holds an adapter with a model, and transformers loads it on top of the model: {ADAPTER_CONFIG}.",
             f"Move adapter_* to a folder of their own, then {_merge(config, name, name, f'{name}-adapter', kind)} "
             f"Where it is merged into the weights already, or isn't wanted, just remove {ADAPTER_CONFIG}.",
         )
@@ -63,13 +63,13 @@ def refuse_adapter(path: Path, names: Collection[str] | None = None) -> None:
 
 
 def _merge(config: Mapping[str, Any], name: str, base: Any, adapter: str, kind: str) -> str:
-    """Return the words that say how to merge; what a file says goes into the command only where a shell can't run it.
+    """Return a sentence on how to merge; text from a file goes into the command only where a shell can't run it.
 
-    config: adapter_config.json.
-    name: the folder; the merged model is to stand beside it.
-    base: where the base model is.
-    adapter: where the adapter is, by then.
-    kind: the adapter's kind.
+    - `config`: adapter_config.json.
+    - `name`: the adapter's folder, which gives the merged model its name.
+    - `base`: where the base model is.
+    - `adapter`: where the adapter will be.
+    - `kind`: the adapter's kind.
     """
     if kind in _ADDED_TO_INPUTS:
         return f"use its base model alone: an adapter of kind {kind} can't be merged into weights."

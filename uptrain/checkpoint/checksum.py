@@ -16,7 +16,7 @@ from uptrain.errors import CheckpointError
 ALGORITHMS: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
 DEFAULT = "blake3"
 CHUNK = 2**20
-"""Bytes read at a time: small enough to stay in cache between reading, hashing and writing."""
+"""Bytes per read: few enough to stay in the processor's cache between reading, hashing and writing."""
 
 
 _spare = threading.local()
@@ -24,7 +24,7 @@ _spare = threading.local()
 
 @contextmanager
 def borrowed_buffer() -> Iterator[memoryview]:
-    """Lend a buffer of CHUNK bytes; a fresh one a tensor would cost more in page faults than reading does."""
+    """Lend a buffer of CHUNK bytes; the page faults of a new buffer per tensor would take longer than reading."""
     buffers: list[memoryview] = _spare.__dict__.setdefault("buffers", [])
     buffer = buffers.pop() if buffers else memoryview(bytearray(CHUNK))
     try:
@@ -50,7 +50,11 @@ class Checksum:
 
 
 def checksum_file(path: Path, algorithm: str = DEFAULT, stopped: Callable[[], bool] = lambda: False) -> str:
-    """Return the digest of the file `path`; gives up early, with a useless digest, once `stopped()`.
+    """Return the digest of the file `path`.
+
+    - `path`: the file.
+    - `algorithm`: one of ALGORITHMS.
+    - `stopped`: once it returns True, reading stops and the digest is meaningless.
 
     Raises:
         CheckpointError: the file can't be read.
@@ -66,13 +70,13 @@ def checksum_file(path: Path, algorithm: str = DEFAULT, stopped: Callable[[], bo
 
 
 def algorithm_of(text: str) -> str:
-    """Return the algorithm that a digest text names, or an empty string when it names none we know."""
+    """Return the algorithm that a digest's text names, empty where it names none of ALGORITHMS."""
     name = text.partition(":")[0]
     return name if name in ALGORITHMS else ""
 
 
 class FollowingChecksum:
-    """The digest of a whole file, fed with the spans that a copy reads anyway; it reads only what lies between."""
+    """The digest of a whole file, fed with the spans that a copy reads anyway; only the rest is read for it."""
 
     def __init__(self, path: Path, algorithm: str = DEFAULT) -> None:
         self._path = path
@@ -80,7 +84,7 @@ class FollowingChecksum:
         self._position = 0
 
     def follow(self, start: int, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
-        """Pass on the bytes of the file from `start`, digesting them; spans behind the position only pass."""
+        """Yield the bytes of the file from `start` on, and digest them; a span before the position is not digested."""
         ahead = start >= self._position
         if ahead:
             self._read_until(start)
@@ -91,7 +95,7 @@ class FollowingChecksum:
             yield chunk
 
     def text(self) -> str:
-        """Read what is left and return the digest as `algorithm:hex`.
+        """Read the rest of the file and return the digest as `algorithm:hex`.
 
         Raises:
             CheckpointError: the file can't be read or became shorter.

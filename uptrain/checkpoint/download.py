@@ -1,4 +1,4 @@
-"""Download of a Hub repository what is read, and nothing else: its weights once, and what goes along with them."""
+"""Download the files of a Hub repository that are read: its weights, and the files copied with them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from uptrain.checkpoint.weight_files import PICKLE_INDEX, PICKLE_SINGLE, SINGLE,
 from uptrain.errors import CheckpointError
 
 _LOOKED_AT = (MANIFEST, MODULES, "adapter_config.json")
-"""What says where a model comes from and of which kind it is, beside its configs."""
+"""Files, besides configs, that say where a model comes from and of which kind it is."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What of a repository lies in the Hub's cache: its folder, and the names of all files of the repository.
+    """The part of a repository that is in the Hub's cache.
 
-    Those are None where neither the Hub nor the cache has a list of them.
+    Attributes:
+        folder: the cached files.
+        listed: the names of all files of the repository, None where neither the Hub nor the cache lists them.
     """
 
     folder: Path
@@ -31,12 +33,17 @@ class Snapshot:
 
 
 def download(model: str, revision: str | None, allow_pickle: bool, weights: bool) -> Snapshot:
-    """Download what converting `model` reads; without `weights`, what looking at it does.
+    """Download the files that a conversion of `model` reads.
 
-    What the cache has is not asked for again; without a network it must have all weights.
+    A file in the cache is not requested again. Without a network the cache must hold all weights.
+
+    - `model`: the repository's id.
+    - `revision`: a branch, tag or commit, None for the main branch.
+    - `allow_pickle`: whether the user trusts `.bin` weights.
+    - `weights`: whether to download the weights too; without them, the files that `inspect` reads.
 
     Raises:
-        CheckpointError: the Hub can't be asked, and weights are missing in its cache.
+        CheckpointError: the Hub can't be reached, and weights are missing in its cache.
         HfHubHTTPError: as huggingface_hub's client.
     """
     from huggingface_hub import snapshot_download
@@ -45,16 +52,16 @@ def download(model: str, revision: str | None, allow_pickle: bool, weights: bool
     folder = Path(snapshot_download(model, revision=revision, allow_patterns=[CONFIG]))
     listed = _listed(model, folder.name)
     asked: set[str] = set()
-    # What is wanted shows step by step: an index names its shards, a module what it imports.
+    # Files name further files: an index names its shards, a module what it imports.
     while listed is not None:
         wanted = _wanted(folder, listed, allow_pickle, weights)
         missing = {name for name in wanted if name in listed and not (folder / name).is_file()}
         if missing <= asked:
             break
         asked |= missing
-        with suppress(LocalEntryNotFoundError):  # without a network; what is missing then is said below
+        with suppress(LocalEntryNotFoundError):  # without a network; missing files are refused below
             snapshot_download(model, revision=folder.name, allow_patterns=list(map(glob.escape, sorted(missing))))
-    # Any other folder is that of somebody who stands in for the Hub's client.
+    # Any other folder comes from a replacement of the Hub's client.
     if folder.parent.name == "snapshots" and (weights or listed is None):
         names = [CONFIG] if not (folder / CONFIG).is_file() and listed is None else []
         refuse_missing(model, [*names, *missing_weights(folder, listed, allow_pickle)])
@@ -62,7 +69,7 @@ def download(model: str, revision: str | None, allow_pickle: bool, weights: bool
 
 
 def _listed(model: str, commit: str) -> tuple[str, ...] | None:
-    """Return the names of a repository's files at a commit, None where that can't be known here."""
+    """Return the names of a repository's files at a commit, None where they can't be known."""
     try:
         # Newer clients write the list, which never changes, into the cache, so where there is none the Hub was not
         # reached: asking again would wait for it once more.
@@ -83,9 +90,9 @@ def _listed(model: str, commit: str) -> tuple[str, ...] | None:
 
 
 def _wanted(folder: Path, listed: Collection[str], allow_pickle: bool, weights: bool) -> list[str]:
-    """Return the files to have in `folder` that are known so far."""
-    read = weight_files(listed, folder, allow_pickle)
-    along = sidecars_of(folder, listed, read, keeps_class=True, dry=True).along
+    """Return the files that `folder` should hold, as far as they are known."""
+    read = weights_among(listed, folder, allow_pickle)
+    along = sidecars_of(folder, listed, read, keeps_class=True, dry=True).copied
     if weights:
         return [CONFIG, *_LOOKED_AT, *along, *read]
     return [
@@ -96,15 +103,15 @@ def _wanted(folder: Path, listed: Collection[str], allow_pickle: bool, weights: 
     ]
 
 
-def weight_files(names: Collection[str], folder: Path, allow_pickle: bool) -> list[str]:
-    """Return which of the files `names` hold the weights that are read, their index first; empty where none do.
+def weights_among(names: Collection[str], folder: Path, allow_pickle: bool) -> list[str]:
+    """Return the files among `names` that hold the weights, their index first; empty where there are none.
 
-    The shards are those that the index names, if it is in `folder` already.
+    The shards are included if the index that names them is in `folder` already.
     """
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     try:
         found = find_weights(names, config, folder, allow_pickle)
-    except CheckpointError:  # the reader says so, once what is there has been downloaded
+    except CheckpointError:  # the reader raises it again, after the download
         return []
     shards: list[str] = []
     if found.indexed and (folder / found.file).is_file():
@@ -116,21 +123,21 @@ def weight_files(names: Collection[str], folder: Path, allow_pickle: bool) -> li
 def missing_weights(folder: Path, listed: Collection[str] | None, allow_pickle: bool) -> list[str]:
     """Return the weight files of a snapshot that are not in its `folder`."""
     names = listed if listed is not None else [path.name for path in folder.glob("*")]
-    read = weight_files(names, folder, allow_pickle)
+    read = weights_among(names, folder, allow_pickle)
     if not read and listed is None and not {PICKLE_SINGLE, PICKLE_INDEX} & set(names):
         return [SINGLE]
-    # One that the index names and the repository doesn't have can't be downloaded: the reader says so.
+    # The reader refuses a shard that the index names and the repository doesn't have.
     return [name for name in read if not (folder / name).is_file() and (listed is None or name in listed)]
 
 
 def has_weights(folder: Path, listed: Collection[str] | None, allow_pickle: bool) -> bool:
-    """Say whether a snapshot's `folder` has all weights that are read, so that the Hub need not be asked."""
+    """Tell whether a snapshot's `folder` has all weights that are read, so that no request to the Hub is needed."""
     names = listed if listed is not None else [path.name for path in folder.glob("*")]
-    return bool(weight_files(names, folder, allow_pickle)) and not missing_weights(folder, listed, allow_pickle)
+    return bool(weights_among(names, folder, allow_pickle)) and not missing_weights(folder, listed, allow_pickle)
 
 
 def refuse_missing(model: str, names: Collection[str]) -> None:
-    """Refuse a model of which files are missing in the Hub's cache, where they can't be downloaded.
+    """Refuse a model with files missing in the Hub's cache that can't be downloaded.
 
     Raises:
         CheckpointError: there are such files.
@@ -144,7 +151,7 @@ def refuse_missing(model: str, names: Collection[str]) -> None:
 
 
 def unreachable() -> str:
-    """Say why the Hub can't be asked."""
+    """Return why the Hub can't be reached."""
     from huggingface_hub import constants
 
     if is_offline():
@@ -153,7 +160,7 @@ def unreachable() -> str:
 
 
 def is_offline() -> bool:
-    """Say whether the Hub may not be asked, by the environment."""
+    """Tell whether the environment forbids requests to the Hub."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""Turn safetensors bytes into numpy arrays and back; bfloat16 and float8 through ml_dtypes."""
+"""Convert safetensors bytes to numpy arrays and back; bfloat16 and float8 with ml_dtypes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _NUMPY: dict[str, Any] = {
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """Return the numpy dtype that holds safetensors `dtype`, native order (safetensors is little-endian)."""
+    """Return the numpy dtype for safetensors `dtype`, in native byte order (safetensors is little-endian)."""
     found: np.dtype[Any] = np.dtype(_NUMPY[dtype])
     return found
 
 
 def is_float(dtype: str) -> bool:
-    """Say whether safetensors `dtype` is a real floating one."""
+    """Tell whether safetensors `dtype` is a real floating-point dtype."""
     return "F" in dtype
 
 
 def as_float32(array: Array) -> npt.NDArray[np.float32]:
-    """Widen a floating array of any shape to float32, exactly for every dtype but float64."""
+    """Convert a floating-point array of any shape to float32, exactly for every dtype except float64."""
     if array.dtype == ml_dtypes.bfloat16:
-        # A shift is exact and several times faster than the scalar cast ml_dtypes registers.
+        # A shift is exact, and several times faster than the scalar cast of ml_dtypes.
         wide = array.view(np.uint16).astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
@@ -50,7 +50,7 @@ def cast(array: Array, dtype: str, name: str) -> Array:
     target = numpy_dtype(dtype)
     if array.dtype == target:
         return array
-    # By exponent, so that float32 to bfloat16, which differ in their last bits only, costs no pass over the values.
+    # Compared by exponent: float32 and bfloat16 have the same, so that cast needs no pass over the values.
     if _range(target).maxexp < _range(array.dtype).maxexp:
         limit = float(_range(target).max)
         finite = np.abs(as_float32(array))

@@ -1,4 +1,4 @@
-"""Read a safetensors header: names, dtypes, shapes and spans, checked before they are trusted."""
+"""Read a safetensors header: names, dtypes, shapes and spans, checked before use."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ITEM_BITS = {
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
     "C64": 64,
 }  # fmt: skip
-"""Bits a value of each safetensors dtype takes."""
+"""Bits per value of each safetensors dtype."""
 
 FLOAT_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""What `--dtype` and `config.dtype` call the floating dtypes, by safetensors name."""
+"""The safetensors names of the floating-point dtypes, by their names in `--dtype` and config.json."""
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
@@ -27,7 +27,7 @@ HEADER_LIMIT = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start` and `end` are byte offsets in `file`; -1 where it isn't safetensors."""
+    """One tensor and its place: `start` and `end` are byte offsets in `file`, -1 where that isn't safetensors."""
 
     name: str
     dtype: str
@@ -43,7 +43,7 @@ class TensorInfo:
 
 
 MOST_DIMS = 64
-"""What numpy can hold."""
+"""The most dims of a numpy array."""
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -55,7 +55,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read and check the header of the safetensors file `path`, in the order of the bytes.
 
     Raises:
-        CheckpointError: cut, too large, not JSON, a bad dtype, shape or span, overlapping or leftover bytes.
+        CheckpointError: the file is cut short, too large or not JSON, a dtype, shape or span is invalid, or bytes
+            overlap or are left over.
     """
     try:
         if not path.is_file():
@@ -98,7 +99,7 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise CheckpointError(f"{where} has shape {shape!r}, not a list of sizes.")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has data_offsets {offsets!r}, not [begin, end].")
-    # Zero times anything is nothing, but an array of it can't be made.
+    # A size of 0 makes the product 0, but numpy still can't make an array of that shape.
     if len(shape) > MOST_DIMS or math.prod(max(1, size) for size in shape) >= 2**63 // ITEM_BITS[dtype]:
         raise CheckpointError(f"{where} has a shape of {len(shape)} dims that no tensor can have.")
     info = TensorInfo(name, dtype, tuple(shape), path.name, base + offsets[0], base + offsets[1])

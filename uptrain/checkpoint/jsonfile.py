@@ -9,11 +9,11 @@ from typing import Any
 from uptrain.errors import CheckpointError
 
 JSON_LIMIT = 64 * 2**20
-"""Bytes. The index of a trillion parameters takes a quarter of it; a larger one is damage or an attack on memory."""
+"""Bytes. The index of a trillion parameters has a quarter of them; a larger file is damaged or an attack on memory."""
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dict from JSON pairs, refusing a key that stands twice.
+    """Build a dict from JSON pairs, and refuse a repeated key.
 
     Raises:
         ValueError: a key is repeated, so two readers could see two different files.
@@ -30,7 +30,8 @@ def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
     """Parse one JSON object; `what` names it in errors.
 
     Raises:
-        CheckpointError: not JSON in UTF-8, not an object, nested too deep, a key repeated, or half a character.
+        CheckpointError: the text is not JSON in UTF-8, not an object or nested too deep, or has a repeated key or half
+            a character.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -49,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read `path` as one JSON object.
 
     Raises:
-        CheckpointError: missing, unreadable, too large or not one JSON object.
+        CheckpointError: the file is missing, can't be read, is too large, or is not one JSON object.
     """
     try:
         if not path.is_file():
@@ -65,6 +66,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def dump_json(value: Any, allow_nan: bool = False) -> str:
     """Return `value` as indented JSON text ending in a newline.
 
-    With `allow_nan`, infinity and NaN are written as Python and transformers do, which strict JSON has no words for.
+    With `allow_nan`, infinity and NaN are written as Python and transformers write them; strict JSON has neither.
     """
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"

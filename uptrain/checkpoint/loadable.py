@@ -1,4 +1,4 @@
-"""Check the files that transformers is about to load, so that it loads those that uptrain would convert."""
+"""Check the files that transformers is about to load: it must load those that uptrain would convert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uptrain.errors import CheckpointError
 def open_loadable(path: Path, allow_pickle: bool) -> Checkpoint | None:
     """Return the checkpoint in folder `path`, opened; None where its weights are pickles.
 
-    Those transformers alone reads, with weights_only=True unless told otherwise.
+    Only transformers reads pickles, with weights_only=True unless an option says otherwise.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
@@ -21,7 +21,7 @@ def open_loadable(path: Path, allow_pickle: bool) -> Checkpoint | None:
     config, opened = read_config(path), None
     weights = find_weights(names_in(path, config), config, path, allow_pickle)
     if weights.pickled:
-        # To look into them would be to read them twice.
+        # Opening pickles here would read them twice.
         check_files(path, weights, files_of(weights, read_weight_map(path, weights)))
     else:
         opened = open_checkpoint(path)

@@ -17,13 +17,13 @@ from uptrain.errors import CheckpointError, VerificationError
 MANIFEST = "uptrain.json"
 SIGNATURE = MANIFEST + ".sig"
 EVALUATION = "eval.json"
-"""Measurements of a folder's weights; they say nothing of another's, so they are never carried over."""
+"""Measurements of a folder's weights. They are not valid for other weights, so they are never copied."""
 FORMAT = 1
 _RECORDED = ("uptrain", "numpy", "safetensors", "torch", "transformers", "accelerate", "tokenizers")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages a result can depend on."""
+    """Return the versions of Python and of the installed packages on which a result can depend."""
     from importlib import metadata  # slow to import, and only needed at the end
 
     out = {"python": platform.python_version()}
@@ -39,7 +39,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of `directory`, or None where it has none.
 
     Raises:
-        CheckpointError: it is there but is not a manifest of a known format.
+        CheckpointError: the file is not a manifest of a known format.
     """
     if not (directory / MANIFEST).is_file():
         return None
@@ -47,7 +47,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     stages, files = manifest.get("stages"), manifest.get("files")
     listed = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
     try:
-        dump_json(manifest)  # as it is carried on; Python reads numbers that JSON has no words for
+        dump_json(manifest)  # it will be written again, and Python reads numbers that JSON can't hold
     except ValueError:
         listed = False
     if manifest.get("format") != FORMAT or not listed or not isinstance(files, dict):
@@ -69,9 +69,12 @@ def converted_from(directory: Path) -> dict[str, Any] | None:
 def append_stage(
     directory: Path, base: Path | None, stage: dict[str, Any], known: dict[str, str] | None = None
 ) -> None:
-    """Write `directory`'s manifest: the history of the checkpoint `base`, then `stage`, then every file's digest.
+    """Write the manifest of a folder: the history of its base, a new stage, and every file's digest.
 
-    `known` gives digests already computed while writing, by file name; the other files are read.
+    - `directory`: the folder.
+    - `base`: the checkpoint whose history goes before, None for none.
+    - `stage`: what was done to it now.
+    - `known`: digests by file name that were computed while writing; the other files are read.
     """
     earlier = read_manifest(base) if base is not None else None
     stages = [*(earlier["stages"] if earlier else []), {**stage, "versions": versions()}]
@@ -80,7 +83,7 @@ def append_stage(
 
 
 def file_digests(directory: Path, known: dict[str, str], algorithm: str = DEFAULT) -> dict[str, dict[str, Any]]:
-    """Return size in bytes and checksum of every file of `directory` but the manifest and its signature."""
+    """Return size in bytes and checksum of every file of `directory` except the manifest and its signature."""
     return {
         name: {"size": path.stat().st_size, "checksum": known.get(name) or checksum_file(path, algorithm)}
         for name, path in _files(directory)
@@ -99,8 +102,8 @@ def verify(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no folder or no manifest.
-        VerificationError: a file is missing, of another size, of other bytes, or an unlisted file that would be
-            loaded is there.
+        VerificationError: a file is missing, or its size or bytes changed, or there is an unlisted file that would be
+            loaded.
     """
     if not directory.is_dir():
         raise CheckpointError(f"There is no folder {directory}.")
@@ -120,7 +123,7 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def unlisted(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """Return the files of `directory` that its manifest does not list, but for itself and its signature."""
+    """Return the files of `directory` that its manifest does not list, without the manifest and its signature."""
     return [name for name, _ in _files(directory) if name not in manifest["files"]]
 
 

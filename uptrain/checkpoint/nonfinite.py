@@ -1,4 +1,4 @@
-"""Look for NaN and infinity in a tensor's bytes as they pass."""
+"""Look for NaN and infinity in a tensor's bytes while they are read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from uptrain.checkpoint.header import ITEM_BITS, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError
 
-# A value is NaN or infinite when all bits under the mask are set: the exponent's, or in formats that have no
-# infinity, those of the one pattern that stands for NaN.
+# A value is NaN or infinite when all bits under the mask are set: the bits of the exponent or, in formats without
+# infinity, the bits of the one pattern that means NaN.
 _MASKS = MappingProxyType(
     {
         "F64": 0x7FF0_0000_0000_0000, "C64": 0x7F80_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80,
@@ -23,11 +23,11 @@ _MASKS = MappingProxyType(
 
 
 ALLOW = "Download the checkpoint again, or keep such values with --allow-nonfinite."
-"""What to do about a source that has them outside attention."""
+"""The hint for a source with such values outside attention."""
 
 
 def finite(checkpoint: Checkpoint, name: str, hint: str) -> Iterator[memoryview]:
-    """Yield the bytes of tensor `name` as `Checkpoint.chunks` does, as long as its values are finite.
+    """Yield the bytes of tensor `name` as `Checkpoint.chunks` does, while its values are finite.
 
     Raises:
         CheckpointError: a value is NaN or infinite, and `hint` says what to do; the file can't be read.
@@ -36,7 +36,12 @@ def finite(checkpoint: Checkpoint, name: str, hint: str) -> Iterator[memoryview]
 
 
 def only_finite(chunks: Iterable[memoryview], info: TensorInfo, path: Path, hint: str) -> Iterator[memoryview]:
-    """Pass on `chunks`, the bytes of the tensor `info` of the checkpoint in `path`, as long as its values are finite.
+    """Yield the bytes of a tensor while its values are finite.
+
+    - `chunks`: the bytes.
+    - `info`: the tensor.
+    - `path`: the checkpoint's folder.
+    - `hint`: what the user can do; it ends the error.
 
     Raises:
         CheckpointError: the next chunk holds NaN or infinity; `hint` says what to do.
@@ -46,7 +51,7 @@ def only_finite(chunks: Iterable[memoryview], info: TensorInfo, path: Path, hint
     rest = b""
     for chunk in chunks:
         if mask is not None:
-            # Some file systems read less than they were asked for, and may cut a value in two.
+            # Some file systems return fewer bytes than requested, and may cut a value in two.
             whole = rest + chunk if rest else chunk
             end = len(whole) // width * width
             rest = bytes(whole[end:])
@@ -56,8 +61,8 @@ def only_finite(chunks: Iterable[memoryview], info: TensorInfo, path: Path, hint
 
 
 def _finite(data: memoryview | bytes, mask: int, width: int) -> bool:
-    # The largest as signed numbers is of the positive values, as unsigned ones of the negative, and both have their
-    # exponent above all: two passes without a copy, many times faster than isfinite.
+    # The largest signed number is the largest positive value, and the largest unsigned number the largest negative one;
+    # the exponent has the highest bits. Two passes without a copy are many times faster than isfinite.
     sign = 1 << (8 * width - 1)
     signed, unsigned = np.frombuffer(data, f"<i{width}"), np.frombuffer(data, f"<u{width}")
     return bool(signed.max() < mask and unsigned.max() < mask | sign)

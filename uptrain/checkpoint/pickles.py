@@ -1,4 +1,4 @@
-"""Read trusted `.bin` shards through torch's restricted unpickler; only reached with --allow-pickle."""
+"""Read trusted `.bin` shards with torch's restricted unpickler; used only with --allow-pickle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTEGERS = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint
 
 
 class PickleShards:
-    """The `.bin` files of one folder, mapped into memory where their format allows; tensors are read when asked for."""
+    """The `.bin` files of one folder, mapped into memory where their format allows; tensors are read on demand."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,10 +50,10 @@ class PickleShards:
             with needing(f"Reading {name}"):
                 import torch
             try:
-                # torch before 1.6 wrote one stream, which can't be mapped: all of it is then in memory.
+                # torch before 1.6 wrote one stream, which can't be mapped: it is read into memory.
                 mapped = zipfile.is_zipfile(self.path / name)
                 shard = torch.load(self.path / name, map_location="cpu", weights_only=True, mmap=mapped)
-            except Exception as error:  # the unpickler raises anything for bytes that were made to break it
+            except Exception as error:  # the unpickler can raise anything for malicious bytes
                 first = next(iter(str(error).splitlines()), type(error).__name__)
                 raise CheckpointError(f"{self.path / name} can't be read as weights: {first}") from None
             plain = isinstance(shard, dict) and all(
@@ -61,6 +61,6 @@ class PickleShards:
                 for name, value in shard.items()
             )
             if not plain:
-                raise CheckpointError(f"{self.path / name} holds something else than named tensors.")
+                raise CheckpointError(f"{self.path / name} holds something other than named tensors.")
             self._shards[name] = shard
         return self._shards[name]

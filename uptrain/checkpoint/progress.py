@@ -1,4 +1,4 @@
-"""What an unfinished conversion has done so far, kept in OUT.partial so that the same command can go on."""
+"""The state of an unfinished conversion in OUT.partial, with which the same command resumes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from uptrain.checkpoint.output_folder import STATE
 from uptrain.errors import UptrainError
 
 FINISHED = ("shards", "sources", "layers", "similarity", "orders")
-"""What is kept of finished work; several processes that build one folder add theirs to it."""
+"""The parts of the state that record finished work; each worker of a shared folder adds its own."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier run's state is of: its plan, its command's digest and words, and whether a shard is finished."""
+    """What an earlier run was for.
+
+    Attributes:
+        plan: the digest of its plan.
+        command: the digest of what was asked for, and of the source's folder.
+        asked: its command line.
+        worked: whether a shard is finished.
+    """
 
     plan: str
     command: str
@@ -27,14 +34,18 @@ class Earlier:
 
 
 class State:
-    """What has been finished in OUT.partial: the plan's digest, the checksum of each whole shard and of each of the
-    source's files that was read, and notes by layer.
+    """The finished work in OUT.partial.
 
-    Of each layer `layers` has the energy that is kept, `similarity` how alike its heads were, `orders` in which
-    order its key/value heads stand now.
-
-    `command` digests what was asked for and of which folder, so that a changed source can be told from another wish;
-    `asked` is the command line that asks for it.
+    Attributes:
+        plan: the digest of the plan.
+        command: the digest of the request and the source's folder. With it, a changed source differs from another
+            request.
+        asked: the command line.
+        shards: the checksum of each finished shard.
+        sources: the checksum of each file of the source that was read.
+        layers: the explained energy of each layer.
+        similarity: the head similarity of each layer.
+        orders: the source's key/value heads in the result's order, for each layer whose heads moved.
     """
 
     def __init__(self, folder: Path, plan: str, command: str = "", asked: str = "") -> None:
@@ -47,16 +58,16 @@ class State:
         self.orders: dict[str, Any] = {}
 
     def load(self) -> Earlier | None:
-        """Read an earlier run's state; return what it was of, or None where there is none that can be used.
+        """Read an earlier run's state; return what that run was for, or None where there is no usable state.
 
-        Its shards, sources and layers are taken over if the plan is this one.
+        Its shards, sources and layers are taken over if the plan is the same.
 
         Raises:
-            OSError: it is there but can't be read, which is no reason to begin again.
+            OSError: the state exists but can't be read, so the run must not begin again.
         """
         try:
             value = parse_object(self.path.read_bytes(), str(self.path))
-            dump_json(value)  # as its notes go into the manifest
+            dump_json(value)  # its notes go into the manifest
         except (FileNotFoundError, NotADirectoryError, UptrainError, ValueError):
             return None
         shards, sources, layers = (value.get(name) for name in ("shards", "sources", "layers"))
@@ -72,7 +83,7 @@ class State:
         return Earlier(str(value.get("plan")), str(value.get("command")), str(value.get("asked") or ""), bool(shards))
 
     def refresh(self) -> None:
-        """Read what other processes have finished: nothing, where one works alone."""
+        """Read what other workers have finished: nothing, as a run alone has no other workers."""
 
     def save(self) -> None:
         """Write the state atomically."""

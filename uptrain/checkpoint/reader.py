@@ -1,4 +1,4 @@
-"""Open a checkpoint folder lazily: every tensor known from headers, bytes read only when asked for."""
+"""Open a checkpoint folder lazily: headers give every tensor, and bytes are read only on demand."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ from uptrain.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: its config.json, and each tensor's place. Nothing of the weights is in memory.
+    """A checkpoint folder: its config.json, and the place of each tensor. No weights are in memory.
 
-    `remote` says that the weights are on the Hub only: the tensors are known, but can't be read. `index` names the
-    index that was read, if there are shards, and `absent` the tensors that it lists and no shard holds.
+    Attributes:
+        path: the folder.
+        config: what config.json holds.
+        tensors: the stored tensors by name, in the order of their bytes.
+        pickles: the opened `.bin` files, None for safetensors.
+        remote: whether the weights are only on the Hub; their tensors are known but can't be read.
+        index: the name of the index that was read, empty where the weights are one file.
+        absent: the tensors that the index lists and no shard holds.
     """
 
     path: Path
@@ -79,7 +85,7 @@ class Checkpoint:
         return out
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of tensor `name` a few MiB at a time; each view is valid until the next.
+        """Yield the bytes of tensor `name` in pieces of a few MiB; each view is valid until the next.
 
         Raises:
             CheckpointError: the file ends early or can't be read.
@@ -92,9 +98,9 @@ class Checkpoint:
             yield from self._spans(info, buffer, [(0, info.nbytes)], reuse=True)
 
     def equal(self, one: TensorInfo, other: TensorInfo) -> bool:
-        """Say whether two tensors of the same dtype and shape, which need not be among `tensors`, hold the same bytes.
+        """Tell whether two tensors of the same dtype and shape hold the same bytes; they need not be in `tensors`.
 
-        They are read a piece at a time, and no further than to the first difference.
+        They are read in pieces, up to the first difference.
 
         Raises:
             CheckpointError: a file ends early or can't be read.
@@ -113,13 +119,13 @@ class Checkpoint:
         return True
 
     def span(self, name: str) -> Span | None:
-        """Return where the bytes of tensor `name` lie, or None where no file has them as they are."""
+        """Return the place of the bytes of tensor `name`, None where no file has exactly those bytes."""
         info = self.tensors[name]
         whole = self.pickles is None and not self.remote
         return Span(self.path / info.file, info.start, info.nbytes) if whole else None
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Ask the operating system to read tensors ahead of their use, where it can; errors come when they are read."""
+        """Let the operating system read tensors before they are used, where it can; errors are raised on use."""
         if self.pickles is not None or not hasattr(os, "posix_fadvise"):
             return
         for name in names:
@@ -130,9 +136,12 @@ class Checkpoint:
     def _spans(
         self, info: TensorInfo, buffer: memoryview, places: Iterable[tuple[int, int]], reuse: bool = False
     ) -> Iterator[memoryview]:
-        """Read places of a tensor, each an offset and a count of bytes, into `buffer`.
+        """Read places of a tensor into a buffer, and yield each piece that was read.
 
-        They come one after the other, or each read over the one before if `reuse`.
+        - `info`: the tensor.
+        - `buffer`: receives the bytes.
+        - `places`: an offset and a number of bytes each.
+        - `reuse`: whether each piece overwrites the one before; without it, the pieces follow each other.
         """
         path = self.path / info.file
         try:
@@ -156,10 +165,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
-    """Open the checkpoint in folder `path` from its config, index and headers: the files that transformers reads.
+    """Open the checkpoint in folder `path` from its config, index and headers, with the files that transformers reads.
 
     Raises:
-        CheckpointError: no config or weights, an unsafe or wrong index, a missing, cut or corrupt shard.
+        CheckpointError: there are no config or weights, the index is unsafe or wrong, or a shard is missing, cut short
+            or corrupt.
     """
     config = read_config(path)
     names = names_in(path, config)
@@ -181,7 +191,7 @@ def check_files(path: Path, weights: WeightFiles, names: Iterable[str]) -> None:
     """Refuse a folder that lacks one of its weight files `names`.
 
     Raises:
-        CheckpointError: as said.
+        CheckpointError: a file is missing.
     """
     for name in names:
         if not (path / name).is_file():
@@ -190,7 +200,7 @@ def check_files(path: Path, weights: WeightFiles, names: Iterable[str]) -> None:
 
 def _header(path: Path, name: str) -> dict[str, TensorInfo]:
     found = read_header(path / name)
-    # It knows the file's own name only.
+    # The header's reader knows only the last part of the name.
     return {key: replace(info, file=name) for key, info in found.items()} if "/" in name else found
 
 
@@ -198,7 +208,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read `config.json` of folder `path`.
 
     Raises:
-        CheckpointError: the folder has none, it isn't one JSON object, or an adapter stands there.
+        CheckpointError: the folder has none, it isn't one JSON object, or the folder holds an adapter.
     """
     refuse_adapter(path)
     if not (path / "config.json").is_file():

@@ -1,7 +1,7 @@
-"""Share the blocks of a file with another, where the file system can: nothing is copied and no room is taken.
+"""Share blocks between two files, where the file system can: no bytes are copied and no disk space is used.
 
-XFS, btrfs and some servers of NFS 4.2 can, within one file system, for whole blocks that lie at the same place in a
-block of both files.
+XFS, btrfs and some servers of NFS 4.2 can, within one file system, for whole blocks at the same offset within a block
+of both files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK = 4096
-"""Bytes of a block, as nearly every file system has them."""
+"""Bytes per block in nearly every file system."""
 FICLONERANGE = 0x4020940D
-"""Linux's request to share blocks; what does not know it refuses it."""
+"""Linux's request to share blocks; other file systems refuse it."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Span:
 
 
 def residue(spans: Iterable[tuple[Span, int]]) -> int:
-    """Return where in a block a shard's data must begin for most bytes of `spans` to be shared.
+    """Return at which offset in a block a shard's data must begin so that most bytes of `spans` can be shared.
 
-    Each span comes with the place that it is to have in the data. A multiple of 8, as the format asks for.
+    Each span comes with its place in the data. The result is a multiple of 8, as the format requires.
     """
     bytes_by_residue: Counter[int] = Counter()
     for span, position in spans:
@@ -43,7 +43,7 @@ def residue(spans: Iterable[tuple[Span, int]]) -> int:
 
 
 def clone(span: Span, descriptor: int, position: int) -> range:
-    """Let the open file share at `position` what whole blocks of `span` it can; return the places it then has."""
+    """Let the open file share whole blocks of `span` at `position`; return the range of bytes that it now has."""
     begin, end = -(-position // BLOCK) * BLOCK, (position + span.nbytes) // BLOCK * BLOCK
     if (span.start - position) % BLOCK or begin >= end:
         return range(position, position)
@@ -51,19 +51,25 @@ def clone(span: Span, descriptor: int, position: int) -> range:
         with span.path.open("rb", buffering=0) as file:
             request = struct.pack("@qQQQ", file.fileno(), span.start + begin - position, end - begin, begin)
             fcntl.ioctl(descriptor, FICLONERANGE, request)
-    except OSError:  # it can't, or not here; reading and writing will tell what else is wrong
+    except OSError:  # the file system can't; reading and writing will raise any other error
         return range(position, position)
     return range(begin, end)
 
 
 def can_clone(file: Path, folder: Path) -> bool:
-    """Say whether files in `folder` can share blocks of `file`."""
+    """Tell whether files in `folder` can share blocks of `file`."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         return file.stat().st_size >= BLOCK and bool(clone(Span(file, 0, BLOCK), probe.fileno(), 0))
 
 
 def write_unshared(descriptor: int, data: memoryview, position: int, shared: range) -> None:
-    """Write `data` at `position` of an open file, but for the places that are `shared`."""
+    """Write bytes into an open file, except those that it shares with another file.
+
+    - `descriptor`: the open file.
+    - `data`: the bytes.
+    - `position`: where they begin in the file.
+    - `shared`: the range of the file's bytes that is shared already.
+    """
     before = data[: max(0, shared.start - position)]
     after = data[max(0, shared.stop - position) :] if shared else data[len(before) :]
     _write_all(descriptor, before, position)
@@ -71,7 +77,7 @@ def write_unshared(descriptor: int, data: memoryview, position: int, shared: ran
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:
-    # One write may take less than all: at 2 GiB on Linux, or when the disk is nearly full.
+    # One write may write only a part: at 2 GiB on Linux, or when the disk is nearly full.
     while data:
         written = os.pwrite(descriptor, data, position)
         data, position = data[written:], position + written

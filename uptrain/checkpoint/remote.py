@@ -1,4 +1,4 @@
-"""Open a model from headers alone: on the Hub they are read through range requests, and no weights are downloaded."""
+"""Open a model from headers alone; those on the Hub are read with range requests, without downloading weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from uptrain.errors import CheckpointError
 
 
 def open_headers(model: str, revision: str | None = None, allow_pickle: bool = False) -> tuple[Source, Checkpoint]:
-    """Find `model` and open all that is known without its weights; a Hub model's tensors can't be read then.
+    """Find `model` and open it from its headers; the tensors of a Hub model can then not be read.
 
     Raises:
         UptrainError: it can't be found, reached or understood.
@@ -57,7 +57,7 @@ def _open_remote(source: Source) -> Checkpoint:
 
     with hub_errors(source.name, source.revision), ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(header, files_of(weights, weight_map)))
-    # Values can't be compared here; the conversion itself does it.
+    # Values can't be compared here; the conversion itself compares them.
     tensors = merge_shards(headers, weight_map, source.name, lambda one, other: True)
     index = weights.file if weights.indexed else ""
     absent = tuple(sorted(weight_map.keys() - tensors.keys()))

@@ -50,7 +50,7 @@ def enter_shared_folder(
                     if first:
                         prepare_alone(worker.partial, worker.out, worker.overwrite)
                     prepare(first)
-                    # Not held meanwhile: a run that can't be joined may come between the two kinds of lock.
+                    # Not held meanwhile: a run without --join may come between the two kinds of lock.
                     if not try_worker_lock(lock, shared=True):
                         raise taken(worker.out)
                 worker.lock = lock
@@ -77,7 +77,7 @@ def _lock_file(worker: SharedWorker) -> Iterator[IO[Any] | None]:
 
 
 def _enter(lock: IO[Any], worker: SharedWorker) -> bool:
-    """Lock the folder against runs that can't be joined; return whether no other worker is in it."""
+    """Lock the folder against runs without --join; return whether no other worker is in it."""
     if try_worker_lock(lock):
         return True
     if not try_worker_lock(lock, shared=True):

@@ -1,4 +1,7 @@
-"""Say which files of a checkpoint go along into its result: all but weights and what is true of the old ones only."""
+"""Choose the files of a checkpoint that are copied into its result, such as a tokenizer's.
+
+Weights are not copied, nor files that describe only the old weights.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ from uptrain.errors import CheckpointError
 
 CONFIG = "config.json"
 MODULES = "modules.json"
-"""What sentence-transformers applies to a model's output, a folder each."""
+"""The file that lists the modules which sentence-transformers applies to a model's output, each in its folder."""
 READERS = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
-"""The Auto classes that read a model's input; their code knows nothing of its attention."""
+"""The Auto classes that read a model's input; their code does not depend on its attention."""
 
 WEIGHTS = "other weights"
 TRAINING = "training state"
@@ -68,30 +71,31 @@ _RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.([\w.]+)\s+import\b|from\s+\.\s+
 
 @dataclass(frozen=True)
 class Sidecars:
-    """The files of a checkpoint beside its weights: those that go along, and those left out, by the reason why.
+    """The files of a checkpoint that are not its weights, config or manifest, of which the result has its own.
 
-    Names are relative to its folder. The weights that are read, the config and the manifest are in neither: the result
-    has its own.
+    Attributes:
+        copied: the names of the files that are copied, relative to the checkpoint's folder.
+        left_out: the names of the files that are not copied, by the reason.
     """
 
-    along: tuple[str, ...]
-    left: Mapping[str, tuple[str, ...]]
+    copied: tuple[str, ...]
+    left_out: Mapping[str, tuple[str, ...]]
 
     def summary(self) -> str:
-        """Return what is left out in a line: names, those of one folder as one, and the reason; empty if all goes."""
-        return "; ".join(f"{short(names)} ({reason})" for reason, names in self.left.items())
+        """Return what is left out in one line: names (of one folder as one) and the reason; empty if nothing is."""
+        return "; ".join(f"{short(names)} ({reason})" for reason, names in self.left_out.items())
 
     def nbytes(self, folder: Path) -> int:
-        """Return how many bytes go along from `folder`."""
-        return sum((folder / name).stat().st_size for name in self.along)
+        """Return the bytes of the copied files in `folder`."""
+        return sum((folder / name).stat().st_size for name in self.copied)
 
     def to_dict(self) -> dict[str, Any]:
         """Return both as plain JSON values."""
-        return {"goes_along": list(self.along), "left_out": {why: list(names) for why, names in self.left.items()}}
+        return {"goes_along": list(self.copied), "left_out": {why: list(names) for why, names in self.left_out.items()}}
 
 
 def short(names: Collection[str], most: int = 5) -> str:
-    """Return names in a line: a folder's files as that folder, many of one kind as `*.bin`, no more than `most`."""
+    """Return names in one line: a folder's files as that folder, many of one kind as `*.bin`, at most `most`."""
     kinds = Counter(PurePosixPath(name).suffix for name in names if "/" not in name)
     groups: Counter[str] = Counter()
     for name in names:
@@ -111,18 +115,18 @@ def sidecars_of(
     keeps_class: bool = False,
     dry: bool = False,
 ) -> Sidecars:
-    """Return which files of a checkpoint go along, by one rule for folders and for repositories of the Hub.
+    """Return which files of a checkpoint are copied, by one rule for folders and for repositories of the Hub.
 
-    folder: where the checkpoint is, or what of it is there so far.
-    listed: the names of all files of its repository, where it is one of the Hub's; else the folder is looked through.
-    read: the weight files and the index that are read, which are neither left out nor go along.
-    keeps_class: whether the result has the same config, so that the code it names still fits.
-    dry: whether what goes along of a repository need not be in `folder` yet.
+    - `folder`: the checkpoint, or the part of it that is downloaded so far.
+    - `listed`: the names of all files of a Hub repository; None to list the folder.
+    - `read`: the weight files and the index that are read, which are neither copied nor left out.
+    - `keeps_class`: whether the result has the same config, so that the code it names still fits.
+    - `dry`: whether files that would be copied from a repository need not be in `folder` yet.
 
     Raises:
-        CheckpointError: a folder or a file that goes along can't be read.
+        CheckpointError: a folder, or a file to be copied, can't be read.
     """
-    names, left = (set(listed), {}) if listed is not None else _files(folder)
+    names, links = (set(listed), {}) if listed is not None else _files(folder)
     code = code_named(folder, keeps_class=keeps_class)
     modules = _module_folders(folder)
     inner = {
@@ -130,7 +134,7 @@ def sidecars_of(
         for name in names
         if "/" in name and _WEIGHTS.search(name) and not name.startswith(modules)
     }
-    along: list[str] = []
+    copied: list[str] = []
     found: dict[str, list[str]] = {reason: [] for reason in REASONS}
     for name in sorted(names):
         if name in (CONFIG, MANIFEST) or name in read:
@@ -138,17 +142,17 @@ def sidecars_of(
         reason = _reason(name, code, modules, inner)
         if reason is None and not dry and not (folder / name).is_file():
             reason = UNCACHED
-        (along if reason is None else found[reason]).append(name)
-    for name, reason in left.items():
+        (copied if reason is None else found[reason]).append(name)
+    for name, reason in links.items():
         found[reason].append(name)
-    for name in along:
+    for name in copied:
         if (folder / name).is_file() and not os.access(folder / name, os.R_OK):
             raise CheckpointError(f"{folder / name} can't be read: {os.strerror(errno.EACCES)}.", "Change its mode.")
-    return Sidecars(tuple(along), {reason: tuple(names) for reason, names in found.items() if names})
+    return Sidecars(tuple(copied), {reason: tuple(names) for reason, names in found.items() if names})
 
 
 def _reason(name: str, code: Collection[str], modules: tuple[str, ...], inner: Collection[str]) -> str | None:
-    """Return why a file is left out, None if it goes along."""
+    """Return why a file is left out, None if it is copied."""
     parts = PurePosixPath(name).parts
     last, folders = parts[-1], parts[:-1]
     above = ["/".join(folders[: depth + 1]) for depth in range(len(folders))]
@@ -176,14 +180,15 @@ def _reason(name: str, code: Collection[str], modules: tuple[str, ...], inner: C
 
 
 def names_licence(name: str) -> bool:
-    """Say whether a file of this name at the top of a folder is a licence's text."""
+    """Tell whether a file of this name at the top of a folder is a licence's text."""
     return _LICENCE.fullmatch(name) is not None
 
 
 def code_named(folder: Path, keeps_class: bool = False) -> set[str]:
-    """Return the modules that the tokenizer, the processors and sentence-transformers name as theirs, there or not.
+    """Return the Python files that a checkpoint's configs name as code of its tokenizer, processors and modules.
 
-    With what those import from beside them, as far as they are in `folder`; with `keeps_class`, the model's own too.
+    They need not exist. Files in `folder` that they import relatively are included, and with `keeps_class` the code of
+    the model's own class.
     """
     wanted: list[str] = []
     for path in sorted(folder.glob("*config.json")):
@@ -203,20 +208,20 @@ def code_named(folder: Path, keeps_class: bool = False) -> set[str]:
         if not (folder / name).is_file():
             continue
         with suppress(UnicodeDecodeError):
-            beside = PurePosixPath(name).parent
+            package = PurePosixPath(name).parent
             for match in _RELATIVE_IMPORT.finditer((folder / name).read_text(encoding="utf-8")):
-                wanted.append((beside / f"{(match[1] or match[2]).replace('.', '/')}.py").as_posix())
+                wanted.append((package / f"{(match[1] or match[2]).replace('.', '/')}.py").as_posix())
     return found
 
 
 def reading_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config's `auto_map` says of the classes that read a model's input; they stay as they are."""
+    """Return the entries of a config's `auto_map` for classes that read a model's input; a result keeps them."""
     own = config.get("auto_map")
     return {auto: own[auto] for auto in READERS if auto in own} if isinstance(own, dict) else {}
 
 
 def reading_code_of(folder: Path) -> dict[str, Any]:
-    """Return what all configs of a folder say of the classes that read a model's input, as `reading_code`."""
+    """Return the entries of all configs of a folder for classes that read a model's input, as `reading_code`."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*config.json")):
         found |= reading_code({"auto_map": _auto_map(path)})
@@ -235,7 +240,7 @@ def _list(path: Path) -> list[Any]:
 
 
 def _parsed(path: Path) -> Any:
-    """Return what a JSON file holds, None where it isn't there or is none: it goes along as it is all the same."""
+    """Return what a JSON file holds, None where it is missing or not JSON; such a file is copied as it is."""
     if not path.is_file() or path.stat().st_size > JSON_LIMIT:
         return None
     with suppress(ValueError, RecursionError):
@@ -244,7 +249,7 @@ def _parsed(path: Path) -> Any:
 
 
 def _modules(reference: Any) -> Iterator[str]:
-    """Yield the file of each class that an auto_map's value names; a class of another repository has none here."""
+    """Yield the file of each class that an auto_map's value names, except classes of another repository."""
     for each in reference if isinstance(reference, list) else [reference]:
         if isinstance(each, str) and "--" not in each and "." in each:
             yield each.rpartition(".")[0].replace(".", "/") + ".py"
@@ -256,7 +261,7 @@ def _module_folders(folder: Path) -> tuple[str, ...]:
 
 
 def _files(folder: Path) -> tuple[set[str], dict[str, str]]:
-    """Return the files below a folder, and what is no file of its own, by the reason to leave it."""
+    """Return the files below a folder, and the reason to leave out each entry that is not a file of its own."""
 
     def refuse(error: OSError) -> None:
         raise CheckpointError(f"{error.filename} can't be read: {os.strerror(error.errno or 0)}.") from None
@@ -283,9 +288,9 @@ def _files(folder: Path) -> tuple[set[str], dict[str, str]]:
 
 
 def _is_own(path: Path, home: Path) -> bool:
-    """Say whether `path` is a file of the folder `home`, and no link to what its maker couldn't have put there.
+    """Tell whether `path` is a file of the folder `home`, and not a link to a file of somebody else.
 
-    The Hub's cache has links to its blobs, and people link a checkpoint's files into a folder of another config.
+    The Hub's cache has links to its blobs, and users link a checkpoint's files into a folder with another config.
     """
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     try:
@@ -296,17 +301,17 @@ def _is_own(path: Path, home: Path) -> bool:
             return goal.is_file()
         linked = goal.name == path.name and (goal.parent / CONFIG).is_file()
         return linked and any(each.name.endswith(".safetensors") for each in goal.parent.iterdir())
-    except (OSError, RuntimeError):  # a link to itself, or to what nobody may look at
+    except (OSError, RuntimeError):  # a link to itself, or to a file that can't be read
         return False
 
 
-def carry(folder: Path, sidecars: Sidecars, out: Path) -> None:
-    """Copy what goes along from `folder` into `out`, which is not yet anybody's result.
+def copy_sidecars(folder: Path, sidecars: Sidecars, out: Path) -> None:
+    """Copy the sidecars from `folder` into the unfinished result `out`.
 
     Raises:
-        CheckpointError: a file is gone meanwhile.
+        CheckpointError: a file was removed since the run began.
     """
-    for name in sidecars.along:
+    for name in sidecars.copied:
         goal = out / name
         if not goal.parent.is_dir():
             goal.parent.mkdir(parents=True, exist_ok=True)

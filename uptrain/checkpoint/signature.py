@@ -1,4 +1,4 @@
-"""uptrain.json.sig: who stands for a manifest and so for every file it lists, signed and checked by OpenSSH."""
+"""uptrain.json.sig: the signature of a manifest and so of every file that it lists, made and checked by OpenSSH."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from uptrain.checkpoint.output_folder import friendly_errors
 from uptrain.errors import CheckpointError, UptrainError, UsageError, VerificationError
 
 NAMESPACE = "uptrain"
-"""What ssh-keygen binds a signature to, so that one made for e-mail or git doesn't count here."""
+"""The namespace of ssh-keygen: a signature made for e-mail or git is not valid here."""
 UNSIGNED = ("README.md", EVALUATION, ".gitattributes", "report.html", "report-*.png")
-"""Files of a signed folder that need no signature: uptrain or the Hub writes them later, and people read them."""
+"""Files of a signed folder that need no signature: uptrain or the Hub writes them later, for people to read."""
 
 
 @dataclass(frozen=True)
 class Signer:
-    """Who signed a manifest: the key's type and fingerprint, and its owner's name where one was asked for."""
+    """Who signed a manifest: the key's type and fingerprint, and the owner's name if it was looked up."""
 
     key: str
     identity: str | None = None
 
 
 def sign(directory: Path, key: Path) -> Signer:
-    """Sign `directory`'s manifest with an OpenSSH private key, or a public one whose private half an agent holds.
+    """Sign the manifest of a folder with an OpenSSH private key, or a public key whose private half an agent holds.
 
     Every file is checked against the manifest first. An earlier signature is replaced.
 
@@ -39,7 +39,7 @@ def sign(directory: Path, key: Path) -> Signer:
         CheckpointError: no folder or manifest.
         VerificationError: a file does not match the manifest.
         UsageError: there is no such key, or ssh-keygen can't sign with it.
-        UptrainError: no ssh-keygen, or the signature can't be written.
+        UptrainError: ssh-keygen is not installed, or the signature can't be written.
     """
     key = key.expanduser()
     if not key.is_file() or not os.access(key, os.R_OK):
@@ -49,7 +49,7 @@ def sign(directory: Path, key: Path) -> Signer:
     with tempfile.TemporaryDirectory() as folder, friendly_errors(directory):
         copy = Path(folder) / MANIFEST
         shutil.copyfile(directory / MANIFEST, copy)
-        # Its passphrase is asked for on standard error, which must then be the terminal.
+        # ssh-keygen asks for the passphrase on standard error, which must then be the terminal.
         terminal = sys.stdin is not None and sys.stdin.isatty()
         done = subprocess.run(
             [_program(), "-q", "-Y", "sign", "-f", str(key), "-n", NAMESPACE, str(copy)],
@@ -67,17 +67,17 @@ def sign(directory: Path, key: Path) -> Signer:
 
 
 def is_signed(directory: Path) -> bool:
-    """Say whether a signature lies beside the manifest, whatever it is worth."""
+    """Tell whether the manifest has a signature, valid or not."""
     return (directory / SIGNATURE).is_file()
 
 
 def can_check() -> bool:
-    """Say whether signatures can be made and checked here."""
+    """Tell whether signatures can be made and checked on this machine."""
     return shutil.which("ssh-keygen") is not None
 
 
 def signed_by(directory: Path) -> Signer:
-    """Return the key whose signature of the manifest lies beside it; whose key it is, is not asked.
+    """Return the key that signed the manifest, without looking up its owner.
 
     Raises:
         CheckpointError: no folder or manifest.
@@ -99,13 +99,13 @@ def signed_by(directory: Path) -> Signer:
 
 
 def verify_signed(directory: Path, allowed_signers: Path, identity: str | None = None) -> Signer:
-    """Check that a signer of the file `allowed_signers` signed the manifest; with `identity`, that it was this one.
+    """Check that a signer of the file `allowed_signers` signed the manifest; with `identity`, that this signer did.
 
-    The files that the manifest lists are `verify`'s to check; those it doesn't list are refused here, but for UNSIGNED.
+    `verify` checks the files that the manifest lists. Files that it does not list are refused here, except UNSIGNED.
 
     Raises:
         CheckpointError: no folder or manifest.
-        VerificationError: no signature, one of something else or by somebody else, or a file that isn't signed.
+        VerificationError: the signature is missing, of another manifest or by another signer, or a file isn't signed.
         UsageError: there is no file `allowed_signers`.
         UptrainError: no ssh-keygen.
     """

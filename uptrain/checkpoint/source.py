@@ -1,4 +1,4 @@
-"""Turn what a user calls a model into a local folder: a path, `demo`, or a Hub id."""
+"""Find the local folder of a model that the user named: by a path, `demo`, or a Hub id."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ DEMO = Path(__file__).parent.parent / "workflows" / "demo" / "checkpoint"
 
 @dataclass(frozen=True)
 class Source:
-    """A model a user named, and the local folder that holds it.
+    """A model that the user named, and the local folder that holds it.
 
-    `listed` names all files of a Hub repository, of which `path` has those that are read; None where nothing lists
-    them: for folders, and without a network for repositories that another program downloaded. `allow_pickle` says that
-    its pickles may be read.
+    Attributes:
+        path: the folder.
+        name: what the user called the model.
+        origin: where it comes from.
+        revision: the commit of a Hub repository.
+        listed: the names of all files of a Hub repository; `path` has those that are read. None where nothing lists
+            them: for folders, and without a network for repositories that another program downloaded.
+        allow_pickle: whether its pickles may be read.
     """
 
     path: Path
@@ -35,11 +40,11 @@ class Source:
 
     @property
     def short_name(self) -> str:
-        """Return the last part of the name, fit for a folder: `llama` for `org/llama`."""
+        """Return the last part of the name, which can name a folder: `llama` for `org/llama`."""
         return (self.path.name if self.origin == "folder" else self.name.rsplit("/", 1)[-1]) or "model"
 
     def describe(self) -> str:
-        """Say where the model comes from."""
+        """Return where the model comes from, for people."""
         return {
             "folder": f"the folder {self.path}",
             "demo": "uptrain's embedded demo checkpoint",
@@ -51,11 +56,14 @@ class Source:
 def resolve(model: str, revision: str | None = None, allow_pickle: bool = False, weights: bool = True) -> Source:
     """Find the folder that `model` names: a folder if one exists, else `demo`, else a Hub id, downloaded.
 
-    Of a Hub repository, the weights that are read are downloaded and what goes along with them; without `weights`, only
-    what says of which kind it is. What lies in the Hub's cache needs no network.
+    - `model`: what the user called it.
+    - `revision`: a branch, tag or commit of a Hub repository, None for the main branch.
+    - `allow_pickle`: whether the user trusts `.bin` weights.
+    - `weights`: whether to download a Hub repository's weights and the files copied with them; without it, only the
+      files that describe the model. Files in the Hub's cache need no network.
 
     Raises:
-        CheckpointError: no such folder and no such repository, or the Hub can't be reached.
+        CheckpointError: there is no such folder or repository, or the Hub can't be reached.
         UsageError: `model` can be neither a folder nor a Hub id.
     """
     try:
@@ -81,11 +89,11 @@ def resolve(model: str, revision: str | None = None, allow_pickle: bool = False,
 
 @contextmanager
 def hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence that names the host.
+    """Turn an error of huggingface_hub into one sentence that names the server.
 
     Raises:
-        CheckpointError: unknown, gated, unreachable, or the disk is full.
-        UsageError: `model` is no Hub id.
+        CheckpointError: the model is unknown or gated, the Hub can't be reached, or the disk is full.
+        UsageError: `model` is not a Hub id.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -97,7 +105,7 @@ def hub_errors(model: str, revision: str | None) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    host = urlparse(constants.ENDPOINT).netloc
+    server = urlparse(constants.ENDPOINT).netloc
     local = "or download it elsewhere and name the local folder"
     try:
         yield
@@ -107,13 +115,13 @@ def hub_errors(model: str, revision: str | None) -> Iterator[None]:
         ) from None
     except GatedRepoError:
         raise CheckpointError(
-            f"{model} is gated on {host}.", f"Ask for access there and run `hf auth login`, {local}."
+            f"{model} is gated on {server}.", f"Ask for access there and run `hf auth login`, {local}."
         ) from None
     except RevisionNotFoundError:
-        raise CheckpointError(f"{model} on {host} has no revision {revision}.") from None
+        raise CheckpointError(f"{model} on {server} has no revision {revision}.") from None
     except RepositoryNotFoundError:
         raise CheckpointError(
-            f"There is no folder {model}, and {host} knows no such model (or it is private).",
+            f"There is no folder {model}, and {server} knows no such model (or it is private).",
             f"Check the spelling, run `hf auth login`, {local}.",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -18,7 +18,7 @@ SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 ORDER = (SINGLE, INDEX, PICKLE_SINGLE, PICKLE_INDEX)
-"""What transformers looks for, first to last. Source: transformers, `_get_resolved_checkpoint_files`."""
+"""The files that transformers looks for, in its order. Source: transformers, `_get_resolved_checkpoint_files`."""
 EXPLICIT = "transformers_weights"
 """The key of config.json that names another weight file or index, which transformers then reads instead."""
 
@@ -34,18 +34,18 @@ _SAVE_AGAIN = "Load it with transformers' from_pretrained, save it with save_pre
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Where the weights are: in `file` itself, or in the shards that `file`, an index, names."""
+    """Where the weights are: in `file`, or in the shards that it names if it is an index."""
 
     file: str
 
     @property
     def indexed(self) -> bool:
-        """Say whether `file` is an index."""
+        """Tell whether `file` is an index."""
         return self.file.endswith(".index.json")
 
     @property
     def pickled(self) -> bool:
-        """Say whether the weights are pickles."""
+        """Tell whether the weights are pickles."""
         return self.ending == ".bin"
 
     @property
@@ -59,13 +59,14 @@ def find_weights(
 ) -> WeightFiles:
     """Return which of the files `names` holds the weights or is their index, as transformers decides it.
 
-    names: the files of the folder or repository, relative to it.
-    config: its config.json.
-    where: what errors call it.
-    allow_pickle: whether the user trusts `.bin` weights.
+    - `names`: the files of the folder or repository, relative to it.
+    - `config`: its config.json.
+    - `where`: what errors call it.
+    - `allow_pickle`: whether the user trusts `.bin` weights.
 
     Raises:
-        CheckpointError: nothing that transformers would read, pickles without permission, or an unsafe name.
+        CheckpointError: transformers would read none of the files, they are pickles without permission, or a name is
+            unsafe.
     """
     distributed = min(filter(_DISTRIBUTED.fullmatch, names), default=None)
     if distributed:
@@ -102,7 +103,7 @@ def _explicit(names: Collection[str], config: Mapping[str, Any], where: str | Pa
 
 
 def _nothing(names: Collection[str], where: str | Path) -> CheckpointError:
-    """Return the error for files among which transformers would find no weights; it names what is there instead."""
+    """Return the error for files without weights that transformers would read; it names what is there instead."""
     tops = sorted(name for name in names if "/" not in name)
     variants = sorted({match[1] for match in map(_VARIANT.fullmatch, tops) if match})
     if variants:
@@ -130,7 +131,7 @@ def _nothing(names: Collection[str], where: str | Path) -> CheckpointError:
 
 
 def names_in(path: Path, config: Mapping[str, Any]) -> set[str]:
-    """Return the files of folder `path` that can hold weights: those at its top, and the one that `config` names.
+    """Return the files of folder `path` that can hold weights: files at its top, and the one that `config` names.
 
     Raises:
         CheckpointError: the folder can't be read.
@@ -171,8 +172,8 @@ def check_shard_name(index: Path, name: Any, ending: str) -> None:
     """Refuse a shard name that isn't a plain path of a file in the index's folder or below it.
 
     Raises:
-        CheckpointError: not text, absolute, with `..`, a backslash or a drive letter, spelled in a roundabout way, of
-            another ending, or below a folder that is a link out of the index's folder.
+        CheckpointError: the name is no text or absolute, or has `..`, a backslash, a drive letter or another ending.
+            So is a name that is not in its shortest spelling, or below a link out of the index's folder.
     """
     plain = isinstance(name, str) and name.endswith(ending) and "\0" not in name and "\\" not in name
     if plain:
@@ -189,7 +190,7 @@ def check_shard_name(index: Path, name: Any, ending: str) -> None:
 
 
 def _stays_inside(folder: Path, name: PurePosixPath) -> bool:
-    """Say whether the folder of `name` lies in `folder`, links followed; the file itself may be one, as on the Hub."""
+    """Tell whether the folder of `name` is in `folder`, links followed; the file itself may be a link."""
     if len(name.parts) == 1:
         return True
     try:
@@ -204,12 +205,12 @@ def merge_shards(
     where: str | Path,
     equal: Callable[[TensorInfo, TensorInfo], bool],
 ) -> dict[str, TensorInfo]:
-    """Return the tensors of all shards; of one that stands in two, the later, as transformers reads it.
+    """Return the tensors of all shards; of a tensor in two shards the later copy, which transformers reads.
 
-    shards: each shard's name and tensors, in the order in which transformers reads them.
-    weight_map: in which shard the index lists each tensor.
-    where: what errors call the checkpoint.
-    equal: says whether two tensors of the same dtype and shape hold the same values.
+    - `shards`: each shard's name and tensors, in the order in which transformers reads them.
+    - `weight_map`: the shard in which the index lists each tensor.
+    - `where`: what errors call the checkpoint.
+    - `equal`: tells whether two tensors of the same dtype and shape hold the same values.
 
     Raises:
         CheckpointError: a tensor's two copies differ, and the index lists the one that transformers doesn't read.

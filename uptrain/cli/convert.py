@@ -21,7 +21,7 @@ from uptrain.formatting import counted, size, typed
 if TYPE_CHECKING:
     from uptrain.checkpoint.sidecars import Sidecars
     from uptrain.checkpoint.source import Source
-    from uptrain.conversion.plan.mla import LatentPlan
+    from uptrain.conversion.plan.mla import MLAPlan
     from uptrain.conversion.plan.planner import Plan
     from uptrain.conversion.run.convert import Conversion
 
@@ -168,7 +168,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
             "before": plan.before[0].num_key_value_heads,
             "after": plan.after[0].num_key_value_heads,
         },
-        **(_latent_json(plan) if plan.latent else {}),
+        **plan.attention.sizes,
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
         "tensors": sum(len(shard) for shard in plan.shards.values()),
         "changed_tensors": plan.changed,
@@ -203,32 +203,29 @@ def _show_plan(source: Source, plan: Plan, files: Sidecars, out: Path, as_json: 
             ("tensors", f"{sum(map(len, plan.shards.values()))}, of which {plan.changed} change"),
             ("disk", f"{size(plan.total_bytes)} in {counted(len(plan.shards), 'shard')}"),
             ("memory", f"about {size(plan.peak_memory)} per thread, in addition to the interpreter's"),
-            ("copied files", short(files.along) or "none"),
+            ("copied files", short(files.copied) or "none"),
             *_left_out(files),
         ],
     )
 
 
 def _left_out(files: Sidecars) -> list[tuple[str, str]]:
-    return [("left out", files.summary())] if files.left else []
+    return [("left out", files.summary())] if files.left_out else []
 
 
 def _shared_facts(plan: Plan) -> list[tuple[str, str]]:
+    from uptrain.conversion.plan.mla import MLAPlan
+
+    if isinstance(plan.attention, MLAPlan):
+        return [*_latent_facts(plan, plan.attention), *_class_facts(plan)]
     before, after = plan.before[0].num_key_value_heads, plan.after[0].num_key_value_heads
-    if plan.latent is not None:
-        return [*_latent_facts(plan, plan.latent), *_class_facts(plan)]
     return [
         ("key/value heads", f"{before} → {after} for {plan.before[0].num_attention_heads} query heads"),
         *_class_facts(plan),
     ]
 
 
-def _latent_json(plan: Plan) -> dict[str, Any]:
-    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    return {name: getattr(plan.after[0], name) for name in names}
-
-
-def _latent_facts(plan: Plan, latent: LatentPlan) -> list[tuple[str, str]]:
+def _latent_facts(plan: Plan, latent: MLAPlan) -> list[tuple[str, str]]:
     spec = plan.after[0]
     rotary = f" and a rotary key of {spec.qk_rope_head_dim}" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
@@ -279,7 +276,7 @@ def _show(done: Conversion, as_json: bool) -> None:
         rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
         rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
         columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
-        title = "Explained energy" if done.plan.latent else "Explained energy, by method"
+        title = "Explained energy" if done.plan.attention.sizes else "Explained energy, by method"
         console.table(title, columns, rows)
         if any(share < 0 for methods in done.kept.values() for sides in methods.values() for share in sides.values()):
             console.note("Below 0 %: the error is larger than the keys or values themselves.")

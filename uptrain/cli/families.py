@@ -9,7 +9,7 @@ import click
 
 from uptrain.cli import console
 from uptrain.cli.options import examples, json_option
-from uptrain.conversion.family_table import FamilyRow, Holder, alike
+from uptrain.conversion.family_table import FamilyRow, Holder, group_rows
 from uptrain.methods.registry import METHODS
 
 
@@ -55,7 +55,7 @@ def _markdown(found: Sequence[FamilyRow]) -> str:
     """Return the table of docs/families.md; families that differ in nothing but their name share a row."""
     columns = ("family", "q, k, v", "position", "to GQA", "to MQA", "to MLA", "methods")
     rows = []
-    for group in alike(found):
+    for group in group_rows(found):
         first = group[0]
         classes = (_target_class(first, classes) for classes in (first.gqa, first.mqa, first.mla))
         names = ", ".join(family.model_type for family in group)

@@ -1,4 +1,4 @@
-"""How calibration goes about it: one frozen set of knobs, with the values that measured best as defaults."""
+"""The settings of a calibration. The defaults are the values that measured best."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Set what calibration tries and what it may use.
+    """What calibration tries and what it may use.
 
-    `held_out` is the share of blocks that choices are made on and nothing is fitted to; `probes` the number of blocks
-    that moments are gathered on; `moments` and `drifts` and `dampings` what is tried for a layer; `first_token` how
-    many times more the first token of a block counts, because it is where attention goes when it has nowhere to go.
-    `repair_steps` gradient steps follow, at `rate` × each tensor's root mean square. Activations beyond `memory`
-    bytes go to files in `folder`, unless that is None.
+    - `held_out`: share of the blocks that choices are made on and nothing is fitted to.
+    - `probes`: number of blocks that moments are gathered on.
+    - `moments`: activations to gather moments on, `sequence` (of the converted layers) and `original`.
+    - `drifts`: shares of the error so far that a refit corrects.
+    - `dampings`: values of a refit's λ.
+    - `independent`: whether a refit on the original activations is tried too.
+    - `first_token`: weight of a block's first token, which attention reads when it needs nothing else.
+    - `repair_steps`: gradient steps per layer.
+    - `rate`: their learning rate, relative to each tensor's root mean square.
+    - `seed`: the seed of the order of blocks.
+    - `memory`: bytes that activations may take; beyond, they go to files.
+    - `folder`: where those files are made, None for none.
     """
 
     held_out: float = 1 / 16

@@ -1,4 +1,4 @@
-"""What every model family can become, read off the table of families and the tables of target classes."""
+"""What every model family can become, from the table of families and the tables of target classes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from uptrain.models.targets import TARGET_CLASSES
 
 @dataclass(frozen=True)
 class Holder:
-    """A class that can hold a result: its model_type, and whether its code ships inside the checkpoint.
+    """A class that can hold a result.
 
-    `needs` is the config flag that the source must have for it, if there is one.
+    - `model_type`: its name.
+    - `remote_code`: whether its modelling file goes into the checkpoint.
+    - `needs`: the config flag that the source must have for it, empty where there is none.
     """
 
     model_type: str
@@ -27,9 +29,14 @@ class Holder:
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """One model family: how its heads are stored, what tells it positions, and who holds each target.
+    """One model family.
 
-    `methods` are those that fit it; with any of the config keys in `pool_only_with` only those that pool do.
+    - `model_type`: its name.
+    - `packing`: how its projections are stored.
+    - `position`: how its attention learns where a token stands.
+    - `gqa`, `mqa`, `mla`: the classes that can hold each target, in the order in which they are tried.
+    - `methods`: the methods that fit it.
+    - `pool_only_with`: config keys with which only the methods that pool fit it.
     """
 
     model_type: str
@@ -47,13 +54,13 @@ class FamilyRow:
 
 
 def families() -> tuple[FamilyRow, ...]:
-    """Return every family that can be converted, by name; classes that only hold results are none."""
+    """Return every family that can be converted, by name, without classes that only hold results."""
     ours = {target.name for target in TARGET_CLASSES.values() if target.remote_code}
     found = (_family(entry) for name, entry in sorted(FAMILIES.items()) if name not in ours)
     return tuple(family for family in found if family.gqa or family.mqa)
 
 
-def alike(found: Iterable[FamilyRow]) -> list[list[FamilyRow]]:
+def group_rows(found: Iterable[FamilyRow]) -> list[list[FamilyRow]]:
     """Group families that differ in nothing but their name, in the order of their first."""
     groups: dict[tuple[object, ...], list[FamilyRow]] = {}
     for family in found:

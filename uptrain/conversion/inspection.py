@@ -1,4 +1,4 @@
-"""Say what a checkpoint is, what its cache costs and what it can become; from headers and config only."""
+"""Inspect a checkpoint: what it is, what its cache costs and what it can become, from headers and config alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from uptrain.conversion.possible_targets import head_requests, latent_requests, 
 from uptrain.errors import CheckpointError
 
 CONTEXTS = (4096, 32768, 131072)
-"""Tokens for which the cache is priced."""
+"""Context lengths, in tokens, for which the cache is computed."""
 
 SHARES = (0.5, 0.25)
 """Shares of the cache for which a latent is offered."""
@@ -40,15 +40,15 @@ class Option:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is. Cache figures are bytes for one sequence, in the dtype that the model computes in.
+    """What a checkpoint is. Cache sizes are bytes for one sequence, in the dtype that the model computes in.
 
-    `cross_bytes_per_token` is what of `cache_bytes_per_token` a token of the source costs, where a decoder reads an
-    encoder; `cache_bytes` then is of a source and a target of as many tokens each. With `cache_expanded` transformers'
-    own class caches more: a copy for every query head.
+    Where a decoder reads an encoder, `cross_bytes_per_token` is the part of `cache_bytes_per_token` for a token of the
+    encoder's text, and `cache_bytes` counts as many tokens of the encoder's text as of the decoder's. With
+    `cache_expanded`, transformers' own class caches more: a copy for every query head.
 
-    `dtype` is what most weights are stored in. Of a quantized checkpoint, `quantised` says how, `parameters` counts
-    packed codes one by one, and `unreadable` says why it can't be converted, where it can't. With `wrapped_in`, the
-    model type of a wrapper, all but the weights' figures is said of the language model in it.
+    `dtype` is that of most weights. For a quantized checkpoint, `quantised` describes how, `parameters` counts packed
+    codes one by one, and `unreadable` is the reason why it can't be converted, if there is one. `wrapped_in` is the
+    model type of a wrapper: then all but the figures of the weights describe the language model in it.
     """
 
     name: str
@@ -136,7 +136,7 @@ def inspect(model: str, *, revision: str | None = None, allow_pickle: bool = Fal
 
 
 def _tied(source: CheckpointDescription) -> bool:
-    """Tell whether head and embedding are one; where no tensor has a known name, as config.json says."""
+    """Return whether head and embedding are one tensor, as config.json says where no tensor has a known name."""
     try:
         _ = source.prefix
     except CheckpointError:

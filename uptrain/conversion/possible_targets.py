@@ -9,7 +9,7 @@ from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.schema import Family
 from uptrain.conversion.plan.checks import check_groups
-from uptrain.conversion.plan.mla import plan_latent
+from uptrain.conversion.plan.mla import plan_mla
 from uptrain.conversion.plan.quantized import check_target
 from uptrain.conversion.request import Request, resolve_groups
 from uptrain.errors import UsageError
@@ -72,7 +72,7 @@ def target_classes(family: Family, kind: TargetKind) -> list[tuple[TargetClass, 
 
 def _possible_target(source: CheckpointDescription, request: Request) -> PossibleTarget:
     if request.kind.latent:
-        latent = plan_latent(source, request)
+        latent = plan_mla(source, request)
         target, attention = latent.entry.target, latent.after
     else:
         groups = resolve_groups(request, source.attention[0], source.name)

@@ -1,4 +1,4 @@
-"""What a user asks of a conversion, checked against what the source's heads allow."""
+"""What a user asks of a conversion: the options, checked with each other and against the source's heads."""
 
 from __future__ import annotations
 
@@ -25,26 +25,37 @@ ENGINES = ("any", "llama.cpp")
 LATENT_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "cache", "rope", "key_weight")
 """The fields that only a latent has."""
 NEUTRAL: Mapping[str, object] = {"grouping": "contiguous", "engine": "any", "allow_nonfinite": False}
-"""Values that ask for nothing."""
+"""The defaults that are no request."""
 BUILTIN = "builtin"
+"""The name of the calibration text that comes with Python."""
 CALIBRATION_TOKENS = 65_536
+"""Tokens of calibration text by default."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A target, how to reach it, and how the result is stored. `max_shard_size` is in bytes.
+    """What a conversion makes of a checkpoint. None means that an option was not given.
 
-    None means that an option was not given. An option that can't have an effect is refused, never ignored.
+    An option that can't have an effect is refused, never ignored.
 
-    `grouping` says which heads share: neighbours, or those whose sharing loses least. `calibrate` names the text
-    of `calibrated`: a file, a dataset or `builtin`, of which it reads `calibration_tokens`; `repair_steps` are its
-    gradient steps per layer. `seed` is for what draws random numbers.
-    `method` "auto" is mean, and svd for a latent. `allow_nonfinite` keeps NaN and infinite values: in attention only
-    where it `pools`.
-
-    Of a latent: `cache` is the share of the source's cache to keep, in place of `kv_lora_rank`; `rope` says where the
-    positions of keys are (`MLARope`), and keeps the name of the first version; `engine` what must be able to load it;
-    `key_weight` how much more keys count than values.
+    - `target`: what attention becomes: gqa, mqa or mla.
+    - `groups`: (gqa) how many key/value heads stay.
+    - `method`: a name in `METHODS`; "auto" is the first that serves the target.
+    - `seed`: for methods and groupings that draw random numbers. Default: 0.
+    - `dtype`: what floating weights are stored as. Default: as they are.
+    - `max_shard_size`: bytes per file of weights. Default: as the source is split.
+    - `grouping`: a name in `GROUPINGS`: which heads share one.
+    - `calibrate`: text for a method that needs text: a file, a dataset or `builtin`.
+    - `calibration_tokens`: how many tokens of it are read at most.
+    - `repair_steps`: gradient steps per layer of such a method.
+    - `kv_lora_rank`: (mla) values of the latent per token.
+    - `qk_rope_head_dim`: (mla) dims of the shared rotary key.
+    - `q_lora_rank`: (mla) rank of the queries, None for whole queries.
+    - `cache`: (mla) share of the source's cache, 0 to 1, instead of `kv_lora_rank`.
+    - `rope`: (mla) where the positions of keys are, an option of `MLARope`.
+    - `engine`: (mla) what must be able to load the result.
+    - `key_weight`: (mla) weight of key error relative to value error.
+    - `allow_nonfinite`: accept NaN and infinite values of the source; in attention only where the request `pools`.
     """
 
     target: str = "gqa"
@@ -81,11 +92,11 @@ class Request:
         self._check_grouping()
         self._check_effects()
         if self.chosen_tokens < 1 or (self.repair_steps or 0) < 0:
-            raise UsageError("--calibration-tokens and --repair-steps can't be negative.")
+            raise UsageError("--calibration-tokens or --repair-steps is negative.", "Give a positive number.")
         if self.kind.groups is not None and self.groups not in (None, self.kind.groups):
             raise UsageError(
-                f"--to {self.target} keeps one head, so --groups {self.groups} contradicts it.",
-                "Leave it out, or say --to gqa.",
+                f"--groups {self.groups} contradicts --to {self.target}, which has one key/value head.",
+                "Leave --groups out, or use --to gqa.",
             )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size} is not a positive number of bytes.")
@@ -96,12 +107,12 @@ class Request:
                 method.name for method in METHODS.values() if method.mixes_dims and self.grouping in method.groupings
             ]
             raise UsageError(
-                f"--grouping {self.grouping} doesn't go with --method {self.method}.",
+                f"--grouping {self.grouping} can't be used with --method {self.method}.",
                 f"Use --method {' or '.join(others)}.",
             )
 
     def _check_effects(self) -> None:
-        """Refuse what this target and method make no use of."""
+        """Refuse options that have no effect with this method and grouping."""
         for name in method_options():
             if getattr(self, name) is None or _has_effect(name, vars(self)):
                 continue
@@ -109,11 +120,11 @@ class Request:
             seeded = [f"--grouping {each.name}" for each in GROUPINGS.values() if each.seeded]
             if name == "seed":
                 raise UsageError(
-                    f"{option} has no effect on --method {self.method}: it draws no random numbers.",
-                    f"Leave {option} out; it is for --method {' and '.join([*users, *seeded])}.",
+                    f"{option} has no effect with --method {self.method}, which draws no random numbers.",
+                    f"Leave {option} out. It is for --method {' and '.join([*users, *seeded])}.",
                 )
             raise UsageError(
-                f"{option} is for --method {' or '.join(users)}, not {self.method}.",
+                f"{option} requires --method {' or '.join(users)}, not {self.method}.",
                 f"Leave it out, or add --method {users[0]}.",
             )
 
@@ -121,19 +132,27 @@ class Request:
         """Refuse what only a latent has."""
         given = [name for name in LATENT_FIELDS if getattr(self, name) is not None]
         if given:
-            raise UsageError(f"{_option(given[0])} is for a latent.", "Add --to mla.")
+            raise UsageError(
+                f"{_option(given[0])} requires --to mla.", f"Add --to mla, or leave {_option(given[0])} out."
+            )
         if self.engine != "any":
-            raise UsageError(f"--engine {self.engine} is for a latent.", "Add --to mla.")
+            raise UsageError(f"--engine {self.engine} requires --to mla.", "Add --to mla, or leave --engine out.")
 
     def _check_latent(self) -> None:
         """Refuse what a latent can't have, and sizes that are none."""
         if self.groups is not None:
-            raise UsageError(f"--to mla keeps a latent, so --groups {self.groups} contradicts it.", "Use --cache.")
+            raise UsageError(
+                f"--groups {self.groups} can't be used with --to mla, which makes a latent.", "Use --cache."
+            )
         makers = [method.name for method in METHODS.values() if method.serves(self.kind)]
         if self.method not in makers:
-            raise UsageError(f"--method {self.method} makes fewer heads, not a latent.", f"Use {' or '.join(makers)}.")
+            raise UsageError(
+                f"--method {self.method} makes fewer heads, not a latent.", f"Use --method {' or '.join(makers)}."
+            )
         if self.grouping != "contiguous":
-            raise UsageError("--grouping is for shared heads: a latent is one for all.")
+            raise UsageError(
+                f"--grouping {self.grouping} can't be used with --to mla: one latent serves all heads.", "Leave it out."
+            )
         _one_of("--engine", self.engine, ENGINES)
         if self.rope is not None:
             rope = MLARope.named(self.rope)
@@ -149,9 +168,9 @@ class Request:
             if value is not None and value < 1:
                 raise UsageError(f"{_option(name)} {value} is not a positive number.")
         if self.cache is not None and not 0 < self.cache <= 1:
-            raise UsageError(f"--cache {self.cache:.3g} is no share of the cache.", "Give one like 25%.")
+            raise UsageError(f"--cache {self.cache:.3g} is not a share of the cache.", "Give a share like 25%.")
         if self.cache is not None and self.kv_lora_rank is not None:
-            raise UsageError("--cache and --kv-lora-rank both set the latent's size.", "Give one of them.")
+            raise UsageError("--cache and --kv-lora-rank both set the latent's size.", "Leave one of them out.")
         if self.key_weight is not None and not 0 < self.key_weight < float("inf"):
             raise UsageError(f"--key-weight {self.key_weight} is not a positive number.")
 
@@ -172,23 +191,23 @@ class Request:
 
     @property
     def chosen_seed(self) -> int:
-        """Return the seed: the one that was given, else 0."""
+        """Return the seed, 0 by default."""
         return self.seed or 0
 
     @property
     def chosen_text(self) -> str:
-        """Return what `calibrated` reads: what was given, else the text that comes with Python."""
+        """Return the name of the calibration text, by default that of the text that comes with Python."""
         return self.calibrate or BUILTIN
 
     @property
     def chosen_tokens(self) -> int:
-        """Return how many tokens `calibrated` reads at most."""
+        """Return how many tokens of calibration text are read at most."""
         return CALIBRATION_TOKENS if self.calibration_tokens is None else self.calibration_tokens
 
     def recorded(self, changed: bool = True) -> dict[str, Any]:
-        """Return what a result depends on: the options that have an effect, those left to their defaults included.
+        """Return the options that have an effect on the result, including defaults.
 
-        With `changed` off, no head was changed, so neither the method nor what belongs to it had an effect.
+        Where no head was `changed`, neither the method nor its options had an effect.
         """
         steps = CalibrationSettings.repair_steps if self.repair_steps is None else self.repair_steps
         defaults = {
@@ -201,27 +220,27 @@ class Request:
 
     @property
     def pools(self) -> bool:
-        """Say whether each new head is made of a few old ones' values alone, and no others'."""
+        """Whether each new head is made of the values of a few old heads alone."""
         return self.chosen_method.pools and not self.chosen_grouping.moves
 
     @property
     def changed_parts(self) -> frozenset[str]:
-        """Return which of q, k, v and o change: moving heads takes their queries and output columns along."""
+        """Return which of q, k, v and o change: where heads move, their queries and output columns move too."""
         plain = not self.chosen_grouping.moves and not self.kind.latent
         return self.chosen_method.changes if plain else EVERY_PART
 
     @property
     def needs_torch(self) -> bool:
-        """Say whether heads are changed with torch while the result is written."""
-        # What calibration made before that is only read.
+        """Whether heads are changed with torch while the result is written."""
+        # What calibration made before is only read.
         factored = self.chosen_method.needs_torch and not self.chosen_method.needs_text
         return factored or self.chosen_grouping.needs_torch
 
 
 def in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those options of a request that had an effect; `values` are an uptrain.json's of any version.
+    """Return the options of a request that had an effect; `values` are those in an uptrain.json of any version.
 
-    Earlier versions recorded every option's default, whether it had an effect or not.
+    Earlier versions recorded the default of every option.
     """
     return {
         name: value
@@ -231,7 +250,7 @@ def in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """Return the words of the command line that ask for a request, of which `values` are as for `in_effect`."""
+    """Return the command-line words of a request, whose `values` are as for `in_effect`."""
     words: list[str] = []
     for name, value in in_effect(values).items():
         option = "--to" if name == "target" else _option(name)
@@ -242,7 +261,7 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def _has_effect(name: str, values: Mapping[str, Any]) -> bool:
-    """Say whether a field has an effect with the method and grouping among `values`, which any version wrote."""
+    """Return whether a field has an effect with the method and grouping among `values`, which any version wrote."""
     if name not in method_options():
         return True
     method, grouping = METHODS.get(str(values.get("method"))), GROUPINGS.get(str(values.get("grouping")))
@@ -260,10 +279,10 @@ def _one_of(option: str, value: str, known: Mapping[str, object] | tuple[str, ..
 
 
 def resolve_groups(request: Request, spec: AttentionSpec, name: str) -> int:
-    """Return how many key/value heads the result keeps.
+    """Return how many key/value heads the result has; `spec` is the source's attention, `name` the source's.
 
     Raises:
-        UsageError: more than there are, or a number that doesn't divide them.
+        UsageError: the request asks for more heads than there are, or for a number that does not divide them.
     """
     heads = spec.num_key_value_heads
     what = "attention heads" if spec.kind == "mha" else "key/value heads"

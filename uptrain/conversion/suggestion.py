@@ -1,4 +1,4 @@
-"""What a checkpoint could become within a cache budget, and what energy each form would keep without training."""
+"""What a checkpoint can become within a cache budget, and the energy that each result explains without training."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from uptrain.formatting import typed
 from uptrain.methods import energy_numpy
 
 SAMPLE = 4
-"""Layers whose energy is computed, evenly spaced: each costs a factorisation."""
+"""The most layers whose energy is computed, evenly spaced: each costs a factorisation."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One form within the budget: the options that make it, its cache, and the mean energy that `layers` keep.
+    """One thing that the checkpoint can become within the budget.
 
-    `keys` and `values` are shares under `method`, svd where the family takes it.
+    - `target`, `options`, `method`: what makes it.
+    - `cache_bytes_per_token`, `cache`: its cache, in bytes and as a share of the source's.
+    - `keys`, `values`: the mean shares of key and value energy that `method` explains in `layers`.
+    - `host`: the model type of the class that holds it.
     """
 
     target: str
@@ -44,22 +47,27 @@ class Suggestion:
 
 
 def suggest(model: str, budget: float, *, revision: str | None = None, allow_pickle: bool = False) -> list[Suggestion]:
-    """Return what `model` can become with at most `budget` (0 to 1) of its cache, the smallest cache first.
+    """Return what a model can become with a share of its cache, the smallest cache first.
 
-    Those are every number of shared heads that fits, and latents of the same caches and of the whole budget. A Hub
-    model's weights are downloaded.
+    The suggestions are every number of key/value heads that fits, and latents of the same caches and of the whole
+    budget. The weights of a Hub model are downloaded.
+
+    - `model`: a folder, `demo` or a Hub id.
+    - `budget`: the share of the cache, 0 to 1.
+    - `revision`: branch, tag or commit of a Hub id.
+    - `allow_pickle`: whether .bin weights are read too.
 
     Raises:
-        UsageError: nothing fits, the model keeps a latent already, or torch is not installed.
+        UsageError: nothing fits, the model has a latent already, or torch is not installed.
         CheckpointError: the model can't be found or read.
     """
     if not 0 < budget < 1:
-        raise UsageError(f"--suggest {budget:.3g} is no share of the cache.", "Give one like 25%.")
+        raise UsageError(f"--suggest {budget:.3g} is not a share of the cache.", "Give a share like 25%.")
     check_installed("torch", "--suggest")
     source = resolve(model, revision, allow_pickle)
     checkpoint = open_checkpoint(source.path, allow_pickle)
     plans = _plans(checkpoint, budget, model)
-    check_classes(checkpoint, plans[0], model)  # a source that convert refuses is no source of suggestions
+    check_classes(checkpoint, plans[0], model)  # what convert refuses gets no suggestions
     layers = sample(len(plans[0].before))
     found = [_suggestion(checkpoint, plan, layers) for plan in plans]
     return sorted(found, key=lambda each: (each.cache_bytes_per_token, each.target))
@@ -73,12 +81,12 @@ def sample(layers: int, most: int = SAMPLE) -> tuple[int, ...]:
 
 
 def _plans(checkpoint: Checkpoint, budget: float, name: str) -> list[Plan]:
-    """Return a plan for every form that fits; what no class holds is left out."""
+    """Return a plan of everything that fits and that a class holds."""
     source = describe_checkpoint(checkpoint, name)
     pooled = bool(source.why_pool_only)
     before = source.attention
     if before[0].kind == "mla":
-        raise UsageError(f"{name} keeps a latent already.", "Ask about the model it was made from.")
+        raise UsageError(f"{name} has a latent already.", "Inspect the model that it was made from.")
     heads = before[0].num_key_value_heads
     method = "mean" if pooled else "svd"
     fewer = [request for request in head_requests(heads, method) if (request.groups or 1) <= budget * heads]

@@ -1,4 +1,4 @@
-"""What training asks of its data: token blocks, one after the other, from a position that can be saved."""
+"""The interface between data and training: token blocks in a fixed order, and a position that can be saved."""
 
 from __future__ import annotations
 

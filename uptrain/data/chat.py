@@ -1,4 +1,4 @@
-"""Conversations as the text that the tokenizer's chat template makes of them, the same on every day."""
+"""Conversations as text, written by the tokenizer's chat template and independent of today's date."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from uptrain.errors import UsageError
 
 Render = Callable[[list[dict[str, Any]]], str]
-"""Turns a conversation, a list of messages with role and content, into text."""
+"""Writes a conversation as text. A conversation is a list of messages with role and content."""
 _DATE = {"%d": "26", "%-d": "26", "%B": "July", "%b": "Jul", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday",
          "%a": "Fri", "%H": "12", "%I": "12", "%p": "PM", "%M": "00", "%S": "00", "%F": "2024-07-26"}  # fmt: skip
 
@@ -17,22 +17,22 @@ def template_of(tokenizer: Any) -> str:
     """Return the tokenizer's default chat template.
 
     Raises:
-        UsageError: it has none.
+        UsageError: the tokenizer has no chat template.
     """
     try:
         return str(tokenizer.get_chat_template())
     except (ValueError, AttributeError):
         raise UsageError(
-            "The tokenizer has no chat template, which a source with chat_field needs.",
+            "The tokenizer has no chat template, and a source with chat_field needs one.",
             "Use an instruct model's tokenizer, or text_field.",
         ) from None
 
 
 def renderer(tokenizer: Any) -> Render:
-    """Return the function that writes a conversation as the tokenizer's chat template does.
+    """Return a function that writes a conversation with the tokenizer's chat template.
 
     Raises:
-        UsageError: there is no template; later, a conversation that the template refuses.
+        UsageError: the tokenizer has no template. The function raises it where the template refuses a conversation.
     """
     import jinja2
 
@@ -50,8 +50,8 @@ def renderer(tokenizer: Any) -> Render:
 
 
 def _same_on_every_day(template: str) -> str:
-    # Some templates write today's date into the system prompt, but a run's text must not depend on the day. The
-    # function can't be passed in, as transformers makes plain data of all that a template is given.
+    # Some templates write today's date into the system prompt, but a run's text must not depend on the date.
+    # transformers passes only plain data to a template, so strftime_now is replaced by a macro and not by a function.
     if "strftime_now" not in template:
         return template
     replaced = "".join(f".replace('{code}', '{value}')" for code, value in _DATE.items())
@@ -59,7 +59,7 @@ def _same_on_every_day(template: str) -> str:
 
 
 def messages_of(value: Any) -> list[dict[str, Any]] | None:
-    """Return a value's messages, or None where it is no conversation."""
+    """Return the messages in a row's value, or None where the value is not a conversation."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         return None
     for message in value:
@@ -67,5 +67,5 @@ def messages_of(value: Any) -> list[dict[str, Any]] | None:
             return None
         if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             return None
-    # A table's rows all have all columns, and a template takes one that is there, empty or not, for meant.
+    # A table gives each message every column. A template would read an empty column as a value, so it is removed.
     return [{key: part for key, part in message.items() if part is not None} for message in value]

@@ -1,4 +1,4 @@
-"""What tokens are made of, as a digest: the text's content and the tokenizer's, whatever their names and times."""
+"""A digest of what tokens depend on: the content of the text and of the tokenizer, not their names and dates."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from uptrain.data.token_text import separator_of
 from uptrain.errors import UsageError
 
 _VERSION = 1
-"""To be raised when the same content becomes other tokens."""
+"""Raise this number when a change of code turns the same content into different tokens."""
 
 
 def content_digest(sources: Sequence[TextSource], tokenizer: Any) -> str:
-    """Return a hex digest that is another one whenever the sources' tokens might be.
+    """Return a hex digest that changes whenever the sources' tokens might change.
 
     Raises:
         UsageError: a source can't be found.
@@ -35,12 +35,12 @@ def content_digest(sources: Sequence[TextSource], tokenizer: Any) -> str:
 def _source(source: TextSource) -> Any:
     if isinstance(source, Files):
         fields = [source.text_field, source.chat_field]
-        # A file's name says whether it has rows, and nothing else that counts.
+        # Of a file's name, only the ending matters: it says whether the file has rows.
         return [[checksum_file(path), *(fields if has_rows(path) else [])] for path in files_of(source)]
     if isinstance(source, TeacherText):
-        raise UsageError("What the teacher writes is not known before it is written.")
+        raise UsageError("The teacher's text has no digest before it is written.")
     if isinstance(source, Dataset) and source.stream:
-        # It is not read until it is used, so its name has to do.
+        # A stream is not read before it is used, so its name replaces its content.
         return source.model_dump(mode="json", exclude={"weight"})
     if isinstance(source, Dataset):
         return [open_dataset(source)._fingerprint, source.text_field, source.chat_field]
@@ -50,7 +50,7 @@ def _source(source: TextSource) -> Any:
 def _builtin(source: Builtin) -> str:
     from uptrain.data.stdlib_text import documents
 
-    # Distributions change the library without changing Python's version, so only its text tells.
+    # Linux distributions change the library without changing Python's version, so only the text identifies it.
     checksum = Checksum()
     for text in documents(source.split):
         checksum.update(_digest(text.encode()).encode())
@@ -58,11 +58,11 @@ def _builtin(source: Builtin) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a digest of how the tokenizer makes tokens of text, its chat template aside."""
+    """Return a digest of how the tokenizer turns text into tokens, without its chat template."""
     content: list[Any] = [type(tokenizer).__name__, len(tokenizer), separator_of(tokenizer)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Calls change these two, and tokenizing a corpus uses neither.
+        # Calls change these two settings, and tokenising a corpus uses neither.
         content.append({key: value for key, value in json.loads(backend.to_str()).items() if key not in _CALL_STATE})
     else:
         with tempfile.TemporaryDirectory() as folder:

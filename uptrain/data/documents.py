@@ -1,4 +1,4 @@
-"""Where text comes from: local files, `datasets`, or the standard library. Never holds a corpus in memory."""
+"""Reading text sources: local files, datasets and the standard library. No source is held in memory whole."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 
 def pieces(sources: Sequence[TextSource], render: Render | None = None) -> Iterator[Piece]:
-    """Yield the text of all sources in order; `render` writes the conversations of sources with a chat_field.
+    """Yield the text of all sources in order, piece by piece.
+
+    `render` writes the conversations of sources with a chat_field; None where there are none.
 
     Raises:
-        UsageError: no such file or dataset, text that is not UTF-8, or a row without the field.
+        UsageError: a file or dataset does not exist, text is not UTF-8, or a row lacks the field.
     """
     for source in sources:
         if isinstance(source, Files):
@@ -33,7 +35,9 @@ def pieces(sources: Sequence[TextSource], render: Render | None = None) -> Itera
 
             yield from (Piece(text, True) for text in documents(source.split))
         else:
-            raise UsageError("What the teacher writes is tokens to train on; it can't be read as text.")
+            raise UsageError(
+                "The teacher writes tokens to train on; they can't be read as text.", "Name another source."
+            )
 
 
 def _file(path: Path, source: Files, render: Render | None) -> Iterator[Piece]:
@@ -64,13 +68,13 @@ def files_of(source: Files) -> list[Path]:
     """Return the files that a source names, in the order given, globs sorted by name.
 
     Raises:
-        UsageError: a name that matches no file.
+        UsageError: no file matches a name.
     """
     names = [source.files] if isinstance(source.files, str) else source.files
     found: list[Path] = []
     for name in names:
         expanded = str(Path(name).expanduser())
-        # A file whose own name holds a bracket is meant before the pattern it would be.
+        # The name of an existing file is a file's name, even where it could be read as a glob.
         matches = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207
         paths = [Path(match) for match in matches if Path(match).is_file()]
         if not paths:
@@ -80,10 +84,10 @@ def files_of(source: Files) -> list[Path]:
 
 
 def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset:
-    """Load a dataset through the `datasets` library, streaming if the source says so.
+    """Load a dataset with the `datasets` library, as a stream if the source says so.
 
     Raises:
-        UsageError: the library is missing, or knows no such dataset, configuration or split.
+        UsageError: the library is not installed, or the dataset, its configuration or its split does not exist.
     """
     with needing("Reading a dataset"):
         import datasets
@@ -98,10 +102,10 @@ def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset
 
 
 def rows(dataset: Iterable[Any], source: Dataset, render: Render | None = None) -> Iterator[str]:
-    """Yield the text of each row.
+    """Yield the text of each row of a dataset.
 
     Raises:
-        UptrainError: the field is missing.
+        UptrainError: a row lacks the source's field.
     """
     for row in dataset:
         try:

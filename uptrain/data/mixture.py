@@ -1,4 +1,4 @@
-"""Blocks from several sources, each with its share of them, in an order that a seed fixes."""
+"""Blocks from several sources in the proportion of their weights, in an order that the seed determines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Mixture:
-    """Blocks of several readers, each block from one of them.
+    """Reads blocks from several readers, each block from one of them.
 
-    Multiples of the golden ratio, which choose the source, spread evenly: any stretch of blocks holds every source's
-    share to within a few blocks, where independent draws would stray by the square root of the stretch's length.
+    Multiples of the golden ratio choose the reader. They are spread evenly, so any stretch of blocks has each
+    source's share to within a few blocks. Independent random draws would deviate by the square root of its length.
+
+    - `readers`: one reader per source.
+    - `weights`: their shares, in any unit.
+    - `seed`: determines the order.
     """
 
     def __init__(self, readers: Sequence[BlockReader], weights: Sequence[float], seed: int) -> None:
@@ -29,7 +33,7 @@ class Mixture:
         self._next = 0
 
     def source_of(self, blocks: Tokens) -> Tokens:
-        """Return which reader each block comes from, by the block's index."""
+        """Return the index of the reader that each block comes from; `blocks` holds the blocks' indices."""
         points = (blocks.astype(np.uint64) * np.uint64(_GOLDEN) + self._offset) / 2.0**64
         return np.searchsorted(self._bounds, points, side="right")
 
@@ -44,7 +48,7 @@ class Mixture:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of blocks taken, the shares, and every reader's own position."""
+        """Return the number of blocks taken, the shares, and the position of every reader."""
         states = [reader.state_dict() for reader in self.readers]
         return {"blocks": self._next, "shares": self.shares, "readers": states}
 
@@ -52,12 +56,12 @@ class Mixture:
         """Go to a saved position.
 
         Raises:
-            UsageError: the position belongs to another mixture, or to other data.
+            UsageError: the position belongs to a mixture with other weights, or to other data.
         """
         if state.get("shares") != self.shares:
             raise UsageError(
                 "The weights in data changed since this run started, so it can't be resumed exactly.",
-                "Restore them, or start anew with --restart.",
+                "Restore them, or start again with --restart.",
             )
         self._next = int(state["blocks"])
         for reader, own in zip(self.readers, state["readers"], strict=True):

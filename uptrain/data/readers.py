@@ -20,7 +20,7 @@ from uptrain.errors import UsageError
 
 
 def _parts(sources: Sequence[TextSource]) -> list[list[TextSource]]:
-    """Return the sources that share a reader: each its own where they have weights, else all together."""
+    """Return the sources by reader: one reader per source where they have weights, else one reader for all."""
     return [list(sources)] if sources[0].weight is None else [[source] for source in sources]
 
 
@@ -28,14 +28,19 @@ def build_tokens(
     sources: Sequence[TextSource], tokenizer: Any, folder: Path, first: bool = True,
     generate: Callable[[TeacherText, Path], None] | None = None,
 ) -> list[Path | None]:  # fmt: skip
-    """Tokenise a recipe's `data`, unless the cache has its tokens; return the folder of each part, None for a stream.
+    """Tokenise a recipe's `data`, unless the cache has the tokens already.
 
-    `folder` is the run's own: what the cache can't hold is written there, and the digests, which only the `first`
-    process of a run makes, as that reads all the text. `generate` writes a teacher's text into a folder.
+    - `sources`: the recipe's data.
+    - `tokenizer`: turns text into tokens.
+    - `folder`: the run's own folder for the digests, the teacher's text and what the cache can't hold.
+    - `first`: whether this is the first process of the run. Only that one computes digests, which reads all text.
+    - `generate`: writes the teacher's text for a source into a folder; None for a run without a teacher.
+
+    Returns one folder of tokens per reader, None for a stream.
 
     Raises:
         UsageError: a source can't be read, or there is no teacher to write one.
-        UptrainError: there is no place for the tokens.
+        UptrainError: no folder can be written.
     """
     parts = _parts(sources)
     known = folder / "digests.json"
@@ -58,7 +63,7 @@ def build_tokens(
 
 
 def counts_of(reader: BlockReader) -> list[dict[str, Any]]:
-    """Return what was tokenised for a reader, an entry a source, for the provenance."""
+    """Return what was tokenised for a reader, one entry per source, for the manifest."""
     parts = reader.readers if isinstance(reader, Mixture) else [reader]
     return [asdict(part.count) if isinstance(part, TokenFile) else {"stream": True} for part in parts]
 
@@ -66,7 +71,13 @@ def counts_of(reader: BlockReader) -> list[dict[str, Any]]:
 def open_reader(
     sources: Sequence[TextSource], tokenizer: Any, folders: Sequence[Path | None], block_size: int, seed: int
 ) -> BlockReader:
-    """Return the reader of a recipe's `data`, whose tokens `build_tokens` put into `folders`.
+    """Return the reader of a recipe's `data`.
+
+    - `sources`: the recipe's data.
+    - `tokenizer`: tokenises streams while they are read.
+    - `folders`: what `build_tokens` returned.
+    - `block_size`: tokens per block.
+    - `seed`: determines the order of the blocks.
 
     Raises:
         UsageError: a source has less than one block of text.

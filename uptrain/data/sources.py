@@ -1,4 +1,4 @@
-"""Which sources of text there are, in a recipe or after `--text`: files, datasets, built-in text, a teacher."""
+"""Which text sources exist, in a recipe or after `--text`: files, datasets, built-in text, text by the teacher."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson", ".pa
 
 
 class Strict(BaseModel):
-    """A frozen section of a recipe that knows all its keys."""
+    """A frozen section of a recipe; a key that it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class WeightedSource(Strict):
-    """A source of text; `weight` is its share of the blocks, beside the other sources' weights."""
+    """A source of text; `weight` is its share of the blocks relative to the weights of the other sources."""
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class RowSource(WeightedSource):
-    """A source whose rows hold text in one field, or a conversation, a list of {role, content}, in another."""
+    """A source with rows: text in `text_field`, or a conversation (a list of {role, content}) in `chat_field`."""
 
     text_field: str = "text"
     chat_field: str | None = None
@@ -57,7 +57,7 @@ class RowSource(WeightedSource):
 
 
 class Files(RowSource):
-    """Local text files (a file is a document) or JSONL and Parquet files (a row is one); globs too."""
+    """Local files, by name or glob: a text file is one document, a row of a JSONL or Parquet file is one document."""
 
     files: str | list[str]
 
@@ -79,20 +79,20 @@ class Dataset(RowSource):
 
 
 class Builtin(WeightedSource):
-    """Text that every machine has: documentation and source of the running Python's standard library."""
+    """Text that every machine has: the documentation and source code of the running Python's standard library."""
 
     builtin: Literal["python-stdlib"]
     split: Literal["train", "held-out"] = "train"
 
 
 HELD_OUT = Builtin(builtin="python-stdlib", split="held-out")
-"""What is scored unless another text is named."""
+"""The text that evaluations score by default."""
 
 
 class TeacherText(WeightedSource):
-    """Text that the teacher model writes itself, for when the data it was trained on is not to be had.
+    """Text that the teacher model writes, for a model whose training data is not available.
 
-    It starts from nothing, or from the first tokens of the documents of `prompts`.
+    Each document starts from the beginning-of-text token, or from the first tokens of a document of `prompts`.
     """
 
     source: Literal["teacher"]
@@ -117,19 +117,23 @@ TEXT_SOURCES: Mapping[str, type[TextSource]] = MappingProxyType(
 
 
 def has_chats(source: TextSource) -> bool:
-    """Say whether a source's rows hold conversations."""
+    """Return whether a source's rows hold conversations."""
     return isinstance(source, RowSource) and source.chat_field is not None
 
 
 def is_stream(source: TextSource) -> bool:
-    """Say whether a source is read as it comes, without tokens on disk."""
+    """Return whether a source is tokenised while it is read, without a file of tokens."""
     return isinstance(source, Dataset) and source.stream
 
 
 def parse_source(value: Any) -> Any:
-    """Turn what stands in a recipe's `data`, or after `--text`, into a source.
+    """Turn an entry of a recipe's `data`, or the value of `--text`, into a source.
 
-    A bare word is short for one: `python-stdlib` (or `python-stdlib:held-out`), a file or glob, or a dataset.
+    A string is `python-stdlib`, `python-stdlib:held-out`, a file, a glob or a dataset. Other values are returned as
+    they are, for pydantic to check.
+
+    Raises:
+        ValueError: a mapping has none of the keys of `TEXT_SOURCES`.
     """
     if isinstance(value, str):
         kind, _, split = value.partition(":")

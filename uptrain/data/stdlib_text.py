@@ -1,4 +1,4 @@
-"""Text that every machine has: the running interpreter's documentation topics and standard library source."""
+"""Text that every machine has: the documentation topics and the source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 HELD_OUT_SHARE = 0.06
-# Tests repeat each other, encodings and entities are tables, the rest is generated, installed later, or not text.
+# Tests repeat each other; encodings and entities are tables; the other names are generated, installed or not text.
 _SKIPPED_FOLDERS = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data",
     "lib-dynload", "_bundled",
@@ -19,7 +19,7 @@ _SKIPPED_FILES = ("_sysconfigdata", "_aix", "__phello__", "entities.py", "string
 
 
 def documents(split: Literal["train", "held-out"]) -> Iterator[str]:
-    """Yield the documents of one side of the split, in the order of their names."""
+    """Yield the documents of one split, in the order of their names."""
     for name, read in _named():
         if is_held_out(name) == (split == "held-out"):
             text = read if isinstance(read, str) else _text(read)
@@ -28,7 +28,7 @@ def documents(split: Literal["train", "held-out"]) -> Iterator[str]:
 
 
 def is_held_out(name: str) -> bool:
-    """Say on which side of the split a module or topic lies; the same on every machine and Python version."""
+    """Return whether a module or topic is held out; the same on every machine and with every Python version."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
@@ -45,7 +45,7 @@ def _named() -> Iterator[tuple[str, str | Path]]:
 
 
 def _sources(root: Path) -> list[Path]:
-    """Return the Python files below `root` in order; installed packages, which can be thousands, aren't even listed."""
+    """Return the Python files below `root` in order, without listing the folders of installed packages."""
     found: list[Path] = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS]

@@ -1,4 +1,4 @@
-"""Text in local files: plain text, JSONL and Parquet, read a little at a time whatever their size."""
+"""Text in local files: plain text, JSONL and Parquet, read in small pieces whatever the size of the file."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any, NamedTuple
 from uptrain.errors import UsageError, did_you_mean, needing
 
 PIECE = 2**20
-"""Characters. A longer document is handed on in pieces of about this size, cut at line ends."""
+"""Characters. A longer document is divided at line ends into pieces of about this size."""
 _PARQUET_ROWS = 64
 _PARQUET_BUFFER = 2**20
 
 
 class Piece(NamedTuple):
-    """A document, or a part of a long one; `first` says whether a new document starts here."""
+    """A document, or a part of a long one; `first` is true for the part that starts a document."""
 
     text: str
     first: bool
 
 
 def has_rows(path: Path) -> bool:
-    """Say whether a file holds rows with fields, by its name; any other is one document."""
+    """Return whether a file's ending says that it holds rows with fields; any other file is one document."""
     return path.suffix in (".jsonl", ".ndjson", ".parquet")
 
 
 def plain(path: Path) -> Iterator[Piece]:
-    """Yield a text file's pieces.
+    """Yield the pieces of a text file.
 
     Raises:
-        UsageError: it is not UTF-8.
+        UsageError: the file is not UTF-8.
     """
     first = True
     with path.open(encoding="utf-8", newline="") as file:
@@ -41,19 +41,19 @@ def plain(path: Path) -> Iterator[Piece]:
 
 
 def file_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield where each row of a file stands, for errors, and the row; a Parquet row has only its `field`.
+    """Yield the rows of a file, each with its place for error messages. A Parquet row has only its `field`.
 
     Raises:
-        UsageError: the file can't be read, or is Parquet without the field.
+        UsageError: the file can't be read, or it is Parquet and lacks the field.
     """
     return _parquet(path, field) if path.suffix == ".parquet" else _jsonl(path)
 
 
 def text_of(row: Any, field: str, where: str) -> str:
-    """Return the text in a row's field.
+    """Return the text in a row's field; `where` names the row in errors.
 
     Raises:
-        UsageError: there is none; it names the fields there are.
+        UsageError: the field has no text; the error names the row's fields.
     """
     if isinstance(row, dict) and isinstance(row.get(field), str):
         return str(row[field])
@@ -61,7 +61,14 @@ def text_of(row: Any, field: str, where: str) -> str:
 
 
 def no_field(row: Any, field: str, where: str, wanted: str, option: str) -> UsageError:
-    """Return the error that says what a row has instead of the `wanted` content of a field."""
+    """Return the error for a row without the wanted content.
+
+    - `row`: the row.
+    - `field`: the name of the field.
+    - `where`: the row's place in its file.
+    - `wanted`: what the field should hold.
+    - `option`: the key of the recipe that names the field.
+    """
     keys = list(row) if isinstance(row, dict) else []
     if field in keys:
         return UsageError(f"{where} has no {wanted} in its field {field!r}, but {_shown(row[field])}.")
@@ -101,7 +108,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         import pyarrow as pa
         from pyarrow import parquet
     try:
-        # Without a buffer pyarrow reads a row group's whole column at once, and a file is often one row group.
+        # Without a buffer, pyarrow reads a row group's whole column at once, and many files have one row group.
         with parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if field not in names:

@@ -1,4 +1,4 @@
-"""Tokenised text kept under the digest of its content, so that every run on the same text shares it."""
+"""A cache of tokenised text by the digest of its content, so that all runs on the same text share it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def cache_root() -> Path | None:
-    """Return the cache's folder: $UPTRAIN_CACHE, else in $XDG_CACHE_HOME or ~/.cache; None where there is no home."""
+    """Return the cache's folder: $UPTRAIN_CACHE, else one in $XDG_CACHE_HOME or ~/.cache; None without a home."""
     own, shared = os.environ.get("UPTRAIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
         if own:
             return Path(own).expanduser()
-        # Its specification says that a relative path is to be ignored: it would be another cache in each folder.
+        # The XDG specification ignores a relative path: it would make another cache in each working directory.
         if shared and (place := Path(shared).expanduser()).is_absolute():
             return place / "uptrain"
         return Path.home() / ".cache" / "uptrain"
@@ -34,9 +34,14 @@ def cache_root() -> Path | None:
 
 
 def tokens_folder(digest: str, sources: Sequence[TextSource], tokenizer: Any, fallback: Path) -> Path:
-    """Return the folder with the tokens of `digest`, in the cache, or in `fallback` where that can't be written.
+    """Return the folder with the tokens of a digest, and tokenise the sources if there is no such folder.
 
-    They are made if they are not there; a second process that wants the same ones waits for the first.
+    A second process that needs the same tokens waits for the first.
+
+    - `digest`: as `content_digest` returned it.
+    - `sources`: the text to tokenise.
+    - `tokenizer`: turns it into tokens.
+    - `fallback`: the folder to use where the cache can't be written.
 
     Raises:
         UsageError: the sources can't be read.
@@ -68,7 +73,7 @@ def _build(place: Path, digest: str, sources: Sequence[TextSource], tokenizer: A
         if TokenFile.is_whole(entry):
             return entry
         try:
-            # What is left here is of a process that died, or of a disk that lost what it was told to keep.
+            # These files are from a process that was killed, or from a disk that lost synchronised data.
             for remains in (entry, partial):
                 if remains.exists():
                     shutil.rmtree(remains)
@@ -95,6 +100,6 @@ def _locked(place: Path, digest: str) -> Iterator[None]:
         try:
             wait_for_lock(lock)
         except OSError as error:
-            # Some network file systems know no locks, and without one two processes would write over each other.
+            # Some network file systems have no locks. Without a lock, two processes could overwrite each other's files.
             raise _Unwritable(error.strerror) from None
         yield

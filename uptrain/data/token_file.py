@@ -1,4 +1,4 @@
-"""Tokens of a whole corpus on disk: tokenised once, then read as blocks in an order that a seed fixes."""
+"""The tokens of a corpus in a file: tokenised once, then read as blocks in an order that the seed determines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from uptrain.data.token_text import dtype_of, encoded
 from uptrain.errors import UsageError
 
 _READ = 2**20
-"""Tokens."""
+"""Tokens per read."""
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """What was tokenised: tokens (separators included), documents, bytes of text, and the tokens' digest."""
+    """What was tokenised.
+
+    - `tokens`: the number of tokens, separators included.
+    - `documents`: the number of documents.
+    - `bytes`: the size of the text in bytes of UTF-8.
+    - `digest`: the digest of the tokens.
+    """
 
     tokens: int
     documents: int
@@ -33,9 +39,9 @@ class TokenCount:
 
 
 class TokenFile:
-    """Tokens of all sources in a file, which stays on disk; read as blocks in a shuffled order.
+    """Reads the tokens of a file as blocks in a shuffled order; the file is memory-mapped.
 
-    Each epoch cuts the tokens into blocks at another offset and visits them in another order, both from the seed.
+    Each epoch divides the tokens into blocks at another offset and in another order. The seed determines both.
     """
 
     def __init__(self, folder: Path, block_size: int, seed: int) -> None:
@@ -53,10 +59,10 @@ class TokenFile:
 
     @staticmethod
     def build(folder: Path, sources: Sequence[TextSource], tokenizer: Any) -> None:
-        """Tokenise the sources into `folder`.
+        """Tokenise the sources and write the tokens into `folder`.
 
         Raises:
-            UsageError: the sources can't be read.
+            UsageError: a source can't be read.
         """
         folder.mkdir(parents=True, exist_ok=True)
         dtype = dtype_of(tokenizer)
@@ -75,7 +81,7 @@ class TokenFile:
 
     @staticmethod
     def digest_of(file: Path, dtype: np.dtype[Any]) -> str:
-        """Return the digest of the tokens in a file, which is the same whatever their width there."""
+        """Return the digest of the tokens in a file, which does not depend on their dtype."""
         digest = hashlib.sha256()
         with file.open("rb") as opened:
             while data := opened.read(_READ * dtype.itemsize):
@@ -84,7 +90,7 @@ class TokenFile:
 
     @staticmethod
     def is_whole(folder: Path) -> bool:
-        """Say whether `folder` holds all the tokens that it says it does."""
+        """Return whether `folder` holds as many tokens as its tokens.json says."""
         try:
             meta = json.loads((folder / "tokens.json").read_text())
             size = (folder / "tokens.bin").stat().st_size
@@ -99,7 +105,7 @@ class TokenFile:
         return out
 
     def _block(self, index: int) -> Tokens:
-        # The offset leaves room in every epoch, so that all have the same number of blocks.
+        # The count leaves room for any offset below block_size, so that all epochs have the same number of blocks.
         per_epoch = max(1, (self.count.tokens - self.block_size + 1) // self.block_size)
         epoch, position = divmod(index, per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
@@ -112,7 +118,7 @@ class TokenFile:
         return self._tokens[start : start + self.block_size].astype(np.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of blocks taken, and the digest of the tokens they came from."""
+        """Return the number of blocks taken and the digest of the tokens."""
         return {"blocks": self._next, "digest": self.count.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,6 +130,6 @@ class TokenFile:
         if state.get("digest") != self.count.digest:
             raise UsageError(
                 "The data changed since this run started, so it can't be resumed exactly.",
-                "Restore the data, or start anew with --restart.",
+                "Restore the data, or start again with --restart.",
             )
         self._next = int(state["blocks"])

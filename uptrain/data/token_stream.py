@@ -1,4 +1,4 @@
-"""Blocks of a streamed dataset, tokenised as they are needed; nothing of it is written to disk."""
+"""Blocks of a streamed dataset, tokenised while they are read; no tokens are written to disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uptrain.errors import UptrainError
 
 
 class TokenStream:
-    """Blocks from a streamed dataset, in its own order, tokenised as they are needed."""
+    """Reads blocks from a streamed dataset in the dataset's order."""
 
     def __init__(self, source: Dataset, tokenizer: Any, block_size: int) -> None:
         self.source, self.tokenizer, self.block_size = source, tokenizer, block_size
@@ -50,12 +50,12 @@ class TokenStream:
         self._in_epoch += len(texts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the dataset's own position and the tokens read but not yet taken."""
+        """Return the dataset's position and the tokens that were read but not taken yet."""
         inner = self._dataset.state_dict()
         return {"dataset": inner, "epoch": self._epoch, "rows": self._in_epoch, "pending": list(self._pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position without replaying what came before it."""
+        """Go to a saved position without reading the rows before it."""
         self._dataset.load_state_dict(state["dataset"])
         self._rows = rows(self._dataset, self.source, self._render)
         self._epoch, self._in_epoch = int(state["epoch"]), int(state["rows"])

@@ -1,4 +1,4 @@
-"""Text to tokens: documents encoded in batches, with a separator between them."""
+"""Text to tokens: documents are encoded in batches, with a separator between two documents."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from uptrain.data.text_files import Piece
 from uptrain.errors import CheckpointError, UsageError, reported_as
 
 BATCH_CHARACTERS = 2**20
-CHARACTERS_A_TOKEN = 4
-"""About what a token spells: a batch of text that a few tokens are taken of need not be longer."""
+CHARACTERS_PER_TOKEN = 4
+"""About the length of a token's text: it limits the text that is encoded where few tokens are needed."""
 _BATCH_PIECES = 256
 
 
 def separator_of(tokenizer: Any) -> list[int]:
-    """Return the tokens that stand between two documents: end of text, else beginning of text, else none."""
+    """Return the token between two documents as a list: end of text, else beginning of text, else no token."""
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if token is not None:
             return [int(token)]
@@ -30,13 +30,13 @@ def separator_of(tokenizer: Any) -> list[int]:
 
 
 def dtype_of(tokenizer: Any, vocab_size: int = 0) -> str:
-    """Return the smallest dtype with room for every token, those included that only a model of `vocab_size` knows."""
+    """Return the smallest dtype that holds every token of the tokenizer and of a model with `vocab_size` tokens."""
     largest = max(max(tokenizer.get_vocab().values(), default=0), vocab_size - 1)
     return "uint16" if largest < 2**16 else "uint32"
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """Return what the tokenizer puts before any text: beginning of text, or nothing."""
+    """Return the tokens that the tokenizer puts before any text: beginning of text, or none."""
     begin = tokenizer("")["input_ids"][:1]
     return list(begin) if begin == [tokenizer.bos_token_id] else []
 
@@ -45,7 +45,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Tokenise texts without adding special tokens.
 
     Raises:
-        CheckpointError: the tokenizer, though it could be loaded, fails.
+        CheckpointError: the tokenizer fails on the text.
     """
     with reported_as(_unfit):
         out = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -57,10 +57,10 @@ def _unfit(reason: str) -> CheckpointError:
 
 
 def renderer_for(sources: Sequence[TextSource], tokenizer: Any) -> Render | None:
-    """Return what writes the sources' conversations, or None where there are none.
+    """Return the function that writes the sources' conversations, or None where no source has conversations.
 
     Raises:
-        UsageError: there are, and the tokenizer has no chat template.
+        UsageError: a source has conversations, and the tokenizer has no chat template.
     """
     return renderer(tokenizer) if any(has_chats(source) for source in sources) else None
 
@@ -81,9 +81,10 @@ def _batches(text: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
 def encoded(
     sources: Sequence[TextSource], tokenizer: Any, characters: int = BATCH_CHARACTERS
 ) -> Iterator[tuple[list[Piece], list[list[int]]]]:
-    """Yield batches of the sources' pieces with the tokens of each, led by the separator where a document starts.
+    """Yield batches of the sources' pieces and the tokens of each piece.
 
-    A batch ends with the piece that fills `characters`.
+    A document's first piece begins with the separator, except in the first document. A batch ends with the piece that
+    reaches `characters`.
     """
     separator = separator_of(tokenizer)
     started = False
@@ -98,7 +99,7 @@ def encoded(
 
 @dataclass(frozen=True)
 class TokenText:
-    """Tokens held in memory for evaluation, (tokens,) int64, and how many bytes of text they spell."""
+    """Tokens in memory for evaluation: `ids` (tokens,) int64, and `bytes`, the size of their text in UTF-8."""
 
     ids: Tokens
     bytes: int
@@ -108,18 +109,18 @@ def read_tokens(sources: Sequence[TextSource], tokenizer: Any, limit: int) -> To
     """Tokenise the beginning of the sources, at most `limit` tokens.
 
     Raises:
-        UsageError: there is no text.
+        UsageError: the sources have no text.
     """
     ids: list[int] = []
     size = 0
-    for batch, batch_ids in encoded(sources, tokenizer, min(BATCH_CHARACTERS, CHARACTERS_A_TOKEN * limit)):
+    for batch, batch_ids in encoded(sources, tokenizer, min(BATCH_CHARACTERS, CHARACTERS_PER_TOKEN * limit)):
         for piece, piece_ids in zip(batch, batch_ids, strict=True):
             room = limit - len(ids)
-            kept = piece_ids[:room]
-            size += len((piece.text if len(kept) == len(piece_ids) else tokenizer.decode(kept)).encode())
-            ids += kept
+            used = piece_ids[:room]
+            size += len((piece.text if len(used) == len(piece_ids) else tokenizer.decode(used)).encode())
+            ids += used
             if len(ids) == limit:
                 return TokenText(np.array(ids, dtype=np.int64), size)
     if len(ids) < 2:
-        raise UsageError("There is no text in it.", "Name a file that has some.")
+        raise UsageError("The text source is empty.", "Name a source that has text.")
     return TokenText(np.array(ids, dtype=np.int64), size)

@@ -11,7 +11,7 @@ import torch
 
 from uptrain.architectures.embeddings import declare_loaded
 from uptrain.checkpoint.jsonfile import dump_json
-from uptrain.checkpoint.sidecars import carry, sidecars_of
+from uptrain.checkpoint.sidecars import copy_sidecars, sidecars_of
 from uptrain.checkpoint.source import Source
 from uptrain.checkpoint.weight_files import EXPLICIT
 
@@ -33,7 +33,7 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
     if source is None:
         tokenizer.save_pretrained(folder)
         return
-    carry(source.path, sidecars_of(source.path, source.listed, keeps_class=True), folder)
+    copy_sidecars(source.path, sidecars_of(source.path, source.listed, keeps_class=True), folder)
     shutil.copyfile(source.path / "config.json", folder / "config.json")
     config = json.loads((folder / "config.json").read_text())
     before = dict(config)

@@ -20,7 +20,7 @@ LESS_MEMORY = (
     "Raise gradient_accumulation, set gradient_checkpointing: true, or fsdp: true on several devices; else lower "
     "block_size or batch_size. What was written stays."
 )
-"""What a recipe can do where memory is full."""
+"""What a user can change in a recipe where memory is full."""
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -33,13 +33,13 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true":
         raise UsageError(
             "DeepSpeed is not supported.",
-            "FSDP2 shares out the same things as ZeRO-3: accelerate launch --config_file recipes/accelerate/fsdp2.yaml",
+            "FSDP2 divides the same tensors as ZeRO-3: accelerate launch --config_file recipes/accelerate/fsdp2.yaml",
         )
     for tracker in recipe.trackers:
         if not any(importlib.util.find_spec(name) for name in _TRACKERS[tracker]):
             raise UsageError(f"The tracker {tracker} is not installed.", f"pip install {_TRACKERS[tracker][0]}")
     if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true":
-        # Weights are shared out by uptrain.training.parallel, the same on every device; accelerate only launches.
+        # uptrain.training.parallel divides the weights, in the same way on every device; accelerate only launches.
         os.environ[_LAUNCHED_FSDP] = "true"
     place = join_processes().device
     accelerator = Accelerator(
@@ -49,7 +49,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if accelerator.device.type == "cpu" and local > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # torchrun sets one thread a process, whatever the machine has.
+        # torchrun sets one thread per process on any machine.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     if recipe.batch_size % (accelerator.num_processes * recipe.gradient_accumulation):
         raise UsageError(
@@ -57,11 +57,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"{accelerator.num_processes} process(es) × gradient_accumulation {recipe.gradient_accumulation}."
         )
     return accelerator
-
-
-def precision_of(accelerator: Accelerator) -> str:
-    """Return the precision that products are computed in: bf16 or fp32."""
-    return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
 
 
 def shards(recipe: Recipe, accelerator: Accelerator) -> bool:

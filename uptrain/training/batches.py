@@ -1,4 +1,4 @@
-"""Token blocks to what a step computes on: targets, and positions that keep packed documents apart."""
+"""Token blocks to batches: the targets, and the positions that separate packed documents."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from uptrain.training.losses import IGNORED
 
 @dataclass(frozen=True)
 class Boundary:
-    """The token that stands between documents, and whether it ends the one before or begins the one after."""
+    """The token between two documents. `ends` is true where it ends a document, false where it begins one."""
 
     token: int
     ends: bool
 
     @staticmethod
     def of(tokenizer: Any) -> Boundary | None:
-        """Return what `separator_of` puts between a tokenizer's documents; None where it has no such token."""
+        """Return the boundary that `separator_of` puts between documents, or None for a tokenizer without one."""
         separator = separator_of(tokenizer)
         return Boundary(separator[0], separator[0] == tokenizer.eos_token_id) if separator else None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences, each (sequences, tokens) int64: tokens, the token each predicts (or IGNORED), and positions.
+    """Sequences to train on; each tensor is (sequences, tokens) int64.
 
-    `position_ids` starts anew at each document, which keeps attention inside documents in transformers' classes; it is
-    None where each sequence is one document, so that the fastest causal attention is used.
+    - `ids`: the tokens.
+    - `targets`: the token that each position predicts, or IGNORED.
+    - `position_ids`: positions that start at 0 in each document, which keeps attention inside documents in
+      transformers' classes. None where each sequence is one document, so that the fastest causal attention is used.
     """
 
     ids: Tensor
@@ -41,11 +43,16 @@ class Batch:
     position_ids: Tensor | None
 
     def share(self, process: int, processes: int, micro_batches: int) -> list[Batch]:
-        """Return this process's sequences, as micro-batches."""
+        """Return this process's sequences as micro-batches.
+
+        - `process`: the index of this process.
+        - `processes`: the number of processes.
+        - `micro_batches`: the number of micro-batches per process.
+        """
         return [self.rows(some) for some in torch.arange(len(self.ids))[process::processes].chunk(micro_batches)]
 
     def rows(self, some: slice | Tensor) -> Batch:
-        """Return some of the sequences."""
+        """Return the sequences that a slice or an index tensor selects."""
         positions = None if self.position_ids is None else self.position_ids[some]
         return Batch(self.ids[some], self.targets[some], positions)
 
@@ -56,14 +63,16 @@ class Batch:
 
     @property
     def target_tokens(self) -> int:
-        """Return how many tokens have a target."""
+        """Return the number of tokens with a target."""
         return int((self.targets != IGNORED).sum())
 
 
 def batch_of(blocks: NDArray[np.integer[Any]], boundary: Boundary | None, has_encoder: bool = False) -> Batch:
-    """Return next-token targets and positions of blocks (sequences, tokens), documents apart if `boundary` is given.
+    """Return blocks as a batch for next-token prediction.
 
-    With an encoder, which reads the first half of each block, only the second half's tokens are targets.
+    - `blocks`: (sequences, tokens), integers.
+    - `boundary`: the token between documents that are kept apart; None for attention over the whole block.
+    - `has_encoder`: whether an encoder reads the first half of each block. Then only the second half has targets.
     """
     ids = torch.from_numpy(np.ascontiguousarray(blocks, dtype=np.int64))
     targets = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), IGNORED)], dim=1)
@@ -75,7 +84,7 @@ def batch_of(blocks: NDArray[np.integer[Any]], boundary: Boundary | None, has_en
     starts[:, 1:] = ids[:, :-1] == boundary.token if boundary.ends else ids[:, 1:] == boundary.token
     if not starts.any():
         return Batch(ids, targets, None)
-    # What begins a document is not predicted from the one before it.
+    # The first token of a document is not predicted from the document before it.
     targets[:, :-1][starts[:, 1:]] = IGNORED
     index = torch.arange(ids.shape[1]).expand_as(ids)
     return Batch(ids, targets, index - torch.where(starts, index, 0).cummax(dim=1).values)

@@ -1,7 +1,7 @@
-"""The objective: cross-entropy, divergence from a teacher and distance from its hidden states, in any mixture.
+"""The objective of training: cross-entropy, divergence from a teacher and distance from its hidden states.
 
-Logits of a whole batch are never held: the head is applied to a few hundred tokens at a time, and the gradient of
-those is taken at once, in the forward pass, so nothing is computed twice.
+The logits of a whole batch are never in memory. The forward pass applies the head to a few hundred tokens at a time and
+computes their gradient immediately, so that nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from uptrain.training.losses import IGNORED, hidden_distance, token_losses
 from uptrain.training.recipe import Distill
 
 _LOGITS = 2**24
-"""Logits held at once for one model."""
+"""The number of logits of one model in memory at a time."""
 
 
 class Objective(nn.Module):
-    """A student and what is asked of it; its forward pass is the loss, so that DDP and FSDP wrap all of it.
+    """A student with its loss as the forward pass, so that DDP and FSDP wrap model and loss together.
 
-    The teacher is no submodule: it has no gradient, is not saved, and no optimizer sees it.
+    The teacher is not a submodule: it has no gradient, it is not saved, and no optimizer sees it.
+
+    - `student`: the model to train.
+    - `distill`: the weights of the parts of the loss; None for cross-entropy alone.
+    - `teacher`: the model to learn from, or None.
+
+    Raises:
+        UsageError: teacher and student have vocabularies of different sizes.
     """
 
     def __init__(self, student: Any, distill: Distill | None = None, teacher: Any = None) -> None:
@@ -36,7 +43,7 @@ class Objective(nn.Module):
         self._head = LogitHead(student)
         self._teacher_head = None if teacher is None else LogitHead(teacher)
         if teacher is not None:
-            _check_alike(student, teacher)
+            _check_vocabulary(student, teacher)
 
     @property
     def teacher(self) -> Any:
@@ -45,17 +52,17 @@ class Objective(nn.Module):
 
     @property
     def has_encoder(self) -> bool:
-        """Tell whether the first half of what it is given is read by an encoder, and only the second predicted."""
+        """Return whether an encoder reads the first half of each sequence, and only the second half is predicted."""
         return self._head.has_encoder
 
     def compile_bodies(self) -> None:
-        """Compile student and teacher up to the head, in place."""
+        """Compile student and teacher up to their heads, in place."""
         for head in (self._head, self._teacher_head):
             if head is not None:
                 (head.model if head.body is None else head.body).compile()
 
     def forget(self) -> None:
-        """Let go of both models, so that what still refers to this (a hook, a compiler) holds no memory of theirs."""
+        """Drop both models, so that a hook or compiler with a reference to this object holds none of their memory."""
         self._modules.clear()
         self._hidden = ()
         for head in (self._head, self._teacher_head):
@@ -65,37 +72,52 @@ class Objective(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return the sums over a batch's tokens, (4,) in fp32: total, cross-entropy, divergence, hidden distance.
 
-        `ids` is (sequences, tokens); `targets` is the same shape: the token that each position predicts, or IGNORED.
-        `position_ids` starts anew at each packed document and keeps documents apart; None for one a sequence.
-        Only total carries a gradient; cross-entropy and divergence are in nats.
+        Only the total carries a gradient. Cross-entropy and divergence are in nats.
+
+        - `ids`: (sequences, tokens) int64.
+        - `targets`: the same shape; the token that each position predicts, or IGNORED.
+        - `position_ids`: the same shape; starts at 0 in each packed document. None for one document per sequence.
         """
-        wanted = self.distill.hidden_weight > 0 and self.teacher is not None
-        hidden, states = self._head.hidden(ids, position_ids, wanted)
-        taught: Tensor | None = None
-        taught_states: tuple[Tensor, ...] = ()
+        compare = self.distill.hidden_weight > 0 and self.teacher is not None
+        hidden, states = self._head.hidden(ids, position_ids, compare)
+        teacher_hidden: Tensor | None = None
+        teacher_states: tuple[Tensor, ...] = ()
         if self._teacher_head is not None:
             with torch.no_grad():
-                taught, taught_states = self._teacher_head.hidden(ids, position_ids, wanted)
-                taught = taught.flatten(0, 1)
+                teacher_hidden, teacher_states = self._teacher_head.hidden(ids, position_ids, compare)
+                teacher_hidden = teacher_hidden.flatten(0, 1)
         total, cross_entropy, divergence = _head_loss(
-            self._head, hidden.flatten(0, 1), targets.flatten(), self._teacher_head, taught, self.distill
+            self._head, hidden.flatten(0, 1), targets.flatten(), self._teacher_head, teacher_hidden, self.distill
         )
-        far = torch.zeros((), device=ids.device)
-        if wanted:
-            far = hidden_distance(states, taught_states, targets != IGNORED)
-            total = total + self.distill.hidden_weight * far
-        return torch.stack([total, cross_entropy, divergence, far.detach()])
+        distance = torch.zeros((), device=ids.device)
+        if compare:
+            distance = hidden_distance(states, teacher_states, targets != IGNORED)
+            total = total + self.distill.hidden_weight * distance
+        return torch.stack([total, cross_entropy, divergence, distance.detach()])
 
 
 def _head_loss(
-    head: LogitHead, hidden: Tensor, targets: Tensor, teacher: LogitHead | None, taught: Tensor | None, distill: Distill
+    head: LogitHead,
+    hidden: Tensor,
+    targets: Tensor,
+    teacher: LogitHead | None,
+    teacher_hidden: Tensor | None,
+    distill: Distill,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return total, cross-entropy and divergence of the rows of `hidden`; only total carries a gradient."""
+    """Return total, cross-entropy and divergence over tokens, each a scalar; only the total carries a gradient.
+
+    - `head`: the student's head.
+    - `hidden`: the student's last hidden states (tokens, hidden_size).
+    - `targets`: (tokens,) int64.
+    - `teacher`: the teacher's head, or None.
+    - `teacher_hidden`: the teacher's last hidden states (tokens, hidden_size), or None.
+    - `distill`: the weights of the parts of the loss.
+    """
 
     def losses(logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        theirs = None if teacher is None or taught is None else teacher.logits(taught[rows])
+        expected = None if teacher is None or teacher_hidden is None else teacher.logits(teacher_hidden[rows])
         finished = head.finish(logits)
-        sums, outer = token_losses(finished, theirs, targets[rows], distill, gradient)
+        sums, outer = token_losses(finished, expected, targets[rows], distill, gradient)
         return sums, None if outer is None else head.before_finish(outer, finished)
 
     rows = max(1, _LOGITS // (head.vocab_size or hidden.shape[-1]))
@@ -106,11 +128,11 @@ def _head_loss(
 
 
 _Losses = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-"""Of some rows' logits: the three sums and, if asked for, the gradient of the first by those logits."""
+"""Takes logits (tokens, vocab_size), their rows and whether to return the gradient of the first sum by the logits."""
 
 
 class _Chunked(torch.autograd.Function):
-    """Apply a linear head and a loss of its logits to a few rows at a time, taking gradients on the way."""
+    """Apply a linear head and a loss of its logits to a few rows at a time, with gradients in the forward pass."""
 
     @staticmethod
     def forward(
@@ -136,17 +158,17 @@ class _Chunked(torch.autograd.Function):
                 some = slice(start, min(start + rows, len(hidden)))
                 sums += _one(inputs[some], used, bias, losses, some, grads)
         ctx.save_for_backward(*[each for each in grads if each is not None])
-        ctx.kept = [each is not None for each in grads]
+        ctx.present = [each is not None for each in grads]
         ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
-        figures = sums[1:]
-        ctx.mark_non_differentiable(figures)
-        return sums[0].clone(), figures
+        parts = sums[1:]
+        ctx.mark_non_differentiable(parts)
+        return sums[0].clone(), parts
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        grads = [next(saved) if kept else None for kept in ctx.kept]
-        # In place: these are ours, and of the head's size.
+        grads = [next(saved) if present else None for present in ctx.present]
+        # In place: these tensors belong to this function, and one has the size of the head.
         scaled = [None if each is None else each.mul_(outer[0]) for each in grads]
         return (
             *(None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.dtypes, strict=True)),
@@ -158,7 +180,15 @@ class _Chunked(torch.autograd.Function):
 def _one(
     inputs: Tensor, weight: Tensor | None, bias: Tensor | None, losses: _Losses, some: slice, grads: list[Tensor | None]
 ) -> Tensor:
-    """Return the three sums of some rows, and add their gradients to `grads`, of hidden, weight and bias."""
+    """Return the three sums of some rows and add their gradients to `grads`.
+
+    - `inputs`: the rows' hidden states (rows, hidden_size), in the dtype of products.
+    - `weight`: (vocab_size, hidden_size), or None where `inputs` are logits.
+    - `bias`: (vocab_size,), or None.
+    - `losses`: computes the sums and the gradient by the logits.
+    - `some`: the rows.
+    - `grads`: gradients of hidden states, weight and bias; None for one that is not needed.
+    """
     low = None if bias is None else bias.to(inputs.dtype)
     logits = (inputs if weight is None else functional.linear(inputs, weight, low)).float()
     sums, outer = losses(logits, some, any(each is not None for each in grads))
@@ -178,10 +208,10 @@ def _one(
     return sums
 
 
-def _check_alike(student: Any, teacher: Any) -> None:
-    mine, theirs = student.config.vocab_size, teacher.config.vocab_size
-    if mine != theirs:
+def _check_vocabulary(student: Any, teacher: Any) -> None:
+    size, expected = teacher.config.vocab_size, student.config.vocab_size
+    if size != expected:
         raise UsageError(
-            f"The teacher predicts {theirs} tokens and the model {mine}, so their logits can't be compared.",
+            f"The teacher predicts {size} tokens and the model {expected}, so their logits can't be compared.",
             "Name the checkpoint that this model was converted from as distill.teacher.",
         )

@@ -1,4 +1,4 @@
-"""A trained model as a checkpoint folder: weights gathered, adapters merged, norms folded, in the stored dtype."""
+"""A trained model as a checkpoint folder: gather weights, merge adapters, fold norms, store in the recipe's dtype."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_best(setup: TrainingSetup, run_folder: RunFolder) -> None:
 
 
 def write_model(setup: TrainingSetup, folder: Path | None) -> None:
-    """Write the model as it is now; all processes call this, and the one with a folder writes."""
+    """Write the present model; all processes call this, and the one with a folder writes."""
     student = setup.objective.objective.student
     weights = gather(student, setup.dtype, keep=folder is not None)
     if folder is not None:
@@ -38,9 +38,13 @@ def write_model(setup: TrainingSetup, folder: Path | None) -> None:
 
 @torch.no_grad()
 def gather(student: Any, dtype: torch.dtype, keep: bool = True) -> dict[str, Tensor]:
-    """Return a model's weights by name, whole, on the CPU and in `dtype`; adapters are added to what they adapt.
+    """Return a model's weights by name, with adapters added to the weights that they adapt; all processes call this.
 
-    All processes must call this; only those that `keep` get the tensors. One tensor at a time is whole in fp32.
+    Only one whole tensor is in fp32 at a time.
+
+    - `student`: the trained model, possibly divided between processes or inside a peft model.
+    - `dtype`: the dtype of the result, which is on the CPU.
+    - `keep`: whether this process needs the tensors; else the result is empty.
     """
     found: dict[str, Tensor] = {}
     tied = set(getattr(student, "all_tied_weights_keys", None) or ())
@@ -58,7 +62,7 @@ def gather(student: Any, dtype: torch.dtype, keep: bool = True) -> dict[str, Ten
 
 @torch.no_grad()
 def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """Return a new model on the CPU with `weights`, as stock classes want it; the student is left alone."""
+    """Return a new model on the CPU with these weights, of the student's class; the student does not change."""
     plain = student.get_base_model() if hasattr(student, "get_base_model") else student
     with torch.device("meta"):
         model = type(plain)(plain.config)
@@ -67,7 +71,7 @@ def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> An
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, neutral_norm.AbsentNorm(module.width, module.eps))
     left = model.load_state_dict(weights, strict=False, assign=True)
-    # The config may say tied though the student was loaded with a head of its own.
+    # The config may say that the head is tied, although the student was loaded with a separate head.
     model.all_tied_weights_keys = dict(plain.all_tied_weights_keys)
     model.tie_weights(recompute_mapping=False)
     lost = [*left.unexpected_keys, *(name for name, value in model.named_parameters() if value.is_meta)]
@@ -78,7 +82,7 @@ def assemble(student: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> An
 
 
 def _plain_name(name: str) -> str | None:
-    """Return a weight's name without peft's wrapping, or None for an adapter's own."""
+    """Return a weight's name without peft's parts, or None for a weight of an adapter."""
     if ".lora_" in name:
         return None
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

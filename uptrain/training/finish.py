@@ -10,7 +10,6 @@ from uptrain.checkpoint.manifest import append_stage
 from uptrain.checkpoint.output_folder import staged_output
 from uptrain.data.readers import counts_of
 from uptrain.training import plots
-from uptrain.training.accelerator import precision_of
 from uptrain.training.export import write_model
 from uptrain.training.metrics import LossMetrics, TrainingResult
 from uptrain.training.trainer import Trainer
@@ -60,7 +59,7 @@ def _result(trainer: Trainer, held_out: LossMetrics | None) -> TrainingResult:
         best_step=best_step,
         skipped=trainer.guard.skipped,
         teacher=setup.teacher.name if setup.teacher else None,
-        precision=precision_of(setup.accelerator),
+        precision="bf16" if setup.accelerator.mixed_precision == "bf16" else "fp32",
         resumed_from=trainer.resumed_from,
         num_processes=setup.accelerator.num_processes,
         sharded=setup.objective.sharded,

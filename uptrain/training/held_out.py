@@ -14,16 +14,16 @@ from uptrain.training.recipe import Recipe
 
 
 def read_held_out(recipe: Recipe, tokenizer: Any) -> TokenText | None:
-    """Return the text that a recipe holds out, or None.
+    """Return the tokens of a recipe's held-out text, or None where it names none.
 
     Raises:
-        UsageError: it is shorter than a block.
+        UsageError: the text is shorter than a block.
     """
     if not recipe.held_out:
         return None
     text = read_tokens(recipe.held_out, tokenizer, recipe.held_out_tokens)
     if len(text.ids) < recipe.scored_block_size:
-        raise UsageError(f"held_out has only {len(text.ids)} tokens, less than one block.", "Give more text.")
+        raise UsageError(f"held_out has only {len(text.ids)} tokens, less than one block.", "Name more text.")
     return text
 
 
@@ -41,7 +41,7 @@ def score(objective: ParallelObjective, text: TokenText, recipe: Recipe) -> Loss
         for number in range(-(-rows // size)):
             begin = (accelerator.process_index * rows) + number * size
             end = min(begin + size, (accelerator.process_index + 1) * rows, len(batch.ids))
-            # Under FSDP all must run as often, so a process that has nothing left repeats the first and drops it.
+            # Under FSDP, all processes must run equally often. One without sequences runs the first and drops its sum.
             part = batch.rows(slice(begin, end)) if begin < end else batch.rows(slice(0, 1))
             found = objective.losses(part)
             sums += found if begin < end else 0

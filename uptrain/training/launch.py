@@ -1,4 +1,4 @@
-"""Join the processes that a launcher started, in one place, and say what fails in any of them once."""
+"""The processes that a launcher started: connect them, and report an error of one or all of them once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import distributed
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models import devices
 
-_SAID = "uptrain/said"
-# In what a collective raises when a process that takes part in it is gone.
+_REPORTED = "uptrain/reported"
+# Parts of the messages of collectives after another process ended.
 _LOST = ("closed by peer", "connection reset", "broken pipe", "gloo")
-_PATIENCE = 3.0
-"""Seconds that a process waits for the first one to say what fails in both."""
+_WAIT_SECONDS = 3.0
+"""Seconds that a process waits for the first process to report the error of both."""
 
 
 class PeerLost(UptrainError):
@@ -30,12 +30,12 @@ class PeerLost(UptrainError):
 
 
 def join_processes() -> PartialState:
-    """Make this process's state: its device, its number and its way to the others, and return it.
+    """Make and return accelerate's state of this process: its device, its rank and its connection to the others.
 
-    Whoever makes it first decides for all of accelerate, so it is made here and nowhere else.
+    The first call in a process decides for all of accelerate, so no other function makes this state.
 
     Raises:
-        UsageError: torch has no device of the name asked for, or the launcher's processes don't find each other.
+        UsageError: torch does not have the device, or the launcher's processes can't connect.
     """
     place, (processes, variable) = devices.device(), devices.launched()
     if processes > 1 and devices.rank() is None:
@@ -44,17 +44,17 @@ def join_processes() -> PartialState:
             f"Start them with torchrun or accelerate launch; for one process, unset {variable}.",
         )
     if PartialState._shared_state and not distributed.is_initialized():
-        # Another device, or a state that something else has made as for one process.
+        # The state is for another device, or other code made it for one process.
         PartialState._reset_state()
     AcceleratorState._reset_state()
-    # The first process tokenises while the others wait, which may take hours.
+    # The others wait while the first process tokenises, which may take hours.
     timeout = InitProcessGroupKwargs(timeout=timedelta(hours=12)).to_kwargs()
     try:
         with patch_environment(accelerate_torch_device=str(place)):
             state = PartialState(cpu=place.type == "cpu", **timeout)
     except (ValueError, distributed.DistError) as error:
         raise UsageError(
-            f"The {processes} processes that were launched can't be joined: {' '.join(str(error).split())[:300]}",
+            f"The {processes} processes that were launched can't connect: {' '.join(str(error).split())[:300]}",
             "Start them with torchrun or accelerate launch.",
         ) from None
     if state.num_processes < processes:
@@ -72,9 +72,9 @@ def join_processes() -> PartialState:
 
 @contextmanager
 def accelerate_device() -> Iterator[None]:
-    """Tell accelerate, which reads ACCELERATE_USE_CPU again and again, what `devices.device` makes of it.
+    """Set ACCELERATE_USE_CPU to what `devices.device` says, for accelerate, which reads the variable several times.
 
-    An empty one would stop it, and so would a true one beside another device that a command names.
+    accelerate fails on an empty value, and on a true one where the command names another device.
     """
     with patch_environment(accelerate_use_cpu=str(devices.device().type == "cpu").lower()):
         yield
@@ -82,16 +82,16 @@ def accelerate_device() -> Iterator[None]:
 
 @contextmanager
 def report_lost_process() -> Iterator[None]:
-    """Say in one sentence that another process is gone, where a collective of the block fails of that.
+    """Report in one sentence that another process ended, where a collective of the block fails for that reason.
 
     Raises:
-        PeerLost: it does.
+        PeerLost: another process ended.
     """
     try:
         yield
     except RuntimeError as error:
         alone = not distributed.is_initialized() or distributed.get_world_size() == 1
-        if alone or not (isinstance(error, distributed.DistError) or _speaks_of_loss(error)):
+        if alone or not (isinstance(error, distributed.DistError) or _is_loss(error)):
             raise
         raise PeerLost(
             f"Another process of this run ended, so this one can't go on: {' '.join(str(error).split())[:200]}",
@@ -99,25 +99,25 @@ def report_lost_process() -> Iterator[None]:
         ) from None
 
 
-def _speaks_of_loss(error: RuntimeError) -> bool:
+def _is_loss(error: RuntimeError) -> bool:
     text = str(error).lower()
     return any(word in text for word in _LOST)
 
 
 def announce(error: UptrainError) -> bool:
-    """Tell whether this process is to say its error: the first always, another only what the first doesn't say."""
+    """Return whether this process must print its error: the first always, others only an error of their own."""
     store = _store()
     if not devices.rank():
         if store is not None:
             with contextlib.suppress(RuntimeError):
-                store.set(_SAID, error.message)
+                store.set(_REPORTED, error.message)
         return True
-    # Where no store connects them, a launcher ends this process as soon as the first has failed.
-    deadline = time.monotonic() + _PATIENCE
+    # Without a store, the launcher ends this process as soon as the first one has failed.
+    deadline = time.monotonic() + _WAIT_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(RuntimeError):
-            if store is not None and store.check([_SAID]):
-                return not isinstance(error, PeerLost) and store.get(_SAID).decode() != error.message
+            if store is not None and store.check([_REPORTED]):
+                return not isinstance(error, PeerLost) and store.get(_REPORTED).decode() != error.message
         time.sleep(0.05)
     return True
 

@@ -20,10 +20,10 @@ from uptrain.training.scope import is_attention
 
 
 def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW over what trains; matrices and embeddings decay, norms and biases don't.
+    """Return AdamW over the weights that train; matrices and embeddings have weight decay, norms and biases have none.
 
     Raises:
-        UsageError: the 8-bit optimizer is asked for and bitsandbytes is not installed.
+        UsageError: the recipe names the 8-bit optimizer, and bitsandbytes is not installed.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     raised = recipe.attention_learning_rate
@@ -52,7 +52,7 @@ def _by_decay(parameters: Iterable[nn.Parameter], rate: float, decay: float) -> 
 
 
 def make_schedule(optimizer: Optimizer, recipe: Recipe) -> Any:
-    """Return the schedule that a recipe names; `wsd` stays level and falls as 1 − √t over its last `decay` share.
+    """Return the schedule that a recipe names. `wsd` is constant, then falls as 1 − √t in the last `decay` of a run.
 
     Source: Hu et al. 2024, "MiniCPM", section 4 (WSD); Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training
     Beyond Fixed Training Durations", section 3 (1 − √t).

@@ -1,6 +1,6 @@
-"""How a run is spread over processes: each with all weights (DDP), or each with a share of them (FSDP2).
+"""A run on several processes: each has all weights (DDP), or each has a part of them (FSDP2).
 
-FSDP is PyTorch's `fully_shard` itself on any device, so that what runs on GPUs is what the tests run on CPUs.
+FSDP is PyTorch's `fully_shard` on every device, so that the tests on CPUs run the same code as GPUs do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from uptrain.training.metrics import LossMetrics
 
 
 class ParallelObjective:
-    """An objective on its devices, and the few things that differ between DDP and FSDP."""
+    """An objective on this process's device, and what differs between DDP and FSDP.
+
+    - `objective`: student, teacher and loss.
+    - `accelerator`: this process's device and its connection to the others.
+    - `shard`: whether to divide weights between processes (FSDP).
+    """
 
     def __init__(self, objective: Objective, accelerator: Accelerator, shard: bool) -> None:
         self.objective, self.accelerator = objective, accelerator
@@ -37,11 +42,11 @@ class ParallelObjective:
             objective.student.float()
             if objective.teacher is not None:
                 objective.teacher.to(accelerator.device)
-            # Its forward pass is under autocast from here on; under FSDP the weights themselves are cast.
+            # From here on the forward pass runs under autocast; under FSDP, the weights are cast instead.
             self.module = accelerator.prepare(objective)
 
     def batch(self, blocks: Tokens, boundary: Boundary | None) -> Batch:
-        """Return blocks (sequences, tokens) as a batch, with documents kept apart where there is a boundary.
+        """Return blocks (sequences, tokens) as a batch, with separate documents where there is a boundary.
 
         Raises:
             UsageError: the student has no embedding of a token.
@@ -62,7 +67,7 @@ class ParallelObjective:
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Exchange gradients only after the last micro-batch of a step."""
+        """Exchange gradients between processes only after the last micro-batch of a step."""
         if self.accelerator.num_processes == 1 or last:
             if self.sharded:
                 self.module.set_requires_gradient_sync(True)
@@ -76,7 +81,7 @@ class ParallelObjective:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Run forward passes without gradients, as the model will be used."""
+        """Run the forward passes of the block in eval mode and without gradients."""
         self.module.eval()
         try:
             with torch.no_grad():
@@ -84,11 +89,12 @@ class ParallelObjective:
         finally:
             self.module.train()
             if self.sharded:
-                # Without a backward pass, what is in no layer would stay whole, and an optimizer take that for its own.
+                # Without a backward pass, parameters outside the layers would stay whole, and the optimizer would use
+                # the whole tensors as its own.
                 self.module.reshard()
 
     def isolates_documents(self) -> bool:
-        """Tell whether positions that start anew keep attention inside a document: not every class reads them so."""
+        """Return whether positions that start at 0 keep attention inside a document; not every class does that."""
         device = self.accelerator.device
         positions = torch.tensor([[0, 1, 0, 1]], device=device)
         targets = torch.tensor([[IGNORED, IGNORED, 3, IGNORED]], device=device)
@@ -99,25 +105,25 @@ class ParallelObjective:
                 try:
                     losses.append(float(self.module(ids, targets, positions)[1]))
                 except TypeError:
-                    # A class that takes no positions at all.
+                    # The class has no parameter for positions.
                     return False
         return abs(losses[0] - losses[1]) < 1e-3 * max(1.0, abs(losses[0]))
 
     def close(self) -> None:
-        """Break what ties models to themselves, so that their memory is free as soon as nobody else refers to them."""
-        # accelerate puts a method of the module, bound to it, into the module itself.
+        """Break the models' reference cycles, so that their memory is free as soon as no caller refers to them."""
+        # accelerate stores a bound method of the module in the module.
         for name in ("forward", "_original_forward"):
             vars(self.objective).pop(name, None)
         for model in (self.objective, self.objective.teacher):
             for module in () if model is None else model.modules():
-                # What `compile` made, which is bound to the module too.
+                # `compile` also stores a callable that is bound to the module.
                 module._compiled_call_impl = None
         self.objective.forget()
         self.module = None
         self.accelerator.free_memory()
 
     def clip(self, limit: float) -> float:
-        """Scale gradients so that their norm is no more than `limit`; return what it was."""
+        """Scale gradients so that their norm is at most `limit`; return the norm before."""
         norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -128,7 +134,7 @@ def _shard(objective: Objective, accelerator: Accelerator) -> None:
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy(),
     }
-    # Layer by layer, so that only one layer is ever in memory in fp32 and whole: the rest is still memory-mapped.
+    # Layer by layer, so that only one whole layer is in memory in fp32 at a time: the others are memory-mapped.
     for layer in decoder_layers(objective.student):
         fully_shard(layer.float(), **settings)
     objective.student.float()
@@ -138,7 +144,7 @@ def _shard(objective: Objective, accelerator: Accelerator) -> None:
 
 
 def _shard_teacher(teacher: Any, mesh: DeviceMesh, device: torch.device) -> None:
-    # Its embeddings and head stay whole on every device: they are used outside its own forward pass.
+    # The teacher's embeddings and head stay whole on every device: they are used outside its forward pass.
     for layer in decoder_layers(teacher):
         fully_shard(layer, mesh=mesh)
     for module in teacher.modules():
@@ -151,11 +157,11 @@ def _shard_teacher(teacher: Any, mesh: DeviceMesh, device: torch.device) -> None
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return a model's layers: its longest list of modules of one class."""
+    """Return a model's layers: its longest list of modules."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return a tensor that every process holds all of; all processes must call this."""
+    """Return the whole tensor in every process; all processes must call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,4 +1,4 @@
-"""Pictures of a training run."""
+"""Training curves: a run's log as a picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CURVES = "training.png"
 
 
 def check() -> None:
-    """Make sure that pictures can be drawn, before hours are spent on what they are to show.
+    """Check that curves can be drawn, before hours of training.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -25,10 +25,10 @@ def check() -> None:
 
 
 def training(folder: Path) -> Path:
-    """Draw a run's log (`train_log.jsonl`) against the tokens seen, into the same folder; return the picture.
+    """Draw the log of a run (`train_log.jsonl`) into the same folder; return the path of the picture.
 
     Raises:
-        UsageError: there is no log, or matplotlib is not installed.
+        UsageError: the folder has no log, or matplotlib is not installed.
     """
     log = folder / "train_log.jsonl"
     if not log.is_file():
@@ -40,22 +40,22 @@ def training(folder: Path) -> Path:
 
 
 def curves(entries: list[dict[str, Any]]) -> Figure:
-    """Draw a log's losses, divergences, learning rate and speed against the tokens seen.
+    """Draw the losses, divergences, learning rate and speed of a log over the tokens seen.
 
     Raises:
         UsageError: matplotlib is not installed.
     """
-    taught = any("kl" in entry for entry in entries)
-    figure, (first, *middle, rate, speed) = _figure(3 + taught)
-    _line(first, entries, "cross_entropy" if taught else "loss", "training")
+    has_teacher = any("kl" in entry for entry in entries)
+    figure, (first, *middle, rate, speed) = _figure(3 + has_teacher)
+    _line(first, entries, "cross_entropy" if has_teacher else "loss", "training")
     _line(first, entries, "held_out_loss", "held out", marker="o")
-    first.set_ylabel("cross-entropy, nats a token")
-    # Divergences are far smaller than cross-entropies: on one axis they would be flat.
+    first.set_ylabel("cross-entropy, nats per token")
+    # Divergences are much smaller than cross-entropies: on a shared axis they would be flat.
     for panel in middle:
         _line(panel, entries, "loss", "what is trained on")
         _line(panel, entries, "kl", "KL to the teacher")
         _line(panel, entries, "held_out_kl", "KL, held out", marker="o")
-        panel.set_ylabel("nats a token")
+        panel.set_ylabel("nats per token")
         panel.set_ylim(bottom=0)
     for panel in (first, *middle):
         for entry in entries:
@@ -74,7 +74,7 @@ def curves(entries: list[dict[str, Any]]) -> Figure:
 def _line(axes: Axes, entries: list[dict[str, Any]], name: str, label: str, marker: str = "") -> None:
     points = [(entry["tokens"], entry[name]) for entry in entries if name in entry]
     if points:
-        # One point alone draws no line.
+        # A single point draws no line, so it gets a marker.
         axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("." if len(points) == 1 else ""))
 
 
@@ -82,7 +82,7 @@ def _figure(rows: int) -> tuple[Figure, Any]:
     check()
     import matplotlib
 
-    # Without a display, and without touching the state of a notebook that draws too.
+    # This works without a display and does not change pyplot's state in a notebook.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a recipe may say: strict sections, each key with its default and its limits. Needs no torch."""
+"""The schema of a recipe: its sections and keys with defaults and limits. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from uptrain.data.sources import ParsedSource, Strict, TeacherText, has_chats, i
 
 
 class TokenizerSpec(Strict):
-    """A byte-level BPE tokenizer to train on the recipe's own data."""
+    """A byte-level BPE tokenizer to train on the recipe's data."""
 
     vocab_size: int = Field(gt=256)
     end_of_text: str = "<|endoftext|>"
@@ -22,7 +22,7 @@ class Distill(Strict):
     """Learning from a teacher: (1 − weight) · cross-entropy + weight · temperature² · KL(teacher ‖ student)."""
 
     teacher: str | None = None
-    """The model that uptrain.json says this one was converted from, unless named."""
+    """The teacher; by default the model that this one was converted from, as uptrain.json says."""
     weight: float = Field(1.0, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = Field(None, gt=0)
@@ -30,7 +30,7 @@ class Distill(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters (through peft), merged when the result is written; on attention unless modules are named."""
+    """Low-rank adapters of peft, merged into the result; on attention unless `target_modules` names other modules."""
 
     r: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0)
@@ -41,13 +41,13 @@ class Lora(Strict):
 class Recipe(Strict):
     """One training run.
 
-    Exactly one of `model` and `config`, and one length: `tokens`, `steps`, or `alpha` of `pretraining_tokens`.
+    A recipe has either `model` or `config`. It has one length: `tokens`, `steps`, or `alpha` with `pretraining_tokens`.
     """
 
     model: str | None = None
     revision: str | None = None
     allow_pickle: bool = False
-    """Whether `.bin` weights, of the model and of its teacher, may be read (restricted unpickling)."""
+    """Whether to read `.bin` weights of the model and its teacher, with torch's restricted unpickler."""
     config: dict[str, Any] | None = None
     tokenizer: TokenizerSpec | str | None = None
     output: Path
@@ -58,10 +58,10 @@ class Recipe(Strict):
     held_out: list[ParsedSource] = Field([])
     held_out_tokens: int = Field(65_536, gt=0)
     held_out_block_size: int | None = Field(None, gt=1)
-    """Unless set, `block_size`: short blocks train well, but a model is judged at the length it is used at."""
+    """Default: `block_size`. Short blocks train well, but a model should be scored at the length of its use."""
     block_size: int = Field(1024, gt=1)
     isolate_documents: bool | None = None
-    """Unless set, wherever the model's class can."""
+    """Whether attention stays inside each document of a block; by default wherever the model's class can do that."""
 
     distill: Distill | None = None
     train: Literal["all", "attention"] = "all"
@@ -184,17 +184,17 @@ class Recipe(Strict):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step sees, over all processes and micro-batches."""
+        """Return the tokens per optimizer step, over all processes and micro-batches."""
         return self.batch_size * self.block_size
 
     @property
     def scored_block_size(self) -> int:
-        """Return the tokens of a block of held-out text."""
+        """Return the tokens per block of held-out text."""
         return self.held_out_block_size or self.block_size
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the number of optimizer steps of the run."""
         if self.steps is not None:
             return self.steps
         share = (self.alpha or 0) * (self.pretraining_tokens or 0)
@@ -202,17 +202,17 @@ class Recipe(Strict):
 
     @property
     def steps_between_evaluations(self) -> int | None:
-        """Optimizer steps from one evaluation to the next, or None."""
+        """Return the number of optimizer steps between two evaluations; None for a run without them."""
         if self.eval_every_tokens is not None:
             return max(1, round(self.eval_every_tokens / self.tokens_per_step))
         return self.eval_every
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of linear warm-up: `warmup` itself, or that share of the run where it is below 1."""
+        """Return the number of warm-up steps: `warmup`, or that share of the run where it is below 1."""
         share = self.warmup * self.total_steps if self.warmup < 1 else self.warmup
         return min(self.total_steps, math.ceil(share))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain JSON values, without the keys that are not set."""
+        """Return the recipe as plain JSON values, without keys that are None."""
         return self.model_dump(mode="json", exclude_none=True)

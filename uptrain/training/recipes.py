@@ -1,4 +1,4 @@
-"""Find, read and check recipes: YAML descriptions of a training run, with `key=value` overrides. Needs no torch."""
+"""Find, read and check recipes: training runs described in YAML, with `key=value` overrides. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from uptrain.errors import UsageError, did_you_mean
 from uptrain.training.recipe import Distill, Lora, Recipe, TokenizerSpec
 
 LIMIT = 2**18
-"""Bytes of a recipe."""
+"""The largest recipe, in bytes."""
 
 
 def shipped_folder() -> Path:
-    """Return the folder of the recipes that come with uptrain, in a checkout or in an installed wheel."""
+    """Return the folder of the shipped recipes, in a checkout or in an installed wheel."""
     package = Path(__file__).parent.parent
     installed = package / "recipes_shipped"
     return installed if installed.is_dir() else package.parent / "recipes"
@@ -30,16 +30,16 @@ def shipped() -> dict[str, Path]:
 
 
 def find_recipe(recipe: str) -> Path:
-    """Find a recipe: a file, or the name of a shipped one, also when written `recipes/NAME.yaml`.
+    """Return the path of a recipe: a file, or a shipped recipe called `NAME` or `recipes/NAME.yaml`.
 
     Raises:
-        UsageError: there is neither.
+        UsageError: there is no such file and no such shipped recipe.
     """
     try:
         path = Path(recipe).expanduser()
         if path.is_file():
             return path
-    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, or a NUL
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, or a NUL
         raise UsageError(f"{recipe!r} can't be the name of a recipe.") from None
     name = path.name.removesuffix(".yaml")
     if name in shipped() and str(path.parent) in (".", "recipes"):
@@ -49,16 +49,19 @@ def find_recipe(recipe: str) -> Path:
 
 
 def summary(path: Path) -> str:
-    """Return a recipe's first comment line, which says what it is for."""
+    """Return the first comment line of a recipe, which describes it."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ").rstrip()
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides; dots reach into sections, values are YAML.
+    """Read a recipe and apply `key=value` overrides.
+
+    - `recipe`: a file, or the name of a shipped recipe.
+    - `overrides`: such as `learning_rate=1e-4` or `distill.weight=0.5`; each value is YAML.
 
     Raises:
-        UsageError: no such recipe, not YAML, or a key or value that the schema does not know.
+        UsageError: the recipe does not exist, is not YAML, or has a key or value that the schema does not allow.
     """
     path = find_recipe(recipe)
     try:
@@ -99,27 +102,27 @@ def check_model(recipe: Recipe) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, and no aliases: a few lines of them can stand for more than memory holds."""
+    """Loads plain values without aliases: a few lines of aliases can expand to more than memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose a node as the base class does, unless it stands for another."""
+        """Compose a node as the base class does, but refuse an alias."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias (*), which recipes don't need")
         return super().compose_node(parent, index)
 
 
 def read_yaml(text: str) -> Any:
-    """Read one YAML document of plain values; tags that name code and aliases are refused.
+    """Return the values of one YAML document; tags for Python objects and aliases are refused.
 
     Raises:
-        ValueError: it is none; the message is one line.
+        ValueError: the text is not such a document. The message is one line.
     """
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError, KeyError) as error:
-        # Besides its own errors the reader lets those of dates, numbers and odd scalars through.
+        # The YAML reader also raises the errors of dates and numbers that it can't convert.
         raise ValueError(" ".join(str(error).split()).removesuffix(".") or "it is empty") from None
 
 
@@ -127,7 +130,7 @@ def parse_recipe(values: Mapping[str, Any], where: str = "The recipe") -> Recipe
     """Check plain values against the schema; `where` names the recipe in errors.
 
     Raises:
-        UsageError: an unknown key (with the nearest known one) or a value that does not fit.
+        UsageError: a key is unknown (the error names the nearest known key), or a value is not allowed.
     """
     try:
         return Recipe.model_validate(_numbers(values))
@@ -138,7 +141,7 @@ def parse_recipe(values: Mapping[str, Any], where: str = "The recipe") -> Recipe
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    # YAML 1.1 reads 1e-3, without a dot, as text; everyone who writes a recipe means the number.
+    # YAML 1.1 reads 1e-3, which has no dot, as text. In a recipe it is a number.
     def read(value: Any) -> Any:
         if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
             try:
@@ -167,7 +170,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         inner[last] = read_yaml(text)
     except ValueError:
         raise UsageError(f"The value of {override!r} is not YAML.", "Quote it.") from None
-    # Several ways to say one thing exclude each other; an override is the user's last word.
+    # Some keys exclude each other; an override replaces the recipe's other key.
     for group in (("tokens", "steps", "alpha"), ("model", "config"), ("eval_every", "eval_every_tokens")):
         if key in group and inner[last] is not None:
             for other in group:
@@ -183,7 +186,7 @@ def _sentence(error: ValidationError, where: str) -> tuple[str, str]:
     place = [part for part in map(str, first["loc"]) if part not in sections and not part.startswith("function-")]
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
-        known = _known_beside(place)
+        known = _keys_of_section(place)
         return f"{where} has an unknown key {key}.", did_you_mean(place[-1], known) or f"Known: {', '.join(known)}."
     if first["type"] == "missing":
         return f"{where} lacks the key {key}.", ""
@@ -194,7 +197,7 @@ def _sentence(error: ValidationError, where: str) -> tuple[str, str]:
     return f"{where}: {key} {first['input']!r} won't do: {message}.", ""
 
 
-def _known_beside(place: Sequence[str]) -> list[str]:
+def _keys_of_section(place: Sequence[str]) -> list[str]:
     if len(place) == 1:
         return list(Recipe.model_fields)
     named: dict[str, list[type[Strict]]] = {"tokenizer": [TokenizerSpec], "distill": [Distill], "lora": [Lora]}

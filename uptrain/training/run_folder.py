@@ -1,4 +1,4 @@
-"""OUT.run: what an unfinished training run has on disk, so that the same command goes on where it stopped."""
+"""OUT.run: the files of an unfinished training run, from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from uptrain.checkpoint.locks import LOCK, try_lock
 from uptrain.errors import UptrainError, UsageError
 from uptrain.training.recipe import Recipe
 
-# The last ones change where and in how many parts a step is computed, which a run short of memory may have to.
+# The keys that may change between interruption and resumption. The last three change only how a step is computed,
+# which a run without enough memory may need.
 _MAY_CHANGE = {
     "allow_pickle", "overwrite", "log_every", "save_every", "eval_every", "eval_every_tokens", "output", "trackers",
     "gradient_accumulation", "gradient_checkpointing", "fsdp",
 }  # fmt: skip
 _OURS = re.compile(r"(recipe\.json|train_log\.jsonl)(\.tmp)?|tokens|(tokenizer|best|checkpoint-\d+)(\.partial)?")
-"""What a run makes in its folder, which is deleted with all that is in it once the run is done."""
+"""The names that a run creates in its folder. The folder is deleted with its contents after the run."""
 
 
 class RunFolder:
-    """The folder beside the output: tokens, log, and the newest complete checkpoint.
+    """The folder next to the output: tokens, log, and the newest complete checkpoint.
 
-    A checkpoint is written under another name and renamed when all its bytes are on the disk, so a folder with a
-    checkpoint's name is whole, whatever happened.
+    A checkpoint is written under another name and renamed when all its bytes are on the disk. So a folder with the name
+    of a checkpoint is always complete.
     """
 
     def __init__(self, output: Path) -> None:
@@ -42,10 +43,13 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def open(self, recipe: Recipe, restart: bool = False) -> None:
-        """Take the folder for this process: create it, or check that the run in it is of this recipe.
+        """Lock the folder for this process and create it, or check that its run is of this recipe.
+
+        - `recipe`: the recipe to run.
+        - `restart`: delete an unfinished run.
 
         Raises:
-            UsageError: it holds a run of another recipe or what no run makes, or another process is running it.
+            UsageError: the folder holds a run of another recipe or a file of another program, or it is in use.
         """
         self._check_own()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,7 @@ class RunFolder:
                 differences = (f"{key} ({_short(earlier.get(key))}, not {_short(values.get(key))})" for key in changed)
                 raise UsageError(
                     f"{self.path} holds an unfinished run with another {', '.join(differences)}.",
-                    "Run it with its own values, or start anew with --restart.",
+                    "Run it with its own values, or start again with --restart.",
                 )
             if not changed:
                 return
@@ -80,30 +84,30 @@ class RunFolder:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        """Let another process take the folder; delete it after an error before there was anything to go on with."""
-        mine = self._lock is not None and not self._lock.closed
-        if mine and error is not None and not self.log.is_file() and not self._worked():
+        """Unlock the folder; delete it after an error if it has nothing to resume from."""
+        locked = self._lock is not None and not self._lock.closed
+        if locked and error is not None and not self.log.is_file() and not self._worked():
             self.remove()
         self.close()
 
     def _check_own(self) -> None:
         entries = self.path.iterdir() if self.path.is_dir() else ()
-        # A file system or a desktop adds hidden files of its own.
+        # File systems and desktops add hidden files.
         others = (each.name for each in entries if not (_OURS.fullmatch(each.name) or _is_hidden_file(each)))
         strange = min(others, default=None)
         if strange is not None:
             raise UsageError(
-                f"{self.path} is where this run would be kept, and holds {strange}, which is none of a run's.",
-                "Choose another output, or move that away: the folder is deleted when the run is done.",
+                f"The run folder {self.path} holds a file of another program: {strange}.",
+                "Choose another output, or move the file: the folder is deleted after the run.",
             )
 
     def _worked(self) -> bool:
-        """Say whether a run left what the same run goes on with: a checkpoint, a tokenizer or tokens of its own."""
+        """Return whether the folder has something to resume from: a checkpoint, a tokenizer or tokens."""
         made = [*self.checkpoints(), self.path / "best", self.tokenizer, *self.tokens.glob("*/")]
         return any(path.is_dir() for path in made)
 
     def close(self) -> None:
-        """Let another process take the folder."""
+        """Unlock the folder."""
         if self._lock:
             self._lock.close()
 
@@ -120,17 +124,17 @@ class RunFolder:
                 entry.unlink()
 
     def checkpoints(self) -> list[Path]:
-        """Return the whole checkpoints, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         found = [path for path in self.path.glob("checkpoint-*") if not path.suffix]
         return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest whole checkpoint and its state, or None."""
+        """Return the newest complete checkpoint and the values of its state.json, or None."""
         found = self.checkpoints()
         return (found[-1], read_json(found[-1] / "state.json")) if found else None
 
     def save(self, step: int, values: dict[str, Any], write: Callable[[Path], None], accelerator: Accelerator) -> None:
-        """Write the checkpoint of a step, whole or not at all, and remove the older ones; all processes call this.
+        """Write the checkpoint of a step completely or not at all, and remove the older ones; all processes call this.
 
         - `step`: the number of finished steps.
         - `values`: what state.json holds.
@@ -179,7 +183,7 @@ class RunFolder:
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """Yield an empty folder that takes the place of the one called `name` when all its bytes are on the disk."""
+        """Yield an empty folder that replaces the folder `name` after the block, when all its bytes are on the disk."""
         partial, final = self.path / f"{name}.partial", self.path / name
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -189,12 +193,12 @@ class RunFolder:
         rename_folder(partial, final)
 
     def rewind_log(self, step: int) -> None:
-        """Drop log lines after `step`: a run that was cut off logged steps that it is about to repeat."""
+        """Remove log lines after `step`: an interrupted run logged steps that the resumed run repeats."""
         if not self.log.is_file():
             return
         lines = self.log.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= step]
-        write_atomic(self.log, "".join(line + "\n" for line in kept))
+        remaining = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= step]
+        write_atomic(self.log, "".join(line + "\n" for line in remaining))
 
     def record(self, entry: dict[str, Any]) -> None:
         """Append one line to the log."""
@@ -212,7 +216,7 @@ def _short(value: Any) -> str:
 
 
 def _step(line: str) -> int | None:
-    # A kill can cut the last line short.
+    # A killed process can leave an incomplete last line.
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

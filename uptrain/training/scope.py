@@ -11,7 +11,7 @@ from uptrain.training.recipe import Recipe
 
 
 def is_attention(model_type: str, name: str) -> bool:
-    """Tell whether a parameter or module of a family's model belongs to an attention layer.
+    """Return whether a parameter or module belongs to an attention layer, by its name and the model's family.
 
     Raises:
         UsageError: the family is not in the table.
@@ -19,7 +19,7 @@ def is_attention(model_type: str, name: str) -> bool:
     entry = FAMILIES.get(model_type)
     if entry is None:
         raise UsageError(
-            f"Which weights of a {model_type} model are its attention is not known.",
+            f"The attention weights of a {model_type} model are not known.",
             "Leave out train: attention, attention_learning_rate and lora, or name lora.target_modules.",
         )
     pattern = "|".join(re.escape(each.removeprefix("{prefix}")) for each in entry.attentions)
@@ -28,10 +28,10 @@ def is_attention(model_type: str, name: str) -> bool:
 
 
 def select_trainable(model: Any, recipe: Recipe) -> Any:
-    """Freeze what the recipe doesn't train and return the model, inside peft's where it asks for adapters.
+    """Freeze the weights that the recipe does not train. Return the model, inside a peft model for adapters.
 
     Raises:
-        UsageError: an unknown family, or peft is not installed.
+        UsageError: the family is not known, or peft is not installed.
     """
     kind = model.config.model_type
     if recipe.train == "attention":

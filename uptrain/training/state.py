@@ -1,4 +1,4 @@
-"""A run's state on disk, through torch.distributed.checkpoint: any number of processes can take it up."""
+"""The tensors of a checkpoint, with torch.distributed.checkpoint: any number of processes can resume from them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,36 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from uptrain.errors import CheckpointError
 from uptrain.models import devices
 
-# What doesn't train is the source's, and is there already.
+# Frozen weights are those of the source checkpoint, so they are not saved again.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
-    """Write weights that train, optimizer and this process's random state into `folder`; all processes call this."""
+    """Write trained weights, the optimizer's state and this process's random state; all processes call this.
+
+    - `folder`: an empty folder.
+    - `module`: the objective, as DDP or FSDP wrapped it.
+    - `optimizer`: its state is written.
+    - `accelerator`: this process's device and rank.
+    """
     model_state, optimizer_state = get_state_dict(module, optimizer, options=_OPTIONS)
     with warnings.catch_warnings():
-        # It remarks that one process needs no coordination.
+        # torch warns that one process needs no coordination.
         warnings.simplefilter("ignore")
         dcp.state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     torch.save(devices.random_state(accelerator.device), folder / f"random-{accelerator.process_index}.pt")
 
 
 def load(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
-    """Take up what `save` wrote, with as many processes as there are now; all processes call this.
+    """Restore what `save` wrote, with any number of processes; all processes call this.
+
+    - `folder`: the folder of the checkpoint.
+    - `module`: the objective, whose weights are replaced.
+    - `optimizer`: its state is replaced.
+    - `accelerator`: this process's device and rank.
 
     Raises:
-        CheckpointError: a file is missing or cut short.
+        CheckpointError: a file is missing or incomplete.
     """
     model_state, optimizer_state = get_state_dict(module, optimizer, options=_OPTIONS)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
@@ -44,11 +55,11 @@ def load(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, acce
             dcp.state_dict_loader.load(state, checkpoint_id=folder)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder} can't be read: {reason}", "Start anew with --restart.") from None
+        raise CheckpointError(f"{folder} can't be read: {reason}", "Start again with --restart.") from None
     set_state_dict(
         module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
     )
     random = folder / f"random-{accelerator.process_index}.pt"
-    # A process that the saved run didn't have starts with the state that its seed gave it.
+    # A process of a higher rank than the saved run had starts with the random state of its seed.
     if random.is_file():
         devices.set_random_state(torch.load(random, weights_only=True), accelerator.device)

@@ -18,11 +18,11 @@ from uptrain.training.scope import select_trainable
 
 
 def make_student(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[Any, torch.dtype]:
-    """Return the model to train, frozen where the recipe says so, and the dtype it will be stored in.
+    """Return the model to train, frozen where the recipe says so, and the dtype of the stored result.
 
     Raises:
-        UsageError: a quantized model, blocks longer than the model's positions, a dtype that can't hold it, or an
-            impossible scope.
+        UsageError: the model is quantized, blocks are longer than its context, the dtype can't hold its weights, or
+            the recipe trains weights that the model does not have.
     """
     if source is None:
         assert recipe.config is not None
@@ -45,7 +45,7 @@ def make_student(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple
         size = getattr(recipe, name)
         if longest is not None and size is not None and size > longest:
             raise UsageError(
-                f"{name} {size} is longer than the model's {longest} positions.", f"Say {name}={longest}, or less."
+                f"{name} {size} is longer than the model's {longest} positions.", f"Set {name}={longest} or less."
             )
     torch.manual_seed(recipe.seed)
     model = select_trainable(model.train(), recipe)

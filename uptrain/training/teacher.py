@@ -7,22 +7,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from uptrain.checkpoint.folder_digest import changed_file
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.weights import changed_file
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models import devices, loading, neutral_norm
 from uptrain.training.recipe import Recipe
 
 
 def find_teacher(named: str | None, student: Source | None, allow_pickle: bool = False) -> Source:
-    """Return where the teacher is: as named, or the source of the student's conversion.
+    """Return the checkpoint of the teacher: the named one, or the source of the student's conversion.
 
-    `allow_pickle` is the recipe's: that uptrain.json says of what was converted is no permission, for anybody may have
-    written it.
+    - `named`: the recipe's `distill.teacher`.
+    - `student`: the checkpoint to train; None for a new model.
+    - `allow_pickle`: the recipe's. A name in uptrain.json gives no permission, because anybody may have written it.
 
     Raises:
-        UsageError: neither is known, or the conversion's source is not there any more, or holds other weights.
+        UsageError: no teacher is known, or the conversion's source does not exist any more or has other weights.
     """
     if named is not None:
         return resolve(named, None, allow_pickle)
@@ -37,16 +38,16 @@ def find_teacher(named: str | None, student: Source | None, allow_pickle: bool =
     except UptrainError as error:
         raise UsageError(
             f"The teacher {converted['name']}, from which {student.name if student else 'it'} was converted, "
-            f"can't be had: {error.message}",
-            "Name where it is now with distill.teacher=MODEL.",
+            f"can't be found: {error.message}",
+            "Name its present place with distill.teacher=MODEL.",
         ) from None
-    # A folder may hold something else by now, and a relative name another folder. The first process asks for all.
+    # The folder may have changed, or a relative name may mean another folder. The first process checks for all.
     changed = changed_file(found.path, converted) if found.origin == "folder" and not devices.rank() else ""
     if changed:
         raise UsageError(
             f"The teacher {converted['name']} is not what {student.name if student else 'the model'} was converted "
             f"from: {found.path / changed} differs.",
-            "Name where the original is now with distill.teacher=MODEL.",
+            "Name the present place of the original with distill.teacher=MODEL.",
         )
     return found
 

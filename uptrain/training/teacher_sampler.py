@@ -1,4 +1,4 @@
-"""Batches of text sampled from a model, from nothing or from the beginnings of documents."""
+"""Sampling text from the teacher in batches, with or without the beginnings of documents as prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from uptrain.models import devices
 
 
 class Sampler:
-    """The teacher with a source's options: what it writes in a batch depends on the seed and the batch's index."""
+    """A teacher with the options of a text source. The text of a batch depends only on the seed and the batch's index.
+
+    - `model`, `tokenizer`: the teacher's.
+    - `source`: the options from the recipe.
+    - `block_size`: the largest number of tokens per document.
+    - `seed`: the recipe's seed.
+
+    Raises:
+        UsageError: the tokenizer has no token to start from and there are no prompts, or prompts fill a block.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, source: TeacherText, block_size: int, seed: int) -> None:
         self.model, self.tokenizer, self.source = model, tokenizer, source
@@ -29,14 +38,16 @@ class Sampler:
         self.start = self._start()
         length = len(self.start) + (source.prompt_tokens if source.prompts is not None else 0)
         if not self.start and source.prompts is None:
-            raise UsageError("The tokenizer has no token that begins or ends a text to start from.", "Give prompts.")
+            raise UsageError(
+                "The tokenizer has no token that begins or ends a text, so a text can't start.", "Set prompts."
+            )
         if length >= block_size:
             raise UsageError(
                 f"prompt_tokens {source.prompt_tokens} leave nothing to write in a block of {block_size}.",
-                "Give fewer prompt_tokens or a larger block_size.",
+                "Set fewer prompt_tokens or a larger block_size.",
             )
         self.stops = stops_of(model, tokenizer)
-        # Plain sampling: what the checkpoint's own settings cut off would be missing in the student for good.
+        # Plain sampling: tokens that the checkpoint's top_k or top_p exclude would be unknown to the student.
         self.config = GenerationConfig(
             do_sample=True, temperature=source.temperature, top_k=0, top_p=1.0, max_new_tokens=block_size - length,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(self.stops) or None,
@@ -51,7 +62,7 @@ class Sampler:
         return [int(bos)] if leads and bos is not None else []
 
     def prompts(self, batches: int) -> Iterator[Tokens]:
-        """Yield each batch's beginnings, (batch, tokens) int64, after those of the first `batches`."""
+        """Yield the prompts of each batch, (batch, tokens) int64, without those of the first `batches` batches."""
         size = self.source.batch_size
         if self.source.prompts is None:
             while True:
@@ -70,18 +81,22 @@ class Sampler:
             for piece in pieces(sources, render):
                 if not piece.first:
                     continue
-                # A token is rarely more than 16 characters, and only the first ones of a long document are needed.
+                # Few tokens have more than 16 characters, so this is enough of a long document.
                 ids = encode(self.tokenizer, [piece.text[: 16 * wanted]])[0]
                 if len(ids) >= wanted:
                     found = True
                     yield ids[:wanted]
             if not found:
                 raise UsageError(
-                    f"No document of prompts has {wanted} tokens.", "Give other prompts, or fewer prompt_tokens."
+                    f"No document of prompts has {wanted} tokens.", "Set other prompts or fewer prompt_tokens."
                 )
 
     def sample(self, batch: int, begin: Tokens) -> list[list[int]]:
-        """Return the texts of a batch that hold anything, without the tokens that begin and end them."""
+        """Return the texts of a batch that are not empty, without the tokens that begin and end them.
+
+        - `batch`: the batch's index.
+        - `begin`: its prompts, (batch, tokens) int64.
+        """
         ids = torch.from_numpy(begin).to(self.model.device)
         with _sampling(self.model, [self.seed, batch]):
             out = self.model.generate(
@@ -91,14 +106,14 @@ class Sampler:
         for row in out:
             written = row[begin.shape[1] :]
             end = next((place for place, token in enumerate(written) if token in self.stops), len(written))
-            # Another stop than the separator, such as the end of a turn, belongs to the text.
+            # A stop token that is not the separator, such as the end of a chat message, belongs to the text.
             extra = [token for token in written[end : end + 1] if token not in self.separator]
             texts.append(row[len(self.start) : begin.shape[1]] + written[:end] + extra)
         return [text for text in texts if text]
 
 
 def stops_of(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a text."""
+    """Return the tokens that end a text, by the model's settings and the tokenizer."""
     own = getattr(model.generation_config, "eos_token_id", None)
     several = own if isinstance(own, list) else [own]
     return {int(token) for token in (*several, *separator_of(tokenizer)) if token is not None}
@@ -110,7 +125,7 @@ def _sampling(model: Any, entropy: list[int]) -> Iterator[None]:
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     with devices.seeded(int(state[0]), model.device):
         model.eval()
-        # What a call leaves unset, transformers takes from here.
+        # transformers takes from here what a call does not set.
         model.generation_config = GenerationConfig()
         try:
             yield

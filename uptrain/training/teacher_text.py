@@ -1,4 +1,4 @@
-"""Text that the teacher writes: sampled in batches, each from its own seed, into a folder that TokenFile opens."""
+"""Text that the teacher writes, sampled in batches into a folder that TokenFile reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from uptrain.errors import UptrainError
 from uptrain.training.teacher_sampler import Sampler
 
 _VERSION = 1
-"""To be raised when the same teacher and options give other text."""
+"""Raise this number when a change of code gives other text for the same teacher and options."""
 
 
 def generate_tokens(sampler: Sampler, folder: Path, on_tokens: Callable[[int], None] = lambda count: None) -> None:
@@ -84,13 +84,13 @@ class _Progress:
 def _write(sampler: Sampler, folder: Path, key: str, on_tokens: Callable[[int], None]) -> None:
     wanted = sampler.source.tokens
     dtype = np.dtype(dtype_of(sampler.tokenizer, sampler.model.config.vocab_size))
-    note, tokens = folder / "progress.json", folder / "tokens.bin"
-    done = _Progress(**read_json(note)) if note.is_file() else _Progress(key)
+    record, tokens = folder / "progress.json", folder / "tokens.bin"
+    done = _Progress(**read_json(record)) if record.is_file() else _Progress(key)
     if done.key != key or not tokens.is_file() or tokens.stat().st_size < done.tokens * dtype.itemsize:
         done = _Progress(key)
     prompts = sampler.prompts(done.batches)
     with tokens.open("ab") as file:
-        # Behind the last noted batch lies what a killed process wrote without noting it.
+        # A killed process may have written tokens after the last batch that progress.json records.
         file.truncate(done.tokens * dtype.itemsize)
         if done.tokens:
             on_tokens(done.tokens)
@@ -99,17 +99,17 @@ def _write(sampler: Sampler, folder: Path, key: str, on_tokens: Callable[[int], 
             for text in sampler.sample(done.batches, next(prompts)):
                 lead = sampler.separator if done.tokens else []
                 row = (lead + text)[: wanted - done.tokens]
-                kept = row[len(lead) :]
+                written = row[len(lead) :]
                 file.write(np.array(row, dtype=dtype).data)
-                size = len(sampler.tokenizer.decode(kept).encode())
-                done = replace(done, tokens=done.tokens + len(row), documents=done.documents + bool(kept),
+                size = len(sampler.tokenizer.decode(written).encode())
+                done = replace(done, tokens=done.tokens + len(row), documents=done.documents + bool(written),
                                bytes=done.bytes + size)  # fmt: skip
             if done.tokens == earlier.tokens:
-                raise UptrainError("The teacher ends every text before its first token.", "Give it prompts.")
+                raise UptrainError("The teacher ends every text before its first token.", "Set prompts.")
             done = replace(done, batches=done.batches + 1)
             file.flush()
             os.fsync(file.fileno())
-            write_atomic(note, dump_json(asdict(done)))
+            write_atomic(record, dump_json(asdict(done)))
             on_tokens(done.tokens - earlier.tokens)
     count = TokenCount(done.tokens, done.documents, done.bytes, TokenFile.digest_of(tokens, dtype))
     write_atomic(folder / "tokens.json", dump_json({"key": key, "dtype": dtype.name, "count": asdict(count)}))
@@ -124,5 +124,5 @@ def _friendly_errors(folder: Path) -> Iterator[None]:
             raise
         raise UptrainError(
             f"The teacher's text can't be written to {folder}: {error.strerror}.",
-            "Make room there; the same command goes on after the last whole batch.",
+            "Make room there; the same command resumes after the last complete batch.",
         ) from None

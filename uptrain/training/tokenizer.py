@@ -20,7 +20,7 @@ def make_tokenizer(recipe: Recipe, model: Source | None, folder: Path, accelerat
 
     - `recipe`: names a tokenizer, describes one, or leaves the choice to the model.
     - `model`: the checkpoint to train; None for a new model, whose recipe has a tokenizer.
-    - `folder`: where a new tokenizer is kept, so that it is trained once per run.
+    - `folder`: where a new tokenizer is stored, so that it is trained once per run.
     - `accelerator`: lets the first process train the tokenizer and the others load it.
     """
     spec = recipe.tokenizer
@@ -39,7 +39,7 @@ def make_tokenizer(recipe: Recipe, model: Source | None, folder: Path, accelerat
 
 
 def new_tokenizer(spec: TokenizerSpec, texts: Iterator[str]) -> Any:
-    """Train a byte-level BPE tokenizer on texts; it can spell any bytes.
+    """Train a byte-level BPE tokenizer on texts; it can encode any bytes.
 
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2.
     """

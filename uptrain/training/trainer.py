@@ -78,14 +78,14 @@ class Trainer:
         started = time.monotonic()
         learning_rate = float(self.schedule.get_last_lr()[0])
         batch = setup.objective.batch(setup.reader.take(recipe.batch_size), setup.boundary)
-        # Every process sees the whole batch's tokens, so all know what the sum is to be divided by.
+        # Every process has the tokens of the whole batch, so each knows the divisor of the sum.
         tokens, processes = batch.target_tokens, accelerator.num_processes
         micro = batch.share(accelerator.process_index, processes, recipe.gradient_accumulation)
         sums = torch.zeros(5, device=accelerator.device)
         for position, part in enumerate(micro):
             with setup.objective.micro_batch(position == len(micro) - 1):
                 found = setup.objective.losses(part)
-                # Processes' gradients are averaged, hence the factor.
+                # accelerate averages the gradients of processes, hence the factor.
                 accelerator.backward(found[0] * (processes / max(1, tokens)))
             sums[:4] += found.detach()
         norm = setup.objective.clip(recipe.max_grad_norm)
@@ -153,9 +153,9 @@ class Trainer:
         state.load(path, setup.objective.module, self.optimizer, setup.accelerator)
         try:
             self._restore(saved)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path / 'state.json'} is not the state of a run: {error!r}.", "Start anew with --restart."
+                f"{path / 'state.json'} is not the state of a run: {error!r}.", "Start again with --restart."
             ) from None
         if setup.accelerator.is_main_process:
             self.folder.rewind_log(self.done)

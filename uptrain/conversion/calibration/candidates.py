@@ -23,7 +23,7 @@ from uptrain.methods.mla_layer import Angles, LatentMaps, mix_heads
 from uptrain.methods.rotary import Rotary
 
 KEY_WEIGHTS = (1.0, 4.0, 16.0)
-"""What is tried for how much more key energy counts than value energy in a joint latent."""
+"""Weights of key energy relative to value energy in a latent that are tried."""
 
 M = TypeVar("M", HeadMaps, LatentMaps)
 
@@ -148,8 +148,8 @@ def _latents(
     weights = latent_weights(layer, source, hidden, maker.inverse_frequencies)
     made = []
     for key_weight in maker.key_weights:
-        maps, kept = factor_latent(source, maker.shape, maker.position, weights, key_weight)
-        made.append(Converted(as_float(maps, maker.device), {"calibrated": kept}))
+        maps, explained = factor_latent(source, maker.shape, maker.position, weights, key_weight)
+        made.append(Converted(as_float(maps, maker.device), {"calibrated": explained}))
     return made
 
 

@@ -32,7 +32,7 @@ Attend = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """What the model passes to a decoder layer beside the hidden states: masks, rotary tables, positions."""
+    """What the model passes to a decoder layer besides the hidden states: masks, rotary tables, positions."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -47,7 +47,14 @@ class Trace:
 
 
 class Layer:
-    """One decoder layer with its weights in float32, run on one block at a time, with other attention if wanted."""
+    """One decoder layer with float32 weights, run on one block at a time, with its own or another attention.
+
+    - `module`: the layer.
+    - `attention`: the path of its attention.
+    - `output`: the path of the output projection in the attention.
+    - `calls`: what the model passes to the layer, by attention implementation.
+    - `config`: the model's config.
+    """
 
     def __init__(self, module: nn.Module, attention: str, output: str, calls: dict[str, Call], config: Any) -> None:
         self.module, self.attention, self._calls, self._config = module, attention, calls, config
@@ -142,7 +149,7 @@ class Layer:
 
 
 class LayerRunner:
-    """Builds the checkpoint's own class without weights, and lends its decoder layers one by one."""
+    """Builds the source's own class without weights, and lends its decoder layers one by one, each with its weights."""
 
     def __init__(self, source: CheckpointDescription, device: torch.device) -> None:
         self.source, self.device = source, device
@@ -164,9 +171,9 @@ class LayerRunner:
         Of the table of tokens only the rows that the blocks name are read, since it can outweigh all else. The first
         block also records what the model passes to each of its layers, which is the same for all.
         """
-        beside = list(self._beside())
+        others = list(self._other_modules())
         table, wanted = self._base.get_input_embeddings(), blocks.unique()
-        for owner, name, path in beside:
+        for owner, name, path in others:
             self._fill(owner.get_submodule(name), f"{self.source.prefix}{path}.", {table: wanted})
         table.padding_idx = None
         table.register_forward_pre_hook(partial(_renumbered, wanted.to(self.device)))
@@ -176,11 +183,11 @@ class LayerRunner:
                 self._enter(blocks[:1], kind)
         for block in blocks:
             yield self._enter(block[None], None)
-        for owner, name, _ in beside:
+        for owner, name, _ in others:
             setattr(owner, name, nn.Identity())
 
-    def _beside(self) -> Iterator[tuple[nn.Module, str, str]]:
-        """Yield every module that doesn't hold the layers: its owner, its name there, and its path."""
+    def _other_modules(self) -> Iterator[tuple[nn.Module, str, str]]:
+        """Yield every module that does not contain the layers: its owner, its name in the owner, and its path."""
         owner, above = self._base, ""
         for part in self._path.split("."):
             yield from ((owner, name, above + name) for name, _ in owner.named_children() if name != part)
@@ -261,7 +268,7 @@ def implementation(config: Any, name: str) -> Iterator[None]:
 
 
 def _renumbered(wanted: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Say where tokens stand in the ascending `wanted`, which are all that a table holds."""
+    """Replace token ids by their places in the ascending `wanted`: the table has the rows of those alone."""
     return (torch.searchsorted(wanted, args[0]), *args[1:])
 
 

@@ -1,4 +1,4 @@
-"""Convert one layer in every way that may be best, and keep the one that errs least on held-out text."""
+"""Search for the best conversion of one layer: the candidate with the least error on held-out text."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from uptrain.methods.method import ExplainedEnergy
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Tell how a layer was converted, and its output's relative squared error on held-out text at each stage.
+    """How a layer was converted.
 
-    `moments` names the stream that was measured: `sequence` (through the converted layers) or `original`. `refit`
-    names the stream of the output's refit, None where none helped; `drift` is the share of the error so far that
-    the refit makes up for, `damping` its λ. `steps` counts the gradient steps kept.
+    - `moments`: the activations that statistics were gathered on, `sequence` (of the converted layers) or `original`.
+    - `refit`: the activations that the output projection was refitted on, `sequence` or `independent` (the original's);
+      None where no refit helped.
+    - `drift`: the share of the error so far that the refit corrects.
+    - `damping`: the refit's λ.
+    - `steps`: the gradient steps of the result.
+    - `error_shared`, `error_refit`, `error`: the relative squared error of the layer's output on held-out text, after
+      sharing, after the refit and after the gradient steps.
     """
 
     moments: str
@@ -50,9 +55,16 @@ class _Refitted(Generic[Maps]):
 
 @dataclass(kw_only=True)
 class LayerSearch(Generic[Maps]):
-    """One layer to convert: its module, what it may become, the streams around it, and how.
+    """One layer to convert.
 
-    `gain` is what the layer multiplies its attention's output by, `output_bias` (d,) the bias of that output.
+    - `layer`: the source's layer.
+    - `maker`: makes candidates and runs the layer with them.
+    - `activations`: around the layer.
+    - `settings`: what is tried.
+    - `device`: what computes.
+    - `index`: the layer's number.
+    - `gain`: what the layer multiplies its attention's output by.
+    - `output_bias`: (d,), the bias of the attention's output, None where it has none.
     """
 
     layer: Layer
@@ -70,13 +82,13 @@ class LayerSearch(Generic[Maps]):
         self._fit = [block for block in range(count) if block not in self._check]
 
     def convert(self) -> tuple[Maps, dict[str, ExplainedEnergy], LayerChoice]:
-        """Return the layer's new float32 maps, what each method keeps, and the choices; moves the converted stream."""
+        """Return the layer's new float32 maps, the energy that methods explain, and the choices; and advance."""
         unfitted: list[tuple[float, _Refitted[Maps]]] = [self._made(kind) for kind in self._moment_kinds()]
         best = min(unfitted, key=_first)
         for _, candidate in unfitted:
             best = min(best, *self._refits(candidate, "sequence"), key=_first)
         if self.index and self.settings.independent:
-            # On the other stream only for the moments that won: it seldom wins, and costs a run over all blocks.
+            # On the original activations only for the moments that won: it seldom wins, and runs over all blocks.
             winner = next(c for _, c in unfitted if c.moments == best[1].moments)
             best = min(best, *self._refits(winner, "independent"), key=_first)
         refit_error, chosen = best
@@ -89,38 +101,38 @@ class LayerSearch(Generic[Maps]):
         return maps, chosen.explained, choice
 
     def advance(self, maps: Maps) -> None:
-        """Take the converted stream through the layer with `maps` as its attention."""
+        """Run the converted activations through the layer, with `maps` as its attention."""
         maps = as_float(maps, self.device)
         for block, hidden in enumerate(self.activations.converted):
             self.activations.converted[block] = self.maker.run(self.layer, hidden.to(self.device), maps).cpu()
 
     def _moment_kinds(self) -> tuple[str, ...]:
-        """Leave out the original stream where nothing before this layer was converted: both are the same."""
+        """Return the activations to try. Before the first layer both are the same."""
         return ("sequence",) if self.index == 0 else self.settings.moments
 
     def _made(self, kind: str) -> tuple[float, _Refitted[Maps]]:
-        """Make the layer's maps on one stream's activations; of several, the one that errs least."""
+        """Return the candidate of least error among those made from one kind of activations, after its error."""
         give_back()
-        stream = self.activations.original if kind == "original" else self.activations.converted
+        states = self.activations.original if kind == "original" else self.activations.converted
         stride = max(1, len(self._fit) // self.settings.probes)
-        probes = (stream[block].to(self.device) for block in self._fit[::stride][: self.settings.probes])
+        probes = (states[block].to(self.device) for block in self._fit[::stride][: self.settings.probes])
         made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
         return min(((self._error(one.maps), one) for one in made), key=_first)
 
-    def _refits(self, unfitted: _Refitted[Maps], stream: str) -> list[tuple[float, _Refitted[Maps]]]:
-        """Refit the output projection on the converted stream, at several drifts, or on the original one."""
+    def _refits(self, unfitted: _Refitted[Maps], inputs: str) -> list[tuple[float, _Refitted[Maps]]]:
+        """Return candidates with the output projection refitted on `sequence` activations, or `independent` of them."""
         give_back()
         shared = unfitted.maps
         found = []
-        for drift, damping, output in self._outputs(shared, stream):
-            candidate = replace(unfitted, maps=replace(shared, o=output), refit=stream, drift=drift, damping=damping)
+        for drift, damping, output in self._outputs(shared, inputs):
+            candidate = replace(unfitted, maps=replace(shared, o=output), refit=inputs, drift=drift, damping=damping)
             found.append((self._error(candidate.maps), candidate))
         return found
 
-    def _outputs(self, shared: Maps, stream: str) -> list[tuple[float, float, Tensor]]:
+    def _outputs(self, shared: Maps, inputs: str) -> list[tuple[float, float, Tensor]]:
         """Return each drift, its best damping, and the output projection refitted with both."""
-        drifts = self.settings.drifts if stream == "sequence" and self.index else (0.0,)
-        fit, check = self._regressions(shared, stream, any(drifts))
+        drifts = self.settings.drifts if inputs == "sequence" and self.index else (0.0,)
+        fit, check = self._regressions(shared, inputs, any(drifts))
         start = shared.o.flatten(1).mT.cpu().double()
         dampings = best_dampings(fit, check, start, drifts, self.settings.dampings)
         found = []
@@ -129,14 +141,14 @@ class LayerSearch(Generic[Maps]):
             found.append((drift, damping, solution.mT.reshape(shared.o.shape).float().to(self.device)))
         return found
 
-    def _regressions(self, shared: Maps, stream: str, drifting: bool) -> tuple[Regression, Check]:
-        """Gather what the mixed heads must become: the source's output, and if `drifting` the error so far."""
+    def _regressions(self, shared: Maps, inputs: str, drifting: bool) -> tuple[Regression, Check]:
+        """Gather a regression of the source's attention output on mixed heads, and if `drifting` of the error."""
         activations = self.activations
-        inputs = activations.converted if stream == "sequence" else activations.original
+        states = activations.converted if inputs == "sequence" else activations.original
         names = ("attention", "gap") if drifting else ("attention",)
         fit, check = Regression(shared.o[0].numel(), len(shared.o), names), Check()
         bias = 0.0 if self.output_bias is None else self.output_bias
-        for block, hidden in enumerate(inputs):
+        for block, hidden in enumerate(states):
             mixed = self.maker.mix(self.layer, hidden.to(self.device), shared)
             original = activations.original[block].to(self.device)
             targets = {"attention": activations.attention_output[block].to(self.device) - bias}
@@ -172,7 +184,7 @@ class LayerSearch(Generic[Maps]):
         return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
 
     def _token_weights(self, hidden: Tensor) -> Tensor:
-        """Weigh tokens (T, d) by the inverse of their energy, which the next norm takes out, and the first one more."""
+        """Return the weights (T,) of tokens: the inverse of their energy, which the next norm removes."""
         weights = 1 / hidden.square().mean(-1).clamp(min=1e-12)
         weights = weights / weights[1:].mean()
         weights[0] *= self.settings.first_token
@@ -180,7 +192,7 @@ class LayerSearch(Generic[Maps]):
 
 
 def held_out(blocks: int, share: float) -> frozenset[int]:
-    """Return which of `blocks` blocks are for checking: evenly spread, at least one, at most half."""
+    """Return which of `blocks` blocks are held out: evenly spaced, at least one, at most half."""
     count = min(max(1, round(blocks * share)), blocks // 2)
     return frozenset(int((i + 0.5) * blocks / count) for i in range(count))
 

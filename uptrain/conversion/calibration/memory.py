@@ -17,11 +17,11 @@ from uptrain.conversion.calibration.targets import CalibrationTarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
 
 CODE = 36 * 2**20
-"""Bytes of torch's kernels, of their buffers and of the model's own class, which are in memory once they are used."""
+"""Bytes of torch's kernels, their buffers and the model's own class, in memory once they are used."""
 
 
 def held_bytes() -> int:
-    """Return how much memory this process holds now."""
+    """Return the bytes of memory that this process holds now."""
     held: int = psutil.Process().memory_info().rss
     return held
 
@@ -29,9 +29,9 @@ def held_bytes() -> int:
 def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int) -> int:
     """Estimate the most bytes that converting one layer on `blocks` blocks of `tokens` tokens takes at a time.
 
-    A layer's weights are float32, and so are the activations of one block. Beside them are either the moments of each
-    group in float64, with the probabilities they are gathered from and the heads in both precisions, or the equations
-    of the refit in float64 and the blocks that it is checked on. The counts are those that peaks of real runs fit.
+    A layer's weights and the activations of one block are float32. In addition there are, first, the float64 moments of
+    each group, the probabilities that they are gathered from, and the heads in both precisions; later, the float64
+    equations of the refit and the held-out blocks. The counts fit the measured peaks of real runs.
     """
     checkpoint = target.source.checkpoint
     base = f"{target.source.prefix}{target.source.family.inside()[0]}.0."
@@ -49,7 +49,7 @@ def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int) -> i
 
 
 def _probabilities(checkpoint: Checkpoint, heads: int, tokens: int) -> int:
-    """Count the probabilities that are computed at a time by the code of the checkpoint's family."""
+    """Return how many probabilities the code of the checkpoint's family computes at a time."""
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     whole = heads * tokens**2

@@ -1,4 +1,4 @@
-"""Repair a converted layer on calibration text: refit its output projection in closed form, then gradient steps."""
+"""Repair a converted layer on calibration text: refit its output projection, then take gradient steps."""
 
 from __future__ import annotations
 
@@ -62,9 +62,13 @@ class Check:
 
 
 def ridge(gram: Tensor, product: Tensor, start: Tensor, damping: float) -> Tensor:
-    """Return the W (n, d) that minimises ‖C W − T‖² + λ‖W − W₀‖², from CᵀC (n, n), CᵀT (n, d), W₀ (n, d).
+    """Return the W (n, d) that minimises ‖C W − T‖² + λ‖W − W₀‖².
 
-    λ is `damping` × the mean diagonal of CᵀC.
+    - `gram`: CᵀC (n, n).
+    - `product`: CᵀT (n, d).
+    - `start`: W₀ (n, d).
+    - `damping`: λ, relative to the mean diagonal of CᵀC.
+
     Source: Hoerl and Kennard 1970, Ridge Regression, equation 2.1, shrunk towards W₀ instead of zero.
     """
     regular, level = _regular(gram, damping)
@@ -77,7 +81,13 @@ def best_dampings(
 ) -> list[float]:
     """Return, for each drift, the damping whose refit on `fit` errs least on `check`.
 
-    A refit is linear in its target, so one factorisation a damping serves all drifts.
+    A refit is linear in its target, so one factorisation per damping serves all drifts.
+
+    - `fit`: the normal equations.
+    - `check`: the held-out blocks.
+    - `start`: (n, d), the output projection before the refit.
+    - `drifts`: shares of the error so far that the refit corrects.
+    - `dampings`: values of λ to try.
     """
     errors = []
     for damping in dampings:
@@ -92,7 +102,7 @@ def best_dampings(
 
 
 def _regular(gram: Tensor, damping: float) -> tuple[Tensor, float]:
-    # Features that are zero throughout say nothing, and keep the start.
+    # Where all features are zero, the level 1 leaves the start as it is.
     level = damping * float(gram.diagonal().mean()) or 1.0
     regular = gram.clone()
     regular.diagonal().add_(level)
@@ -102,9 +112,17 @@ def _regular(gram: Tensor, damping: float) -> tuple[Tensor, float]:
 def gradient_steps(
     maps: Maps, loss: Callable[[Maps, int], Tensor], batches: int, steps: int, rate: float, seed: int
 ) -> Maps:
-    """Return a frozen dataclass of float32 maps after `steps` Adam steps on `loss(maps, batch)`, in a seeded order.
+    """Return maps after Adam steps on `loss(maps, batch)`, over batches in a seeded order.
 
-    Each tensor's learning rate is `rate` × its own root mean square, with a short warm-up and a cosine decay.
+    The learning rate has a short warm-up and a cosine decay.
+
+    - `maps`: the layer's maps, float32.
+    - `loss`: returns the loss of maps on one batch.
+    - `batches`: how many batches there are.
+    - `steps`: how many steps are taken.
+    - `rate`: the learning rate of each tensor, relative to its root mean square.
+    - `seed`: the seed of the order.
+
     Source: Kingma and Ba 2015, Adam, algorithm 1.
     """
     trained = {

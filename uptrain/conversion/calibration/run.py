@@ -1,4 +1,4 @@
-"""Calibrate a planned conversion: read text, and convert layer by layer, after those that an earlier run made."""
+"""Calibrate a planned conversion: read text, and convert the layers that an earlier run did not."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
+from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.data.sources import text_of_option
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
@@ -37,7 +38,7 @@ BLOCK = 1024
 STRANGE = 0.6
 """Tokens per byte from which text is probably of a script or kind the tokenizer was not made for."""
 LARGE = 2**32
-"""Bytes of weights that take more than a few seconds to look at."""
+"""Bytes of weights that take more than a few seconds to read."""
 ROPE_BLOCKS = 4
 """Blocks of text by which rotary pairs are chosen."""
 
@@ -133,7 +134,7 @@ def _blocks(plan: Plan, text: TokenText, events: Events) -> torch.Tensor:
 
 
 def _refuse_nonfinite(checkpoint: Checkpoint, events: Events) -> None:
-    """Look for NaN before hours are spent, though writing would find it too."""
+    """Refuse NaN before hours are spent, though writing would find it too."""
     size = sum(info.nbytes for info in checkpoint.tensors.values())
     if size > LARGE:
         events.note(f"Looking for NaN and infinity in {formatting.size(size)} of weights.")
@@ -167,14 +168,14 @@ def _begun(
 
 def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
     """Return what a plan makes of its source's layers."""
-    if plan.latent is None:
+    if not isinstance(plan.attention, MLAPlan):
         return HeadsTarget(source=plan.source, groups=plan.after[0].num_key_value_heads)
-    wanted = plan.latent.spec
+    wanted = plan.attention.spec
     return MLATarget(
         source=plan.source,
         shape=latent_shape(wanted),
         inverse_frequencies=wanted.inverse_frequencies,
-        rotary_factor=wanted.attention_factor,
+        attention_factor=wanted.attention_factor,
         key_weight=wanted.key_weight,
     )
 
@@ -190,10 +191,10 @@ def _with_rope_pairs(
     - `done`: remembers the choice.
     - `events`: receives `note`.
     """
-    if not isinstance(target, MLATarget) or not plan.chooses_rope_pairs:
+    if not isinstance(target, MLATarget) or not plan.attention.chooses_rope_pairs:
         return target
     if not done.rope_pairs:
-        events.note("Choosing which rotary frequencies to keep.")
+        events.note("Choosing the rope pairs of the shared rotary key.")
         places = plan.after[0].qk_rope_head_dim // 2
         done.rope_pairs = rope_pairs_by_text(target, blocks[:ROPE_BLOCKS], places)
     return replace(target, shape=replace(target.shape, pairs=done.rope_pairs))

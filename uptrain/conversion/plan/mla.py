@@ -2,92 +2,191 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription, ModelDescription
-from uptrain.architectures.mla_projections import MLASpec, MLAStorage
+from uptrain.architectures.mla_projections import MLASpec, MLAStorage, join_latent, latent_shapes
 from uptrain.architectures.mla_rope import MLARope
+from uptrain.architectures.projections import LayerHeads, module_of
 from uptrain.architectures.rope import InverseFrequencies, inverse_frequencies, longrope_table, truncated
 from uptrain.architectures.rope_parameters import EVERY, write_rotation
+from uptrain.checkpoint.dtypes import Array
 from uptrain.checkpoint.header import FLOAT_DTYPES
+from uptrain.conversion.plan.attention import AttentionPlan, LayerWork, PartShape, PlannedRotation
 from uptrain.conversion.request import Request
 from uptrain.errors import UsageError
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES, MLATargetClass, latent_config
+from uptrain.models.targets import result_class
 
 FAST = 512 + 64
 """Cached values a token that the fast MLA kernels of today's engines are written for."""
 
 
-@dataclass(frozen=True)
-class LatentPlan:
-    """All that a conversion to a latent needs beyond what every plan has.
+@dataclass(frozen=True, kw_only=True)
+class MLAPlan(AttentionPlan):
+    """One latent per token in place of the key/value heads.
 
-    `scales` maps the ends of tensor names outside attention to what they are multiplied by, `alpha` is the residual
-    stream's factor. With `pairs_to_choose` the rope pairs are still to be chosen, by what unrotated ones would cost.
+    - `entry`: what the target class can hold.
+    - `spec`: the latent's sizes and rotary pairs.
+    - `stored`: how the target class stores a layer.
+    - `config`: the config of the language model in the result, its class not yet named.
+    - `biased`, `output_bias`: whether the source's q, k and v have biases, and whether its output projection has.
+    - `alpha`: what the residual stream is multiplied by.
+    - `rescaled`: by the end of a tensor's name outside attention, what the tensor is multiplied by for that.
     """
 
     entry: MLATargetClass
     spec: MLASpec
     stored: MLAStorage
-    after: tuple[AttentionSpec, ...]
     config: dict[str, Any]
     biased: bool
     output_bias: bool
     alpha: float = 1.0
-    scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    pairs_to_choose: bool = False
+    rescaled: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
-    def with_rope_pairs(self, rope_pairs: tuple[int, ...]) -> LatentPlan:
+    @property
+    def label(self) -> str:
+        """Return mla and the cached values per token."""
+        return f"mla{self.after[0].cache_values_per_token}"
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Return the sizes of the latent and of the heads that it expands to."""
+        names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        return {name: getattr(self.after[0], name) for name in names}
+
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """Return the latent's sizes, its rotation and the residual stream's factor."""
+        return {
+            "latent": {
+                **self.sizes,
+                "q_lora_rank": self.stored.q_lora_rank,
+                "rope": self.spec.rope.recorded,
+                "slots": self.spec.rope_pairs,
+                "residual_scale": self.alpha,
+            }
+        }
+
+    @property
+    def changes_heads(self) -> bool:
+        """Whether heads change: always."""
+        return True
+
+    @property
+    def changes_storage(self) -> bool:
+        """Whether the projections are stored otherwise: always."""
+        return True
+
+    @property
+    def renames_modules(self) -> bool:
+        """Whether the attention has other modules: always."""
+        return True
+
+    @property
+    def writes_rotation(self) -> bool:
+        """Whether keys rotate."""
+        return self.spec.rope.rotates
+
+    @property
+    def rotation(self) -> PlannedRotation | None:
+        """Return the source's inverse frequencies and the shared rotary key's."""
+        spec = self.spec
+        if not spec.inverse_frequencies:
+            return None
+        written = tuple(spec.inverse_frequencies[pair] for pair in spec.rope_pairs)
+        return PlannedRotation(
+            source=InverseFrequencies(spec.inverse_frequencies, spec.attention_factor),
+            result=InverseFrequencies(written, spec.attention_factor),
+        )
+
+    @property
+    def chooses_rope_pairs(self) -> bool:
+        """Whether the rotary pairs are chosen by what unrotated pairs would cost, and are not chosen yet."""
+        return self.spec.rope.chooses_pairs and not self.spec.rope_pairs
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        """Return what writes the residual stream, which is scaled."""
+        return self.rescaled
+
+    def with_rope_pairs(self, rope_pairs: tuple[int, ...]) -> MLAPlan:
         """Return the plan with its rotary pairs chosen and their table in the config."""
         spec = replace(self.spec, rope_pairs=rope_pairs)
         config = dict(self.config)
         _set_rotation(spec, config, self.config["rope_parameters"])
-        return replace(self, spec=spec, config=config, pairs_to_choose=False)
+        return replace(self, spec=spec, config=config)
+
+    def check_tensors(self) -> None:
+        """Refuse nothing: a latent moves no heads that other tensors count."""
+
+    def write_config(self) -> dict[str, Any]:
+        """Return the config, with the class that holds the result.
+
+        Raises:
+            UsageError: there is no such class for the source's purpose.
+        """
+        return {**self.config, "architectures": [result_class(self.target, self.source)]}
+
+    def parts(self, layer: int, changed: Iterable[str], present: Mapping[str, list[str]]) -> Iterator[PartShape]:
+        """Yield all tensors of the latent layer, in the place of the source's keys."""
+        origin = module_of(self.source.family.projections, "k")
+        hidden = self.source.hidden_size
+        shapes = latent_shapes(self.stored, self.after[layer], hidden, self.biased, self.output_bias)
+        for name, shape in shapes.items():
+            yield PartShape(name, shape, origin)
+
+    def convert(self, heads: LayerHeads, layer: int, work: LayerWork) -> dict[str, Array]:
+        """Return the layer as a latent, as the target class stores it."""
+        return join_latent(work.compress(heads, self.spec, layer), self.stored, self.source.attention[layer].head_dim)
 
 
-def plan_latent(source: CheckpointDescription, request: Request) -> LatentPlan:
+def plan_mla(source: CheckpointDescription, request: Request) -> MLAPlan:
     """Plan the latent that `request` asks of a checkpoint.
 
     Raises:
         UsageError: no class holds it, or its sizes don't go together.
     """
-    config, spec, base = source.config, source.attention[0], source.attention_name(0)
-    modules = {tensor.removeprefix(base) for tensor in source.tensors if tensor.startswith(base)}
-    output = source.family.projections.o
-    biased = any(module.endswith(".bias") and module != f"{output}.bias" for module in modules)
-    output_bias = f"{output}.bias" in modules
+    spec = source.attention[0]
+    biases = _biases(source)
     rope = _rope(request, source)
-    entry = _target_class(source, request, rope, biased or output_bias)
+    entry = _target_class(source, request, rope, any(biases))
     if any(layer.sliding_window for layer in source.attention):
         raise UsageError(
             f"{source.name} has sliding windows, which no MLA target class holds yet.", "Use --to gqa or --to mqa."
         )
     parameters, frequencies = _source_rotation(source, rope)
-    rank, rotary = _sizes(request, source, rope)
-    mla = _spec(request, spec, rope, rank, rotary, frequencies)
-    dtype = _dtype(source, request)
-    if dtype not in entry.dtypes:
+    mla = _spec(request, source, rope, frequencies)
+    if _dtype(source, request) not in entry.dtypes:
         raise UsageError(
             f"{entry.target.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
             "Add --dtype bfloat16 or float32.",
         )
-    alpha, scales = _rescale(entry, config)
+    alpha, rescaled = _rescale(entry, source.config)
     q_lora_rank = _q_lora_rank(request, entry, source)
     schema = replace(entry.schema, per_query=not rope.rotates_expanded)
     heads = spec.num_attention_heads if schema.per_query else spec.num_key_value_heads
-    after = tuple(layer.latent(rank, mla.qk_rope_head_dim, mla.qk_nope_head_dim, heads) for layer in source.attention)
-    written, biases = latent_config(entry, source), (biased, output_bias)
+    sizes = mla.kv_lora_rank, mla.qk_rope_head_dim, mla.qk_nope_head_dim, heads
+    written = latent_config(entry, source)
     written.update(_attention_config(entry, source, mla, heads, biases, q_lora_rank))
     _set_rotation(mla, written, parameters, spec.head_dim)
     _check_truncated(mla, ModelDescription(family=entry.family, config=written, name=source.name))
-    return LatentPlan(
-        entry, mla, MLAStorage(schema, alpha, q_lora_rank), after, written, biased, output_bias,
-        alpha, scales, rope.chooses_pairs and not mla.rope_pairs,
+    return MLAPlan(
+        source=source, target=entry.target, after=tuple(layer.latent(*sizes) for layer in source.attention),
+        own_head=entry.untied, entry=entry, spec=mla, stored=MLAStorage(schema, alpha, q_lora_rank), config=written,
+        biased=biases[0], output_bias=biases[1], alpha=alpha, rescaled=rescaled,
     )  # fmt: skip
+
+
+def _biases(source: CheckpointDescription) -> tuple[bool, bool]:
+    """Return whether q, k or v have biases, and whether the output projection has one."""
+    base, output = source.attention_name(0), f"{source.family.projections.o}.bias"
+    modules = {tensor.removeprefix(base) for tensor in source.tensors if tensor.startswith(base)}
+    return any(module.endswith(".bias") and module != output for module in modules), output in modules
 
 
 def _rope(request: Request, source: CheckpointDescription) -> MLARope:
@@ -175,9 +274,9 @@ def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: MLARo
     return dims
 
 
-def _spec(
-    request: Request, spec: AttentionSpec, rope: MLARope, rank: int, rotary: int, frequencies: InverseFrequencies
-) -> MLASpec:
+def _spec(request: Request, source: CheckpointDescription, rope: MLARope, frequencies: InverseFrequencies) -> MLASpec:
+    """Return the latent's sizes, and its rotary pairs where they follow from the sizes."""
+    spec, (rank, rotary) = source.attention[0], _sizes(request, source, rope)
     pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
     every = rope.chooses_pairs and rotary == spec.head_dim * heads
     rope_pairs: tuple[int, ...] = () if rope.chooses_pairs else tuple(range(rotary // 2))

@@ -5,35 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec, cache_bytes_per_token
-from uptrain.architectures.description import CheckpointDescription, ModelDescription, describe_checkpoint, write_groups
+from uptrain.architectures.description import CheckpointDescription, ModelDescription, describe_checkpoint
 from uptrain.architectures.embeddings import declare
-from uptrain.architectures.head_order import check_order
-from uptrain.architectures.mla_projections import latent_shapes
-from uptrain.architectures.model_class import is_language_model
-from uptrain.architectures.projections import module_of, module_shape, modules_of
 from uptrain.architectures.running_dtype import cached_itemsize
 from uptrain.architectures.validation import DTYPE_KEYS
-from uptrain.checkpoint.dtypes import is_float
-from uptrain.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.conversion.plan.checks import check_effects, check_groups, check_inside, check_listed, check_method
-from uptrain.conversion.plan.embeddings import shared_outputs
-from uptrain.conversion.plan.mla import LatentPlan, plan_latent
-from uptrain.conversion.plan.norms import pooled_norms
-from uptrain.conversion.plan.operations import AttentionPart, Operation, Scale, Transpose, copy_or_cast, new_info
+from uptrain.conversion.plan.attention import AttentionPlan
+from uptrain.conversion.plan.checks import check_inside, check_listed, check_method
+from uptrain.conversion.plan.heads import plan_heads
+from uptrain.conversion.plan.mla import plan_mla
+from uptrain.conversion.plan.operations import AttentionPart, Operation
+from uptrain.conversion.plan.outputs import OutputPlanner
 from uptrain.conversion.plan.quantized import check_quantized, check_target
 from uptrain.conversion.plan.sharding import into_shards
-from uptrain.conversion.plan.target_tensors import TargetTensors, rotate_as_before
-from uptrain.conversion.request import Request, resolve_groups
-from uptrain.errors import CheckpointError, UsageError
+from uptrain.conversion.request import Request
+from uptrain.errors import UsageError
 from uptrain.models.target import TargetClass
-from uptrain.models.targets import OF_THE_FOLDER, choose_target, own_target, result_class, target_config
+from uptrain.models.targets import OF_THE_FOLDER, own_target
 
 PLAN_FORMAT = 3
 """Raised whenever the same request gives other bytes or another digest, so that no run resumes across the change.
@@ -42,28 +36,39 @@ PLAN_FORMAT = 3
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A conversion, complete but for the bytes."""
 
     request: Request
     source: CheckpointDescription
-    target: TargetClass
-    after: tuple[AttentionSpec, ...]
+    attention: AttentionPlan
     config: dict[str, Any]
     """The config of the language model in the result."""
     shards: dict[str, list[Operation]]
-    digest: str
-    latent: LatentPlan | None = None
-    copied_head: bool = False
-    """Whether the result's head is a copy of the embedding that the source ties it to."""
+    digest: str = ""
     notes: tuple[str, ...] = ()
-    """What the user is to know before it runs."""
+    """What the user must know before the plan runs."""
+
+    @property
+    def target(self) -> TargetClass:
+        """Return the class that holds the result."""
+        return self.attention.target
 
     @property
     def before(self) -> tuple[AttentionSpec, ...]:
         """Return the source's attention, layer by layer."""
         return self.source.attention
+
+    @property
+    def after(self) -> tuple[AttentionSpec, ...]:
+        """Return the result's attention, layer by layer."""
+        return self.attention.after
+
+    @property
+    def copied_head(self) -> bool:
+        """Whether the result's head is a copy of the embedding that the source ties it to."""
+        return self.attention.stores_head and self.source.embeddings.tied
 
     @property
     def result(self) -> ModelDescription:
@@ -92,11 +97,6 @@ class Plan:
     def attention_parts(self) -> Iterator[AttentionPart]:
         """Yield what makes each tensor of the changed attention layers."""
         return (operation for operation in self.operations if isinstance(operation, AttentionPart))
-
-    @property
-    def chooses_rope_pairs(self) -> bool:
-        """Whether the rotary pairs of a latent are still to be chosen, by what unrotated pairs would cost."""
-        return self.latent is not None and self.latent.pairs_to_choose
 
     @property
     def total_bytes(self) -> int:
@@ -153,186 +153,17 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     if before[0].kind == "mla":
         raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
     check_quantized(source, request)
-    if request.kind.latent:
-        return _latent_plan(source, request)
-    groups = resolve_groups(request, before[0], name)
-    same = groups == before[0].num_key_value_heads
-    check_effects(request, groups, before[0].num_key_value_heads, name)
-    target = choose_target(source, "mqa" if groups == 1 else "gqa", same)
-    if not same:
-        check_groups(source, target.family, groups)
-    check_target(source, target, False)
-    after = tuple(spec.grouped(groups) for spec in before)
-    if request.chosen_grouping.moves and not same:
-        check_order(source)
-    config = target_config(target, source.config) if target.family is not source.family or not same else None
-    config = _as_it_is(target, source.config) if config is None else config
-    if not same or target.family is not source.family:
-        write_groups(target.family, config, groups)
-        config["architectures"] = [result_class(target, source)]
-    if target.rotary:
-        rotate_as_before(config, target, source)
+    attention = plan_mla(source, request) if request.kind.latent else plan_heads(source, request)
+    check_target(source, attention.target, attention.renames_modules)
+    attention.check_tensors()
+    config = attention.write_config()
     if request.dtype:
         _set_dtype(config, request.dtype)
-    declare(config, source.embeddings, source.family, target.family)
-    planner = _Planner(source, request, target, after, same)
-    shards = into_shards(list(planner.outputs()), checkpoint, request.max_shard_size)
-    plan = Plan(request, source, target, after, config, shards, "")
+    declare(config, source.embeddings, source.family, attention.target.family, attention.own_head)
+    operations = list(OutputPlanner(request, attention).operations())
+    shards = into_shards(operations, checkpoint, request.max_shard_size)
+    plan = Plan(request=request, source=source, attention=attention, config=config, shards=shards)
     return replace(plan, digest=plan_digest(plan, checkpoint))
-
-
-def _as_it_is(target: TargetClass, config: Mapping[str, Any]) -> dict[str, Any]:
-    # A name of code or weights that the source gives doesn't go along, as its file doesn't.
-    own = target_config(target, config)
-    kept = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
-    return {**kept, "auto_map": own["auto_map"]} if "auto_map" in own else kept
-
-
-def _latent_plan(source: CheckpointDescription, request: Request) -> Plan:
-    latent = plan_latent(source, request)
-    config, target = dict(latent.config), latent.entry.target
-    check_target(source, target, True)
-    config["architectures"] = [result_class(target, source)]
-    if request.dtype:
-        _set_dtype(config, request.dtype)
-    declare(config, source.embeddings, source.family, target.family, latent.entry.untied)
-    # Classes for other purposes have no head to make of the embedding.
-    untied = latent.entry.untied and is_language_model(source.config)
-    planner = _Planner(source, request, target, latent.after, False, latent, untied)
-    shards = into_shards(list(planner.outputs()), source.checkpoint, request.max_shard_size)
-    copied = untied and source.embeddings.tied
-    plan = Plan(request, source, target, latent.after, config, shards, "", latent, copied)
-    return replace(plan, digest=plan_digest(plan, source.checkpoint))
-
-
-@dataclass(frozen=True)
-class _Planner:
-    source: CheckpointDescription
-    request: Request
-    target: TargetClass
-    after: tuple[AttentionSpec, ...]
-    same: bool
-    latent: LatentPlan | None = None
-    untied: bool = False
-
-    def outputs(self) -> Iterator[Operation]:
-        """Yield the result's tensors in the order of the source's bytes."""
-        attention, norms, moved = self._attention(), self._norms(), self._target_tensors().outputs(self._dtype)
-        zeros = self._target_tensors().zeros(self._dtype)
-        shared = shared_outputs(self.source, self.target, self.untied, self._passed)
-        placed: set[int] = set()
-        for name, info in self.source.tensors.items():
-            if any(name.endswith(f".{buffer}") for buffer in self.source.family.buffers):
-                continue
-            if name in norms:
-                norm = norms[name]
-                yield from [norm] if norm else []
-                continue
-            if name in moved:
-                yield from moved[name]
-                continue
-            if name not in attention:
-                yield from shared.get(name) or [self._passed(name, info)]
-                yield from zeros.get(name, ())
-                continue
-            layer, outputs = attention[name]
-            if layer in placed:
-                continue
-            yield from outputs
-            placed.add(layer)
-
-    def _attention(self) -> dict[str, tuple[int, list[Operation]]]:
-        """Map each source tensor that goes into a changed layer to the layer and all that it becomes."""
-        source, target = self.source.family, self.target.family
-        moved = source.projections != target.projections or self.latent is not None
-        parts = frozenset("qkvo") if moved else self.request.changed_parts
-        out: dict[str, tuple[int, list[Operation]]] = {}
-        for layer, (before, after) in enumerate(zip(self.source.attention, self.after, strict=True)):
-            base = self.source.attention_name(layer)
-            modules = modules_of(source.projections, frozenset("qkvo"))
-            present = {module: self._check(base, module, before) for module in modules}
-            if self.same and not moved:
-                continue
-            taken = modules_of(source.projections, parts)
-            if self.latent is None:
-                outputs = list(self._layer_outputs(layer, parts, after, present))
-            else:
-                outputs = list(self._latent_outputs(layer, after, self.latent))
-            names = [f"{base}{module}.{kind}" for module in taken for kind in present[module]]
-            out.update(dict.fromkeys(names, (layer, outputs)))
-        return out
-
-    def _target_tensors(self) -> TargetTensors:
-        return TargetTensors(self.source, self.target)
-
-    def _norms(self) -> dict[str, Operation | None]:
-        """Map each norm weight that is pooled to what it becomes, None for those that go into an earlier one."""
-        if self.same or self.latent is not None:
-            return {}
-        out: dict[str, Operation | None] = {}
-        for norm in pooled_norms(self.source, self.after, self.request.chosen_method, self._dtype):
-            out |= {**dict.fromkeys(norm.sources), norm.source: norm}
-        return out
-
-    def _layer_outputs(
-        self, layer: int, parts: frozenset[str], spec: AttentionSpec, present: dict[str, list[str]]
-    ) -> Iterator[Operation]:
-        source, target = self.source.family, self.target.family
-        base = target.attention(self._target_tensors().prefix, layer)
-        for module in modules_of(target.projections, parts):
-            part = next(part for part in "qkvo" if module_of(target.projections, part) == module)
-            origin = module_of(source.projections, part)
-            rows, columns = module_shape(target.projections, spec, module, self.source.hidden_size)
-            out_features = columns if target.projections.transposed else rows
-            first = self.source.attention_name(layer) + origin + ".weight"
-            dtype = self._dtype(self.source.tensors[first].dtype)
-            for kind in ("weight", "bias") if self.target.biased else present[origin]:
-                shape = (rows, columns) if kind == "weight" else (out_features,)
-                output, name = new_info(f"{base}{module}.{kind}", dtype, shape), f"{module}.{kind}"
-                yield AttentionPart(output=output, sources=(first,), layer=layer, module=name)
-
-    def _latent_outputs(self, layer: int, spec: AttentionSpec, latent: LatentPlan) -> Iterator[Operation]:
-        base = self.target.family.attention(self.source.prefix, layer)
-        origin = module_of(self.source.family.projections, "k")
-        first = self.source.attention_name(layer) + origin + ".weight"
-        dtype = self._dtype(self.source.tensors[first].dtype)
-        shapes = latent_shapes(latent.stored, spec, self.source.hidden_size, latent.biased, latent.output_bias)
-        for name, shape in shapes.items():
-            output = new_info(base + name, dtype, shape)
-            yield AttentionPart(output=output, sources=(first,), layer=layer, module=name)
-
-    def _check(self, base: str, module: str, spec: AttentionSpec) -> list[str]:
-        """Return which of weight and bias the source's module has, after checking their shapes."""
-        expected = module_shape(self.source.family.projections, spec, module, self.source.hidden_size)
-        info = self.source.tensors.get(f"{base}{module}.weight")
-        if info is None:
-            raise CheckpointError(f"Tensor {base}{module}.weight is missing.", "Download the checkpoint again.")
-        if info.shape != expected:
-            raise CheckpointError(
-                f"Tensor {info.name} is {list(info.shape)} where config.json promises {list(expected)}."
-            )
-        bias = self.source.tensors.get(f"{base}{module}.bias")
-        rows = expected[1] if self.source.family.projections.transposed else expected[0]
-        if bias is not None and (bias.shape != (rows,) or not is_float(bias.dtype)):
-            raise CheckpointError(f"Tensor {bias.name} is {bias.dtype} {list(bias.shape)}, not {rows} floating values.")
-        if info.dtype not in FLOAT_DTYPES.values():
-            raise CheckpointError(f"Tensor {info.name} is {info.dtype}, not floating values.", "Is it quantized?")
-        return ["weight"] if bias is None else ["weight", "bias"]
-
-    def _passed(self, name: str, info: TensorInfo) -> Operation:
-        turned = any(name.endswith(f"{module}.weight") for module in self.target.transposes)
-        if len(info.shape) != 2:
-            turned = False
-        shape = info.shape[::-1] if turned else info.shape
-        output = new_info(self._target_tensors().named(name), self._dtype(info.dtype), shape)
-        scales = self.latent.scales if self.latent else {}
-        for ending, factor in scales.items():
-            if name == ending or name.endswith(f".{ending}"):
-                return Scale(output=output, sources=(name,), factor=factor)
-        return Transpose(output=output, sources=(name,)) if turned else copy_or_cast(output, info)
-
-    def _dtype(self, dtype: str) -> str:
-        return FLOAT_DTYPES[self.request.dtype] if self.request.dtype and is_float(dtype) else dtype
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

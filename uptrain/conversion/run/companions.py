@@ -8,7 +8,7 @@ from pathlib import Path
 from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.checkpoint.sidecars import Sidecars, carry, reading_code
+from uptrain.checkpoint.sidecars import Sidecars, copy_sidecars, reading_code
 from uptrain.checkpoint.weight_files import INDEX
 from uptrain.conversion.plan.planner import Plan
 from uptrain.models.target import REMOTE_CODE
@@ -22,7 +22,7 @@ def write_companions(checkpoint: Checkpoint, plan: Plan, sidecars: Sidecars, fol
     - `sidecars`: the source's files that go along.
     - `folder`: where the result is written, OUT.partial.
     """
-    carry(checkpoint.path, sidecars, folder)
+    copy_sidecars(checkpoint.path, sidecars, folder)
     for name in plan.target.code_files:
         shutil.copyfile(REMOTE_CODE / name, folder / name)
     whole = plan.whole_config

@@ -10,13 +10,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from uptrain.architectures.mla_projections import LatentHeads, join_latent
-from uptrain.architectures.projections import LayerHeads, join, read_layer
+from uptrain.architectures.mla_projections import LatentHeads, MLASpec
+from uptrain.architectures.projections import LayerHeads, read_layer
 from uptrain.architectures.schema import Position
 from uptrain.checkpoint.dtypes import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan import rewrites
-from uptrain.conversion.plan.mla import LatentPlan
+from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.conversion.plan.planner import Plan
 from uptrain.errors import CheckpointError, needing
 from uptrain.methods import energy_numpy, head_similarity
@@ -84,21 +84,15 @@ class LayerMaker:
         parts = frozenset("qkvo") if moved else plan.request.changed_parts
         base = plan.source.attention_name(layer)
         heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
-        if plan.latent is not None:
-            out = join_latent(self._latent(heads, layer, plan.latent), plan.latent.stored, plan.before[layer].head_dim)
-            return {name: self._finish(layer, base, name, array) for name, array in out.items()}
-        groups = plan.after[layer].num_key_value_heads
-        if groups != plan.before[layer].num_key_value_heads:
-            heads = self._shared(heads, groups, layer)
-        heads = self._for_target(heads, layer, base)
-        out = join(plan.target.family.projections, plan.after[layer], heads)
+        out = plan.attention.convert(heads, layer, self)
         return {name: self._finish(layer, base, name, array) for name, array in out.items()}
 
-    def _for_target(self, heads: LayerHeads, layer: int, base: str) -> LayerHeads:
+    def fit(self, heads: LayerHeads, layer: int) -> LayerHeads:
         """Fit heads as the source's class sees them to the target class's."""
         source, target, spec = self.plan.source.family, self.plan.target, self.plan.before[layer]
         if target.attention_norm:
-            norm = f"{base.removesuffix('.').rpartition('.')[0]}.{target.attention_norm}"
+            block = self.plan.source.attention_name(layer).removesuffix(".").rpartition(".")[0]
+            norm = f"{block}.{target.attention_norm}"
             scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
             heads = rewrites.fold_into_heads(heads, scale, shift)
         if source.position is Position.ROTARY_INTERLEAVED and target.family.position is Position.ROTARY:
@@ -116,7 +110,7 @@ class LayerMaker:
             calibrated=self.calibrated,
         )
 
-    def _shared(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
+    def share(self, heads: LayerHeads, groups: int, layer: int) -> LayerHeads:
         """Return the layer with `groups` key/value heads, by the request's grouping and method."""
         request, context = self.plan.request, self._context(layer)
         method, arrange = request.chosen_method, request.chosen_grouping.arrange
@@ -163,15 +157,16 @@ class LayerMaker:
         if found:
             self.kept[layer] = found
 
-    def _latent(self, heads: LayerHeads, layer: int, latent: LatentPlan) -> LatentHeads:
-        """Return the layer as a latent, by the request's method."""
+    def compress(self, heads: LayerHeads, spec: MLASpec, layer: int) -> LatentHeads:
+        """Return the layer as a latent of `spec`, by the request's method."""
         method = self.plan.request.chosen_method
-        if method.convert_latent is None:
+        make = method.convert_latent
+        if make is None:
             raise ValueError(f"--method {method.name} makes no latent")
         if self._uses_torch:
             self._check_finite(heads, layer)
         with needing(NEEDS_TORCH):
-            return self._recorded(method.convert_latent(heads, latent.spec, self._context(layer)), layer)
+            return self._recorded(make(heads, spec, self._context(layer)), layer)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
         for part in map(heads.part, "qkvo"):
@@ -196,19 +191,17 @@ class LayerMaker:
         )
 
 
-def choose_by_weights(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
-    """Return which source frequency each rotary pair of a latent gets, by the weights of all layers."""
-    if plan.latent is None:
-        raise ValueError("only latents have rotary pairs to choose")
+def choose_by_weights(checkpoint: Checkpoint, attention: MLAPlan) -> tuple[int, ...]:
+    """Return which of the source's inverse frequencies each rotary pair of a latent gets, by all layers' weights."""
     with needing(NEEDS_TORCH):
         from uptrain.methods.head_conversion import rotary_of
         from uptrain.methods.mla_conversion import rope_pairs_by_weights
-    family = plan.source.family
+    source, family = attention.source, attention.source.family
     layers = (
-        read_layer(checkpoint, family.projections, spec, plan.source.attention_name(layer))
-        for layer, spec in enumerate(plan.before)
+        read_layer(checkpoint, family.projections, spec, source.attention_name(layer))
+        for layer, spec in enumerate(source.attention)
     )
-    return rope_pairs_by_weights(layers, plan.latent.spec, rotary_of(family.position, plan.before[0]))
+    return rope_pairs_by_weights(layers, attention.spec, rotary_of(family.position, source.attention[0]))
 
 
 def _one_thread() -> AbstractContextManager[None]:

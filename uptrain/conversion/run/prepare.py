@@ -63,7 +63,4 @@ def sidecars(source: Source, checkpoint: Checkpoint, dry: bool = False) -> Sidec
 
 def default_out(source: Source, plan: Plan) -> Path:
     """Return `./NAME-gqa4`, `./NAME-mqa` or, by the cached values per token, `./NAME-mla576`."""
-    groups = plan.after[0].num_key_value_heads
-    if plan.latent is not None:
-        return Path(f"{source.short_name}-mla{plan.after[0].cache_values_per_token}")
-    return Path(f"{source.short_name}-{'mqa' if groups == 1 else f'gqa{groups}'}")
+    return Path(f"{source.short_name}-{plan.attention.label}")

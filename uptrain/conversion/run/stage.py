@@ -34,7 +34,7 @@ def stage_of(job: Job, plan: Plan, state: State) -> dict[str, Any]:
             "before": plan.before[0].num_key_value_heads,
             "after": plan.after[0].num_key_value_heads,
         },
-        **_latent(plan),
+        **plan.attention.recorded,
         "cache_bytes_per_token": {"before": plan.cache_before, "after": plan.cache_after},
         "host": {"model_type": plan.holder, "remote_code": bool(plan.target.remote_code)},
         "plan": plan.digest,
@@ -62,7 +62,7 @@ def _source(job: Job, read: dict[str, str]) -> dict[str, Any]:
     """Describe the source; `read` has the checksums of its weight files."""
     checkpoint, source = job.checkpoint, job.source
     # An index that was not read, such as one next to a single weight file, is no part of the source.
-    wanted = (*job.sidecars.along, "config.json", *filter(None, [checkpoint.index]))
+    wanted = (*job.sidecars.copied, "config.json", *filter(None, [checkpoint.index]))
     others = [name for name in wanted if (checkpoint.path / name).is_file()]
     files = {name: read[name] for name in checkpoint.files}
     files |= {name: checksum_file(checkpoint.path / name) for name in others}
@@ -72,19 +72,4 @@ def _source(job: Job, read: dict[str, str]) -> dict[str, Any]:
         "revision": source.revision,
         "model_type": str(checkpoint.config["model_type"]),
         "files": dict(sorted(files.items())),
-    }
-
-
-def _latent(plan: Plan) -> dict[str, Any]:
-    if plan.latent is None:
-        return {}
-    sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    return {
-        "latent": {
-            **{name: getattr(plan.after[0], name) for name in sizes},
-            "q_lora_rank": plan.latent.stored.q_lora_rank,
-            "rope": plan.latent.spec.rope.recorded,
-            "slots": plan.latent.spec.rope_pairs,
-            "residual_scale": plan.latent.alpha,
-        }
     }

@@ -3,11 +3,13 @@
 """Llama whose keys and values are read out of one narrow latent per token (MLA).
 
 This file and uptrain_shared.py are copied into converted checkpoints, where `trust_remote_code=True` loads them
-without uptrain. `rope_mode` says where positions are:
-- "decoupled": in one rotary key per token that all heads share, cached with the latent. Decoding reads the latent as
-  it is (absorbed).
-- "re-rotate": in every key, rotated after it is expanded from the latent of unrotated keys and values. A rotation
-  stands between latent and query, so nothing can be absorbed: each step expands and rotates all cached tokens.
+without uptrain. `rope_mode` says where the positions of keys are:
+
+- "decoupled": in one rotary key per token that all heads share, cached with the latent. A decoding step attends over
+  the latent itself (absorbed).
+- "re-rotate": in every key (pre-RoPE latent). Keys are expanded from the latent and then rotated. Since that rotation
+  stands between latent and query, nothing can be absorbed: each step expands and rotates all cached tokens.
+
 The cache holds the latent and the shared rotary key, nothing else.
 """
 
@@ -169,7 +171,7 @@ class UptrainLlamaMLAAttention(AbsorbedDecoding, LlamaAttention):
         return self.o_proj(attn_output), attn_weights
 
 
-class UptrainLlamaReRotateAttention(UptrainLlamaMLAAttention):
+class UptrainLlamaPreRopeAttention(UptrainLlamaMLAAttention):
     """Attend with num_key_value_heads keys, expanded from the latent and then rotated in halves as Llama's are."""
 
     def __init__(self, config: UptrainLlamaMLAConfig, layer_idx: int) -> None:
@@ -220,7 +222,7 @@ class UptrainLlamaReRotateAttention(UptrainLlamaMLAAttention):
 
 ATTENTIONS: dict[str, type[UptrainLlamaMLAAttention]] = {
     "decoupled": UptrainLlamaMLAAttention,
-    "re-rotate": UptrainLlamaReRotateAttention,
+    "re-rotate": UptrainLlamaPreRopeAttention,
 }
 
 

@@ -1,4 +1,4 @@
-"""Digests of a folder's weights and config: a measurement, or a teacher, can be told from one of other weights."""
+"""Digests of a folder's weights and config: they show whether a measurement or a teacher has the same weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CONFIG = "config.json"
 _PICKLES = (".bin", ".pt", ".pth")
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Return the names of the config and of the files that the folder's weights are read from, pickles too."""
+def _weights_and_config(folder: Path) -> list[str]:
+    """Return the names of the config and of the files with the folder's weights, pickles too."""
     try:
         config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
         weights = find_weights(names_in(folder, config), config, folder, allow_pickle=True)
         files = files_of(weights, read_weight_map(folder, weights))
-    except CheckpointError:  # transformers may read what this doesn't
+    except CheckpointError:  # transformers may read files that uptrain refuses
         files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_PICKLES)]
     return sorted({*files, *([_CONFIG] if (folder / _CONFIG).is_file() else [])})
 
@@ -29,10 +29,10 @@ def weight_files(folder: Path) -> list[str]:
 def weights_digest(folder: Path, known: Mapping[str, Any] | None = None) -> str:
     """Digest the weights and the config of `folder`.
 
-    `known` is the `files` of a manifest, where its checksums are to be believed; what it lacks is read.
+    `known` is the `files` of a manifest whose checksums are trusted; other files are read.
     """
     sums = {}
-    for name in weight_files(folder):
+    for name in _weights_and_config(folder):
         entry = (known or {}).get(name)
         found = str(entry.get("checksum")) if isinstance(entry, Mapping) else ""
         sums[name] = found if algorithm_of(found) == DEFAULT else checksum_file(folder / name)
@@ -42,12 +42,12 @@ def weights_digest(folder: Path, known: Mapping[str, Any] | None = None) -> str:
 
 
 def changed_file(folder: Path, recorded: Mapping[str, Any]) -> str:
-    """Return the first file of the folder's weights and config that isn't what a manifest recorded of a source.
+    """Return the first file of the folder's weights and config that differs from a manifest's record of a source.
 
-    `recorded` is what `converted_from` returns. Empty where all are, or where it has no checksums.
+    `recorded` is what `converted_from` returns. The result is empty if no file differs or the record has no checksums.
     """
     files = recorded.get("files")
-    for name in weight_files(folder):
+    for name in _weights_and_config(folder):
         if not isinstance(files, Mapping):
             continue
         known = str(files.get(name))
