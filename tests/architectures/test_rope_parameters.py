@@ -250,7 +250,7 @@ def test_a_child_process_gives_the_same_answer() -> None:
     assert "mine" in reason and unknown == {}
 
 
-@pytest.mark.parametrize("name", ["transformers 4", "a type beside a plain section", "length outside"])
+@pytest.mark.parametrize("name", ["transformers 4", "a type next to a plain section", "length outside"])
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gpt_neox+no_use_parallel_residual"])
 def test_what_is_written_says_it_in_both_words_and_converts_again(
     model_type: str, name: str, save_tiny: Save, tmp_path: Path

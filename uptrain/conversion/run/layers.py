@@ -160,13 +160,13 @@ class LayerMaker:
     def compress(self, heads: LayerHeads, spec: MLASpec, layer: int) -> LatentHeads:
         """Return the layer as a latent of `spec`, by the request's method."""
         method = self.plan.request.chosen_method
-        convert = method.convert_latent
-        if convert is None:
+        make = method.convert_latent
+        if make is None:
             raise ValueError(f"--method {method.name} makes no latent")
         if self._uses_torch:
             self._check_finite(heads, layer)
         with needing(NEEDS_TORCH):
-            return self._recorded(convert(heads, spec, self._context(layer)), layer)
+            return self._recorded(make(heads, spec, self._context(layer)), layer)
 
     def _check_finite(self, heads: LayerHeads, layer: int) -> None:
         for part in map(heads.part, "qkvo"):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.folder_digest import weights_digest
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, SIGNATURE, read_manifest
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.sidecars import reading_code_of
 from uptrain.checkpoint.signature import is_signed, signed_by
-from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.card_metrics import CardMetrics, read_metrics

@@ -11,10 +11,10 @@ from typing import Any
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import ModelDescription, describe
 from uptrain.architectures.running_dtype import cached_itemsize
+from uptrain.checkpoint.folder_digest import weights_digest
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
 from uptrain.checkpoint.reader import open_checkpoint, read_config
-from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation.tables import MetricTable, interval_in, number_in, rows_of, stale_parts, weights_of
 
