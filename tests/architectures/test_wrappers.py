@@ -345,7 +345,7 @@ def test_the_processor_goes_along_and_the_card_names_it(tmp_path: Path) -> None:
     assert "image-text-to-text" in card and "vllm serve" not in card
     assert "vLLM has not been tried" in card and "reads an encoder" not in card
     # The section says its rotation in transformers 5's words alone.
-    assert "It wants transformers 5" in card
+    assert "It needs transformers 5" in card
 
 
 @pytest.mark.slow

@@ -285,7 +285,7 @@ def test_a_class_that_copies_heads_into_its_cache_is_told_of(
         source = str(save_tiny(name, name=name))
         for arguments in (["convert", source, "out", "--to", "mqa", "--dry-run"], ["inspect", source]):
             assert run(arguments) == 0
-            assert ("caches a copy for every query head" in " ".join(capsys.readouterr().out.split())) == told
+            assert ("caches a copy per query head" in " ".join(capsys.readouterr().out.split())) == told
 
 
 @pytest.mark.parametrize("model_type", ["olmo2", "cohere+use_qk_norm"])
