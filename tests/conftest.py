@@ -25,7 +25,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from uptrain.architectures.decoders import FAMILIES
-from uptrain.conversion.class_checks import weights
+from uptrain.conversion.class_checks import answers
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts in order to interrupt it.
@@ -267,7 +267,7 @@ def uptrain_against(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess
 @pytest.fixture(autouse=True, scope="session")
 def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ask classes again in every run of the tests: an answer that an earlier run stored would hide what asking does."""
-    place, stored = tmp_path_factory.mktemp("classes"), weights._place
+    place, stored = tmp_path_factory.mktemp("classes"), answers._place
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_place", lambda: stored() if "UPTRAIN_CACHE" in os.environ else place)
+        patch.setattr(answers, "_place", lambda: stored() if "UPTRAIN_CACHE" in os.environ else place)
         yield

@@ -1,4 +1,4 @@
-"""What can go wrong, each with one sentence for the user and an exit code by kind."""
+"""Exceptions of uptrain: one message, one hint, and an exit code per kind. Wrapping of foreign errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from types import MappingProxyType
 
 
 class UptrainError(Exception):
-    """Say what failed in one sentence, and in `hint` what to do next."""
+    """An error that the user can act on.
+
+    - `message`: one sentence: object, problem and value.
+    - `hint`: what to do.
+    """
 
     exit_code = 1
 
@@ -24,32 +28,32 @@ class UptrainError(Exception):
 
 
 class UsageError(UptrainError):
-    """A request that can't be carried out as it was typed."""
+    """A command or a call that can't be carried out. Exit code 2."""
 
     exit_code = 2
 
 
 class CheckpointError(UptrainError):
-    """A checkpoint that is missing, cut, corrupt or unsafe."""
+    """A checkpoint that is missing, truncated, corrupt or unsafe. Exit code 1."""
 
 
 class VerificationError(UptrainError):
-    """Bytes that don't match what their manifest says."""
+    """A file that does not match its manifest. Exit code 3."""
 
     exit_code = 3
 
 
 class Interrupted(UptrainError):
-    """A run stopped by the user, which the same command resumes."""
+    """A run that the user stopped. The same command resumes it. Exit code 130."""
 
     exit_code = 130
 
 
 @contextmanager
-def told_as(refusal: Callable[[str], UptrainError]) -> Iterator[None]:
-    """Turn whatever is raised in the block into the `refusal` that its reason gives, a panic in Rust too.
+def reported_as(refusal: Callable[[str], UptrainError]) -> Iterator[None]:
+    """Raise `refusal(reason)` instead of any error of the block, also instead of a panic in Rust.
 
-    A panic is no Exception, so that handlers let it pass, and its class can't be imported.
+    A panic is not an Exception, so usual handlers miss it, and its class can't be imported.
     """
     try:
         yield
@@ -60,11 +64,11 @@ def told_as(refusal: Callable[[str], UptrainError]) -> Iterator[None]:
 
 
 LONGEST = 2000
-"""Characters of a message; names out of a hostile file can have any number."""
+"""Characters of a message. A name in a hostile file can be of any length."""
 
 
 def _plain(text: str) -> str:
-    # Names come from files that anybody may have written: no line breaks, no terminal codes, no megabytes.
+    # Names come from files of unknown origin: remove line breaks, terminal codes and megabytes of text.
     text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     text = " ".join(text.split())
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
@@ -84,11 +88,11 @@ INSTALLS: Mapping[str, str] = MappingProxyType(
         "jinja2": "uptrain[plots]", "peft": "uptrain[lora]", "bitsandbytes": "bitsandbytes",
     }
 )  # fmt: skip
-"""What pip is asked for, by the package that something could not import."""
+"""What to install with pip, by the package that could not be imported."""
 
 
 def refusal(error: ImportError, what: str) -> UsageError | None:
-    """Return what to say where `what` could not import an optional package; None for any other import that failed."""
+    """Return the error for a missing optional package that `what` needs; None for any other failed import."""
     package = str(error.name or "").partition(".")[0]
     if package not in INSTALLS:
         return None
@@ -100,7 +104,7 @@ def refusal(error: ImportError, what: str) -> UsageError | None:
 
 @contextmanager
 def needing(what: str) -> Iterator[None]:
-    """Import what `what` needs in the block.
+    """Turn a failed import of an optional package in the block into an error that names `what` needs it.
 
     Raises:
         UsageError: an optional package is not installed.
@@ -112,10 +116,10 @@ def needing(what: str) -> Iterator[None]:
 
 
 def check_installed(package: str, what: str) -> None:
-    """Make sure that an optional package is there, without importing it.
+    """Check that an optional package is installed, without importing it.
 
     Raises:
-        UsageError: it isn't.
+        UsageError: it is not installed.
     """
     if importlib.util.find_spec(package) is None:
         with needing(what):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def size(count: float) -> str:
-    """Return bytes in words: 1.5 GiB."""
+    """Return a number of bytes with its unit: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
@@ -21,17 +21,17 @@ def counted(count: int, noun: str, plural: str = "") -> str:
 
 
 def tokens(count: int) -> str:
-    """Return a context in words: 64 K."""
+    """Return a number of tokens with its unit, K or M: 64 K."""
     return f"{count // 2**20} M" if count >= 2**20 else f"{count // 1024} K"
 
 
 def number(value: float | None, form: str, ends: tuple[float, float] | None = None) -> str:
-    """Return a figure in `form`, with its interval, or a dash where there is none."""
+    """Return `value` formatted by `form`, with its interval `ends` in brackets; a dash for None."""
     if value is None:
         return "–"
     return form.format(value) + (f" ({form.format(ends[0])} to {form.format(ends[1])})" if ends else "")
 
 
 def typed(name: str | Path) -> str:
-    """Return a name as it is typed in a shell: in quotes where it has a space or a sign that a shell reads."""
+    """Return a name as a shell reads it: in quotes if it has a space or a special character."""
     return shlex.quote(str(name))

@@ -27,10 +27,10 @@ from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.rope import inverse_frequencies
 from uptrain.architectures.rope_parameters import EVERY, STATIC, WORDS, rotary_parameters, rotated_dims
 from uptrain.architectures.validation import check_kinds
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.class_checks import rotation
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
 from uptrain.models.register import register
 from uptrain.models.rotary_tables import rotary_tables
@@ -250,7 +250,7 @@ def test_a_child_process_gives_the_same_answer() -> None:
     assert "mine" in reason and unknown == {}
 
 
-@pytest.mark.parametrize("name", ["transformers 4", "a type beside a plain section", "length outside"])
+@pytest.mark.parametrize("name", ["transformers 4", "a type next to a plain section", "length outside"])
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gpt_neox+no_use_parallel_residual"])
 def test_what_is_written_says_it_in_both_words_and_converts_again(
     model_type: str, name: str, save_tiny: Save, tmp_path: Path

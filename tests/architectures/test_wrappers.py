@@ -24,9 +24,9 @@ from uptrain.architectures.description import ModelDescription, describe_checkpo
 from uptrain.architectures.wrappers import WRAPPERS, tower_in
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation import evaluate
 from uptrain.models.checks import check_heads
@@ -345,7 +345,7 @@ def test_the_processor_goes_along_and_the_card_names_it(tmp_path: Path) -> None:
     assert "image-text-to-text" in card and "vllm serve" not in card
     assert "vLLM has not been tried" in card and "reads an encoder" not in card
     # The section says its rotation in transformers 5's words alone.
-    assert "It wants transformers 5" in card
+    assert "It needs transformers 5" in card
 
 
 @pytest.mark.slow

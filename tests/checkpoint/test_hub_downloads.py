@@ -20,7 +20,7 @@ from tests.conftest import tiny_config, tiny_model
 from tests.corpus import checkpoint
 from tests.hub_server import SHA, serve
 from tests.small import digests, save_small
-from uptrain.checkpoint.download import weight_files
+from uptrain.checkpoint.download import weights_among
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 
@@ -239,4 +239,4 @@ def test_headers_on_the_hub_are_those_of_the_files_that_would_be_downloaded(tmp_
 def test_an_index_without_shards_names_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     names = ["model.safetensors.index.json", "model.safetensors.txt", "pytorch_model.bin"]
-    assert weight_files(names, tmp_path, True) == names[:1]
+    assert weights_among(names, tmp_path, True) == names[:1]

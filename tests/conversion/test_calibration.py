@@ -131,7 +131,7 @@ def test_a_finished_calibration_is_not_repeated_when_writing_was_cut_off(monkeyp
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no text"),
+        (b"", "empty"),
         (b"too short for two blocks", "less than two blocks"),
         (bytes(range(256)) * 40, "UTF-8"),
     ],
@@ -150,5 +150,5 @@ def test_another_script_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None
     arguments = ["--calibrate", "text.txt", "--calibration-tokens", "2048", "--repair-steps", "0", "--json"]
     assert run(["convert", "demo", "out", "--to", "mqa", "--method", "calibrated", *arguments]) == 0
     captured = capsys.readouterr()
-    assert "tokens a byte" in " ".join(captured.err.split())
+    assert "tokens per byte" in " ".join(captured.err.split())
     assert json.loads(captured.out)["host"] == "gpt_bigcode"

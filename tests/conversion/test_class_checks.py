@@ -24,11 +24,11 @@ from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import resolve
-from uptrain.conversion.class_checks import weights
+from uptrain.conversion import convert, plan_conversion
+from uptrain.conversion.class_checks import rotation, weights
 from uptrain.conversion.class_checks.names import check_kin
-from uptrain.conversion.plan import planner
+from uptrain.conversion.plan import heads
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
 from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models import class_keys
@@ -172,7 +172,7 @@ def test_experts_that_do_not_go_together_are_named(save_tiny: Save) -> None:
 def test_a_result_whose_class_would_leave_a_weight_out_is_refused(
     save_tiny: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "result_class", lambda *_: "LlamaModel")
+    monkeypatch.setattr(heads, "result_class", lambda *_: "LlamaModel")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         plan_conversion(str(save_tiny("llama", tie_word_embeddings=False)), Request("mqa"))
 
@@ -242,6 +242,27 @@ def test_an_answer_is_stored_and_a_damaged_store_is_asked_again(
     assert len(asked) == 5
     other = weights.Question({**one.config, "vocab_size": 65}, one.shapes)
     assert weights.answers([other])[0].mismatched
+
+
+def test_rotary_tables_are_stored_in_the_same_place_and_a_damaged_one_is_asked_again(
+    save_tiny: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPTRAIN_CACHE", str(tmp_path / "own"))
+    asked, real = [], rotation.answers
+    monkeypatch.setattr(rotation, "answers", lambda configs: asked.append(1) or real(configs))
+    configs = [open_checkpoint(save_tiny("llama")).config]
+    wanted = real(configs)
+    for _ in range(2):
+        assert rotation._ask(configs, here=True) == wanted
+    assert len(asked) == 1
+    (stored,) = (tmp_path / "own" / "classes").glob("*.json")
+    for damage in ("", "[]", "{}", '{"": {"short": 3}}', "\0"):
+        stored.write_text(damage)
+        assert rotation._ask(configs, here=True) == wanted
+    unreadable = [{**configs[0], "rope_parameters": {"rope_type": "mine"}}, {"model_type": "nobody's"}]
+    for _ in range(2):
+        reason, unknown = rotation._ask(unreadable, here=True)
+        assert "mine" in reason and unknown == {}
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(

@@ -22,9 +22,9 @@ from uptrain.architectures.projections import Heads, join, modules_of, split
 from uptrain.architectures.schema import Family, Sliding
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.cli.app import run
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.plan.planner import result_attention
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluation.reading import cache_of, with_cache
 from uptrain.models.auto_class import auto_class_of
@@ -285,7 +285,7 @@ def test_a_class_that_copies_heads_into_its_cache_is_told_of(
         source = str(save_tiny(name, name=name))
         for arguments in (["convert", source, "out", "--to", "mqa", "--dry-run"], ["inspect", source]):
             assert run(arguments) == 0
-            assert ("caches a copy for every query head" in " ".join(capsys.readouterr().out.split())) == told
+            assert ("caches a copy per query head" in " ".join(capsys.readouterr().out.split())) == told
 
 
 @pytest.mark.parametrize("model_type", ["olmo2", "cohere+use_qk_norm"])

@@ -1,4 +1,4 @@
-"""Speeds are medians over rounds in which the models alternate, on a clock that the test sets."""
+"""Each speed is a median over rounds in which the models alternate, on a clock that the test sets."""
 
 from __future__ import annotations
 

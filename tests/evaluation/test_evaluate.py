@@ -239,5 +239,8 @@ def test_comparisons_that_mean_nothing_are_refused(tmp_path: Path, text: list[Fi
     tokenizer(270).save_pretrained(other)
     with pytest.raises(UsageError, match="tokenizers"):
         quick(one, other, text)
+    larger = checkpoint(tmp_path / "larger", vocab_size=320)
+    with pytest.raises(UsageError, match="vocabularies of different sizes: 300 and 320"):
+        quick(one, larger, text, tokens=64)
     with pytest.raises(UsageError, match=r"stride .*40.*32"):
         quick(one, None, text, stride=40)

@@ -26,7 +26,7 @@ def test_it_covers_the_truth_nineteen_times_in_twenty_also_for_unequal_windows()
     held = 0
     for _ in range(2000):
         counts = draw.integers(200, 1000, 24)
-        # What tokens of one window have in common is most of their spread.
+        # What tokens of one window have in common is most of their variance.
         means = draw.normal(2, 0.5, 24)
         low, high = interval((means * counts).tolist(), counts.tolist()) or (0, 0)
         held += low <= 2 <= high

@@ -227,7 +227,7 @@ def test_a_card_says_which_transformers_rotates_as_it_should(
     if said:
         rewrite(source, **said)
     text = text_of(convert(str(source), tmp_path / "out", Request("mqa")).out, "org/base")
-    assert ("wants transformers 5" in text) is wants
+    assert ("needs transformers 5" in text) is wants
     assert ("the words of transformers 4 too" in text) is both
 
 

@@ -28,13 +28,14 @@ from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.token_file import TokenFile
 from uptrain.data.token_text import read_tokens
-from uptrain.errors import Interrupted, UptrainError, UsageError
+from uptrain.errors import CheckpointError, Interrupted, UptrainError, UsageError
 from uptrain.models.loading import load_tokenizer, new_model
 from uptrain.models.register import register
 from uptrain.training import recipes
 from uptrain.training.losses import lm_loss
 from uptrain.training.metrics import TrainingResult, TrainingStep
 from uptrain.training.run import train
+from uptrain.training.stop_signal import StopRequest
 
 
 @pytest.fixture
@@ -360,3 +361,32 @@ def test_float16_for_a_latent_is_refused_before_training(recipe: Callable[..., r
     convert(str(tmp_path / "llama"), tmp_path / "model", Request("mla", kv_lora_rank=16, qk_rope_head_dim=6))
     with pytest.raises(UsageError, match="float16"):
         train(recipe(dtype="float16"))
+
+
+def test_a_checkpoint_of_a_run_has_the_format_of_version_0_1_and_another_is_refused(
+    recipe: Callable[..., recipes.Recipe], tmp_path: Path
+) -> None:
+    made = recipe()
+    with pytest.raises(Interrupted):
+        train(made, events=Events(step=interrupt_at(3)))
+    file = next((tmp_path / "out.run").glob("checkpoint-*")) / "state.json"
+    state = json.loads(file.read_text())
+    assert {*state} == {"step", "reader", "journal", "last", "best", "schedule"}
+    assert {*state["journal"]} == {"window", "recent", "skipped"}
+    assert {*state["last"]} == {"loss", "cross_entropy", "divergence", "hidden"}
+    for broken in ({**state, "schedule": None}, {key: state[key] for key in state if key != "journal"}):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(CheckpointError, match=r"state\.json"):
+            train(made)
+    file.write_text(json.dumps(state))
+    assert run(made).resumed_from == int(state["step"])
+
+
+def test_a_signal_asks_for_a_stop_and_a_second_ctrl_c_ends_at_once() -> None:
+    stop = StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -227,7 +227,7 @@ def test_another_sweep_and_other_files_are_left_alone(
     assert "Did you mean 'svd'?" in refused("--methods", "svdd")
     assert "--to mla:x is no size of mla" in refused("--to", "mla:x")
     assert "does not divide" in refused("--to", "gqa:3")
-    assert "no text" in refused("--out", str(tmp_path / "new"), "--calibrate", str(tmp_path / "mine"))
+    assert "empty" in refused("--out", str(tmp_path / "new"), "--calibrate", str(tmp_path / "mine"))
     assert "lies inside the source" in refused("--out", str(here / "source/out"))
     assert not (here / "source/out").exists()
     assert read(here / "done") == done and [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -76,7 +76,13 @@ class AttentionSpec:
         return replace(self, num_key_value_heads=num_key_value_heads)
 
     def latent(self, kv_lora_rank: int, qk_rope_head_dim: int, qk_nope_head_dim: int, heads: int) -> AttentionSpec:
-        """Return the same layer with a latent that expands to `heads` keys and values."""
+        """Return the same layer with a latent.
+
+        - `kv_lora_rank`: values of the latent per token.
+        - `qk_rope_head_dim`: dims of the rotary key that all heads share.
+        - `qk_nope_head_dim`: unrotated dims per key head.
+        - `heads`: the key and value heads that the latent expands to.
+        """
         return replace(
             self,
             num_key_value_heads=heads,

@@ -11,7 +11,7 @@ from uptrain.architectures.projections import module_of
 from uptrain.architectures.schema import Family
 from uptrain.errors import CheckpointError
 
-WRAPPERS: Mapping[str, str] = MappingProxyType(
+TOOL_PREFIXES: Mapping[str, str] = MappingProxyType(
     {
         "_orig_mod": "torch.compile",
         "module": "DistributedDataParallel",
@@ -72,7 +72,7 @@ def refuse_foreign(family: Family, names: Collection[str], name: str) -> None:
     found = foreign_names(family, names)
     if found is None:
         return
-    tools = [tool for part, tool in WRAPPERS.items() if part in ".".join(found.added).split(".")]
+    tools = [tool for part, tool in TOOL_PREFIXES.items() if part in ".".join(found.added).split(".")]
     of = f"of {' and '.join(tools)}" if tools else "of a model that it was part of"
     wanted = _first(family, family.prefixes[0])
     # What a file says may hold quotes, and is to be pasted into Python.

@@ -91,7 +91,7 @@ def _listed(model: str, commit: str) -> tuple[str, ...] | None:
 
 def _wanted(folder: Path, listed: Collection[str], allow_pickle: bool, weights: bool) -> list[str]:
     """Return the files that `folder` should hold, as far as they are known."""
-    read = weight_files(listed, folder, allow_pickle)
+    read = weights_among(listed, folder, allow_pickle)
     along = sidecars_of(folder, listed, read, keeps_class=True, dry=True).copied
     if weights:
         return [CONFIG, *_LOOKED_AT, *along, *read]
@@ -103,7 +103,7 @@ def _wanted(folder: Path, listed: Collection[str], allow_pickle: bool, weights: 
     ]
 
 
-def weight_files(names: Collection[str], folder: Path, allow_pickle: bool) -> list[str]:
+def weights_among(names: Collection[str], folder: Path, allow_pickle: bool) -> list[str]:
     """Return the files among `names` that hold the weights, their index first; empty where there are none.
 
     The shards are included if the index that names them is in `folder` already.
@@ -123,7 +123,7 @@ def weight_files(names: Collection[str], folder: Path, allow_pickle: bool) -> li
 def missing_weights(folder: Path, listed: Collection[str] | None, allow_pickle: bool) -> list[str]:
     """Return the weight files of a snapshot that are not in its `folder`."""
     names = listed if listed is not None else [path.name for path in folder.glob("*")]
-    read = weight_files(names, folder, allow_pickle)
+    read = weights_among(names, folder, allow_pickle)
     if not read and listed is None and not {PICKLE_SINGLE, PICKLE_INDEX} & set(names):
         return [SINGLE]
     # The reader refuses a shard that the index names and the repository doesn't have.
@@ -133,7 +133,7 @@ def missing_weights(folder: Path, listed: Collection[str] | None, allow_pickle: 
 def has_weights(folder: Path, listed: Collection[str] | None, allow_pickle: bool) -> bool:
     """Tell whether a snapshot's `folder` has all weights that are read, so that no request to the Hub is needed."""
     names = listed if listed is not None else [path.name for path in folder.glob("*")]
-    return bool(weight_files(names, folder, allow_pickle)) and not missing_weights(folder, listed, allow_pickle)
+    return bool(weights_among(names, folder, allow_pickle)) and not missing_weights(folder, listed, allow_pickle)
 
 
 def refuse_missing(model: str, names: Collection[str]) -> None:
@@ -151,7 +151,7 @@ def refuse_missing(model: str, names: Collection[str]) -> None:
 
 
 def unreachable() -> str:
-    """Say why the Hub can't be asked."""
+    """Return why the Hub can't be reached."""
     from huggingface_hub import constants
 
     if is_offline():
@@ -160,7 +160,7 @@ def unreachable() -> str:
 
 
 def is_offline() -> bool:
-    """Say whether the Hub may not be asked, by the environment."""
+    """Tell whether the environment forbids requests to the Hub."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE

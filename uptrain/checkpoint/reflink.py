@@ -63,7 +63,13 @@ def can_clone(file: Path, folder: Path) -> bool:
 
 
 def write_unshared(descriptor: int, data: memoryview, position: int, shared: range) -> None:
-    """Write `data` at `position` of an open file, except the range of bytes that is `shared`."""
+    """Write bytes into an open file, except those that it shares with another file.
+
+    - `descriptor`: the open file.
+    - `data`: the bytes.
+    - `position`: where they begin in the file.
+    - `shared`: the range of the file's bytes that is shared already.
+    """
     before = data[: max(0, shared.start - position)]
     after = data[max(0, shared.stop - position) :] if shared else data[len(before) :]
     _write_all(descriptor, before, position)

@@ -136,7 +136,13 @@ class SharedWorker:
     def write_shard(
         self, path: Path, shard: ShardContents, checksum: Checksum, on_bytes: Callable[[int], None]
     ) -> None:
-        """Write a shard that this worker has locked, as `uptrain.checkpoint.shard_writer.write_shard` does."""
+        """Write a shard that this worker has locked, as `uptrain.checkpoint.shard_writer.write_shard` does.
+
+        - `path`: the file.
+        - `shard`: what it is to hold.
+        - `checksum`: is updated with all bytes of the file.
+        - `on_bytes`: called with the number of bytes after each piece.
+        """
         # Each process has its own temporary name: one that is cut off from the file system loses its locks without
         # knowing, and goes on.
         for left in path.parent.glob(f"{path.name}.*.tmp"):

@@ -172,8 +172,8 @@ def check_shard_name(index: Path, name: Any, ending: str) -> None:
     """Refuse a shard name that isn't a plain path of a file in the index's folder or below it.
 
     Raises:
-        CheckpointError: the name is no text, is absolute, has `..`, a backslash or a drive letter, is not in its
-            shortest spelling, has another ending, or is below a folder that is a link out of the index's folder.
+        CheckpointError: the name is no text or absolute, or has `..`, a backslash, a drive letter or another ending.
+            So is a name that is not in its shortest spelling, or below a link out of the index's folder.
     """
     plain = isinstance(name, str) and name.endswith(ending) and "\0" not in name and "\\" not in name
     if plain:

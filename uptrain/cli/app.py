@@ -1,4 +1,4 @@
-"""The command line: gathers the commands, and gives every error its exit code."""
+"""The command line: gathers the commands, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from uptrain.cli import (
     train,
     verify,
 )
+from uptrain.cli.options import examples
 from uptrain.errors import Interrupted, UptrainError, refusal
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "uptrain inspect demo                          what it is, and what it can become",
+        "uptrain convert demo --to gqa --groups 4      writes ./demo-gqa4",
+        "uptrain train recipes/demo-uptrain.yaml       uptrains it",
+        "uptrain eval demo-gqa4 --baseline demo        measures what it lost and what it saves",
+        "uptrain sweep demo --to gqa:4,mqa,mla:128     compares several targets and methods",
+        "uptrain report demo-gqa4                      writes a page with charts",
+        "uptrain push demo-gqa4 me/demo-gqa4           publishes it",
+    ),
+)
 @click.version_option(__version__, prog_name="uptrain")
 def cli() -> None:
     """Make a trained language model cheaper to serve without making it dumber.
 
-    uptrain turns a checkpoint whose attention heads each keep their own keys and values (MHA, or GQA with many
-    groups) into one that keeps fewer (GQA, MQA) or a small latent (MLA), trains it briefly, and measures what it
-    lost and saved.
+    uptrain takes a checkpoint with many key/value heads (MHA, or GQA with many groups) and writes one with fewer (GQA,
+    MQA) or with a small latent (MLA). It trains the result briefly, and measures what it lost and what it saves.
 
     MODEL is a checkpoint folder, a Hub id such as org/name, or 'demo', a small checkpoint inside this package.
-
-    \b
-    uptrain inspect demo                          what is it, what can it become
-    uptrain convert demo --to gqa --groups 4      writes ./demo-gqa4
-    uptrain train recipes/demo-uptrain.yaml       uptrains it
-    uptrain eval demo-gqa4 --baseline demo        proves what it lost and saved
-    uptrain sweep demo --to gqa:4,mqa,mla:128     tries several, and shows which are worth having
-    uptrain report demo-gqa4                      shows that as a page with pictures
-    uptrain push demo-gqa4 me/demo-gqa4           publishes it
     """
 
 
@@ -61,16 +63,16 @@ COMMANDS: dict[str, click.Command] = {
     "push": push.push,
     "demo": demo.demo,
 }
-"""Every command, by the name it is typed under: a new one is a file of this package and a line here."""
+"""Every command by its name. A new command is one file of this package and one line here."""
 
 for _name, _command in COMMANDS.items():
     cli.add_command(_command, _name)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line and return its exit code; errors become one sentence on stderr."""
+    """Run the command line and return its exit code. An error is printed on stderr, with what to do."""
     try:
-        # What click returns is the exit code of a command that asked for one; ours return nothing else.
+        # click returns an exit code, or what the command returned: None.
         code = cli.main(args=list(arguments), prog_name="uptrain", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -84,11 +86,11 @@ def run(arguments: Sequence[str]) -> int:
         console.fail(error)
         return error.exit_code
     except ImportError as error:
-        told = refusal(error, f"uptrain {next(iter(arguments), '')}")
-        if told is None:
+        refused = refusal(error, f"uptrain {next(iter(arguments), '')}")
+        if refused is None:
             raise
-        console.fail(told)
-        return told.exit_code
+        console.fail(refused)
+        return refused.exit_code
     except BrokenPipeError:
         return 0
     except OSError as error:

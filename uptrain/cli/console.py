@@ -36,12 +36,12 @@ def result_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Print one line that is not a result: what is being done, or what to do next."""
+    """Print one line that is not a result: what happens now, or the next command."""
     _console(True).print(text, markup=False, style="dim")
 
 
 def fail(error: UptrainError) -> None:
-    """Print an error's sentence, and its hint, on stderr."""
+    """Print an error and its hint on stderr."""
     console = _console(True)
     console.print("[bold red]Error:[/] ", end="")
     console.print(error.message, markup=False)
@@ -52,7 +52,13 @@ def fail(error: UptrainError) -> None:
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], align: Literal["left", "right"] = "right"
 ) -> None:
-    """Print a table on stdout; columns after the first are aligned as said."""
+    """Print a table on stdout.
+
+    - `title`: a line above the table; empty for none.
+    - `columns`: the headings.
+    - `rows`: the cells.
+    - `align`: alignment of all columns after the first.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -61,7 +67,7 @@ def table(
     for position, column in enumerate(columns):
         out.add_column(column, justify="left" if position == 0 else align, overflow="fold", no_wrap=position == 0)
     for row in rows:
-        # What stands in brackets is no markup: values may be code.
+        # A value in brackets is text, not rich's markup.
         out.add_row(*map(Text, row))
     _console(False).print(out, soft_wrap=False)
 
@@ -81,7 +87,7 @@ def facts(title: str, pairs: Sequence[tuple[str, str]]) -> None:
 
 @contextmanager
 def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show bytes done, speed and time left on stderr, when that is a terminal; yield the advancing callback."""
+    """Show bytes done, speed and time left on stderr if it is a terminal. Yields the callback that adds bytes."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return
@@ -103,9 +109,9 @@ def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def layer_progress() -> Callable[[int, int], None]:
-    """Return a callback that says on stderr how many layers are calibrated, and how long the rest will take.
+    """Return a callback that prints on stderr how many layers are calibrated, and the time left.
 
-    A call with 0 layers done begins another calibration.
+    A call with 0 layers done starts another calibration.
     """
     import time
 
@@ -116,7 +122,7 @@ def layer_progress() -> Callable[[int, int], None]:
         if not done:
             began, earlier = time.monotonic(), -1
             return
-        earlier = done - 1 if earlier < 0 else earlier  # what an interrupted run had calibrated took no time here
+        earlier = done - 1 if earlier < 0 else earlier  # layers of an interrupted run took no time now
         minutes, seconds = divmod(round((time.monotonic() - began) / (done - earlier) * (layers - done)), 60)
         if sys.stderr.isatty() or done == layers:
             note(f"Calibrated layer {done} of {layers}, {minutes}:{seconds:02d} left")
@@ -126,9 +132,9 @@ def layer_progress() -> Callable[[int, int], None]:
 
 @contextmanager
 def parts_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show on stderr, when that is a terminal, a bar for each part of a measurement as it comes, with the time left.
+    """Show a bar per part of a measurement, with the time left, on stderr if it is a terminal.
 
-    Yields the callback: what is done, how much of it, and how much there is.
+    Yields the callback, which takes the name of the part, the amount done and the whole amount.
     """
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
@@ -137,7 +143,7 @@ def parts_progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # A file of its own: where other libraries' words are kept off stderr, the bar goes on.
+    # A console of its own: evaluation hides what other libraries print on stderr, but not this bar.
     screen = Console(file=sys.stderr)
     with Progress(*columns, console=screen, transient=True) as progress:
         bars: dict[str, TaskID] = {}
@@ -152,9 +158,12 @@ def parts_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[TrainingStep], None]]:
-    """Show step, loss, learning rate, speed, memory and time left on stderr; yield the callback.
+    """Show step, loss, learning rate, speed, memory and time left on stderr. Yields the callback.
 
-    On a terminal as a live line, elsewhere as a line at every tenth of the run.
+    A terminal shows a live line. Other files get a line per tenth of the run.
+
+    - `steps`: the number of steps of the whole run.
+    - `hidden`: print nothing.
     """
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
@@ -167,9 +176,9 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[Tr
     )  # fmt: skip
     quiet = hidden or not sys.stderr.isatty()
     progress = Progress(*columns, console=_console(True), transient=True, expand=True)
-    # Not `disable`: old releases of rich end even a disabled bar with an empty line.
+    # Not `disable`: old releases of rich print an empty line even for a disabled bar.
     with nullcontext() if quiet else progress:
-        # The bar appears with the first step: before it, text is tokenised and the model loaded.
+        # The bar appears with the first step. Before that, text is tokenised and the model is loaded.
         task = progress.add_task("", total=steps, visible=False, loss="–", rate="–", speed="–", memory="", left="")
 
         def show(step: TrainingStep) -> None:
@@ -187,7 +196,7 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[Tr
             elif step.held_out_loss is not None:
                 note(f"Step {step.step:,}: held-out loss {step.held_out_loss:.4f}")
             elif quiet and step.step in _tenths(steps):
-                # A log file or a notebook still says that something is happening.
+                # A log file or a notebook still shows progress.
                 note(f"Step {step.step:,} of {steps:,}: {losses}, {_clock(step)} left")
 
         yield show

@@ -13,7 +13,7 @@ from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
 from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
 from uptrain.cli.method_help import grouping_help, method_help, seed_help
-from uptrain.cli.options import Command, check_device, device_option, json_option, source_options
+from uptrain.cli.options import Command, check_device, device_option, examples, json_option, source_options
 from uptrain.cli.types import Share, Size
 from uptrain.errors import UsageError
 from uptrain.formatting import counted, size, typed
@@ -26,24 +26,28 @@ if TYPE_CHECKING:
     from uptrain.conversion.run.convert import Conversion
 
 _LATENT_OPTIONS = (
-    click.option("--cache", type=Share(), help="Of --to mla: share of MODEL's cache to keep, e.g. 25%."),
-    click.option("--kv-lora-rank", type=int, help="Of --to mla: values a token in the latent, instead of --cache."),
-    click.option("--qk-rope-head-dim", type=int, help="Of --to mla: rotary values a token beside it."),
+    click.option("--cache", type=Share(), help="(--to mla) Share of MODEL's cache to keep, e.g. 25%."),
+    click.option("--kv-lora-rank", type=int, help="(--to mla) Width of the latent, in values per token and layer. "
+                 "Replaces --cache."),
+    click.option("--qk-rope-head-dim", type=int, help="(--to mla) Width of the rotary key that all heads share, in "
+                 "values per token and layer."),
     click.option(
         "--rope",
-        help="(--to mla) Where the positions of keys are: decoupled (the fastest rope pairs in one shared rotary key; "
-        "stock deepseek_v3, any engine; the default), longrope (rope pairs that the model chooses; transformers only), "
-        "or pre-rope (in keys that are rotated after the latent is expanded; own class; each step expands all of it).",
+        help="(--to mla) How keys encode positions. decoupled (default): the fastest rope pairs in one shared rotary "
+        "key; stock deepseek_v3, any engine. longrope: the rope pairs that cost most when unrotated; transformers "
+        "only. pre-rope: all keys in the latent, rotated when they are read; own class, every step expands the whole "
+        "context.",
     ),
-    click.option("--q-lora-rank", type=int, help="Of --to mla: low-rank queries. Default: whole ones."),
+    click.option("--q-lora-rank", type=int, help="(--to mla) Rank of the query projection. Default: full."),
     click.option(
         "--engine",
         default="any",
         show_default=True,
-        help="Of --to mla: any (transformers, vLLM) or llama.cpp, which wants queries in two factors.",
+        help="(--to mla) any (transformers and vLLM) or llama.cpp, which requires a query projection in two factors.",
     ),
-    click.option("--key-weight", type=float, help="Of --to mla: how much more keys count than values. Default: tried."),
-)
+    click.option("--key-weight", type=float, help="(--to mla) Weight of key error relative to value error. "
+                 "Default: best of 1, 4 and 16."),
+)  # fmt: skip
 
 
 def _latent_options(command: Command) -> Command:
@@ -52,78 +56,70 @@ def _latent_options(command: Command) -> Command:
     return command
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "uptrain convert demo --to gqa --groups 4",
+        "uptrain convert demo --to mqa --method svd",
+        "uptrain convert ./llama --to mqa --calibrate text.txt",
+        "uptrain convert demo --to mla --cache 25%",
+        "uptrain convert ./llama --to mla --kv-lora-rank 512 --calibrate text.txt",
+        "uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB",
+        "uptrain convert org/llama --to gqa --groups 8 --dry-run",
+    )
+)
 @click.argument("model")
 @click.argument("out", required=False)
 @click.option("--to", "target", default="gqa", show_default=True, help="Target attention: gqa, mqa or mla.")
-@click.option("--groups", type=int, help="Key/value heads to keep; must divide those there are.")
+@click.option("--groups", type=int, help="(--to gqa) Number of key/value heads to keep. Must divide MODEL's number of "
+              "attention heads.")  # fmt: skip
 @_latent_options
-@click.option(
-    "--method",
-    help=method_help(),
-)
-@click.option(
-    "--grouping",
-    default="contiguous",
-    show_default=True,
-    help=grouping_help(),
-)
+@click.option("--method", help=method_help())
+@click.option("--grouping", default="contiguous", show_default=True, help=grouping_help())
 @click.option("--seed", type=int, help=seed_help())
 @click.option(
-    "--calibrate",
-    help="Text for --method calibrated: a file, a dataset, or builtin (the default).",
-    metavar="TEXT",
-)
-@click.option(
-    "--calibration-tokens", type=int, help="Of --method calibrated: how much of that text to use. Default: 65536."
-)
-@click.option(
-    "--repair-steps", type=int, help="Of --method calibrated: gradient steps a layer afterwards; 0 for none. Default: "
-    "40.",
+    "--calibrate", metavar="TEXT", help="(--method calibrated) Calibration text: a file, a glob, a dataset, or builtin "
+    "(default).",
 )  # fmt: skip
 @click.option(
-    "--memory",
-    type=Size(),
-    help="Of --method calibrated; activations that this leaves no room for go to files beside OUT. Default: 4GiB.",
+    "--calibration-tokens", type=int, help="(--method calibrated) Number of tokens of that text. Default: 65536."
 )
+@click.option(
+    "--repair-steps", type=int, help="(--method calibrated) Gradient steps per layer that refit it; 0 for none. "
+    "Default: 40.",
+)  # fmt: skip
+@click.option(
+    "--memory", type=Size(), help="(--method calibrated) Memory for activations. What does not fit is written to files "
+    "next to OUT. Default: 4GiB.",
+)  # fmt: skip
 @device_option
-@click.option("--dtype", help="Store floating weights as bfloat16, float16, float32 or float64. Default: as they are.")
+@click.option("--dtype", help="Dtype of the stored weights: bfloat16, float16, float32 or float64. Default: that of "
+              "MODEL.")  # fmt: skip
 @click.option(
-    "--allow-nonfinite",
-    is_flag=True,
-    help="Keep NaN and infinite values of MODEL; in attention, with --method mean or first.",
-)
-@click.option("--max-shard-size", type=Size(), help="Split weights, e.g. 5GB. Default: as MODEL is split.")
+    "--allow-nonfinite", is_flag=True, help="Accept NaN and infinite values in MODEL's weights. In attention weights "
+    "this requires --method mean or first.",
+)  # fmt: skip
+@click.option("--max-shard-size", type=Size(), help="Largest weight file, e.g. 5GB. Default: the files of MODEL.")
 @source_options
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists (only once the new one is whole).")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists. The old OUT stays until the new one is "
+              "complete.")  # fmt: skip
 @click.option(
-    "--join",
-    is_flag=True,
-    help="Share the work with every process that runs this same command, here or on machines that see the same OUT.",
-)
+    "--join", is_flag=True, help="Share the work with all processes that run the same command, on this machine or on "
+    "others that see the same OUT.",
+)  # fmt: skip
 @click.option(
-    "--diagnose",
-    is_flag=True,
-    help="Also measure each layer: the energy that each method keeps, and how similar the heads are that share.",
-)
-@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
+    "--diagnose", is_flag=True, help="Also measure every layer: the explained energy of each method, and the "
+    "similarity of the heads that now share one.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 @json_option
 def convert(model: str, out: str | None, **options: Any) -> None:
-    """Convert MODEL to fewer key/value heads, or a latent, and write it to OUT.
+    """Convert MODEL to fewer key/value heads, or to a latent, and write the result to OUT.
 
-    OUT is ./NAME-gqa4, ./NAME-mqa or ./NAME-mla128, after what was asked for, if it isn't named.
+    OUT is a new folder. Default: ./NAME-gqa4, ./NAME-mqa or ./NAME-mla128, named after MODEL and the target. It
+    appears only when it is complete.
 
-    Weights stream through: memory stays at a few layers whatever the model's size. A run that was cut off
-    resumes when the same command is repeated. OUT appears only when it is whole.
-
-    \b
-    uptrain convert demo --to gqa --groups 4
-    uptrain convert demo --to mqa --method svd
-    uptrain convert ./llama --to mqa --calibrate text.txt
-    uptrain convert demo --to mla --cache 25%
-    uptrain convert ./llama --to mla --kv-lora-rank 512 --calibrate text.txt
-    uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB
-    uptrain convert org/llama --to gqa --groups 8 --dry-run
+    Weights are read layer by layer, so memory does not grow with the number of layers. To resume an interrupted
+    conversion, repeat the same command.
     """
     from uptrain.checkpoint.events import Events
     from uptrain.conversion.request import Request
@@ -153,8 +149,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     source, checkpoint, plan = planned
     folder = Path(out) if out else default_out(source, plan)
     if options["dry_run"]:
-        beside = sidecars(source, checkpoint, dry=True)
-        _show_plan(source, plan, beside, folder, options["as_json"])
+        _show_plan(source, plan, sidecars(source, checkpoint, dry=True), folder, options["as_json"])
         return
     console.note(f"Reading {source.describe()}")
     with console.bytes_progress("Converting", plan.total_bytes) as advance:
@@ -184,11 +179,18 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _show_plan(source: Source, plan: Plan, beside: Sidecars, out: Path, as_json: bool) -> None:
-    """Show a plan that isn't run, and which files beside the weights it would take along."""
+def _show_plan(source: Source, plan: Plan, files: Sidecars, out: Path, as_json: bool) -> None:
+    """Print a plan that is not run, and the files that it would copy.
+
+    - `source`: the checkpoint that would be converted.
+    - `plan`: what would be written.
+    - `files`: the files other than weights: copied, and left out.
+    - `out`: the folder that would be written.
+    - `as_json`: print JSON instead of text.
+    """
     if as_json:
         facts = {"source": source.describe(), "out": str(out), **_plan_facts(plan)}
-        console.result_json({**facts, **beside.to_dict(), "notes": list(plan.notes)})
+        console.result_json({**facts, **files.to_dict(), "notes": list(plan.notes)})
         return
     for note in plan.notes:
         console.note(note)
@@ -200,15 +202,15 @@ def _show_plan(source: Source, plan: Plan, beside: Sidecars, out: Path, as_json:
             *_shared_facts(plan),
             ("tensors", f"{sum(map(len, plan.shards.values()))}, of which {plan.changed} change"),
             ("disk", f"{size(plan.total_bytes)} in {counted(len(plan.shards), 'shard')}"),
-            ("memory", f"about {size(plan.peak_memory)} a thread above the interpreter's own"),
-            ("goes along", short(beside.copied) or "nothing"),
-            *_left_out(beside),
+            ("memory", f"about {size(plan.peak_memory)} per thread, in addition to the interpreter's"),
+            ("copied files", short(files.copied) or "none"),
+            *_left_out(files),
         ],
     )
 
 
-def _left_out(beside: Sidecars) -> list[tuple[str, str]]:
-    return [("left out", beside.summary())] if beside.left_out else []
+def _left_out(files: Sidecars) -> list[tuple[str, str]]:
+    return [("left out", files.summary())] if files.left_out else []
 
 
 def _shared_facts(plan: Plan) -> list[tuple[str, str]]:
@@ -225,26 +227,26 @@ def _shared_facts(plan: Plan) -> list[tuple[str, str]]:
 
 def _latent_facts(plan: Plan, latent: MLAPlan) -> list[tuple[str, str]]:
     spec = plan.after[0]
-    beside = f" beside {spec.qk_rope_head_dim} rotary ones" if spec.qk_rope_head_dim else ""
+    rotary = f" and a rotary key of {spec.qk_rope_head_dim}" if spec.qk_rope_head_dim else ""
     heads = f"{plan.before[0].num_key_value_heads} key/value heads"
-    facts = [("latent", f"{heads} → {spec.kv_lora_rank} values{beside}, a token and layer")]
+    facts = [("latent", f"{heads} → a latent of {spec.kv_lora_rank} values{rotary}, per token and layer")]
     if latent.spec.rope.rotates_expanded:
-        facts.append(("decoding", "every step expands and rotates the whole context again"))
+        facts.append(("decoding", "every step expands and rotates the whole context"))
     if latent.spec.rope.chooses_pairs:
-        facts.append(("rotary table", "the model's own; vLLM and llama.cpp can't express it, transformers can"))
+        facts.append(("rotary table", "the model's own inverse frequencies, which only transformers supports"))
     if plan.copied_head:
-        facts.append(("head", "a copy of the embedding: vLLM's class does not tie them"))
+        facts.append(("head", "a copy of the embedding, because vLLM's class does not tie them"))
     if latent.alpha != 1:
-        facts.append(("residual stream", f"scaled by {latent.alpha:.4f}, so that rms_norm_eps 1e-6 changes no norm"))
+        facts.append(("residual stream", f"scaled by {latent.alpha:.4f}: norms with rms_norm_eps 1e-6 stay exact"))
     return facts
 
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
     kept = plan.cache_after / plan.cache_before
     expanded = plan.result.expands_cache
-    code = " (ships its own modelling file: load with trust_remote_code=True)" if plan.target.remote_code else ""
+    code = " (with its own modelling code: load with trust_remote_code=True)" if plan.target.remote_code else ""
     return [
-        ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token, {kept:.1%} kept"),
+        ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token ({kept:.1%})"),
         *_cross_facts(plan),
         *([expanded_in_transformers(plan.target.family.class_name)] if expanded else []),
         ("class", f"{plan.holder} · {plan.target.family.class_name}{code}"),
@@ -255,43 +257,43 @@ def _cross_facts(plan: Plan) -> list[tuple[str, str]]:
     before, after = (cross_bytes_per_token(layers, plan.itemsize) for layers in (plan.before, plan.after))
     if not before:
         return []
-    return [cross_attention(f"{size(before)} → {size(after)}"), ("encoder", "left as it is")]
+    return [cross_attention(f"{size(before)} → {size(after)}"), ("encoder", "unchanged")]
 
 
 def _show(done: Conversion, as_json: bool) -> None:
-    """Show a finished conversion, the energy it kept, and what to type next."""
+    """Print a finished conversion, its explained energy, and the next command."""
     if as_json:
-        extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.kept}
+        extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.energy}
         console.result_json({**extra, **_plan_facts(done.plan), **done.sidecars.to_dict()})
         return
     pairs = _shared_facts(done.plan)
     if done.resumed:
-        pairs.append(("resumed", f"{counted(len(done.resumed), 'shard')} of an earlier run kept"))
+        pairs.append(("resumed", f"{counted(len(done.resumed), 'shard')} of an earlier run"))
     pairs += _left_out(done.sidecars)
     method, place = done.plan.request.method, done.plan.source.family.place
-    if len(done.kept) > 1:
-        methods = list(next(iter(done.kept.values())))
-        rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.kept.items()]
-        rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
+    if len(done.energy) > 1:
+        methods = list(next(iter(done.energy.values())))
+        rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.energy.items()]
+        rows.append(("all", *_shares(_average(list(done.energy.values())), *methods)))
         columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
         title = "Explained energy" if done.plan.attention.sizes else "Explained energy, by method"
         console.table(title, columns, rows)
-        if any(share < 0 for methods in done.kept.values() for sides in methods.values() for share in sides.values()):
+        if any(share < 0 for methods in done.energy.values() for sides in methods.values() for share in sides.values()):
             console.note("Below 0 %: the error is larger than the keys or values themselves.")
     console.facts(f"Wrote {done.out}", pairs)
-    if method == "mean" and len(done.kept) == 1:
-        (layer, kept), *_ = done.kept.items()
+    if method == "mean" and len(done.energy) == 1:
+        (layer, kept), *_ = done.energy.items()
         ours, better = kept["mean"], kept["svd"]
         console.note(
-            f"In layer {place(layer)}, mean keeps about {ours['keys']:.0%} of key and {ours['values']:.0%} of value "
-            f"energy; --method svd would keep {better['keys']:.0%} and {better['values']:.0%}. "
-            "--diagnose measures every layer."
-            # Energy alone is no guide where each frequency has one slot: text must say which components matter.
-            + (" Rotary keys want --calibrate TEXT." if _wants_text(done.plan) else "")
+            f"In layer {place(layer)}, mean explains about {ours['keys']:.0%} of the energy of keys and "
+            f"{ours['values']:.0%} of the energy of values; --method svd would explain {better['keys']:.0%} and "
+            f"{better['values']:.0%}. --diagnose measures every layer."
+            # A shared rotary key has one component per rope pair. Only text says which components matter.
+            + (" For rotary keys, add --calibrate TEXT." if _wants_text(done.plan) else "")
         )
     if done.plan.source.tower is not None:
         loader = done.plan.source.tower.wrapper.auto_class
-        console.note(f"Load it with transformers.{loader}: uptrain can't evaluate or train wrappers yet.")
+        console.note(f"Load it with transformers.{loader}. uptrain can't evaluate or train such a wrapper yet.")
     elif is_language_model(done.plan.config):
         trusted = " --allow-pickle" if done.source.allow_pickle else ""
         console.note(f"Next: uptrain eval {typed(done.out)} --baseline {typed(done.source.name)}{trusted}")

@@ -9,21 +9,22 @@ import click
 
 from uptrain.cli import console
 from uptrain.cli.evaluate import how_measured, models_table
-from uptrain.cli.options import device_option, json_option
+from uptrain.cli.options import device_option, examples, json_option
 
 if TYPE_CHECKING:
     from uptrain.workflows.demo.run import Demo
 
 
-@click.command()
+@click.command(epilog=examples("uptrain demo"))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("uptrain-demo"), show_default=True,
-              help="Folder for the two checkpoints.")  # fmt: skip
+              help="Folder of the two checkpoints.")  # fmt: skip
 @device_option
 @json_option
 def demo(out: Path, as_json: bool) -> None:
-    """Show the whole way on the embedded demo model, in about two minutes on two cores.
+    """Convert, uptrain and evaluate the embedded demo model.
 
-    Converts it to 4 key/value heads, uptrains that briefly, and compares both with the original. Downloads nothing.
+    This takes about two minutes on two cores. The demo model gets 4 key/value heads instead of 8, and is uptrained
+    briefly. Both results are compared with the original. Nothing is downloaded.
     """
     from uptrain.checkpoint.events import Events
     from uptrain.training import recipes
@@ -36,7 +37,7 @@ def demo(out: Path, as_json: bool) -> None:
 
 
 def _show(found: Demo, as_json: bool) -> None:
-    """Show the demo's three models in one table."""
+    """Print the demo's three models in one table."""
     if as_json:
         console.result_json(found.to_dict())
         return

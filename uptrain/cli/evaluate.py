@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.cli import console
-from uptrain.cli.options import check_belongs, device_option, json_option, texts_of
+from uptrain.cli.options import check_belongs, device_option, examples, json_option, texts_of
 from uptrain.cli.types import Sizes
 from uptrain.errors import UsageError
 from uptrain.evaluation import tables
@@ -23,96 +23,95 @@ if TYPE_CHECKING:
     from uptrain.evaluation.settings import NeedleSettings, TaskSettings
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "uptrain eval demo-gqa4",
+        "uptrain eval demo-gqa4 --baseline demo",
+        "uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512",
+        "uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024,4096",
+        "uptrain eval ./llama-gqa4 --baseline ./llama --task piqa,./my-task.yaml",
+        "uptrain eval ./llama-gqa4 --baseline ./llama --needle --needle-lengths 1024,4096,16384",
+        "uptrain eval ./llama-gqa4 --baseline ./llama --speed-batch 1,8 --speed-context 512,4096,16384",
+    )
+)
 @click.argument("directory", metavar="MODEL")
 @click.option(
-    "--baseline", help="Compare with this MODEL on the same tokens: KL and top-1 agreement. Default: what MODEL was "
-    "converted from, as its uptrain.json says, if that is on this machine.",
+    "--baseline", help="Model to compare with, on the same tokens. Default: the source that uptrain.json of MODEL "
+    "names, if it is on this machine.",
 )  # fmt: skip
-@click.option("--no-baseline", is_flag=True, help="Compare with nothing.")
+@click.option("--no-baseline", is_flag=True, help="Compare with no baseline.")
 @click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    help="Text or JSONL file, glob, or dataset name; repeatable, each is a row. Default: python-stdlib:held-out, "
-    "which is here.",
+    "--text", "texts", multiple=True, help="Text file, JSONL or Parquet file, glob, or dataset. Repeatable: each text "
+    "is a row. Default: python-stdlib:held-out, which every machine has.",
+)  # fmt: skip
+@click.option(
+    "--context", "contexts", type=Sizes(2), metavar="TOKENS[,TOKENS]", multiple=True, help="Length of the window that "
+    "is scored. Repeatable: each length scores the same text. Default: 1024, or MODEL's maximum if that is shorter.",
+)  # fmt: skip
+@click.option("--stride", type=click.IntRange(1), help="Tokens by which the window moves. Default: half of --context.")
+@click.option(
+    "--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Number of tokens to read of each text."
 )
 @click.option(
-    "--context",
-    "contexts",
-    type=Sizes(2),
-    metavar="TOKENS[,TOKENS]",
-    multiple=True,
-    help="Window, in tokens; the same text is scored with each; repeatable. Default: 1024, or all the positions that "
-    "MODEL has.",
-)
-@click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
-@click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
-@click.option(
-    "--speed-context", type=Sizes(1), metavar="TOKENS[,TOKENS]", help="Measure speed after so many tokens. Default: "
-    "512, or what MODEL has positions for.",
+    "--speed-context", type=Sizes(1), metavar="TOKENS[,TOKENS]", help="Context lengths for the speed benchmark. "
+    "Default: 512, or MODEL's maximum if that is shorter.",
 )  # fmt: skip
 @click.option(
-    "--speed-batch", type=Sizes(1), metavar="N[,N]", default="1", show_default=True, help="Measure speed of so many "
-    "sequences at once, at each --speed-context; 1 is always among them.",
+    "--speed-batch", type=Sizes(1), metavar="N[,N]", default="1", show_default=True, help="Batch sizes for the speed "
+    "benchmark, at each --speed-context. 1 is always included.",
 )  # fmt: skip
-@click.option("--no-speed", is_flag=True, help="Leave speed out.")
+@click.option("--no-speed", is_flag=True, help="Do not measure speed.")
 @device_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
 @click.option(
-    "--task",
-    "tasks",
-    metavar="NAME[,NAME]",
-    multiple=True,
-    help="Run these tasks of lm-eval too: names, or paths of task YAML files; repeatable. Needs 'uptrain[eval]'.",
-)
-@click.option("--include-path", type=click.Path(), metavar="DIR", help="Of --task: look for task YAML files there too.")
-@click.option("--task-limit", type=click.IntRange(1), metavar="N", help="Of --task: take N documents. Default: all.")
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype in which quality is computed. "
+    "Default: float32 on a CPU, elsewhere that of MODEL.",
+)  # fmt: skip
 @click.option(
-    "--needle", is_flag=True, help="Hide a pass key in the text and ask for it: retrieval by length and depth."
-)
+    "--task", "tasks", metavar="NAME[,NAME]", multiple=True, help="Also run these tasks of lm-eval: names, or paths of "
+    "task YAML files. Repeatable. Needs 'uptrain[eval]'.",
+)  # fmt: skip
+@click.option("--include-path", type=click.Path(), metavar="DIR", help="(--task) Another folder of task YAML files.")
+@click.option("--task-limit", type=click.IntRange(1), metavar="N", help="(--task) Number of documents. Default: all.")
 @click.option(
-    "--needle-lengths", type=Sizes(1), metavar="TOKENS[,TOKENS]", help="Of --needle: prompts' lengths. Default: those "
-    "of --context.",
+    "--needle", is_flag=True, help="Also measure retrieval: find a pass key that is hidden in the text, by length and "
+    "depth.",
+)  # fmt: skip
+@click.option(
+    "--needle-lengths", type=Sizes(1), metavar="TOKENS[,TOKENS]", help="(--needle) Lengths of the prompts. Default: "
+    "those of --context.",
 )  # fmt: skip
 @click.option(
     "--needle-depths", type=Sizes(0, 100), metavar="PERCENT[,PERCENT]", default="0,25,50,75,100", show_default=True,
-    help="Of --needle: how much of the text comes before the key.",
+    help="(--needle) Positions of the key, as shares of the text before it.",
 )  # fmt: skip
 @click.option(
-    "--needle-trials", type=click.IntRange(1), default=10, show_default=True, help="Of --needle: prompts for each "
-    "length and depth.",
+    "--needle-trials", type=click.IntRange(1), default=10, show_default=True, help="(--needle) Prompts per length and "
+    "depth.",
 )  # fmt: skip
 @click.option(
-    "--samples", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Show what the models write "
-    "after N openings of each text.",
-)  # fmt: skip
-@click.option("--sample-tokens", type=click.IntRange(1), default=48, show_default=True, help="Of --samples: how much.")
-@click.option(
-    "--allow-pickle", is_flag=True, help="Also read .bin weights, of either (restricted unpickling). Only if you trust "
-    "them.",
+    "--samples", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Also print how the models "
+    "continue N openings of each text.",
 )  # fmt: skip
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Write the result there. Default: MODEL/eval.json, if uptrain wrote that folder.",
-)
+    "--sample-tokens", type=click.IntRange(1), default=48, show_default=True, help="(--samples) Length of a "
+    "continuation, in tokens.",
+)  # fmt: skip
+@click.option(
+    "--allow-pickle", is_flag=True, help="Also read .bin weights of both models, with restricted unpickling. Use it "
+    "only for models that you trust.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File of the result. Default: MODEL/eval.json, if uptrain wrote "
+    "MODEL.",
+)  # fmt: skip
 @json_option
 def evaluate(directory: str, **options: Any) -> None:
-    """Measure MODEL's perplexity, its cache's real bytes per token and its speed, alone or against a baseline.
+    """Measure perplexity, cache bytes and speed of MODEL, alone or against a baseline.
 
-    Against a baseline also how far apart their predictions are, with 95 % intervals. docs/evaluation.md says how each
-    figure is computed, and what the JSON holds. What is measured is added to MODEL/eval.json: what was measured before,
-    on the same weights, stays.
+    Against a baseline, also measures how far the predictions of the two models are apart, with 95 % intervals.
+    docs/evaluation.md defines every metric and the JSON.
 
-    \b
-    uptrain eval demo-gqa4
-    uptrain eval demo-gqa4 --baseline demo
-    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.test.txt --context 2048 --stride 512
-    uptrain eval ./llama-gqa4 --baseline ./llama --text wiki.txt --text code.jsonl --context 1024,4096
-    uptrain eval ./llama-gqa4 --baseline ./llama --task piqa,./my-task.yaml
-    uptrain eval ./llama-gqa4 --baseline ./llama --needle --needle-lengths 1024,4096,16384
-    uptrain eval ./llama-gqa4 --baseline ./llama --speed-batch 1,8 --speed-context 512,4096,16384
+    The result is added to MODEL/eval.json. Earlier measurements of the same weights stay there.
     """
     from uptrain import evaluation
     from uptrain.checkpoint.events import Events
@@ -129,7 +128,7 @@ def evaluate(directory: str, **options: Any) -> None:
     options["needle"] = _needles(options)
     out, as_json = options.pop("out"), options.pop("as_json")
     settings = evaluation.EvaluationSettings(**options)
-    # What can't be written is said before anything is measured.
+    # Refuse a file that can't be written before anything is measured.
     place = save_place(directory, out)
     with console.parts_progress() as show:
         events = Events(part=show, note=console.note)
@@ -141,7 +140,7 @@ def evaluate(directory: str, **options: Any) -> None:
 
 
 def _tasks(options: dict[str, Any]) -> TaskSettings | None:
-    """Take out of `options` what is said of tasks, and return it; None without --task."""
+    """Remove the options of tasks from `options`, and return them as settings; None without --task."""
     from uptrain.evaluation.settings import TaskSettings
 
     listed, folder, limit = (options.pop(name) for name in ("tasks", "include_path", "task_limit"))
@@ -150,7 +149,7 @@ def _tasks(options: dict[str, Any]) -> TaskSettings | None:
 
 
 def _needles(options: dict[str, Any]) -> NeedleSettings | None:
-    """Take out of `options` what is said of the pass key, and return it; None without --needle."""
+    """Remove the options of the pass key from `options`, and return them as settings; None without --needle."""
     from uptrain.evaluation.settings import NeedleSettings
 
     lengths, depths, trials = (options.pop(f"needle_{name}") for name in ("lengths", "depths", "trials"))
@@ -160,9 +159,18 @@ def _needles(options: dict[str, Any]) -> NeedleSettings | None:
 
 
 def _baseline(directory: str, named: str | None, none: bool, allow_pickle: bool) -> str | Reference | None:
-    """Return what to compare with: as named, else what `directory` was converted from, where that is here."""
+    """Return the baseline: the one that was named, else the source of `directory` if it is on this machine.
+
+    - `directory`: the model that is evaluated.
+    - `named`: the value of --baseline.
+    - `none`: whether --no-baseline was given.
+    - `allow_pickle`: read .bin weights.
+
+    Raises:
+        UsageError: both --baseline and --no-baseline were given.
+    """
     if named is not None and none:
-        raise UsageError(f"--no-baseline leaves out --baseline {named}.", "Give one of them.")
+        raise UsageError(f"--no-baseline contradicts --baseline {named}.", "Leave one of them out.")
     if named is not None or none:
         return named
     from uptrain.evaluation.baseline import find_baseline
@@ -187,7 +195,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _show(found: Evaluation, as_json: bool) -> None:
-    """Show an evaluation as a table of one or two models."""
+    """Print an evaluation as a table of one or two models."""
     if as_json:
         console.result_json(found.to_dict())
         return
@@ -199,11 +207,11 @@ def _show(found: Evaluation, as_json: bool) -> None:
     baseline = None if found.baseline is None else found.baseline.name
     if len(found.speeds) > 1:
         title = "Speed, tokens/s of all sequences together (slowest to fastest)"
-        _shown(title, tables.speeds(values, "this", baseline and "original"))
+        _print_table(title, tables.speeds(values, "this", baseline and "original"))
     if found.tasks:
-        _shown("Tasks", tables.tasks(values, model, baseline))
+        _print_table("Tasks", tables.tasks(values, model, baseline))
     if found.needle:
-        _shown("Retrieval of a hidden pass key", tables.needle(values, model, baseline))
+        _print_table("Retrieval of a hidden pass key", tables.needle(values, model, baseline))
     for sample in found.samples:
         _sample(found, sample)
     console.note(how_measured(found))
@@ -212,7 +220,10 @@ def _show(found: Evaluation, as_json: bool) -> None:
 def models_table(
     models: list[tuple[str, ModelMetrics, Evaluation | None]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return columns, one a model, and rows, one a figure; an evaluation says how far the model is from another."""
+    """Return the columns and rows of a table with one column per model and one row per metric.
+
+    - `models`: name, metrics and, for a model with a baseline, the evaluation that compares the two.
+    """
     names, measured, against = zip(*models, strict=True)
     rows = [
         ("perplexity", *(f"{each.perplexity:.3f}" for each in measured)),
@@ -228,7 +239,7 @@ def models_table(
         ("decode, tokens/s", *(number(each.decode_tokens_per_second, "{:,.0f}") for each in measured)),
         ("prefill, tokens/s", *(number(each.prefill_tokens_per_second, "{:,.0f}") for each in measured)),
     ]
-    # A figure that no model has is no row.
+    # Leave out a metric that no model has.
     return ("", *names), [row for row in rows if set(row[1:]) != {"–"}]
 
 
@@ -240,21 +251,21 @@ def _cross(measured: ModelMetrics) -> str:
     return size(measured.cross_bytes_per_token) if measured.cross_bytes_per_token else "–"
 
 
-def _far(found: Evaluation | None, figure: str, form: str) -> str:
+def _far(found: Evaluation | None, metric: str, form: str) -> str:
     if found is None:
         return "–"
-    return number(getattr(found, figure), form, getattr(found, f"{figure}_interval", None))
+    return number(getattr(found, metric), form, getattr(found, f"{metric}_interval", None))
 
 
 def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return columns and a row for each text and context."""
-    # A path is told by its end.
+    # The last part of a path is enough to recognise it.
     names = [(Path(row.text).name, f"{row.context:,}") for row in found.rows]
     if found.baseline is None:
         ranged = [(number(row.perplexity, "{:.2f}", row.perplexity_interval),) for row in found.rows]
         return ("text", "context", "perplexity"), [(*name, *each) for name, each in zip(names, ranged, strict=True)]
-    # The ratio's interval is the one that compares: those of the two perplexities hold the text's own spread.
-    figures = [
+    # Only the interval of the ratio compares the models. Those of the perplexities include the variance of the text.
+    metrics = [
         (f"{row.perplexity:.2f}", f"{row.baseline_perplexity:.2f}",
          f"{row.perplexity_ratio:.3f}" if row.perplexity_ratio_interval is None
          else "–".join(f"{end:.3f}" for end in row.perplexity_ratio_interval),
@@ -262,10 +273,10 @@ def _by_text(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
         for row in found.rows
     ]  # fmt: skip
     columns = ("text", "context", "perplexity", "original's", "ratio", "KL", "top-1", "flips")
-    return columns, [(*name, *each) for name, each in zip(names, figures, strict=True)]
+    return columns, [(*name, *each) for name, each in zip(names, metrics, strict=True)]
 
 
-def _shown(title: str, table: MetricTable) -> None:
+def _print_table(title: str, table: MetricTable) -> None:
     console.table(title, table.columns, table.rows)
 
 
@@ -274,7 +285,7 @@ def _sample(found: Evaluation, sample: Sample) -> None:
     if found.baseline is not None and sample.baseline_continuation is not None:
         pairs.insert(1, (found.baseline.name, sample.baseline_continuation))
     shared = "" if sample.common_tokens is None else f": the first {sample.common_tokens} tokens are the same"
-    # Line breaks would tear a short text over a screen.
+    # A short text with its line breaks would fill the screen.
     lines = [(name, text.replace("\n", "⏎")) for name, text in pairs]
     console.facts(f"Sample of {Path(sample.text).name}{shared}", lines)
 

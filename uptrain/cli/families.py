@@ -8,19 +8,19 @@ from collections.abc import Sequence
 import click
 
 from uptrain.cli import console
-from uptrain.cli.options import json_option
+from uptrain.cli.options import examples, json_option
 from uptrain.conversion.family_table import FamilyRow, Holder, group_rows
 from uptrain.methods.registry import METHODS
 
 
-@click.command()
+@click.command(epilog=examples("uptrain families", "uptrain families --json"))
 @json_option
 @click.option("--markdown", is_flag=True, help="Print the table of docs/families.md.")
 def families(as_json: bool, markdown: bool) -> None:
-    """List the model families that can be converted, and the class that holds each result.
+    """List the model families that uptrain converts, and the target class of each result.
 
-    Where several classes are named, the first that is exact for the checkpoint takes it. A class marked * ships its
-    own modelling file inside the checkpoint.
+    If several classes are listed, the result gets the first one that computes exactly the same. The code of a class
+    with a * is stored inside the checkpoint.
     """
     from uptrain.conversion.family_table import families as known
 
@@ -40,7 +40,7 @@ def _show(found: Sequence[FamilyRow], as_json: bool) -> None:
         cells = (_heads_class(family), _target_class(family, family.mla), _methods(family))
         rows.append((family.model_type, *map(_in_lines, cells)))
     console.table("", ("family", "GQA, MQA class", "MLA class", "methods"), rows, align="left")
-    console.result("Of two classes, the first that is exact for the checkpoint holds the result.")
+    console.result("Of two classes, the result gets the first one that computes exactly the same.")
     console.result("itself: the family's own class in transformers.")
     console.result("*: a class whose code is inside the checkpoint: trust_remote_code=True, or import uptrain.")
     for family in found:

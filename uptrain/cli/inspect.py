@@ -9,7 +9,7 @@ import click
 
 from uptrain.cli import console
 from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
-from uptrain.cli.options import json_option, source_options
+from uptrain.cli.options import examples, json_option, source_options
 from uptrain.cli.types import Share
 from uptrain.formatting import size, typed
 from uptrain.methods.registry import TARGETS
@@ -19,30 +19,31 @@ if TYPE_CHECKING:
     from uptrain.conversion.suggestion import Suggestion
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "uptrain inspect demo",
+        "uptrain inspect demo --suggest 25%",
+        "uptrain inspect ./llama --plot heads.png",
+    )
+)
 @click.argument("model")
 @source_options
 @click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw which heads resemble each other, and the "
-    "spectra of all keys and values.",
+    "--plot", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the similarity of the heads, and the "
+    "singular values of all keys and of all values.",
 )  # fmt: skip
 @click.option(
-    "--suggest", type=Share(), metavar="SHARE", help="Name what keeps at most this share of the cache, e.g. 25%, and "
-    "the energy each keeps. Needs torch.",
+    "--suggest", type=Share(), metavar="SHARE", help="List the targets whose cache is at most this share of today's, "
+    "e.g. 25%, with the energy that each explains. Needs torch.",
 )  # fmt: skip
 @json_option
 def inspect(
     model: str, revision: str | None, allow_pickle: bool, plot: Path | None, suggest: float | None, as_json: bool
 ) -> None:
-    """Say what MODEL is, what its cache costs, and what it can become.
+    """Print what MODEL is, what its cache costs, and what it can become.
 
-    Reads headers and config.json only: a 70 B checkpoint takes no longer than a small one. --plot and --suggest read
-    the weights of a few layers too.
-
-    \b
-    uptrain inspect demo
-    uptrain inspect demo --suggest 25%
-    uptrain inspect ./llama --plot heads.png
+    Reads config.json and the headers of the weight files only, so a model of 70 B parameters takes no longer than a
+    small one. --plot and --suggest also read the weights of a few layers.
     """
     from uptrain.conversion.inspection import inspect as run
 
@@ -63,7 +64,7 @@ def inspect(
 
 
 def _show(found: Inspection, as_json: bool) -> None:
-    """Show an inspection."""
+    """Print an inspection."""
     if as_json:
         console.result_json(found.to_dict())
         return
@@ -102,8 +103,8 @@ def _show(found: Inspection, as_json: bool) -> None:
         console.result(found.unreadable)
         return
     if not found.options:
-        kept = "a latent" if found.kv_lora_rank else "one key/value head"
-        console.result(f"It keeps {kept} already: there is nothing left to share.")
+        cached = "a latent" if found.kv_lora_rank else "one key/value head"
+        console.result(f"It already caches {cached} per layer, so there is nothing to convert.")
         return
     rows = [
         (
@@ -117,11 +118,11 @@ def _show(found: Inspection, as_json: bool) -> None:
         )
         for option in found.options
     ]
-    console.table("Can become", ("convert", "cache/token", "kept", "class", "remote code"), rows)
+    console.table("Can become", ("convert", "cache/token", "share", "class", "remote code"), rows)
 
 
 def _show_suggestions(found: Inspection, suggested: list[Suggestion], as_json: bool) -> None:
-    """Show what fits a cache budget, the smallest cache first."""
+    """Print the targets that fit a cache budget, the smallest cache first."""
     if as_json:
         console.result_json({**found.to_dict(), "suggestions": [each.to_dict() for each in suggested]})
         return
@@ -129,12 +130,12 @@ def _show_suggestions(found: Inspection, suggested: list[Suggestion], as_json: b
         (each.options, size(each.cache_bytes_per_token), f"{each.cache:.1%}", f"{each.keys:.1%}", f"{each.values:.1%}")
         for each in suggested
     ]
-    console.table(f"What {found.name} can become", ("convert", "cache/token", "of it", "keys", "values"), rows)
+    console.table(f"What {found.name} can become", ("convert", "cache/token", "share", "keys", "values"), rows)
     layers = ", ".join(map(str, suggested[0].layers))
     console.note(
-        f"keys, values: energy kept before any training, the mean of layers {layers}, without text. "
-        "--calibrate TEXT weighs it by what text makes each layer use."
+        f"keys, values: explained energy before training, the mean of layers {layers}, without text. "
+        "--calibrate TEXT weighs it by the activations of each layer on a text."
     )
-    # The same cache can be had in several forms: what keeps most of its weaker side is the one to try.
+    # Targets of the same cache differ in the energy they explain. The weaker of keys and values decides.
     best = max(suggested, key=lambda each: min(each.keys, each.values))
-    console.note(f"Keeps most: uptrain convert {typed(found.name)} {best.options}")
+    console.note(f"Explains most: uptrain convert {typed(found.name)} {best.options}")

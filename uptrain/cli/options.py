@@ -1,4 +1,4 @@
-"""Options that several commands share, and the checks of what was typed."""
+"""Options that several commands share, and checks of options."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def examples(*commands: str) -> str:
+    """Return the end of a command's help: commands that show how it is used."""
+    return "\n".join(("\b", "Examples:", *(f"  {command}" for command in commands)))
+
+
 def source_options(command: Command) -> Command:
     """Add --revision and --allow-pickle to a command that reads a checkpoint."""
-    command = click.option("--revision", help="Branch, tag or commit, for a Hub id.")(command)
+    command = click.option("--revision", help="Branch, tag or commit of a Hub id.")(command)
     return click.option(
         "--allow-pickle",
         is_flag=True,
-        help="Also read .bin weights (restricted unpickling). Only if you trust them.",
+        help="Also read .bin weights, with restricted unpickling. Use it only for models that you trust.",
     )(command)
 
 
@@ -31,36 +36,36 @@ def _use(context: click.Context, _parameter: click.Parameter, name: str | None) 
 
 
 def device_option(command: Command) -> Command:
-    """Add --device to a command that computes: it counts for as long as the command runs."""
+    """Add --device to a command that computes. The device is in use until the command ends."""
     return click.option(
-        "--device", metavar="NAME", expose_value=False, callback=_use, help="Compute there: auto, cpu, cuda, cuda:1, "
-        "mps, or another device of torch. Default: what ACCELERATE_USE_CPU or ACCELERATE_TORCH_DEVICE says, else auto: "
-        "the accelerator, if there is one.",
+        "--device", metavar="NAME", expose_value=False, callback=_use, help="Device that computes: auto, cpu, cuda, "
+        "cuda:1, mps, or another device of torch. Default: that of ACCELERATE_USE_CPU or ACCELERATE_TORCH_DEVICE, else "
+        "auto, which is the accelerator if there is one.",
     )(command)  # fmt: skip
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-"""Add --json to a command that has a result."""
+"""Add --json to a command that prints a result."""
 
 
 def check_device(computes: bool) -> None:
-    """Refuse --device where nothing is computed on a device.
+    """Refuse --device if the command computes nothing on a device.
 
     Raises:
-        UsageError: it was given all the same.
+        UsageError: --device was given.
     """
     if devices.chosen() is not None and not computes:
         raise UsageError(
-            f"--device {devices.chosen()} has no effect here: only a calibration computes with MODEL.",
-            "Leave it out, or add --calibrate or --method calibrated.",
+            f"--device {devices.chosen()} has no effect: only a calibration runs MODEL.",
+            "Leave it out, or add --calibrate TEXT.",
         )
 
 
 def texts_of(names: Sequence[str]) -> list[TextSource]:
-    """Return what each --text names, and without one the held-out text that is here.
+    """Return the text source of each --text. Without any: the held-out part of the standard library.
 
     Raises:
-        UsageError: one of them names no text.
+        UsageError: one of them is not a text.
     """
     from uptrain.data.sources import HELD_OUT, text_of_option
 
@@ -68,10 +73,14 @@ def texts_of(names: Sequence[str]) -> list[TextSource]:
 
 
 def check_belongs(names: Sequence[str], owner: str, there: bool) -> None:
-    """Refuse options that were typed although what they belong to, `owner`, isn't `there`.
+    """Refuse options that have no effect without another option.
+
+    - `names`: the parameters' names.
+    - `owner`: the option that they need, as it is typed.
+    - `there`: whether that option was given.
 
     Raises:
-        UsageError: one was.
+        UsageError: one of `names` was given, and `owner` was not.
     """
     context = click.get_current_context()
     options = {param.name: param.opts[0] for param in context.command.params}

@@ -9,38 +9,41 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.cli import console
-from uptrain.cli.options import json_option
+from uptrain.cli.options import examples, json_option
 from uptrain.formatting import size, typed
 
 if TYPE_CHECKING:
     from uptrain.publishing.hub.upload import Prepared, Pushed
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "uptrain eval demo-gqa4 --baseline demo",
+        "uptrain push demo-gqa4 me/demo-gqa4 --dry-run",
+        "uptrain push demo-gqa4 me/demo-gqa4 --private",
+    )
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="Create a private repository; refuses one that is public.")
-@click.option("--revision", help="Branch to push to; made if there is none. Default: main.")
+@click.option("--private", is_flag=True, help="Create a private repository. A public one is refused.")
+@click.option("--revision", help="Branch to push to. It is created if it does not exist. Default: main.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
-@click.option("--license", metavar="ID", help="The Hub's word for the licence. Default: the source's.")
-@click.option("--base-model", metavar="MODEL", help="The source's Hub id, where it was converted from a folder.")
-@click.option("--allow-gated-base", is_flag=True, help="Publish though the source is gated: its terms let you.")
+@click.option("--license", metavar="ID", help="The Hub's identifier of the licence. Default: that of the source.")
+@click.option("--base-model", metavar="MODEL", help="Hub id of the source, if a folder was converted.")
+@click.option("--allow-gated-base", is_flag=True, help="Publish although the source is gated, if its terms allow it.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the card and the files, and upload nothing.")
 @json_option
 def push(directory: Path, repo: str, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Publish DIRECTORY, a checkpoint that uptrain wrote, as OWNER/NAME on the Hub.
+    """Publish DIRECTORY on the Hugging Face Hub as OWNER/NAME.
 
-    Checks every file against uptrain.json and every weight for NaN, carries the licence over, and writes a model card
-    from the checkpoint's history and, if there is one, eval.json: base model, method, cache before and after,
-    measurements, and the commands that make it again. A README.md in DIRECTORY is used instead of the card's text,
-    and its metadata comes first. All goes up in one commit; repeat the command if it is interrupted.
+    DIRECTORY is a checkpoint that uptrain wrote. push compares every file with uptrain.json, checks every weight for
+    NaN, finds the licence of the source, and writes a model card: base model, method, cache before and after,
+    measurements of eval.json, and the commands that reproduce the checkpoint. If DIRECTORY has a README.md, its text
+    replaces that of the card, and its metadata takes precedence.
+
+    Everything is uploaded in one commit. To continue an interrupted upload, repeat the command.
 
     The token is that of `hf auth login`, or HF_TOKEN.
-
-    \b
-    uptrain eval demo-gqa4 --baseline demo
-    uptrain push demo-gqa4 me/demo-gqa4 --dry-run
-    uptrain push demo-gqa4 me/demo-gqa4 --private
     """
     from uptrain.publishing.hub.prepare import PushSettings, prepare
     from uptrain.publishing.hub.upload import upload
@@ -56,12 +59,12 @@ def push(directory: Path, repo: str, dry_run: bool, as_json: bool, **options: An
 
 
 def _weight_bytes(directory: Path) -> int:
-    """Return the bytes of a folder's weight files, which checking reads through."""
+    """Return the bytes of a folder's weight files, all of which are checked."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _show_plan(prepared: Prepared, as_json: bool) -> None:
-    """Show the card and the files of a push that isn't made."""
+    """Print the card and the files of a push that is not made."""
     if as_json:
         console.result_json({"repo": prepared.repo, **_facts(prepared), "card": prepared.card})
         return
@@ -73,7 +76,7 @@ def _show_plan(prepared: Prepared, as_json: bool) -> None:
 
 
 def _show(prepared: Prepared, done: Pushed, as_json: bool) -> None:
-    """Show a finished push."""
+    """Print a finished push."""
     if as_json:
         result = {"repo": done.repo, "url": done.url, "commit": done.commit, "pull_request": done.pull_request}
         console.result_json({**result, "removed": list(done.removed), **_facts(prepared)})

@@ -7,29 +7,30 @@ from pathlib import Path
 import click
 
 from uptrain.cli import console
-from uptrain.cli.options import json_option
+from uptrain.cli.options import examples, json_option
 from uptrain.formatting import counted
 
 
-@click.command()
+@click.command(
+    epilog=examples("uptrain eval demo-gqa4 --baseline demo", "uptrain report demo-gqa4", "uptrain report demo-sweep")
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Where the page goes; pictures go beside it. Default: "
-    "DIRECTORY/report.html.",
+    "--out", type=click.Path(path_type=Path), help="File of the page. The charts are written to the same folder. "
+    "Default: DIRECTORY/report.html.",
 )  # fmt: skip
 @json_option
 def report(directory: Path, out: Path | None, as_json: bool) -> None:
-    """Show what a conversion cost and saved: one HTML file with pictures, and the pictures as PNG.
+    """Write one HTML page with charts of what a conversion cost and saved.
 
-    DIRECTORY is a checkpoint that uptrain wrote, a folder of several, which are then compared, or a sweep's, which is
-    shown as a table and a plot of KL against cache bytes. Of checkpoints the page has quality against cache bytes (from
-    `uptrain eval`), tasks, retrieval and samples if they were measured, the energy each layer kept and how alike its
-    heads were, training curves, decode speed, and the memory a request needs as MHA, GQA, MQA and MLA. It needs no
-    JavaScript and asks no server for anything.
+    The charts are also written as PNG files.
 
-    \b
-    uptrain eval demo-gqa4 --baseline demo
-    uptrain report demo-gqa4
+    DIRECTORY is a checkpoint that uptrain wrote, a folder of several checkpoints, or the folder of a sweep. Several
+    checkpoints are compared; a sweep becomes a table and a plot of KL against cache bytes.
+
+    The page shows quality against cache bytes, tasks, retrieval and samples (from `uptrain eval`), the explained
+    energy and the head similarity per layer, training curves, decode speed, and the memory of one request with MHA,
+    GQA, MQA and MLA. It needs no JavaScript and no server.
     """
     from uptrain.publishing import write_page
 

@@ -10,30 +10,27 @@ import click
 
 from uptrain.checkpoint.manifest import SIGNATURE
 from uptrain.cli import console
-from uptrain.cli.options import json_option
+from uptrain.cli.options import examples, json_option
 from uptrain.formatting import typed
 
 if TYPE_CHECKING:
     from uptrain.checkpoint.signature import Signer
 
 
-@click.command()
+@click.command(epilog=examples("uptrain sign demo-gqa4 --key ~/.ssh/id_ed25519"))
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--key",
     required=True,
     type=click.Path(path_type=Path),
-    help="Private key of OpenSSH, e.g. ~/.ssh/id_ed25519, or a public one that ssh-agent or a security key holds.",
+    help="Private OpenSSH key, e.g. ~/.ssh/id_ed25519, or the public key of one in ssh-agent or a security key.",
 )
 @json_option
 def sign(directory: Path, key: Path, as_json: bool) -> None:
-    """Sign DIRECTORY's uptrain.json, and so every file it lists, with an SSH key.
+    """Sign DIRECTORY's uptrain.json, and so every file that it lists, with an SSH key.
 
-    Checks every file first, and writes uptrain.json.sig beside it. `ssh-keygen -Y verify -n uptrain` checks such a
-    signature without uptrain.
-
-    \b
-    uptrain sign demo-gqa4 --key ~/.ssh/id_ed25519
+    Checks every file first, then writes uptrain.json.sig. `ssh-keygen -Y verify -n uptrain` checks this signature
+    without uptrain.
     """
     from uptrain.checkpoint import signature
 
@@ -42,7 +39,7 @@ def sign(directory: Path, key: Path, as_json: bool) -> None:
 
 
 def _show(directory: Path, signer: Signer, as_json: bool) -> None:
-    """Show what was signed, and with which key."""
+    """Print what was signed, and with which key."""
     if as_json:
         console.result_json({"signature": str(directory / SIGNATURE), **asdict(signer)})
         return

@@ -8,58 +8,74 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.cli import console
-from uptrain.cli.options import device_option, json_option, texts_of
-from uptrain.cli.types import Size, Words
+from uptrain.cli.options import device_option, examples, json_option, source_options, texts_of
+from uptrain.cli.types import Names, Size
 from uptrain.formatting import size, typed
 
 if TYPE_CHECKING:
     from uptrain.evaluation.sweep_results import Sweep, Trial
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "uptrain sweep demo --to gqa:4,gqa:2,mqa,mla:128,mla:64 --methods mean,svd,calibrated",
+        "uptrain sweep ./llama --to gqa:8,mqa,mla:25% --calibrate text.txt --text heldout.txt --keep best",
+        "uptrain report demo-sweep",
+    )
+)
 @click.argument("model")
 @click.option(
-    "--to", required=True, type=Words(), help="Targets, with commas: gqa:4 (key/value heads to keep), mqa, mla:128 "
+    "--to", required=True, type=Names(), help="Targets, separated by commas: gqa:4 (key/value heads), mqa, mla:128 "
     "(kv_lora_rank), mla:128+32 (and qk_rope_head_dim), mla:25% (share of the cache).",
 )  # fmt: skip
-@click.option("--methods", type=Words(), default="mean,svd,calibrated", show_default=True, help="As of convert.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for all of it. Default: ./NAME-sweep.")
-@click.option("--calibrate", metavar="TEXT", help="Text for the method calibrated. Default: builtin.")
-@click.option("--calibration-tokens", type=int, help="Of calibrated: how much of it to use. Default: 65536.")
-@click.option("--repair-steps", type=int, help="Of calibrated: gradient steps a layer; 0 for none. Default: 40.")
 @click.option(
-    "--text", "texts", multiple=True, help="Score this text, as of eval; repeatable. Default: python-stdlib:held-out."
-)
-@click.option(
-    "--context", type=click.IntRange(2), help="Window, in tokens. Default: 1024, or all the positions that MODEL has."
-)
-@click.option("--stride", type=click.IntRange(1), help="How far the window moves. Default: half of --context.")
-@click.option("--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Score so much of each text.")
-@device_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute quality in this dtype.")
-@click.option(
-    "--keep", default="all", show_default=True, help="Checkpoints that stay: all, best (the Pareto front) or none."
-)
-@click.option(
-    "--memory", type=Size(), default="4GiB", show_default=True, help="For calibrating, and as much again for what the "
-    "source predicts; what doesn't fit is computed anew for each target and method.",
+    "--methods", type=Names(), default="mean,svd,calibrated", show_default=True, help="Methods of `uptrain convert`, "
+    "separated by commas.",
 )  # fmt: skip
-@click.option("--revision", help="Branch, tag or commit, for a Hub id.")
-@click.option("--allow-pickle", is_flag=True, help="Also read .bin weights (restricted unpickling).")
-@click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another sweep.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the sweep. Default: ./NAME-sweep.")
+@click.option("--calibrate", metavar="TEXT", help="(method calibrated) Calibration text. Default: builtin.")
+@click.option(
+    "--calibration-tokens", type=int, help="(method calibrated) Number of tokens of that text. Default: 65536."
+)
+@click.option(
+    "--repair-steps", type=int, help="(method calibrated) Gradient steps per layer that refit it; 0 for none. "
+    "Default: 40.",
+)  # fmt: skip
+@click.option(
+    "--text", "texts", multiple=True, help="Text to score, as for `uptrain eval`. Repeatable. Default: "
+    "python-stdlib:held-out.",
+)  # fmt: skip
+@click.option(
+    "--context", type=click.IntRange(2), help="Length of the window that is scored, in tokens. Default: 1024, or "
+    "MODEL's maximum if that is shorter.",
+)  # fmt: skip
+@click.option("--stride", type=click.IntRange(1), help="Tokens by which the window moves. Default: half of --context.")
+@click.option(
+    "--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Number of tokens to read of each text."
+)
+@device_option
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype in which quality is computed. "
+    "Default: float32 on a CPU, elsewhere that of MODEL.",
+)  # fmt: skip
+@click.option(
+    "--keep", default="all", show_default=True, help="Checkpoints to keep: all, best (the Pareto front) or none."
+)
+@click.option(
+    "--memory", type=Size(), default="4GiB", show_default=True, help="Memory for calibration's activations, and as "
+    "much for the source's predictions. What does not fit is computed again for each trial.",
+)  # fmt: skip
+@source_options
+@click.option("--overwrite", is_flag=True, help="Replace another sweep in OUT.")
 @json_option
 def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Convert MODEL to several targets by several methods, measure all alike, and show which are worth having.
+    """Convert MODEL to several targets by several methods, and compare the results.
 
-    Writes a checkpoint folder for each, sweep.json and pareto.png. What can't be made is named with its reason and
-    stops nothing. A sweep that was cut off goes on when the same command is repeated, and more targets or methods
-    are added to it. MODEL is measured once. Calibrations read their text once and run MODEL over it once; making each
-    form from that is most of the time, and is each one's own.
+    Writes a checkpoint folder for each trial (a target and a method), sweep.json and pareto.png. A trial that is not
+    possible is listed with its reason and does not stop the others. MODEL is evaluated once. Calibration reads its text
+    once and runs MODEL over it once.
 
-    \b
-    uptrain sweep demo --to gqa:4,gqa:2,mqa,mla:128,mla:64 --methods mean,svd,calibrated
-    uptrain sweep ./llama --to gqa:8,mqa,mla:25% --calibrate text.txt --text heldout.txt --keep best
-    uptrain report demo-sweep
+    To resume an interrupted sweep, repeat the same command. The same command with more targets or methods adds them.
     """
     from uptrain import workflows
     from uptrain.checkpoint.events import Events
@@ -72,7 +88,7 @@ def sweep(model: str, to: list[str], methods: list[str], texts: tuple[str, ...],
 
 
 def _show(folder: Path, found: Sweep, as_json: bool) -> None:
-    """Show a sweep's trials, the smallest cache first, and what could not be made."""
+    """Print the trials of a sweep, the smallest cache first, and the trials that were not possible."""
     if as_json:
         console.result_json({"out": str(folder), **found.to_dict()})
         return
@@ -86,19 +102,19 @@ def _show(folder: Path, found: Sweep, as_json: bool) -> None:
     ]  # fmt: skip
     cache, perplexity = size(found.original["cache_bytes_per_token"]), f"{found.original['perplexity']:.2f}"
     rows.append((f"  {found.source['name']}", "–", cache, "100%", perplexity, "–", "–", "–"))
-    columns = ("  to", "method", "cache", "kept", "perplexity", "KL", "top-1", "s")
+    columns = ("  to", "method", "cache", "share", "perplexity", "KL", "top-1", "s")
     console.table("", columns, rows)
     for each in found.refused:
         console.note(f"{each.target} by {each.method}: {each.why}")
     measured = found.measured
     console.note(
-        f"* nothing else has as little cache and as little KL. cache: per token. KL: nats per token, ± a 95 % interval "
-        f"over {measured['windows']} windows. {measured['tokens']:,} tokens, context "
+        f"*: no other trial has both a smaller cache and a smaller KL. cache: per token. KL: nats per token, ± a 95 % "
+        f"interval over {measured['windows']} windows. {measured['tokens']:,} tokens, context "
         f"{measured['context']}, stride {measured['stride']}, {measured['dtype']} on {measured['device']}."
     )
     console.note(f"Wrote {folder}. Next: uptrain report {typed(folder)}")
 
 
 def _divergence(trial: Trial) -> str:
-    # The lower end is cut at zero, so the upper one tells the width.
+    # The lower end is cut at zero, so the upper end gives the width.
     return f"{trial.kl:.3g}" + (f" ± {trial.kl_interval[1] - trial.kl:.2g}" if trial.kl_interval else "")

@@ -9,7 +9,7 @@ import click
 
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.cli import console
-from uptrain.cli.options import device_option, json_option
+from uptrain.cli.options import device_option, examples, json_option
 from uptrain.errors import UptrainError
 from uptrain.formatting import counted, typed
 from uptrain.models import devices
@@ -19,24 +19,27 @@ if TYPE_CHECKING:
     from uptrain.training.recipe import Recipe
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "uptrain train recipes/demo-uptrain.yaml",
+        "uptrain train gqa-uptrain model=./llama-gqa4 output=./llama-up 'data=[corpus/*.txt]' tokens=100000000",
+        "uptrain train gqa-uptrain model=./llama-gqa4 output=./llama-up data=[python-stdlib] distill.weight=0.5 --plot",
+        "torchrun --nproc_per_node 8 -m uptrain train gqa-uptrain …",
+    )
+)
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--restart", is_flag=True, help="Forget an unfinished run of the same output instead of resuming it.")
+@click.option("--restart", is_flag=True, help="Discard an unfinished run of the same output instead of resuming it.")
 @click.option("--plot", is_flag=True, help="Draw loss, divergence, learning rate and speed to OUTPUT/training.png.")
 @device_option
 @json_option
 def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as_json: bool) -> None:
-    """Train a checkpoint, or a new model, as RECIPE says: a YAML file or the name of a shipped one.
+    """Train a checkpoint, or a new model, by a recipe.
 
-    KEY=VALUE replaces a recipe's value; dots reach inside (tokenizer.vocab_size=8192), lists are YAML. A run that
-    was cut off goes on when the same command is repeated. Losses go to OUTPUT.run/train_log.jsonl as it trains.
+    RECIPE is a YAML file, or the name of a recipe that comes with uptrain. KEY=VALUE replaces a value of the recipe.
+    A dot separates nested keys (tokenizer.vocab_size=8192), and lists are YAML.
 
-    \b
-    uptrain train recipes/demo-uptrain.yaml
-    uptrain train gqa-uptrain model=./llama-gqa4 output=./llama-up 'data=[corpus/*.txt]' tokens=100000000
-    uptrain train gqa-uptrain model=./llama-gqa4 output=./llama-up data=[python-stdlib] distill.weight=0.5 --plot
-    torchrun --nproc_per_node 8 -m uptrain train gqa-uptrain …
+    To resume an interrupted run, repeat the same command. Losses are logged to OUTPUT.run/train_log.jsonl.
     """
     from uptrain.training import recipes
 
@@ -59,7 +62,7 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
 
 
 def _say_once(error: UptrainError) -> NoReturn:
-    """End a process of a run with its error's exit code; the first speaks for all, another of what only it knows."""
+    """End this process with the exit code of `error`. The first process prints it, others only what is theirs."""
     processes, _ = devices.launched()
     if processes > 1:
         from uptrain.training.launch import announce
@@ -74,14 +77,14 @@ def _say_once(error: UptrainError) -> NoReturn:
 
 
 def _show(done: TrainingResult, recipe: Recipe, as_json: bool) -> None:
-    """Show a finished run and what to type next."""
+    """Print a finished run and the next command."""
     if as_json:
         console.result_json(done.to_dict())
         return
     amount = f"{counted(done.steps, 'step')}, {counted(done.tokens, 'token')}"
     pairs = [("trained", f"{amount} on {counted(done.num_processes, 'process', 'processes')}")]
     if not done.isolated and recipe.isolate_documents is None:
-        pairs.append(("documents", "end to end in a block: this model's class can't keep them apart"))
+        pairs.append(("documents", "not isolated within a block: the model's class does not support it"))
     if done.resumed_from:
         pairs.append(("resumed", f"from step {done.resumed_from:,}"))
     if done.teacher:
@@ -91,7 +94,7 @@ def _show(done: TrainingResult, recipe: Recipe, as_json: bool) -> None:
         pairs.append(("left out", f"{counted(done.skipped, 'step')} with a bad loss; train_log.jsonl lists them"))
     if done.held_out_loss is not None:
         words = f"{done.held_out_loss:.4f} nats per token, perplexity {math.exp(done.held_out_loss):.2f}"
-        best = "" if done.best_step is None else f"; the model of step {done.best_step:,}, the best"
+        best = "" if done.best_step is None else f"; from step {done.best_step:,}, the best"
         pairs.append(("held out", f"{words}, {done.bits_per_byte:.3f} bits per byte{best}"))
     pairs.append(("time", f"{done.seconds:,.0f} s"))
     console.facts(f"Wrote {done.out}", pairs)

@@ -1,4 +1,4 @@
-"""Kinds of values that options take."""
+"""Types of option values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes that a text such as 5GB means."""
+        """Return the number of bytes of a text such as 5GB."""
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)\s*", str(value), re.IGNORECASE)
@@ -33,7 +33,7 @@ class Share(click.ParamType[float]):
     name = "share"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the share that a text such as 25% means."""
+        """Return the share of a text such as 25%."""
         match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", str(value))
         if not match:
             self.fail(f"{value!r} is not a share. Write it like 25%.", param, ctx)
@@ -41,7 +41,7 @@ class Share(click.ParamType[float]):
 
 
 class Sizes(click.ParamType[tuple[int, ...]]):
-    """Whole numbers between commas, each at least `least` and at most `most`: 512,1024."""
+    """Whole numbers separated by commas, such as 512,1024, each from `least` to `most`."""
 
     name = "sizes"
 
@@ -49,13 +49,13 @@ class Sizes(click.ParamType[tuple[int, ...]]):
         self.least, self.most = least, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Return the numbers that a text such as 512,1024 lists."""
+        """Return the numbers of a text such as 512,1024."""
         if isinstance(value, tuple):
             return value
         try:
             sizes = tuple(int(each) for each in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is no list of whole numbers. Write it like 512,1024.", param, ctx)
+            self.fail(f"{value!r} is not a list of whole numbers. Write it like 512,1024.", param, ctx)
         if min(sizes) < self.least:
             self.fail(f"{min(sizes)} is less than {self.least}.", param, ctx)
         if max(sizes) > self.most:
@@ -63,13 +63,13 @@ class Sizes(click.ParamType[tuple[int, ...]]):
         return sizes
 
 
-class Words(click.ParamType[list[str]]):
-    """Words with commas between them."""
+class Names(click.ParamType[list[str]]):
+    """Names separated by commas."""
 
-    name = "words"
+    name = "names"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        """Return the words of a text such as mean,svd."""
+        """Return the names of a text such as mean,svd."""
         if isinstance(value, list):
             return value
         return [word.strip() for word in str(value).split(",") if word.strip()]

@@ -13,7 +13,7 @@ from uptrain.data.chat import Render, renderer
 from uptrain.data.documents import pieces
 from uptrain.data.sources import TextSource, has_chats
 from uptrain.data.text_files import Piece
-from uptrain.errors import CheckpointError, UsageError, told_as
+from uptrain.errors import CheckpointError, UsageError, reported_as
 
 BATCH_CHARACTERS = 2**20
 CHARACTERS_PER_TOKEN = 4
@@ -47,7 +47,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         CheckpointError: the tokenizer fails on the text.
     """
-    with told_as(_unfit):
+    with reported_as(_unfit):
         out = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return list(out["input_ids"])
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.folder_digest import changed_file
 from uptrain.checkpoint.loadable import open_loadable
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.weights import changed_file
 from uptrain.errors import CheckpointError, UptrainError
 
 _NAME_IT = "Name it with --baseline MODEL, or leave it out with --no-baseline."

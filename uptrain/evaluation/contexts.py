@@ -1,4 +1,4 @@
-"""How many tokens a model reads at once: the contexts that were asked for, or defaults that fit the model."""
+"""How many tokens one pass of a model reads: the contexts that were asked for, or defaults that fit the model."""
 
 from __future__ import annotations
 
@@ -79,4 +79,6 @@ def check_stride(stride: int | None, context: int, encoder: bool = False) -> Non
             "Use a smaller --stride; the default is half of the context.",
         )
     if stride is not None and not 1 <= stride <= context:
-        raise UsageError(f"stride {stride} must lie between 1 and the context of {context} tokens.")
+        raise UsageError(
+            f"stride {stride} must lie between 1 and the context of {context} tokens.", "Use another --stride."
+        )

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from uptrain.checkpoint.folder_digest import weights_digest
 from uptrain.checkpoint.source import Source
-from uptrain.checkpoint.weights import weights_digest
 from uptrain.data.sources import Builtin, Dataset, Files, TextSource
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
@@ -139,7 +139,8 @@ def open_pair(source: Source, reference: Reference | None, settings: EvaluationS
         read = [read_tokens([text], tokenizer, settings.tokens) for tokenizer in tokenizers]
         if reference is not None and not _same(read[0], read[1]):
             raise UsageError(
-                f"{source.name} and {sources[1].name} have different tokenizers, so their tokens can't be compared."
+                f"{source.name} and {sources[1].name} have different tokenizers, so their tokens can't be compared.",
+                "Compare models that have one tokenizer.",
             )
         texts[text_name(text)] = read[0]
     return ModelPairSource(sources=sources, reference=reference, tokenizers=tokenizers, texts=texts)

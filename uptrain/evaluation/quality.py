@@ -120,8 +120,12 @@ def score(
         logits = [predicted(model, shown, first - begin)]
         if reference is not None:
             logits.append(reference.logits(shown, first - begin))
-        if len({each.shape[-1] for each in logits}) > 1:
-            raise UsageError("The model and its baseline have vocabularies of different sizes.")
+        sizes = [each.shape[-1] for each in logits]
+        if len({*sizes}) > 1:
+            raise UsageError(
+                f"The model and its baseline have vocabularies of different sizes: {sizes[0]} and {sizes[1]}.",
+                "Compare models that have one vocabulary.",
+            )
         found.append(_sums(logits, shown[first - begin : end - begin]))
         if on_tokens:
             on_tokens(end - first)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uptrain.checkpoint.folder_digest import weights_digest
 from uptrain.checkpoint.source import Source
-from uptrain.checkpoint.weights import weights_digest
 from uptrain.evaluation.reading import predicted
 
 

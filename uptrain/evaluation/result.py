@@ -28,7 +28,7 @@ FORMAT = 1
 class ModelMetrics:
     """Metrics of one model: perplexity per token, bits per byte of text, cache bytes per token, tokens per second.
 
-    Speeds are medians; `decode_range` is the slowest and the fastest run. `cache_bytes_per_token` of an
+    Tokens per second are medians; `decode_range` is the slowest and the fastest run. `cache_bytes_per_token` of an
     encoder-decoder is that of one source token and one target token together; `cross_bytes_per_token` is the part of
     the source token.
     """
@@ -50,7 +50,7 @@ class EvaluationRun:
     - `weights`: digest of the model's weights and config at that time.
     - `baseline`: the baseline's name and digest, or None.
     - `dtype`, `device`: what quality was computed in, and on.
-    - `speed_dtype`, `speed_repeats`: conditions of the speeds.
+    - `speed_dtype`, `speed_repeats`: conditions of the speed measurement.
     - `peak_memory_bytes`: most memory that the run held.
     - `settings`: what was asked for.
     - `versions`: of Python and packages.
@@ -71,7 +71,7 @@ class EvaluationRun:
 class Evaluation:
     """Metrics of a model, of its baseline on the same tokens, and how far their predictions differ.
 
-    - `model`, `baseline`: metrics of each; None without a baseline. Their speeds are of one sequence at
+    - `model`, `baseline`: metrics of each; None without a baseline. Their speed is that of one sequence at
       `speed_context`, the first context.
     - `kl`: mean of KL(baseline ‖ model) in nats per token.
     - `top1_agreement`: share of tokens at which both models rank the same token first.

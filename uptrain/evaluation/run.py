@@ -59,9 +59,9 @@ def evaluate(
     - `events`: `part` is called with the progress of each part, `note` with sentences for the user.
 
     Raises:
-        UsageError: a text that is too short, a baseline with another tokenizer or without an encoder where the model
-            has one, sizes that don't fit, or something that the model can't do.
-        CheckpointError: a model that can't be loaded.
+        UsageError: a text is too short, the baseline has another tokenizer or another kind of family, a size
+            doesn't fit, or the model can't do what is asked.
+        CheckpointError: a model can't be loaded.
     """
     settings = settings or EvaluationSettings()
     loading.quiet()

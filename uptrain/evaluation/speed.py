@@ -27,7 +27,7 @@ _CACHE_TOKENS = 64
 class SpeedCell:
     """Tokens per second of all `batch` sequences together, after a prefill of `context` tokens per sequence.
 
-    Speeds are medians over the runs; ranges are the slowest and the fastest run. `decode_ratio` is the model's speed
+    Values are medians over the runs; ranges are the slowest and the fastest run. `decode_ratio` is the model's speed
     over the baseline's in the same round. A value is None where nothing was timed or the device's memory was full.
     """
 

@@ -66,7 +66,7 @@ class Sweep:
     - `settings`: what was asked for.
     - `measured`: how every trial was measured; empty until the first one is.
     - `original`: metrics of the source; empty until the first trial is measured.
-    - `trials`: the measured trials, sorted by cache bytes and KL; sweep.json calls them arms.
+    - `trials`: the measured trials, sorted by cache bytes and KL; their key in sweep.json is `arms`.
     - `refused`: targets and methods that can't be combined.
     """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.events import Events
-from uptrain.errors import UsageError, did_you_mean, needing, told_as
+from uptrain.errors import UsageError, did_you_mean, needing, reported_as
 from uptrain.evaluation.intervals import interval
 from uptrain.evaluation.pair import ModelPair
 from uptrain.evaluation.progress import counted
@@ -74,7 +74,7 @@ def load_tasks(settings: TaskSettings) -> Any:
                 did_you_mean(unknown[0], manager.all_tasks) or "Name a task, or the path of a task's YAML file.",
             )
         # A task's file or data can fail in many ways, from wrong YAML to a server that doesn't answer.
-        with told_as(lambda reason: UsageError(f"lm-eval can't load {', '.join(settings.names)}: {reason}")):
+        with reported_as(lambda reason: UsageError(f"lm-eval can't load {', '.join(settings.names)}: {reason}")):
             loaded = manager.load(list(dict.fromkeys(settings.names)))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:

@@ -16,7 +16,7 @@ from uptrain.architectures.wrappers import language_config, tower_in
 from uptrain.checkpoint.loadable import open_loadable
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.source import Source
-from uptrain.errors import CheckpointError, told_as
+from uptrain.errors import CheckpointError, reported_as
 from uptrain.models.auto_class import auto_class_of, check_loadable
 from uptrain.models.class_fit import Fit, check_fit
 from uptrain.models.register import register
@@ -49,7 +49,7 @@ def load_language_model(source: Source, **options: Any) -> Any:
     quantized = quantization_in(folder) if opened is None else quantization_of(opened)
     check_scheme(quantized, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
     called = f"{name}, which is quantized with {quantized.describe()}" if quantized else name
-    with told_as(lambda reason: CheckpointError(f"transformers can't load {called}: {reason}")):
+    with reported_as(lambda reason: CheckpointError(f"transformers can't load {called}: {reason}")):
         model, info = loading_info(auto_class, folder, **settings)
     check_read(quantized, info["unexpected_keys"], name)
     fit = Fit.of(type(model).__name__ if model is not None else auto_class.__name__, info)

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.errors import CheckpointError, UsageError, told_as
+from uptrain.errors import CheckpointError, UsageError, reported_as
 from uptrain.models.checked_loading import load_language_model
 from uptrain.models.register import register
 
@@ -38,7 +38,7 @@ def load_tokenizer(path: Path | str) -> Any:
     Raises:
         CheckpointError: transformers finds none, or can't load it.
     """
-    with told_as(lambda reason: CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}")):
+    with reported_as(lambda reason: CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}")):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from uptrain.checkpoint.folder_digest import changed_file
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
-from uptrain.checkpoint.weights import changed_file
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models import devices, loading, neutral_norm
 from uptrain.training.recipe import Recipe

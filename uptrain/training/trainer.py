@@ -153,7 +153,7 @@ class Trainer:
         state.load(path, setup.objective.module, self.optimizer, setup.accelerator)
         try:
             self._restore(saved)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path / 'state.json'} is not the state of a run: {error!r}.", "Start again with --restart."
             ) from None

@@ -175,7 +175,7 @@ def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
         source=plan.source,
         shape=latent_shape(wanted),
         inverse_frequencies=wanted.inverse_frequencies,
-        rotary_factor=wanted.attention_factor,
+        attention_factor=wanted.attention_factor,
         key_weight=wanted.key_weight,
     )
 

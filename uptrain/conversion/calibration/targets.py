@@ -152,13 +152,13 @@ class MLATarget(CalibrationTarget[LatentMaps]):
 
     - `shape`: the latent's sizes and rotary pairs.
     - `inverse_frequencies`: the source's, (pairs,) in radians per token; empty where keys see no rotation.
-    - `rotary_factor`: what the source's rotary tables are multiplied by.
+    - `attention_factor`: what the source's rotary tables are multiplied by.
     - `key_weight`: the only weight of keys to try, None for `KEY_WEIGHTS`.
     """
 
     shape: LatentShape
     inverse_frequencies: tuple[float, ...] = ()
-    rotary_factor: float = 1.0
+    attention_factor: float = 1.0
     key_weight: float | None = None
 
     @property
@@ -180,7 +180,7 @@ class MLATarget(CalibrationTarget[LatentMaps]):
                 inverse_frequencies=inverse_frequencies,
                 device=layer.device,
                 output_bias=layer.output_bias,
-                factor=self.rotary_factor,
+                factor=self.attention_factor,
                 key_weights=key_weights,
             )
         return PlainLatent(

@@ -7,18 +7,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from uptrain.architectures.rope import InverseFrequencies
 from uptrain.architectures.rope_parameters import EVERY
 from uptrain.checkpoint.manifest import versions
 from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.class_checks.answers import SECONDS, AnswerFormat, find_answers
 from uptrain.conversion.plan.planner import Plan
 from uptrain.errors import CheckpointError
 from uptrain.models import child_process
 from uptrain.models.rotary_tables import Table, answers
 
-_SECONDS = 600
+Answer = dict[str, Table] | str
+"""A config's rotary tables by layer type, none where this transformers doesn't know the class; or why it can't say."""
 _NEAR = 1e-5
 """How far two frequencies may be apart, relatively: the classes compute in float32."""
 
@@ -91,13 +95,36 @@ def _installed() -> bool:
     return major.isdecimal() and int(major) >= 5 and importlib.util.find_spec("torch") is not None
 
 
-def _ask(configs: list[dict[str, Any]], *, here: bool) -> list[dict[str, Table] | str]:
+def _ask(configs: list[dict[str, Any]], *, here: bool) -> list[Answer]:
     """Return each config's tables or why there are none; in a child process, unless this one needs torch anyway."""
-    if here or "transformers" in sys.modules:
-        return answers(configs)
-    try:
-        done = child_process.ask("uptrain.models.rotary_tables", text=json.dumps(configs), seconds=_SECONDS)
-        found = json.loads(done.stdout) if done.returncode == 0 else [{} for _ in configs]
-    except (OSError, subprocess.SubprocessError, ValueError):
-        found = [{} for _ in configs]  # torch or transformers is broken here, and pooling needs neither
-    return [each if isinstance(each, str) else {kind: Table(**table) for kind, table in each.items()} for each in found]
+    here = here or "transformers" in sys.modules
+    texts = [json.dumps({"rotation": config}, sort_keys=True) for config in configs]
+    return find_answers(texts, TABLES, lambda: answers(configs) if here else _asked_in_child(configs), alone=not here)
+
+
+def _asked_in_child(configs: list[dict[str, Any]]) -> list[Answer]:
+    with suppress(OSError, subprocess.SubprocessError, ValueError, TypeError):
+        done = child_process.ask("uptrain.models.rotary_tables", text=json.dumps(configs), seconds=SECONDS)
+        if done.returncode == 0:
+            return [_tables(each) if isinstance(each, dict) and each else each for each in json.loads(done.stdout)]
+    return [{} for _ in configs]  # torch or transformers is broken here, and pooling needs neither
+
+
+def _tables(found: Any) -> dict[str, Table]:
+    """Return tables from their JSON values.
+
+    Raises:
+        KeyError, TypeError: it is something else.
+    """
+    if not isinstance(found, dict) or not found:
+        raise TypeError("no tables by layer type")
+    return {kind: Table(tuple(table["short"]), tuple(table["long"]), table["factor"]) for kind, table in found.items()}
+
+
+def _stored(found: Answer) -> dict[str, Any] | None:
+    """Return the JSON values of tables; None for a class that is not known, or that can't read a config."""
+    return None if isinstance(found, str) or not found else {kind: asdict(table) for kind, table in found.items()}
+
+
+TABLES: AnswerFormat[Answer] = AnswerFormat(write=_stored, read=_tables)
+"""Only tables are stored: whatever else a class answers may be another next time."""

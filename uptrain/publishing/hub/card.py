@@ -1,4 +1,4 @@
-"""The model card: what was done to which model, what it saves and costs, how to use it and how to make it again."""
+"""The model card: what was done to which model, what it costs and saves, how to use and to reproduce it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from uptrain.publishing.hub.use import TASKS, auto_class_of, use
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-_SAID = ("target", "method")
+_NAMED_APART = ("target", "method")
 
 
 def build_card(
     subject: CardSubject, licence: Licence, metrics: CardMetrics | None, own: tuple[dict[str, Any], str]
 ) -> ModelCard:
-    """Return the card; what the author's `own` metadata and text say stays as it is.
+    """Return the card.
+
+    - `subject`: the checkpoint that the card describes.
+    - `licence`: its licence.
+    - `metrics`: the metrics of eval.json; None for none.
+    - `own`: metadata and text of the author's README.md, which take precedence.
 
     Raises:
-        ValueError: the author's metadata is none that the Hub takes.
+        ValueError: the Hub does not accept the author's metadata.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -49,7 +54,7 @@ def _metadata(subject: CardSubject, metrics: CardMetrics | None) -> Any:
     results = metrics.results(task) if metrics else None
     return ModelCardData(
         base_model=subject.base,
-        # The Hub knows adapter, finetune, merge and quantized; other heads with other weights are a finetune.
+        # The Hub knows adapter, finetune, merge and quantized. A conversion changes weights, so it is a finetune.
         base_model_relation="finetune" if subject.base else None,
         library_name="transformers",
         pipeline_tag=task,
@@ -62,8 +67,8 @@ def _metadata(subject: CardSubject, metrics: CardMetrics | None) -> Any:
 def _text(subject: CardSubject, licence: Licence, metrics: CardMetrics | None) -> str:
     sections = [
         f"# {subject.name}", _summary(subject), "## How it was made", _made(subject), *_evaluated(metrics),
-        "## Use", use(subject.repo, subject.config, subject.converted, subject.revision), "## Make it again",
-        _again(subject), "## Licence", _licence(subject, licence),
+        "## Use", use(subject.repo, subject.config, subject.converted, subject.revision), "## Reproduce it",
+        _reproduction(subject), "## Licence", _licence(subject, licence),
     ]  # fmt: skip
     return "\n\n".join(sections)
 
@@ -87,9 +92,9 @@ def _made_of(subject: CardSubject) -> str:
     heads = str(converted[0]["num_key_value_heads"]["before"])
     rows = [
         (
-            "cached a layer" if latent else "key/value heads",
+            "cached per layer" if latent else "key/value heads",
             f"{heads} heads" if latent else heads,
-            _kept(converted[-1]),
+            _cached(converted[-1]),
         ),
         ("cache, bytes per token", f"{before:,}", f"{after:,} ({after / before:.1%})"),
     ]
@@ -99,7 +104,7 @@ def _made_of(subject: CardSubject) -> str:
     )
 
 
-def _kept(stage: Stage) -> str:
+def _cached(stage: Stage) -> str:
     if "latent" not in stage:
         return f"{stage['num_key_value_heads']['after']} for {stage['num_attention_heads']} query heads"
     latent = stage["latent"]
@@ -113,7 +118,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    # A name may hold what would end its cell.
+    # A name may contain the character that ends a cell.
     escaped = (cell.replace("|", r"\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
 
@@ -127,13 +132,13 @@ def _made(subject: CardSubject) -> str:
 
 
 def _unknown(stage: Stage) -> str:
-    return f"**{stage.get('stage')}**, which this version of uptrain does not know."
+    return f"**{stage.get('stage')}**, a stage that this version of uptrain does not know."
 
 
 def _converting(stage: Stage) -> str:
     request = stage["request"]
     method = request.get("method")
-    options = {key: value for key, value in in_effect(request).items() if key not in _SAID}
+    options = {key: value for key, value in in_effect(request).items() if key not in _NAMED_APART}
     listed = ", ".join(f"`{key}` {value}" for key, value in options.items())
     if method is None:
         listed = f" Options: {listed}." if listed else ""
@@ -150,7 +155,7 @@ def _energy(stage: Stage, method: str) -> str:
     if not layers:
         return ""
     keys, values = (sum(layer[side] for layer in layers) / len(layers) for side in ("keys", "values"))
-    return f" It keeps {keys:.1%} of the energy of keys and {values:.1%} of values."
+    return f" It explains {keys:.1%} of the energy of keys and {values:.1%} of the energy of values."
 
 
 def _training(stage: Stage) -> str:
@@ -169,20 +174,20 @@ def _evaluated(metrics: CardMetrics | None) -> list[str]:
         table = _table(("", "original", "this model"), [row.cells() for row in metrics.rows])
     else:
         table = _table(("", "this model"), [(name, value) for name, _, value in (row.cells() for row in metrics.rows)])
-    said = ["## Evaluation", table, f"Measured by `uptrain eval` on {metrics.text}: {metrics.conditions}."]
+    parts = ["## Evaluation", table, f"Measured by `uptrain eval` on {metrics.text}: {metrics.conditions}."]
     for title, each in metrics.tables:
-        said += [f"### {title}", _table(each.columns, each.rows)]
-    return said
+        parts += [f"### {title}", _table(each.columns, each.rows)]
+    return parts
 
 
-def _again(subject: CardSubject) -> str:
+def _reproduction(subject: CardSubject) -> str:
     found = reproduction_commands(subject.repeatable, subject.name, subject.base)
     versions = subject.stages[-1].get("versions", {}) if subject.stages else {}
     made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = ["```bash\n" + "\n".join(step.command for step in found) + "\n```"]
     parts += [f"`{step.recipe_file}`:\n\n```yaml\n{step.recipe}```" for step in found if step.recipe]
     parts.append(
-        f"Made with {made_with}. `uptrain.json` holds the whole history and the checksum of every file; "
+        f"Made with {made_with}. `uptrain.json` has the whole history and the checksum of every file. "
         "`uptrain verify` checks a downloaded copy."
     )
     return "\n\n".join(parts)

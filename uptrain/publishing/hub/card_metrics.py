@@ -1,4 +1,4 @@
-"""Read eval.json for a card, tolerantly: what it lacks, or holds in another shape, is left out."""
+"""Read the metrics of eval.json for a card. A metric that is missing or has another shape is left out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from uptrain.evaluation.tables import (
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-# Each figure's name and place, how it is written, and by what name the Hub's metadata knows it, if at all.
+# Per metric: its name, its key in eval.json, its format, and its name in the Hub's metadata (empty for none).
 _OF_EACH = (
     ("perplexity", "perplexity", "{:,.3f}", "perplexity"),
     ("bits per byte", "bits_per_byte", "{:.4f}", "bits_per_byte"),
@@ -44,7 +44,13 @@ _OF_BOTH = (
 
 @dataclass(frozen=True)
 class CardMetric:
-    """A figure of the model and, where there is one, of its baseline; `metric` is empty for what isn't quality."""
+    """A metric of the model and of its baseline, if there is one.
+
+    - `name`: its name in the card's table.
+    - `metric`: its name in the Hub's metadata; empty for one that is not about quality.
+    - `value`, `baseline`: the values of the model and of the baseline.
+    - `form`: the format of both.
+    """
 
     name: str
     metric: str
@@ -53,7 +59,7 @@ class CardMetric:
     form: str
 
     def cells(self) -> tuple[str, str, str]:
-        """Return name, baseline and value as they stand in a table."""
+        """Return name, baseline and value as cells of a table."""
         return (
             self.name,
             "–" if self.baseline is None else self.form.format(self.baseline),
@@ -63,7 +69,7 @@ class CardMetric:
 
 @dataclass(frozen=True)
 class CardScore:
-    """The model's score on a task of lm-eval, by the task's and the metric's names; `name` has the filter too."""
+    """The model's score on a task of lm-eval. `name` is the name of the metric with its filter."""
 
     task: str
     metric: str
@@ -73,10 +79,14 @@ class CardScore:
 
 @dataclass(frozen=True)
 class CardMetrics:
-    """All figures of an evaluation, on which text, and the conditions in words.
+    """All metrics of an evaluation.
 
-    `tables` are those of what was measured in several places, by title; `scores` those of tasks. `weights` digests what
-    was measured, empty where that was not recorded.
+    - `rows`: the metrics of the first table.
+    - `text`: the names of the texts.
+    - `conditions`: number of tokens, context, dtype and so on, as one phrase.
+    - `tables`: further tables, each after its title.
+    - `scores`: scores on tasks.
+    - `weights`: digest of the weights that were measured; empty if it was not recorded.
     """
 
     rows: tuple[CardMetric, ...]
@@ -87,7 +97,7 @@ class CardMetrics:
     weights: str = ""
 
     def results(self, task: str) -> list[EvalResult]:
-        """Return the quality figures and the scores of a model for `task` as the Hub's metadata knows them."""
+        """Return metrics of quality and scores in the form of the Hub's metadata, for a model of type `task`."""
         from huggingface_hub import EvalResult
 
         own = [
@@ -107,7 +117,7 @@ class CardMetrics:
 
 
 def read_metrics(directory: Path) -> CardMetrics | None:
-    """Return the figures in the folder's eval.json, or None where there are none.
+    """Return the metrics of the folder's eval.json, or None if there are none.
 
     Raises:
         CheckpointError: it is not JSON.
@@ -137,7 +147,7 @@ def read_metrics(directory: Path) -> CardMetrics | None:
 
 
 def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, MetricTable]]:
-    """Yield a title and a table for what was measured in more than one place."""
+    """Yield a title and a table for each measurement of several rows."""
     baseline = "original" if _mapping(found.get("baseline")) else None
     made = (
         ("By text and context", 2, by_text(found)),
@@ -163,7 +173,7 @@ def _text(found: Mapping[str, Any]) -> str:
     names = found.get("texts", found.get("text"))
     names = [names] if isinstance(names, str) else names
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-        # A path on somebody's machine tells a reader nothing.
+        # A path of another machine is of no use to a reader.
         return ", ".join(Path(name).name for name in names)
     return "held-out text"
 

@@ -1,4 +1,4 @@
-"""What must be true of a folder before it goes to the Hub; each refusal is one sentence."""
+"""Check a folder before it is uploaded to the Hub."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ def check_folder(
     on_bytes: Callable[[int], None] = lambda count: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Checkpoint, dict[str, Any]]:
-    """Check that `directory` is whole, safe to load and free of NaN; return its checkpoint and its manifest.
+    """Check that `directory` is complete, safe to load and free of NaN. Returns its checkpoint and its manifest.
 
-    `on_bytes` gets the bytes of weights looked at, as they are; `on_note` hears what can't be checked here.
+    - `directory`: a checkpoint that uptrain wrote.
+    - `on_bytes`: called with the number of bytes of weights that were just checked.
+    - `on_note`: called with a sentence on what can't be checked here.
 
     Raises:
         VerificationError: a file is missing, changed, or not in the manifest.
-        CheckpointError: no folder or manifest, weights that are not safetensors, NaN or infinity, no tokenizer
-            that loads.
+        CheckpointError: no folder or manifest, weights that are not safetensors, NaN or infinity, or no
+            tokenizer that loads.
     """
     _refuse_unsafe(directory)
     manifest = verify(directory)
@@ -36,10 +38,10 @@ def check_folder(
     needed = ["config.json", *checkpoint.files, *([INDEX] if (directory / INDEX).exists() else [])]
     for name in needed:
         if name not in manifest["files"]:
-            raise VerificationError(f"{directory / name} is not listed in {MANIFEST}: it was added later.")
+            raise VerificationError(f"{directory / name} is not listed in {MANIFEST}, so it was added later.")
     check_tokenizer(directory, manifest["files"], on_note)
     for name in checkpoint.tensors:
-        for chunk in finite(checkpoint, name, "Convert or train again: a model with such a value generates nonsense."):
+        for chunk in finite(checkpoint, name, "Convert or train again: with such a value a model generates nonsense."):
             on_bytes(len(chunk))
     return checkpoint, manifest
 
@@ -48,6 +50,6 @@ def _refuse_unsafe(directory: Path) -> None:
     for path in sorted(directory.rglob("*")):
         if path.suffix in _UNSAFE:
             raise CheckpointError(
-                f"{path} is not safetensors, and loading such a file can run code.",
+                f"{path} is not a safetensors file, and loading such a file can run code.",
                 "Remove it, or convert the checkpoint to safetensors.",
             )

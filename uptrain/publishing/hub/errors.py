@@ -1,4 +1,4 @@
-"""Turn what huggingface_hub raises while publishing into one sentence that says what to do, without the token."""
+"""Turn errors of huggingface_hub into errors that say what to do and never show the token."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from urllib.parse import urlparse
 
 from uptrain.errors import Interrupted, UptrainError, UsageError
 
-_AGAIN = "Run the same command again: what has arrived is not sent twice."
+_AGAIN = "Run the same command again: files that arrived are not sent again."
 
 
 def hide_token(text: str) -> str:
-    """Return `text` on one line, without the token in it."""
+    """Return `text` on one line, with the token replaced by ***."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -22,18 +22,23 @@ def hide_token(text: str) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status that an error carries, if it does."""
+    """Return the HTTP status of an error, or None."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
 @contextmanager
 def push_errors(repo: str, what: str = "pushed", revision: str | None = None) -> Iterator[None]:
-    """Name `repo`, the host and the way out for whatever goes wrong on the way to the Hub.
+    """Turn any error of the block into one that names `repo`, the server and what to do.
+
+    - `repo`: the repository.
+    - `what`: what was being done to it, as a participle.
+    - `revision`: the branch; None for main.
 
     Raises:
         UsageError: `repo` is no Hub id.
-        UptrainError: no or a wrong token, no right to write, nothing there, no connection, a server error.
+        UptrainError: no token or a wrong one, no right to write, no such repository, no connection, or a server
+            error.
         Interrupted: stopped by Ctrl-C.
     """
     try:
@@ -55,10 +60,10 @@ def _cause(error: Exception) -> BaseException:
 
 
 def _refusal(error: BaseException, repo: str, what: str, revision: str | None) -> UptrainError | None:
-    """Return what to tell the user about `error`; None for an error that is not the Hub's."""
+    """Return the error to raise instead of `error`; None if the Hub did not cause it."""
     from huggingface_hub import constants
 
-    # HTTPError is that of the HTTP library in use, which has changed between versions.
+    # HTTPError is the class of the HTTP library in use, which differs between versions of huggingface_hub.
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     host = urlparse(constants.ENDPOINT).netloc
@@ -83,7 +88,7 @@ def _refusal(error: BaseException, repo: str, what: str, revision: str | None) -
 def _refusals(
     repo: str, what: str, revision: str | None, host: str
 ) -> tuple[tuple[type[BaseException], UptrainError], ...]:
-    """Return the errors that need no look inside, in the order in which they are tried, and what each means."""
+    """Return the classes of errors that need no further look, each with the error to raise instead."""
     from huggingface_hub.errors import (
         HFValidationError,
         LocalTokenNotFoundError,
@@ -100,22 +105,22 @@ def _refusals(
             RevisionNotFoundError,
             UptrainError(f"{repo} on {host} has no revision {revision or 'main'}.", "Check --revision."),
         ),
-        # The Hub answers 401 here for repositories that don't exist and for those of others alike.
+        # The Hub answers alike for repositories that don't exist and for private ones of others.
         (
             RepositoryNotFoundError,
             UptrainError(
                 f"{host} has no {repo}, or not for this token.",
-                f"Check the spelling, and that you may see it. {_LOG_IN}",
+                f"Check the spelling, and that you have access. {_LOG_IN}",
             ),
         ),
         (
             JSONDecodeError,
-            UptrainError(f"{repo} can't be {what}: {host} does not answer like a Hub.", "Check HF_ENDPOINT."),
+            UptrainError(f"{repo} can't be {what}: {host} does not answer as a Hub does.", "Check HF_ENDPOINT."),
         ),
     )
 
 
-_LOG_IN = "Run `hf auth login`, or set HF_TOKEN to one that may write."
+_LOG_IN = "Run `hf auth login`, or set HF_TOKEN to a token with write access."
 
 
 def _of_status(error: BaseException, repo: str, what: str, host: str) -> tuple[str, str]:
@@ -134,7 +139,7 @@ def _of_status(error: BaseException, repo: str, what: str, host: str) -> tuple[s
             "Use a token with write access, name a repository of your own, or add --create-pr.",
         )
     if status == 429:
-        return f"{host} takes no more requests for now{because}.", f"Wait a few minutes. {_AGAIN}"
+        return f"{host} accepts no more requests for now{because}.", f"Wait a few minutes. {_AGAIN}"
     if status is not None and status >= 500:
         return f"{repo} can't be {what}: {host} failed with {status}{because}.", f"Try later. {_AGAIN}"
     return f"{repo} can't be {what}: {host} refused it with {status}{because}.", _AGAIN

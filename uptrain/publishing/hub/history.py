@@ -1,4 +1,4 @@
-"""Read a checkpoint's history: which public models it comes from, and the commands that make it again."""
+"""Read a checkpoint's history: the public models it comes from, and the commands that reproduce it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ _DEMO = "demo"
 
 @dataclass(frozen=True)
 class Parent:
-    """What a stage started from: a Hub id and its commit, `demo`, a folder, or, with no name, nothing."""
+    """What a stage started from.
+
+    - `name`: a Hub id, `demo`, or a folder; empty for nothing.
+    - `origin`: `hub`, `demo`, `folder` or `nothing`.
+    - `revision`: the commit of a Hub id.
+    """
 
     name: str
     origin: str
@@ -27,7 +32,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class ReproductionCommand:
-    """A command, and the recipe it wants in a file beside it."""
+    """A command and, for training, its recipe: the name of the file and its text."""
 
     command: str
     recipe_file: str = ""
@@ -41,19 +46,19 @@ def parent_of(stage: Stage) -> Parent:
         return Parent(str(source.get("name")), str(source.get("origin")), source.get("revision"))
     if not source:
         return Parent("", "nothing")
-    # Training records a name, and a revision only where the Hub gave one.
+    # Training records a name, and a revision only for a model of the Hub.
     revision = stage.get("revision")
     return Parent(str(source), "hub" if revision else _DEMO if source == _DEMO else "folder", revision)
 
 
 def hub_parents(stages: Sequence[Stage]) -> list[Parent]:
-    """Return every Hub model in a history, the nearest first."""
+    """Return every Hub model of a history, the latest first."""
     found = [parent_of(stage) for stage in reversed(stages)]
     return list({each.name: each for each in found if each.origin == "hub"}.values())
 
 
 def since_public(stages: Sequence[Stage]) -> Sequence[Stage]:
-    """Return the stages that others can repeat: from the last one that started from the Hub or the demo on."""
+    """Return the stages that others can repeat: those since the last one that started from the Hub or the demo."""
     for position in range(len(stages) - 1, -1, -1):
         if parent_of(stages[position]).origin in ("hub", _DEMO):
             return stages[position:]
@@ -61,7 +66,12 @@ def since_public(stages: Sequence[Stage]) -> Sequence[Stage]:
 
 
 def reproduction_commands(stages: Sequence[Stage], name: str, base: str | None = None) -> list[ReproductionCommand]:
-    """Return the commands that repeat `stages` and end in `./name`; `base` is what a local source is called."""
+    """Return the commands that reproduce a checkpoint.
+
+    - `stages`: its history.
+    - `name`: the folder of the result.
+    - `base`: the name to use for a source that is a folder.
+    """
     out: list[ReproductionCommand] = []
     before = parent_of(stages[0]) if stages else Parent("", "nothing")
     if before.origin == "folder":
@@ -75,7 +85,7 @@ def reproduction_commands(stages: Sequence[Stage], name: str, base: str | None =
             file = "recipe.yaml" if last else f"recipe-step{number}.yaml"
             out.append(ReproductionCommand(shlex.join(_train(stage, file)), file, _recipe(stage, before, folder)))
         else:
-            out.append(ReproductionCommand(f"# {stage.get('stage')}: not a step of this version of uptrain"))
+            out.append(ReproductionCommand(f"# {stage.get('stage')}: this version of uptrain has no such stage"))
         before = Parent(folder, "folder")
     return out
 

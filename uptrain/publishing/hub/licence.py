@@ -1,4 +1,4 @@
-"""Which licence a result carries, and whether the models it comes from may be passed on."""
+"""Find the licence of a result, and refuse to publish what comes from a gated model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ _DEMO_LICENCE = "apache-2.0"
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence by the Hub's identifier; `other` ones have a name and a link. `where` says what declares it."""
+    """A licence.
+
+    - `id`: the Hub's identifier, `other` for one that the Hub does not know.
+    - `where`: what declares it.
+    - `name`, `link`: of an `other` licence.
+    """
 
     id: str
     where: str
@@ -28,7 +33,13 @@ class Licence:
 
 @dataclass(frozen=True)
 class Ancestor:
-    """A Hub model in the history: is it gated, what does its card declare, and can it be seen at all."""
+    """A Hub model of the history.
+
+    - `name`: its Hub id.
+    - `gated`: whether users must accept terms.
+    - `visible`: whether the Hub shows it to this user.
+    - `card`: the metadata of its card.
+    """
 
     name: str
     gated: bool = False
@@ -54,7 +65,7 @@ def look_up(parents: Iterable[Parent]) -> list[Ancestor]:
                 out.append(Ancestor(parent.name, gated=True))
                 continue
             except RepositoryNotFoundError:
-                # Deleted, renamed or private: its terms can't be read there, so the licence must be given.
+                # Deleted, renamed or private: its terms can't be read, so the user must name the licence.
                 out.append(Ancestor(parent.name, visible=False))
                 continue
             card = info.card_data.to_dict() if info.card_data else None
@@ -63,31 +74,37 @@ def look_up(parents: Iterable[Parent]) -> list[Ancestor]:
 
 
 def refuse_gated(ancestors: Iterable[Ancestor]) -> None:
-    """Refuse to publish what comes from a gated model: the copy would have no gate.
+    """Refuse to publish a checkpoint of a gated model, because the copy would have no gate.
 
     Raises:
-        UsageError: one is gated.
+        UsageError: one of the models is gated.
     """
     for each in ancestors:
         if each.gated:
             raise UsageError(
-                f"{each.name}, which this was made from, is gated: a public copy would go round its owner's gate.",
-                "Add --private, or --allow-gated-base if its terms let you publish this.",
+                f"{each.name}, which this was made from, is gated, and a public copy would not be.",
+                "Add --private, or --allow-gated-base if its terms allow you to publish this.",
             )
 
 
 def find_licence(
     directory: Path, stages: Sequence[Stage], ancestors: Sequence[Ancestor], given: str | None, card: dict[str, Any]
 ) -> Licence:
-    """Return the licence that was given, or that DIR's own `card`, its sources or a licence text declare, in order.
+    """Return the licence: `given`, else that of the folder's card, of its sources or of a licence file, in this order.
+
+    - `directory`: the folder to publish.
+    - `stages`: its history.
+    - `ancestors`: the Hub models of the history.
+    - `given`: the value of --license.
+    - `card`: the metadata of the folder's README.md.
 
     Raises:
-        UsageError: nothing declares one.
+        UsageError: none of them declares a licence.
     """
     texts = sorted(path.name for path in directory.iterdir() if path.is_file() and names_licence(path.name))
     text = min(texts, key=len, default=None)
     if given:
-        # An `other` licence must say where it stands.
+        # An `other` licence must have a link.
         return Licence(given.lower(), "--license", **({"link": text} if given.lower() == "other" else {}))
     known = {each.name: each for each in ancestors}
     found = _declared(card, f"{directory.name}/README.md") or next(
@@ -97,9 +114,9 @@ def find_licence(
         return Licence("other", text, "see-licence-file", text)
     if found is None:
         raise UsageError(
-            f"Nothing says under which licence {directory} may be used.",
-            "Add --license with the source's one, such as apache-2.0, or put its LICENSE file into the source's folder "
-            "and convert again.",
+            f"The licence of {directory} is not declared anywhere.",
+            "Add --license with that of the source, such as apache-2.0. Or put its LICENSE file into the source's "
+            "folder and convert again.",
         )
     return found
 
@@ -118,7 +135,7 @@ def _link(parent: Parent, directory: Path) -> Callable[[str], str]:
     from huggingface_hub import constants
 
     there = f"{constants.ENDPOINT}/{parent.name}/blob/{parent.revision or 'main'}"
-    # A licence's text goes along with the weights.
+    # The licence's text is copied with the weights.
     return lambda link: link if (directory / link).is_file() else f"{there}/{link}"
 
 
@@ -136,7 +153,7 @@ def _declared(card: dict[str, Any], where: str, link_from: Callable[[str], str] 
 
 
 def read_card(directory: Path) -> tuple[dict[str, Any], str]:
-    """Return metadata and text of a folder's README.md; both are empty where it has none.
+    """Return metadata and text of a folder's README.md; both are empty if there is none.
 
     Raises:
         CheckpointError: its metadata is not YAML.
@@ -150,6 +167,6 @@ def read_card(directory: Path) -> tuple[dict[str, Any], str]:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} can't be read: {' '.join(str(error).split())}.", "Mend its first lines."
+            f"{path} can't be read: {' '.join(str(error).split())}.", "Correct its first lines."
         ) from None
     return card.data.to_dict(), card.text

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.folder_digest import weights_digest
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, SIGNATURE, read_manifest
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.sidecars import reading_code_of
 from uptrain.checkpoint.signature import is_signed, signed_by
-from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.card_metrics import CardMetrics, read_metrics
@@ -82,7 +82,7 @@ def prepare(
     )
     card = _card(directory, subject, licence, metrics, own)
     if paths := dict.fromkeys(_private_paths(stages)):
-        notes.append(f"{MANIFEST} names paths of this machine, which become readable: {', '.join(paths)}.")
+        notes.append(f"{MANIFEST} names paths of this machine, which become public: {', '.join(paths)}.")
     _, manifest = check_folder(directory, on_bytes, notes.append)
     files = _files(directory, manifest, metrics is not None, notes)
     return Prepared(
@@ -119,7 +119,7 @@ def _metrics(directory: Path, files: Mapping[str, Any], notes: list[str]) -> Car
     # An eval.json that the manifest lists existed before the folder was written, so it belongs to earlier weights.
     metrics = read_metrics(directory) if EVALUATION not in files else None
     if metrics is not None and metrics.weights not in ("", weights_digest(directory, files)):
-        notes.append(f"{EVALUATION} measured other weights than these, so it stays here and the card has none of it.")
+        notes.append(f"{EVALUATION} measured other weights than these, so it is not uploaded and not in the card.")
         return None
     return metrics
 
@@ -134,13 +134,15 @@ def _card(
     try:
         return str(build_card(subject, licence, metrics, own))
     except ValueError as error:
-        raise UsageError(f"{directory / CARD} has metadata that no card takes: {error}.", "Mend its head.") from None
+        raise UsageError(
+            f"{directory / CARD} has metadata that the Hub does not accept: {error}.", "Correct its first lines."
+        ) from None
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{directory / MANIFEST} has a history with parts missing.", "Convert again.") from None
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    """Return config.json with the code that any config names for reading input, which a card must mention."""
+    """Return config.json, with the code for reading input that any config names: the card must mention it."""
     config = read_config(directory)
     reading = reading_code_of(directory)
     return {**config, "auto_map": {**config.get("auto_map", {}), **reading}} if reading else config
@@ -156,7 +158,7 @@ def _check_names(repo: str, settings: PushSettings) -> None:
             raise UsageError(f"{name} has no owner.", f"Write OWNER/{name}.")
     if settings.create_pr and settings.revision not in (None, "main"):
         raise UsageError(
-            f"--create-pr proposes a change of main, not of {settings.revision}.", "Leave one of them out."
+            f"--create-pr proposes a change to main, not to {settings.revision}.", "Leave one of them out."
         )
 
 
@@ -168,13 +170,15 @@ def _ancestors(stages: list[Stage], settings: PushSettings, notes: list[str]) ->
     except UptrainError as error:
         if not settings.dry_run:
             raise
-        notes.append(f"{error.message} So its licence and gate are not checked.")
+        notes.append(f"{error.message} So its licence and its gate are not checked.")
         return []
     for each in found:
         if not each.visible and each.name == base_model:
-            raise UsageError(f"--base-model {base_model} is not on the Hub, or not for you.", "Check the spelling.")
+            raise UsageError(
+                f"--base-model {base_model} is not on the Hub, or you have no access.", "Check the spelling."
+            )
         if not each.visible:
-            notes.append(f"{each.name}, which this was made from, is not on the Hub, or not for you.")
+            notes.append(f"{each.name}, which this was made from, is not on the Hub, or you have no access.")
     return found
 
 
@@ -198,5 +202,5 @@ def _files(directory: Path, manifest: dict[str, Any], evaluated: bool, notes: li
         if path.is_file() and path.relative_to(directory).as_posix() not in (*names, CARD)
     ]
     if left:
-        notes.append(f"Not in {MANIFEST}, so left here: {', '.join(left)}.")
+        notes.append(f"Not in {MANIFEST}, so not uploaded: {', '.join(left)}.")
     return {name: (directory / name).stat().st_size for name in sorted(names)}

@@ -1,4 +1,4 @@
-"""What a card is about: a checkpoint's name, its history as others can repeat it, and what its cache became."""
+"""The checkpoint that a card describes: its name, its repeatable history and its cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from uptrain.publishing.hub.history import Stage, parent_of, since_public
 
 @dataclass(frozen=True)
 class CardSubject:
-    """What a card is about: the repository, the history and config of its checkpoint, and its base on the Hub."""
+    """The checkpoint that a card describes.
+
+    - `repo`: its repository, OWNER/NAME.
+    - `stages`: its history.
+    - `config`: its config.json.
+    - `base`: the Hub id of its source, or None.
+    - `revision`: the branch; None for main.
+    """
 
     repo: str
     stages: Sequence[Stage]
@@ -32,12 +39,12 @@ class CardSubject:
 
     @property
     def repeatable(self) -> Sequence[Stage]:
-        """Return the part of the history that starts from a public model."""
+        """Return the part of the history that starts at a public model."""
         return since_public(self.stages)
 
     @property
     def source(self) -> str:
-        """Return what a reader would call the model this was made from; empty for one trained from scratch."""
+        """Return the name of the source for a reader; empty for a model that was trained from scratch."""
         parent = parent_of(self.repeatable[0]) if self.repeatable else None
         if parent is None or parent.origin == "nothing":
             return self.base or ""
@@ -47,7 +54,7 @@ class CardSubject:
 
     @property
     def converted(self) -> list[Stage]:
-        """Return the conversions among what is repeatable."""
+        """Return the conversions of the repeatable history."""
         return [stage for stage in self.repeatable if stage.get("stage") == "convert"]
 
     @property

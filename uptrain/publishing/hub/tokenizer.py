@@ -1,4 +1,4 @@
-"""Check that whoever loads a published folder gets a tokenizer from it."""
+"""Check that the tokenizer of a folder loads."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from uptrain.models import child_process
 
 _FILES = re.compile(r"tokenizer.*\.json|tokenizer.*\.model.*|vocab\..*|tekken.*\.json|.*\.(model|tiktoken|spm)")
 REFUSED = 3
-"""Exit code of tokenizer_probe.py for a tokenizer that doesn't load; the reason is on its stdout."""
+"""Exit code of tokenizer_probe.py for a tokenizer that does not load. The reason is on its stdout."""
 QUICK, WHOLE = "quick", "whole"
-"""Its ways: without torch, which few tokenizers need and which takes seconds, and with all that uptrain knows."""
+"""Its modes: without torch, which few tokenizers need and which takes seconds to import, and with it."""
 _PATIENCE = 120.0
-"""Seconds for trying a tokenizer; the largest load in a few."""
+"""Time limit in seconds. The largest tokenizers load in a few."""
 
 
 def check_tokenizer(directory: Path, names: Collection[str], on_note: Callable[[str], None]) -> None:
-    """Check the tokenizer of `directory`, of whose files `names` are published; `on_note` hears what can't be checked.
+    """Check the tokenizer of a folder. Code in the folder is never run.
 
-    Code that the folder brings is never run.
+    - `directory`: the folder.
+    - `names`: the files that will be published.
+    - `on_note`: called with a sentence on what can't be checked.
 
     Raises:
-        CheckpointError: it has none, or transformers can't load it, or code that it names is missing.
+        CheckpointError: there is no tokenizer, transformers can't load it, or code that it names is missing.
     """
     if not any(_FILES.fullmatch(name) and (directory / name).is_file() for name in names):
         raise CheckpointError(
-            f"{directory} has no tokenizer, so nobody could use it.",
-            "Put a tokenizer's files, such as tokenizer.json, beside the source's config.json and convert again.",
+            f"{directory} has no tokenizer, so nobody can use it.",
+            "Put the tokenizer's files, such as tokenizer.json, into the source's folder and convert again.",
         )
     lacking = sorted(name for name in code_named(directory) if name not in names)
     if lacking:
         raise CheckpointError(
-            f"{directory} lacks code that its tokenizer or processor names: {short(lacking)}.",
-            "Put it beside the source's config.json and convert again.",
+            f"{directory} lacks code of its tokenizer or processor: {short(lacking)}.",
+            "Put it into the source's folder and convert again.",
         )
     if "AutoTokenizer" in reading_code_of(directory):
-        on_note("The tokenizer brings its own code, which push doesn't run: whether it loads is not checked.")
+        on_note("The tokenizer has its own code, which push does not run, so whether it loads is not checked.")
         return
     if importlib.util.find_spec("transformers") is None:
-        on_note("Without transformers, whether the tokenizer loads is not checked.")
+        on_note("transformers is not installed, so whether the tokenizer loads is not checked.")
         return
     reason: str | None = ""
-    for way in (QUICK, WHOLE) if importlib.util.find_spec("torch") else (QUICK,):
-        reason = _tried(directory, way)
+    for mode in (QUICK, WHOLE) if importlib.util.find_spec("torch") else (QUICK,):
+        reason = _reason(directory, mode)
         if reason == "":
             return
     if reason is None:
-        on_note("The tokenizer could not be tried here, so whether it loads is not checked.")
+        on_note("The tokenizer could not be tried, so whether it loads is not checked.")
         return
     raise CheckpointError(
         f"{directory} has no tokenizer that transformers can load: {reason.rstrip('.')}.",
@@ -60,11 +62,11 @@ def check_tokenizer(directory: Path, names: Collection[str], on_note: Callable[[
     )
 
 
-def _tried(directory: Path, way: str) -> str | None:
-    """Return why transformers can't load the tokenizer, empty if it can, None if that can't be found out."""
+def _reason(directory: Path, mode: str) -> str | None:
+    """Return why transformers can't load the tokenizer: empty if it can, None if that is unknown."""
     try:
         done = child_process.ask(
-            "uptrain.publishing.hub.tokenizer_probe", str(directory.resolve()), way, seconds=_PATIENCE
+            "uptrain.publishing.hub.tokenizer_probe", str(directory.resolve()), mode, seconds=_PATIENCE
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

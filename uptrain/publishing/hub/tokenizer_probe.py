@@ -1,18 +1,18 @@
-"""Try, in a process of its own, whether a folder's tokenizer loads and knows any text; run by `push`."""
+"""Try in a separate process whether a folder's tokenizer loads and knows any text. `push` runs it."""
 
 from __future__ import annotations
 
 import sys
 
-from uptrain.errors import UptrainError, told_as
+from uptrain.errors import UptrainError, reported_as
 from uptrain.publishing.hub.tokenizer import QUICK, REFUSED
 
 _SCRIPTS = "The 1 de и ا ह 的 の"
 
 
-def main(folder: str, way: str) -> int:
-    """Try the tokenizer of `folder`; write why it can't be used to stdout and return REFUSED, or return 0."""
-    if way == QUICK:
+def main(folder: str, mode: str) -> int:
+    """Try the tokenizer of `folder`. Returns 0, or REFUSED after writing the reason to stdout."""
+    if mode == QUICK:
         sys.modules["torch"] = None  # type: ignore[assignment]
     else:
         from uptrain.models.register import register
@@ -21,13 +21,13 @@ def main(folder: str, way: str) -> int:
     from transformers import AutoTokenizer
 
     try:
-        with told_as(_refusal):
+        with reported_as(_refusal):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             found = tokenizer(_SCRIPTS, add_special_tokens=False)["input_ids"]
     except UptrainError as error:
         sys.stdout.write(error.message)
         return REFUSED
-    # Without its vocabulary a tokenizer may load all the same, and then knows no word.
+    # A tokenizer may load without its vocabulary, and then knows no word.
     if not set(found) - {tokenizer.unk_token_id}:
         sys.stdout.write("it has no vocabulary")
         return REFUSED
@@ -35,7 +35,7 @@ def main(folder: str, way: str) -> int:
 
 
 def _refusal(reason: str) -> UptrainError:
-    return UptrainError(reason if " " in reason else f"it lacks {reason}")  # all that a KeyError says is the key
+    return UptrainError(reason if " " in reason else f"it lacks {reason}")  # the text of a KeyError is the key alone
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Send a prepared folder to the Hub in one commit, so that nobody can load half of it."""
+"""Upload a prepared folder to the Hub in one commit, so that nobody loads half of it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked folder: its card, the files that go up with their bytes, and what the user should know.
+    """A checked folder, ready for upload.
 
-    `files` lists the card too, which is not in the folder.
+    - `directory`, `repo`: the folder and the repository.
+    - `private`, `revision`, `create_pr`: as in `PushSettings`.
+    - `card`: the text of the model card.
+    - `files`: the files to upload with their bytes, the card among them.
+    - `notes`: sentences for the user.
     """
 
     directory: Path
@@ -38,7 +42,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a push ended: the repository, its commit, the pull request if one was asked for, and what it removed."""
+    """A finished push.
+
+    - `repo`, `url`: the repository and its address.
+    - `commit`: the commit.
+    - `pull_request`: its address, if --create-pr was given.
+    - `removed`: files of an earlier push that were removed.
+    """
 
     repo: str
     url: str
@@ -48,10 +58,10 @@ class Pushed:
 
 
 def upload(prepared: Prepared, progress: bool = False) -> Pushed:
-    """Create the repository if there is none, and send card and files in one commit.
+    """Create the repository if it does not exist, and upload card and files in one commit.
 
-    What an earlier, interrupted push has sent is not sent again. Weights, code and the signature of an older push that
-    this one does not replace are removed in the same commit, so that nobody loads a mixture.
+    Files that an interrupted push has sent are not sent again. Weights, code and the signature of an earlier push are
+    removed in the same commit if this push does not replace them, so that nobody loads a mixture.
 
     Raises:
         UsageError: `private`, but the repository is public.
@@ -64,7 +74,7 @@ def upload(prepared: Prepared, progress: bool = False) -> Pushed:
     with push_errors(repo, revision=revision), _progress_bars(progress):
         api.create_repo(repo, private=True if prepared.private else None, exist_ok=True)
         if prepared.private and not api.model_info(repo).private:
-            raise UsageError(f"{repo} exists and is public, so --private can't be kept.", "Choose another name.")
+            raise UsageError(f"{repo} exists and is public, so --private is not possible.", "Choose another name.")
         if revision not in (None, "main") and not prepared.create_pr:
             api.create_branch(repo, branch=str(revision), exist_ok=True)
         removed = _stale(api, prepared)

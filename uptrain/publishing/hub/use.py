@@ -1,4 +1,4 @@
-"""How a published checkpoint is loaded and served: what its class needs, and which engines know it."""
+"""The card's section on loading and serving: what the class needs, and which engines support it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TASKS = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModel": "feature-extraction",
 }
-"""The Hub's name of what each of transformers' Auto classes does."""
+"""The Hub's name of the task of each Auto class of transformers."""
 
 _READS_TEXT = ("tokenizer", "AutoTokenizer", 'tokenizer("The", return_tensors="pt")')
 _READS_SOUND = (
@@ -35,12 +35,18 @@ _READERS = {"automatic-speech-recognition": _READS_SOUND, "image-text-to-text": 
 
 
 def auto_class_of(config: Mapping[str, Any]) -> str:
-    """Name the Auto class of transformers that loads a published checkpoint with the head that it has."""
+    """Return the name of the Auto class that loads a published checkpoint with its head."""
     return auto_class_name(config) if is_language_model(config) else auto_class_without_head(config)
 
 
 def use(repo: str, config: Mapping[str, Any], converted: Sequence[Stage], revision: str | None) -> str:
-    """Return the card's section on loading and serving `repo`."""
+    """Return the card's section on loading and serving.
+
+    - `repo`: the repository.
+    - `config`: its config.json.
+    - `converted`: the conversions of its history.
+    - `revision`: the branch; None for main.
+    """
     code = _model_code(config)
     remote = bool(code)
     last = converted[-1] if converted else {}
@@ -58,7 +64,7 @@ def _loading(repo: str, auto: str, config: Mapping[str, Any], revision: str | No
     at, remote = f', revision="{revision}"' if revision else "", bool(_model_code(config))
     trust = ", trust_remote_code=True" if remote else ""
     name, reader, given = _READERS.get(TASKS[auto], _READS_TEXT)
-    # Left to itself, transformers asks about the config's code before it reads a tokenizer, which has none.
+    # By default, transformers asks about the config's code even when it loads a tokenizer without code.
     asked = ", trust_remote_code=False" if remote else ""
     asked = ", trust_remote_code=True" if reader in (config.get("auto_map") or {}) else asked
     writes = is_language_model(config)
@@ -84,22 +90,22 @@ def _code(config: Mapping[str, Any], code: Mapping[str, Any]) -> str:
     file = str(next(iter(code.values()))).rpartition(".")[0] + ".py"
     return (
         f"Its class, `{name}`, is not one of transformers: `trust_remote_code=True` runs `{file}` of this repository "
-        "and what that imports of it, and wants transformers 5. After `import uptrain` it loads without. The tokenizer "
-        "needs no code; without `trust_remote_code=False`, transformers asks for it all the same, and waits."
+        "and what that imports of it, and needs transformers 5. After `import uptrain` it loads without. The tokenizer "
+        "needs no code, but without `trust_remote_code=False` transformers asks whether to run it, and waits."
     )
 
 
 def _versions(config: Mapping[str, Any]) -> str:
-    """Say which versions of transformers read the rotation as it is: 4 has other words for it, and fewer."""
+    """Return a sentence on the versions of transformers that read the rotary parameters; empty for all."""
     config = language_config(dict(config))
     if not config.get("rope_parameters"):
         return ""
     if "rope_theta" in config and config["rope_theta"] is None:
-        return " It wants transformers 5: that class of transformers 4 knows no scaled rotation, and stops."
+        return " It needs transformers 5: in transformers 4 the class has no scaled rotation and raises an error."
     if "rope_theta" in config or "rotary_emb_base" in config:
-        return " config.json says its rotation in the words of transformers 4 too."
+        return " config.json has its rotary parameters in the words of transformers 4 too."
     return (
-        " It wants transformers 5: config.json has its rotary parameters as transformers 5 writes them, and "
+        " It needs transformers 5: config.json has its rotary parameters as transformers 5 writes them, and "
         "transformers 4 would silently use its defaults."
     )
 
@@ -110,7 +116,7 @@ def _serving(repo: str, remote: bool, last: Mapping[str, Any], revision: str | N
     served = f"```bash\nvllm serve {repo}{at}{' --trust-remote-code' if remote else ''}\n```"
     if latent:
         served += (
-            "\n\ntransformers caches the latent, but expands all of it at every step; "
+            "\n\ntransformers caches the latent, but expands all of it at every step. "
             f'`uptrain.load("{repo}")` decodes from the latent itself.'
         )
     return served

@@ -1,4 +1,4 @@
-"""A report's pictures, each from the figures it shows; all are drawn inside `style.drawing`."""
+"""The charts of a report. Call them inside `style.drawing`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
 
 def quality(measured: Sequence[PageModel]) -> Figure:
-    """Draw perplexity against cache bytes a token: the original, and each result with its interval."""
+    """Draw perplexity against cache bytes per token: the original, and each result with its interval."""
     figure, axes = new_figure(3.4)
     first = measured[0]
     points = [
@@ -40,7 +40,7 @@ def quality(measured: Sequence[PageModel]) -> Figure:
     caches = sorted({cache for cache, _, _ in places})
     axes.set_xticks(caches, [size(cache) for cache in caches])
     axes.minorticks_off()
-    # Room for the names right of the points.
+    # Space for the names right of the points.
     axes.set_xlim(caches[0] / 1.25, caches[-1] * (caches[-1] / caches[0]) ** 0.45 * 1.3)
     axes.margins(y=0.12)
     _name_points(axes, places)
@@ -49,31 +49,31 @@ def quality(measured: Sequence[PageModel]) -> Figure:
     return figure
 
 
-def energy(kept: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """Draw the share of key and of value energy each layer keeps, by method; `kept` is by layer."""
+def energy(explained: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Draw the explained energy of keys and of values per layer and method; `explained` is by layer."""
     figure, axes = new_figure(3.0)
-    layers = sorted(kept, key=int)
-    methods = [method for method in kept[layers[0]] if _drawn(kept, method)]
+    layers = sorted(explained, key=int)
+    methods = [method for method in explained[layers[0]] if _drawn(explained, method)]
     for style, method in zip(_DASHES, methods, strict=False):
         for side, colour in (("keys", SERIES[0]), ("values", SERIES[1])):
-            heights = [100 * kept[layer][method][side] for layer in layers]
+            heights = [100 * explained[layer][method][side] for layer in layers]
             axes.plot([int(layer) for layer in layers], heights, linestyle=style, color=colour, marker="o",
                       markersize=3.5, label=f"{method}: {side}")  # fmt: skip
     axes.set_xlabel("layer")
-    axes.set_ylabel("energy kept, %")
+    axes.set_ylabel("explained energy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(0, 102)
     figure.legend(loc="outside upper center", ncols=len(methods), fontsize=8.5)
     return figure
 
 
-def _drawn(kept: Mapping[str, Mapping[str, Mapping[str, float]]], method: str) -> bool:
-    """Tell whether a method keeps anything at all; one that adds more error than it keeps would set the scale."""
-    return any(share > 0 for methods in kept.values() for share in methods[method].values())
+def _drawn(explained: Mapping[str, Mapping[str, Mapping[str, float]]], method: str) -> bool:
+    """Return whether a method explains any energy. A method far below zero would set the scale of the axis."""
+    return any(share > 0 for methods in explained.values() for share in methods[method].values())
 
 
 def speed(measured: Sequence[PageModel]) -> Figure:
-    """Draw each result's decode speed beside its baseline's of the same run, with slowest and fastest."""
+    """Draw the decode speed of each result and of its baseline in the same run, with slowest and fastest."""
     figure, axes = new_figure(0.9 + 0.62 * len(measured))
     for row, model in enumerate(measured):
         for offset, of, colour in ((-0.18, "baseline", MUTED), (0.18, "model", SERIES[0])):
@@ -95,17 +95,20 @@ def speed(measured: Sequence[PageModel]) -> Figure:
 
 
 def memory(found: Sequence[AttentionCache]) -> Figure:
-    """Draw the cache of one request against its context, a line a form."""
+    """Draw the cache of one request against its context, one line per attention."""
     figure, axes = new_figure(3.8)
-    for number, form in enumerate(found):
-        heights = [form.sizes[context] for context in CONTEXTS]
+    for number, attention in enumerate(found):
+        heights = [attention.sizes[context] for context in CONTEXTS]
         axes.plot(CONTEXTS, heights, color=SERIES[number % len(SERIES)], marker="o", markersize=3.5,
-                  linewidth=2.6 if form.owner else 1.4)  # fmt: skip
-    _name_ends(axes, [(form.name, form.sizes[CONTEXTS[-1]]) for form in found])
+                  linewidth=2.6 if attention.owner else 1.4)  # fmt: skip
+    _name_ends(axes, [(attention.name, attention.sizes[CONTEXTS[-1]]) for attention in found])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(CONTEXTS, [tokens(context) for context in CONTEXTS])
-    low, high = min(form.sizes[CONTEXTS[0]] for form in found), max(form.sizes[CONTEXTS[-1]] for form in found)
+    low, high = (
+        min(attention.sizes[CONTEXTS[0]] for attention in found),
+        max(attention.sizes[CONTEXTS[-1]] for attention in found),
+    )
     powers = range(low.bit_length() - 1, high.bit_length() + 2, 2)
     axes.set_yticks([2**power for power in powers], [size(2**power) for power in powers])
     axes.minorticks_off()
@@ -116,9 +119,9 @@ def memory(found: Sequence[AttentionCache]) -> Figure:
 
 
 def _name_points(axes: Any, places: Sequence[tuple[float, float, str]]) -> None:
-    """Write each point's name right of it, moved up where it would lie on the one below."""
+    """Write each point's name right of it, higher if it would cover another name."""
     low, high = axes.get_ylim()
-    # Lines of text, in the axis' own measure.
+    # The height of a line of text, in units of the axis.
     line = (high - low) / 15
     taken: dict[float, float] = {}
     for cache, height, name in sorted(places):
@@ -128,7 +131,7 @@ def _name_points(axes: Any, places: Sequence[tuple[float, float, str]]) -> None:
 
 
 def _name_ends(axes: Any, ends: Sequence[tuple[str, int]]) -> None:
-    """Write each line's name at its end; names of lines that end together share a place."""
+    """Write each line's name at its end. Lines that end at one point share a label."""
     places: dict[int, list[str]] = {}
     for name, height in ends:
         places.setdefault(height, []).append(name)

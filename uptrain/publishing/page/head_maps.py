@@ -1,4 +1,4 @@
-"""How far a model can be compressed, as a picture: which heads resemble each other, and how fast spectra fall."""
+"""`uptrain inspect --plot`: a picture of the similarity of heads and of the singular values of keys and values."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LAYERS = 5
-"""Layers that are drawn, evenly spaced."""
+"""Number of layers that are drawn, evenly spaced."""
 
 
 @dataclass(frozen=True)
 class LayerPicture:
-    """One layer's maps and spectra: `similarity` (heads, heads) and `spectrum` (n,), each of keys and of values."""
+    """One layer's picture: `similarity` (heads, heads) and `spectrum` (n,), each for keys and for values."""
 
     layer: str
     similarity: dict[str, Floats]
@@ -36,12 +36,17 @@ class LayerPicture:
 
 
 def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pickle: bool = False) -> list[str]:
-    """Draw `model`'s key and value heads' similarity and their stacked spectra to `out`, PNG; return the layers.
+    """Draw the similarity of a model's heads and the spectra of its stacked keys and values. Returns the layers.
 
-    Energy is unweighted: what text makes of it, calibration knows. A Hub model's weights are downloaded.
+    Energy is not weighted by activations. The weights of a Hub model are downloaded.
+
+    - `model`: folder, Hub id or `demo`.
+    - `out`: the PNG file.
+    - `revision`: branch, tag or commit of a Hub id.
+    - `allow_pickle`: read .bin weights.
 
     Raises:
-        UsageError: the model keeps a latent, `out` is no place for a PNG, or matplotlib is not installed.
+        UsageError: the model caches a latent, `out` can't be a PNG file, or matplotlib is not installed.
         CheckpointError: the model can't be found or read, its attention is quantized, or it holds NaN.
     """
     if out.suffix.lower() != ".png" or not out.resolve().parent.is_dir():
@@ -52,7 +57,9 @@ def plot_heads(model: str, out: Path, *, revision: str | None = None, allow_pick
     described = describe_checkpoint(checkpoint, model)
     specs = described.attention
     if specs[0].kind == "mla":
-        raise UsageError(f"{model} keeps a latent: it has no heads to compare.", "Draw the model it was made from.")
+        raise UsageError(
+            f"{model} caches a latent and has no heads to compare.", "Draw the model that it was made from."
+        )
     check_attention(described)
     chosen = sorted({round(number) for number in np.linspace(0, len(specs) - 1, min(LAYERS, len(specs)))})
     found = [look(described, layer) for layer in chosen]
@@ -71,7 +78,7 @@ def look(model: CheckpointDescription, layer: int) -> LayerPicture:
     heads = read_layer(model.checkpoint, family.projections, spec, model.attention_name(layer), frozenset("kv"))
     keys, values = (energy_numpy.rows_of(heads.part(part)) for part in "kv")
     if not (np.isfinite(keys).all() and np.isfinite(values).all()):
-        raise CheckpointError(f"Layer {layer} holds values that are not finite.", "Download the checkpoint again.")
+        raise CheckpointError(f"Layer {layer} has values that are not finite.", "Download the checkpoint again.")
     return LayerPicture(
         family.place(layer),
         {
@@ -91,7 +98,7 @@ def _draw(found: list[LayerPicture], name: str) -> Figure:
     figure.suptitle(f"{name}: how far its key/value heads can be compressed", fontsize=11)
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     maps, spectra = parts
-    maps.suptitle("Share of two heads' energy that one shared head keeps (a half: nothing in common)", fontsize=9.5)
+    maps.suptitle("Share of two heads' energy that one shared head explains (a half: nothing in common)", fontsize=9.5)
     grid = maps.subplots(2, len(found), squeeze=False)
     for column, picture in enumerate(found):
         for row, side in enumerate(("keys", "values")):
@@ -114,7 +121,7 @@ def _draw(found: list[LayerPicture], name: str) -> Figure:
         axes.set_yticks((100, 10, 1, 0.1, 0.01), ("100", "10", "1", "0.1", "0.01"))
         axes.set_ylim(0.01, 130)
         axes.minorticks_off()
-        axes.set_xlabel(f"shared values a token for all {side}, of {len(lost)}")
+        axes.set_xlabel(f"shared values per token for all {side}, of {len(lost)}")
     panels[0].set_ylabel("energy lost, %")
     panels[1].legend(fontsize=8.5)
     return figure

@@ -1,4 +1,4 @@
-"""Conversions by layer on the page: the energy each keeps, and how alike the heads are that came to share."""
+"""The page's sections per layer: explained energy, and the similarity of the heads that share one."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINES = {"stored": ("as stored", (0, (4, 2))), "aligned": ("aligned", "-")}
-"""How each similarity of uptrain.json is called and drawn."""
+"""The name and the line style of each similarity of uptrain.json."""
 
 
 def energy(models: list[PageModel]) -> Section:
-    """Return the section on energy kept, to be called inside `style.drawing`."""
+    """Return the section on explained energy. Call it inside `style.drawing`."""
     drawn, missing = [], []
     rows: list[tuple[str, ...]] = []
     for model in models:
-        kept = _noted(model, "energy_kept")
+        kept = _recorded(model, "energy_kept")
         if len(kept) > 1:
-            says = f"Share of key and value energy that each layer of {model.name} kept, by method."
+            says = f"Explained energy of keys and values per layer of {model.name}, by method."
             drawn.append(Chart(f"energy-{slug(model.name)}", charts.energy(kept), says, _caption([model.name], models)))
         elif not kept:
-            missing.append(f"{model.name} has no record of it: no conversion in its history factored or pooled heads.")
+            missing.append(
+                f"{model.name} has no explained energy: its history has no conversion that pooled or factored."
+            )
         else:
             (layer, methods), *_ = kept.items()
             missing.append(
-                f"{model.name} was estimated in layer {layer} alone; uptrain convert --diagnose measures all layers."
+                f"{model.name} was measured in layer {layer} only. uptrain convert --diagnose measures every layer."
             )
         for layer, methods in kept.items():
             for method, sides in methods.items():
                 rows.append((model.name, layer, method, f"{sides['keys']:.1%}", f"{sides['values']:.1%}"))
     text = (
-        "The share of the squared norm of each layer's stacked keys and values that the smaller form still expresses, "
-        "before any training. What is lost here is what uptraining has to win back; a method below zero adds more "
-        "error than it keeps, and is in the table only."
+        "The share of the squared norm of each layer's stacked keys and values that the smaller cache expresses, "
+        "before training. Uptraining has to recover the rest. Below zero, the error is larger than the keys or "
+        "values themselves; such a method is in the table only."
     )
     return Section(
-        "Energy kept by layer", text, drawn, ("checkpoint", "layer", "method", "keys", "values"), rows, missing
+        "Explained energy by layer", text, drawn, ("checkpoint", "layer", "method", "keys", "values"), rows, missing
     )
 
 
@@ -50,17 +52,17 @@ def similarity(models: list[PageModel]) -> Iterator[Section]:
     """Yield the section on head similarity where a conversion recorded it, to be called inside `style.drawing`."""
     missing = []
     rows: list[tuple[str, ...]] = []
-    # Of one source, the same heads come to share by whatever method.
+    # All methods let the same heads of one source share, so equal measurements become one chart.
     alike: list[tuple[dict[str, Any], list[str]]] = []
     for model in models:
-        layers = _noted(model, "head_similarity")
+        layers = _recorded(model, "head_similarity")
         same = next((names for found, names in alike if found == layers), None)
         if same is not None:
             same.append(model.name)
         elif len(layers) > 1:
             alike.append((layers, [model.name]))
         elif not layers:
-            missing.append(f"{model.name} has no record of it: uptrain convert --diagnose measures it.")
+            missing.append(f"{model.name} has no head similarity: uptrain convert --diagnose measures it.")
         for layer, kinds in layers.items():
             cells = [f"{kinds[kind][side]:.1%}" if kind in kinds else "–" for side in ("keys", "values")
                      for kind in _LINES]  # fmt: skip
@@ -68,14 +70,14 @@ def similarity(models: list[PageModel]) -> Iterator[Section]:
     if not rows:
         return
     text = (
-        "How alike the source's heads are that came to share one: the share of two heads' energy that a single head in "
-        "their place keeps, on average over the pairs of a group. As stored, that head is their average; aligned, it "
-        "is the best one after changes that queries and output absorb, so that attention can't see them. A half: "
-        "nothing in common; 100 %: the same head. What lies between the two lines is what svd saves and mean loses."
+        "The similarity of the source's heads that now share one: the share of two heads' energy that a single head "
+        "explains, on average over the pairs of a group. As stored, that head is their average. Aligned, it is the "
+        "best head after changes that queries and output absorb, so that attention can't see them. 50 %: nothing in "
+        "common; 100 %: the same head. The difference of the two lines is what svd saves and mean loses."
     )
     drawn = []
     for layers, names in alike:
-        says = f"How alike the heads of a group are in each layer of {', '.join(names)}, as stored and aligned."
+        says = f"Similarity of the heads of a group in each layer of {', '.join(names)}, as stored and aligned."
         name = f"similarity-{slug(names[0])}"
         drawn.append(Chart(name, similarity_chart(layers), says, _caption(names, models)))
     columns = ("checkpoint", "layer", "keys as stored", "keys aligned", "values as stored", "values aligned")
@@ -96,7 +98,7 @@ def similarity_chart(layers: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
                           markersize=3.5, label=f"{side}, {name}")  # fmt: skip
     axes.axhline(50, color=MUTED, linewidth=1, linestyle=":")
     axes.set_xlabel("layer")
-    axes.set_ylabel("energy one head keeps of two, %")
+    axes.set_ylabel("energy of two heads that one explains, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(100 * lowest - 5, 102)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8.5, handlelength=3.5)
@@ -107,7 +109,7 @@ def _caption(names: Sequence[str], models: Sequence[PageModel]) -> str:
     return ", ".join(names) if len(models) > 1 else ""
 
 
-def _noted(model: PageModel, name: str) -> dict[str, Any]:
-    """Return what the latest conversion that has it noted by layer."""
+def _recorded(model: PageModel, name: str) -> dict[str, Any]:
+    """Return what the latest conversion that has `name` recorded per layer."""
     found = [stage[name] for stage in model.conversions if stage.get(name)]
     return found[-1] if found else {}

@@ -1,4 +1,4 @@
-"""The cache one request needs, were the model's attention of another form. Arithmetic only."""
+"""The cache of one request with MHA, GQA, MQA and MLA. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONTEXTS = tuple(4096 * 4**power for power in range(5))
 
 @dataclass(frozen=True)
 class AttentionCache:
-    """A form of attention, the bytes its cache takes by context, and what in the report has it."""
+    """An attention, its cache bytes by context, and the models of the report that have it."""
 
     name: str
     sizes: dict[int, int]
@@ -54,7 +54,7 @@ def attention_caches(models: list[PageModel]) -> list[AttentionCache]:
         )
         for name, layers in found.items()
     ]
-    return sorted(out, key=lambda form: -form.sizes[CONTEXTS[-1]])
+    return sorted(out, key=lambda attention: -attention.sizes[CONTEXTS[-1]])
 
 
 def _size(model: PageModel) -> tuple[int, int, int]:

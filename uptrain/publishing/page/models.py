@@ -1,4 +1,4 @@
-"""What a report is about: the checkpoints in a folder, and what uptrain wrote down about each."""
+"""The checkpoints of a report, and what uptrain recorded about each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import ModelDescription, describe
 from uptrain.architectures.running_dtype import cached_itemsize
+from uptrain.checkpoint.folder_digest import weights_digest
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.manifest import EVALUATION, MANIFEST, read_manifest
 from uptrain.checkpoint.reader import open_checkpoint, read_config
-from uptrain.checkpoint.weights import weights_digest
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation.tables import MetricTable, interval_in, number_in, rows_of, stale_parts, weights_of
 
@@ -25,7 +25,7 @@ LOG = "train_log.jsonl"
 class PageModel:
     """One checkpoint: its name, history, attention, measurements (None without eval.json) and training log.
 
-    `left_out` are sentences on what eval.json has that isn't of these weights.
+    `left_out`: sentences on measurements in eval.json that belong to other weights.
     """
 
     name: str
@@ -64,22 +64,22 @@ class PageModel:
 
     @property
     def conditions(self) -> tuple[Any, ...]:
-        """Return what two evaluations must share for their figures to be comparable."""
+        """Return what two evaluations must have in common for their metrics to be comparable."""
         found = self.evaluation or {}
         names = (_mapping(found.get("baseline")).get("name"), str(found.get("texts")))
         return (*names, *(found.get(key) for key in ("context", "stride", "tokens", "dtype")))
 
     def metric(self, name: str, of: str = "") -> float | None:
-        """Return a number of eval.json, or of its `model` or `baseline`; None where it has none."""
+        """Return a number of eval.json, or of its `model` or `baseline`; None if it is missing."""
         value = number_in(self._part(of), name)
         return None if value is None else float(value)
 
     def interval(self, name: str, of: str = "") -> tuple[float, float] | None:
-        """Return an interval or a range of eval.json, likewise."""
+        """Return an interval or a range of eval.json, or of its `model` or `baseline`; None if it is missing."""
         return interval_in(self._part(of), name)
 
     def rows(self, name: str) -> list[Mapping[str, Any]]:
-        """Return what eval.json lists as `name`; empty where it has no such list."""
+        """Return the list `name` of eval.json; empty if it is missing."""
         return rows_of(self.evaluation, name)
 
     def _part(self, of: str) -> Mapping[str, Any]:
@@ -88,7 +88,7 @@ class PageModel:
 
 
 def table_of(models: Sequence[PageModel], make: Callable[[Mapping[str, Any]], MetricTable]) -> MetricTable:
-    """Return what `make` tells of each model's eval.json as one table, after a column of their names."""
+    """Return one table of what `make` returns for each model's eval.json, after a column of the models' names."""
     made = [(model.name, make(model.evaluation or {})) for model in models]
     rows: list[tuple[str, ...]] = [(name, *row) for name, table in made for row in table.rows]
     return MetricTable(("checkpoint", *made[0][1].columns), rows)
@@ -98,20 +98,20 @@ def find_models(directory: Path) -> list[PageModel]:
     """Return the checkpoint in `directory`, or those in its subfolders, by name.
 
     Raises:
-        UsageError: uptrain wrote none of them.
+        UsageError: there is no checkpoint that uptrain wrote.
         CheckpointError: a manifest, config, eval.json or log that is broken.
     """
     found = models_in([directory, *sorted(directory.iterdir())] if directory.is_dir() else [])
     if not found:
         raise UsageError(
-            f"{directory} holds no checkpoint that uptrain wrote.",
+            f"{directory} has no checkpoint that uptrain wrote.",
             "Name a folder with an uptrain.json in it, or a folder of such folders.",
         )
     return found[:1] if found[0].folder == directory else found
 
 
 def models_in(folders: Sequence[Path]) -> list[PageModel]:
-    """Return the checkpoints that those of `folders` are which uptrain wrote.
+    """Return the checkpoints among `folders` that uptrain wrote.
 
     Raises:
         CheckpointError: as `find_models`.
@@ -134,7 +134,13 @@ def _page_model(folder: Path) -> PageModel | None:
 def _of_these_weights(
     name: str, folder: Path, manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | None
 ) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
-    """Return what of an evaluation is of the weights that the manifest lists, and sentences on the rest."""
+    """Return the measurements that belong to the weights of the manifest, and sentences on the others.
+
+    - `name`: the checkpoint's name.
+    - `folder`: its folder.
+    - `manifest`: its uptrain.json.
+    - `evaluation`: its eval.json, or None.
+    """
     measured = weights_of(evaluation or {})
     if measured and measured != weights_digest(folder, manifest["files"]):
         return None, (f"{name}: {EVALUATION} measured other weights than {MANIFEST} lists, so it is not shown.",)

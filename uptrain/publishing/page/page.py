@@ -1,4 +1,4 @@
-"""One HTML page that shows what checkpoints cost and saved; what was not measured is said to be missing."""
+"""Write the HTML page of a report and its charts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Page:
-    """Where a page and its pictures were written, and a sentence for each thing it could not show."""
+    """A written page.
+
+    - `path`: its file.
+    - `pictures`: the files of its charts.
+    - `missing`: a sentence for each part without data.
+    """
 
     path: Path
     pictures: tuple[Path, ...]
@@ -30,11 +35,14 @@ class Page:
 
 
 def write_page(directory: Path, out: Path | None = None) -> Page:
-    """Write the page of the checkpoint, the checkpoints or the sweep in `directory`, and its pictures beside it.
+    """Write the page of a checkpoint, of several checkpoints or of a sweep, and its charts to the same folder.
+
+    - `directory`: a checkpoint that uptrain wrote, a folder of several, or the folder of a sweep.
+    - `out`: the file of the page. Default: report.html in `directory`.
 
     Raises:
-        UsageError: no checkpoint that uptrain wrote, no place for the page, or matplotlib or jinja2 is missing.
-        CheckpointError: a manifest, config, eval.json or sweep.json that is broken.
+        UsageError: no checkpoint that uptrain wrote, a page that can't be written there, or no matplotlib or jinja2.
+        CheckpointError: a broken manifest, config, eval.json or sweep.json.
     """
     swept = read_sweep(directory)
     if swept is None:

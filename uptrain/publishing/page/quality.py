@@ -1,4 +1,4 @@
-"""Quality on the page: perplexity against cache bytes, and how what was lost changes with context."""
+"""The page's section on quality: perplexity against cache bytes, and the loss by context."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALL = "all"
-"""What an evaluation calls the rows of several texts together."""
+"""The name of the row of all texts together."""
 
 
 def quality(models: list[PageModel]) -> Section:
-    """Return the section on quality, to be called inside `style.drawing`."""
+    """Return the section on quality. Call it inside `style.drawing`."""
     compared = [model for model in models if model.metric("perplexity", "baseline") is not None]
     missing = [
-        f"{model.name} has not been measured against its original: uptrain eval {typed(model.folder)}"
+        f"{model.name} was not measured against its original: uptrain eval {typed(model.folder)}"
         for model in models if model not in compared
     ]  # fmt: skip
     missing += [sentence for model in models for sentence in model.left_out]
     alike = [model for model in compared if model.conditions == compared[0].conditions]
     missing += [
-        f"{model.name} was measured on other text or otherwise than {alike[0].name}, so it is not drawn beside it."
+        f"{model.name} was measured on other text or with other settings than {alike[0].name}, so it is not drawn."
         for model in compared if model not in alike
     ]  # fmt: skip
     if not alike:
         return Section("Quality against cache", "", missing=missing)
     how = ", ".join(_conditions(alike[0].evaluation or {}))
     text = f"Lower and further left is better. {how}. Bars: 95 % intervals of the perplexity ratio over windows."
-    says = "Perplexity against cache bytes per token, of the original and of each result; the table has the figures."
+    says = "Perplexity against cache bytes per token, of the original and of each result; the table has the values."
     drawn = [Chart("quality", charts.quality(alike), says)]
     lines = list(_lines(alike))
     if any(len(rows) > 1 for _, rows in lines):
-        text += " The second picture has the ratio at every context: what a smaller cache loses may grow with length."
-        says = "Perplexity over the original's against the context, a line for each text or checkpoint."
+        text += " The second chart has the ratio at every context: the loss of a smaller cache may grow with length."
+        says = "Perplexity over the original's against the context, one line per text or checkpoint."
         drawn.append(Chart("contexts", contexts_chart(lines), says))
     table = table_of(alike, by_text)
     return Section("Quality against cache", text, drawn, table.columns, table.rows, missing)
@@ -58,11 +58,11 @@ def _conditions(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 Line = tuple[str, list[Mapping[str, Any]]]
-"""A name, and the rows of eval.json it stands for, one a context."""
+"""A name and its rows of eval.json, one per context."""
 
 
 def _lines(models: Sequence[PageModel]) -> Iterator[Line]:
-    """Yield a line for each text of one model, or for each of several models on all their text."""
+    """Yield a line for each text of one model, or for each of several models on all texts."""
     for model in models:
         texts: dict[str, list[Mapping[str, Any]]] = {}
         for row in model.rows("rows"):
@@ -76,7 +76,7 @@ def _lines(models: Sequence[PageModel]) -> Iterator[Line]:
 
 
 def contexts_chart(lines: Sequence[Line]) -> Figure:
-    """Draw the perplexity ratio against the context, with its 95 % interval, a line a name."""
+    """Draw the perplexity ratio against the context, with its 95 % interval, one line per name."""
     found, axes = new_figure(3.2)
     contexts = sorted({int(row["context"]) for _, rows in lines for row in rows})
     for number, (name, rows) in enumerate(lines):
@@ -87,7 +87,7 @@ def contexts_chart(lines: Sequence[Line]) -> Figure:
                 for row, height in zip(rows, heights, strict=True)]  # fmt: skip
         away = ([height - low for (low, _), height in zip(ends, heights, strict=True)],
                 [high - height for (_, high), height in zip(ends, heights, strict=True)])  # fmt: skip
-        # A little apart, or the bars of one context would lie on each other.
+        # Shift each line a little, so that the bars of one context don't cover each other.
         axes.errorbar([row["context"] * 1.03**number for row in rows], heights, yerr=away, color=colour, marker="o",
                       markersize=4, capsize=3, linewidth=1.6, elinewidth=1.1, label=name)  # fmt: skip
     axes.axhline(1, color=INK, linewidth=1, linestyle=":")

@@ -1,4 +1,4 @@
-"""Retrieval on the page: how often a hidden pass key is found, by the prompt's length and the key's depth."""
+"""The page's section on retrieval: how often a hidden pass key is found, by prompt length and key depth."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Panel:
-    """One model's grid: by length and depth, the share of keys found and the key's nats per token."""
+    """One model's cells: by length and depth, the share of keys found and the key's nats per token."""
 
     name: str
     cells: Mapping[tuple[int, float], tuple[float, float]]
 
 
 def retrieval(models: list[PageModel]) -> Iterator[Section]:
-    """Yield the section where keys were asked for, to be called inside `style.drawing`."""
+    """Yield the section if retrieval was measured. Call it inside `style.drawing`."""
     asked = [model for model in models if model.rows("needle")]
     panels = list(_panels(asked))
     if not panels:
@@ -34,22 +34,22 @@ def retrieval(models: list[PageModel]) -> Iterator[Section]:
                       if (each := number_in(row, "samples")) is not None})  # fmt: skip
     found = any(exact for panel in panels for exact, _ in panel.cells.values())
     text = (
-        "A pass key is hidden in text, after so much of it, and asked for at the end of a prompt of so many tokens. In "
-        f"each cell: the share of keys that greedy decoding writes, of {' or '.join(samples)} prompts, and below it "
-        "the mean log-probability of the key's tokens, in nats. "
+        "A pass key is hidden in text at some depth, and asked for at the end of the prompt. Each cell has the share "
+        f"of keys that greedy decoding writes, of {' or '.join(samples)} prompts, and below it the mean "
+        "log-probability of the key's tokens, in nats. "
     )
     text += (
-        "The stronger the colour, the more are found."
+        "A stronger colour means that more keys are found."
         if found
-        else "None was found; the stronger the colour, the likelier its tokens."
+        else "No key was found; a stronger colour means that its tokens are likelier."
     )
     table = table_of(asked, lambda found: needle(found, "this", ORIGINAL))
-    says = "Grids of keys found by depth and length, one for each model; the table has the figures."
+    says = "Keys found by depth and length, one map per model; the table has the values."
     yield Section("Retrieval", text, [Chart("retrieval", retrieval_chart(panels), says)], table.columns, table.rows)
 
 
 def _panels(models: Sequence[PageModel]) -> Iterator[Panel]:
-    """Yield each model's grid, before it its original's unless that stands there already."""
+    """Yield the panel of each model, after that of its original, without repetition."""
     seen: list[Panel] = []
     for model in models:
         for name, of in ((ORIGINAL, "baseline_"), (model.name, "")):
@@ -68,18 +68,18 @@ def _cells(rows: Sequence[Mapping[str, Any]], of: str) -> Iterator[tuple[tuple[i
 
 
 def retrieval_chart(panels: Sequence[Panel]) -> Figure:
-    """Draw a grid for each panel: lengths to the right, depths down."""
+    """Draw the panels: lengths to the right, depths downwards."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     lengths = sorted({length for panel in panels for length, _ in panel.cells})
     depths = sorted({depth for panel in panels for _, depth in panel.cells})
-    beside = 2 if len(panels) > 1 and len(lengths) <= 5 else 1
-    below = math.ceil(len(panels) / beside)
+    across = 2 if len(panels) > 1 and len(lengths) <= 5 else 1
+    below = math.ceil(len(panels) / across)
     figure = Figure(figsize=(WIDTH, below * (0.85 + 0.4 * len(depths))), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(below, beside, squeeze=False).flatten()
+    grid = figure.subplots(below, across, squeeze=False).flatten()
     found = any(exact for panel in panels for exact, _ in panel.cells.values())
     likely = [nats for panel in panels for _, nats in panel.cells.values()]
     least, most = min(likely), max(likely)
@@ -90,7 +90,7 @@ def retrieval_chart(panels: Sequence[Panel]) -> Figure:
             axes.add_patch(Rectangle((at[0] - 0.47, at[1] - 0.46), 0.94, 0.92, color=SERIES[0],
                                      alpha=0.06 + 0.54 * shade, linewidth=0))  # fmt: skip
             axes.annotate(f"{exact:.0%}", at, (0, 1), textcoords="offset points", ha="center", va="bottom", color=INK)
-            # Zero has no sign, which rounding would leave it.
+            # Rounding would leave a sign on zero.
             sure = f"{round(nats, 1) + 0.0:.1f}"
             axes.annotate(sure, at, (0, -2), textcoords="offset points", ha="center", va="top", color=MUTED,
                           fontsize=7.5)  # fmt: skip

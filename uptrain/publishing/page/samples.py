@@ -1,4 +1,4 @@
-"""What the models write, side by side on the page."""
+"""The page's section on samples: the texts of each model next to each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from uptrain.publishing.page.section import ORIGINAL, Quote, Section
 
 
 def samples(models: list[PageModel]) -> Iterator[Section]:
-    """Yield a section where there are samples: it is optional, so nothing is missing without."""
+    """Yield the section if there are samples. They are optional, so without them nothing is missing."""
     quotes: dict[str, list[tuple[str, str]]] = {}
     for model in models:
         for sample in model.rows("samples"):
@@ -19,5 +19,5 @@ def samples(models: list[PageModel]) -> Iterator[Section]:
             written += [(name, text) for name, text in (original, own) if isinstance(text, str)
                         and (name, text) not in written]  # fmt: skip
     if quotes:
-        text = "What each model writes after the same words, always taking the likeliest token."
+        text = "What each model writes after the same prompt, always with the likeliest token."
         yield Section("Samples", text, quotes=[Quote(prompt, written) for prompt, written in quotes.items()])

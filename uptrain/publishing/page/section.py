@@ -1,4 +1,4 @@
-"""What a part of the page is made of."""
+"""The parts of the page: section, chart and sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture, the name its file and its ids have, what it shows, for those who can't see it, and a line above it."""
+    """A chart.
+
+    - `name`: the name in its file and its ids.
+    - `figure`: the matplotlib figure.
+    - `says`: a description for readers who can't see it.
+    - `caption`: the line above it.
+    """
 
     name: str
     figure: Figure
@@ -22,7 +28,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Quote:
-    """A prompt, and by name what each model wrote after it."""
+    """A prompt, and what each model wrote after it, by the model's name."""
 
     prompt: str
     written: list[tuple[str, str]]
@@ -30,7 +36,14 @@ class Quote:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; `missing` says what it can't show, and how to get it."""
+    """A section of the page.
+
+    - `title`, `text`: its heading and its introduction.
+    - `charts`: its charts.
+    - `columns`, `rows`: its table.
+    - `missing`: sentences on what it can't show and how to add it.
+    - `quotes`: its samples.
+    """
 
     title: str
     text: str
@@ -42,9 +55,9 @@ class Section:
 
 
 ORIGINAL = "the original"
-"""What the baseline is called on the page."""
+"""The name of the baseline on the page."""
 
 
 def slug(name: str) -> str:
-    """Return a checkpoint's name as it can stand in an id and a file's name."""
+    """Return a checkpoint's name in the characters of ids and file names."""
     return re.sub(r"[^\w.-]", lambda found: f"_{ord(found[0]):x}", name, flags=re.ASCII)

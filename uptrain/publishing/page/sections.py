@@ -1,4 +1,4 @@
-"""What stands in a report, in order, each part with pictures, a table and a sentence for what has no data."""
+"""The sections of a report, in order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def summary(models: list[PageModel]) -> Section:
-    """Return the table at the top: a row for the original and each model, with what was measured."""
-    columns = ("", "cache per token", "kept", "perplexity", "times the original's", "KL, nats", "top-1", "flips")
+    """Return the table at the top: a row for the original and for each model, with the main metrics."""
+    columns = ("", "cache per token", "share", "perplexity", "times the original's", "KL, nats", "top-1", "flips")
     rows: list[tuple[str, ...]] = []
     seen = set()
     for model in models:
@@ -47,7 +47,7 @@ def summary(models: list[PageModel]) -> Section:
 
 
 def sections(models: list[PageModel]) -> list[Section]:
-    """Return the page's sections, to be called inside `style.drawing`."""
+    """Return the page's sections. Call it inside `style.drawing`."""
     return [
         quality(models), *task_section(models), *retrieval(models), *samples(models), energy(models),
         *similarity(models), _curves(models), speed(models), memory(models),
@@ -63,42 +63,45 @@ def _curves(models: list[PageModel]) -> Section:
         )
         for model in models if model.log
     ]  # fmt: skip
-    missing = [] if drawn else ["Nothing here was trained: no train_log.jsonl. uptrain train writes one."]
+    missing = [] if drawn else ["No model here was trained: there is no train_log.jsonl, which uptrain train writes."]
     return Section(
-        "Uptraining", "Every figure of the run's log against the tokens seen." if drawn else "", drawn, missing=missing
+        "Uptraining",
+        "Every metric of the run's log against the number of tokens." if drawn else "",
+        drawn,
+        missing=missing,
     )
 
 
 def _resized(figure: Figure) -> Figure:
-    # Its letters become as large as the other pictures'.
+    # The same width gives letters of the same size as in the other charts.
     figure.set_size_inches(WIDTH, figure.get_figheight())
     return figure
 
 
 def memory(models: list[PageModel]) -> Section:
-    """Return the section on one request's cache, to be called inside `style.drawing`."""
+    """Return the section on the cache of one request. Call it inside `style.drawing`."""
     found = attention_caches(models)
     text = (
-        f"The cache of one sequence at {models[0].itemsize} bytes a value, were the model's attention of each form: "
-        "arithmetic, nothing measured, also beyond the context that the model was trained for. Where no checkpoint "
-        "here is MLA, its latent has DeepSeek-V2's proportions."
+        f"The cache of one sequence at {models[0].itemsize} bytes per value, for each of these attentions. "
+        "This is arithmetic, not measured, also beyond the context that the model was trained for. If no checkpoint "
+        "here has MLA, its latent has the proportions of DeepSeek-V2."
     )
-    columns = ("form", *(tokens(context) for context in CONTEXTS), "of the largest")
+    columns = ("attention", *(tokens(context) for context in CONTEXTS), "of the largest")
     last = CONTEXTS[-1]
     rows = [
         (
-            form.name + (f" ({form.owner})" if form.owner else ""),
-            *(size(form.sizes[context]) for context in CONTEXTS),
-            f"{form.sizes[last] / found[0].sizes[last]:.1%}",
+            attention.name + (f" ({attention.owner})" if attention.owner else ""),
+            *(size(attention.sizes[context]) for context in CONTEXTS),
+            f"{attention.sizes[last] / found[0].sizes[last]:.1%}",
         )
-        for form in found
+        for attention in found
     ]  # fmt: skip
-    chart = Chart("memory", charts.memory(found), "Cache of one request against its context, by form of attention.")
+    chart = Chart("memory", charts.memory(found), "Cache of one request against its context, by attention.")
     return Section("Memory a request needs", text, [chart], columns, rows)
 
 
 def _cache(model: PageModel) -> tuple[float, float]:
-    """Return cache bytes per token of the original (0 where unknown) and of the model, as its history has them."""
+    """Return the cache bytes per token of the original (0 if unknown) and of the model, by its history."""
     now = sum(layer.cache_values_per_token for layer in model.layers) * model.itemsize
     kept = 1.0
     for stage in model.conversions:

@@ -1,4 +1,4 @@
-"""Speed on the page: one sequence's decoding, and every batch and context that was timed."""
+"""The page's section on speed: decoding of one sequence, and of every batch and context that was measured."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-"""How the lines of each batch are drawn, the smallest first."""
+"""The line styles of the batch sizes, the smallest first."""
 
 
 def speed(models: list[PageModel]) -> Section:
-    """Return the section on speed, to be called inside `style.drawing`."""
+    """Return the section on speed. Call it inside `style.drawing`."""
     timed = [model for model in models if model.metric("decode_tokens_per_second", "model") is not None]
     missing = [
-        f"{model.name} has not been timed: uptrain eval {typed(model.folder)}, without --no-speed."
+        f"The speed of {model.name} was not measured: uptrain eval {typed(model.folder)}, without --no-speed."
         for model in models if model not in timed
     ]  # fmt: skip
     if not timed:
@@ -32,8 +32,9 @@ def speed(models: list[PageModel]) -> Section:
     device = run_of(found, "speed").get("device") or found.get("device", "")
     text = (
         f"One sequence after {number(timed[0].metric('speed_context'), '{:,.0f}')} tokens, "
-        f"{found.get('speed_dtype', '')} on {device}; medians of runs in turns, whiskers from slowest "
-        "to fastest. A smaller cache speeds decoding up where reading it takes long: long contexts and large batches."
+        f"{found.get('speed_dtype', '')} on {device}; medians of alternating runs, whiskers from "
+        "slowest to fastest. A smaller cache makes decoding faster if reading it takes long: with long contexts and "
+        "large batches."
     )
     drawn = [Chart("speed", charts.speed(timed), "Decoded tokens per second of each result and of its original.")]
     for model in timed:
@@ -47,7 +48,7 @@ def speed(models: list[PageModel]) -> Section:
 
 
 def decode_chart(model: PageModel) -> Figure:
-    """Draw decoded tokens per second against the context: a colour a model, a dash a batch, slowest to fastest."""
+    """Draw decoded tokens per second against the context: a colour per model, a line style per batch size."""
     found, axes = new_figure(3.4)
     rows = model.rows("speeds")
     batches = sorted({each for row in rows if (each := number_in(row, "batch")) is not None})
@@ -56,7 +57,7 @@ def decode_chart(model: PageModel) -> Figure:
     for batch, dash in zip(batches, _DASHES * len(batches), strict=False):
         own = [row for row in rows if number_in(row, "batch") == batch and number_in(row, "context") is not None]
         mine = sorted(own, key=lambda row: float(row["context"]))
-        # A little apart, or the bars of one context would lie on each other.
+        # Shift each line a little, so that the bars of one context don't cover each other.
         for name, of, colour, aside in ((ORIGINAL, "baseline_", MUTED, 1.0), (model.name, "", SERIES[0], 1.03)):
             points = list(_points([(row["context"] * aside, number_in(row, f"{of}decode_tokens_per_second"),
                                     interval_in(row, f"{of}decode_range")) for row in mine]))  # fmt: skip
@@ -83,7 +84,7 @@ def decode_chart(model: PageModel) -> Figure:
 def _points(
     cells: Sequence[tuple[float, float | None, tuple[float, float] | None]],
 ) -> Iterator[tuple[float, float, float, float]]:
-    """Yield context, speed, and how far down to the slowest and up to the fastest run."""
+    """Yield context, speed, and the distances down to the slowest and up to the fastest run."""
     for context, value, ends in cells:
         if value is not None:
             low, high = ends or (value, value)

@@ -1,4 +1,4 @@
-"""How pictures look: once in a page that may be dark, where CSS colours them, and once on white paper."""
+"""The style of charts: as SVG in a page, where CSS sets the colours, and as PNG on white."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _VARIABLES = {
     INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)",
     **{colour: f"var(--c{number})" for number, colour in enumerate(SERIES, 1)},
 }  # fmt: skip
-"""What each colour is called in the page's style sheet, which knows a light and a dark one."""
+"""The CSS variable of each colour. The page's style sheet has a light and a dark value."""
 WIDTH = 6.0
 DPI = 160
 
 
 def settings() -> Any:
-    """Return the report's style as matplotlib settings; a notebook gives them to `plt.rcParams.update`."""
+    """Return the style as matplotlib settings, for `plt.rcParams.update` in a notebook."""
     from cycler import cycler
 
     return {
@@ -40,7 +40,7 @@ def settings() -> Any:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw in the report's style; the settings of a notebook that draws too come back afterwards.
+    """Draw in the report's style. Afterwards, matplotlib has its earlier settings.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -54,7 +54,7 @@ def drawing() -> Iterator[None]:
 
 def new_figure(height: float) -> tuple[Figure, Any]:
     """Return a figure `height` inches high, and its axes."""
-    # Without a display, and without touching the state of a notebook that draws too.
+    # Needs no display, and leaves pyplot's state in a notebook alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,7 +64,7 @@ def new_figure(height: float) -> tuple[Figure, Any]:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """Return a picture as an SVG element to stand in HTML: ids of its own, colours by the page, no address in it."""
+    """Return a chart as an SVG element for HTML: with its own ids, the page's colours, and no address."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -76,12 +76,12 @@ def svg(figure: Figure, name: str) -> str:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     head, body = text.split(">", 1)
-    # The page's style sheet sets the size, from the view box.
+    # The page's style sheet sets the size.
     return re.sub(r'\s(width|height)="[^"]*"', "", head) + ">" + body
 
 
 def png(figure: Figure) -> bytes:
-    """Return a picture as PNG on white."""
+    """Return a chart as PNG on white."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()

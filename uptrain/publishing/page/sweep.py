@@ -1,4 +1,4 @@
-"""A sweep on the page: a table of all trials, and divergence against cache bytes with the Pareto front."""
+"""The page of a sweep: a table of all trials, and KL against cache bytes with the Pareto front."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def sweep_summary(found: Sweep) -> Section:
     """Return the table at the top: a row for each trial, the smallest cache first, then the source's."""
     columns = (
-        "● Pareto front", "method", "cache per token", "kept", "perplexity", "times the original's", "KL, nats",
+        "● Pareto front", "method", "cache per token", "share", "perplexity", "times the original's", "KL, nats",
         "top-1", "flips",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
@@ -35,33 +35,33 @@ def sweep_summary(found: Sweep) -> Section:
     if found.original:
         cache, perplexity = size(found.original["cache_bytes_per_token"]), f"{found.original['perplexity']:.2f}"
         name = str(found.source["name"])
-        # A page that is shown to others doesn't say where its maker's folders are.
+        # The page may be shown to others, so it names no path of this machine.
         name = Path(name).name if found.source["origin"] == "folder" else name
         rows.append((name, "the original", cache, "100 %", perplexity, *"––––"))
     return Section("Summary", "", columns=columns, rows=rows)
 
 
 def sweep_sections(found: Sweep, models: list[PageModel]) -> list[Section]:
-    """Return the sections below the table, to be called inside `style.drawing`; `models` are the kept trials."""
+    """Return the sections below the table, `models` are the kept trials. Call it inside `style.drawing`."""
     missing = [f"{each.target} by {each.method}: {each.why}" for each in found.refused]
     if not found.trials:
         return [Section("Quality against cache", "", missing=[*missing, "Nothing was measured yet: sweep again."])]
     measured = found.measured
     text = (
-        "How far predictions are from the original's, in nats per token, against the cache; lower and further left is "
+        "KL from the original's predictions, in nats per token, against the cache; lower and further left is "
         f"better. {measured['tokens']:,} tokens in {measured['windows']:,} windows, context {measured['context']:,}, "
         f"stride {measured['stride']:,}, {measured['dtype']} on {measured['device']}; nothing was trained. Bars: 95 % "
-        "intervals over windows. The line joins the Pareto front: what nothing here beats in both cache and KL."
+        "intervals over windows. The line joins the Pareto front: no trial beats these in both cache and KL."
     )
-    says = "KL from the original against cache bytes per token, a mark for each target and method."
+    says = "KL from the original against cache bytes per token, one mark per target and method."
     quality = Section("Quality against cache", text, [Chart("pareto", pareto_chart(found), says)], missing=missing)
     return [quality, *([memory(models)] if models else [])]
 
 
 def pareto_chart(found: Sweep) -> Figure:
-    """Draw each trial's KL against its cache bytes a token, both logarithmic, and the Pareto front.
+    """Draw each trial's KL against its cache bytes per token, both logarithmic, and the Pareto front.
 
-    A colour is a method; shared heads are circles, named right of them, latents diamonds, named left.
+    A colour is a method. Shared heads are circles with the name on the right, latents diamonds with it on the left.
     """
     figure, axes = new_figure(4.2)
     # A trial that is its source has no divergence, and a logarithm has no zero.
@@ -88,7 +88,7 @@ def pareto_chart(found: Sweep) -> Figure:
     axes.set_xticks(caches, [size(cache) for cache in caches])
     axes.xaxis.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
-    # Room for the names of the outermost points.
+    # Space for the names of the outermost points.
     axes.set_xlim(caches[0] / 1.4, caches[-1] * 1.15)
     axes.axvline(whole, color=INK, linewidth=1, linestyle=":")
     axes.annotate("the original's cache", (whole, 1), (-4, -6), xycoords=("data", "axes fraction"),

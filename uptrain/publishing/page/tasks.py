@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on the page: each score with its interval, the original's beside it."""
+"""The page's section on tasks of lm-eval: each score with its interval, and that of the original."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NORMAL = 1.959964
-"""Standard errors either side of a mean that make a 95 % interval."""
+"""Number of standard errors on either side of a mean in a 95 % interval."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A model's share on a task's metric, and the half of its 95 % interval; 0 where no standard error is known."""
+    """A model's score on a task.
+
+    - `task`, `metric`: the names of the task and of its metric.
+    - `name`: the model's name.
+    - `value`: the score, a share from 0 to 1.
+    - `half`: half of its 95 % interval; 0 if no standard error is known.
+    """
 
     task: str
     metric: str
@@ -30,26 +36,26 @@ class TaskScore:
 
 
 def task_section(models: list[PageModel]) -> Iterator[Section]:
-    """Yield the section where tasks were run, to be called inside `style.drawing`."""
+    """Yield the section if tasks were run. Call it inside `style.drawing`."""
     ran = [model for model in models if model.rows("tasks")]
     if not ran:
         return
     table = table_of(ran, lambda found: tasks(found, "this", ORIGINAL))
     text = (
-        "Tasks of lm-eval, all models on the same documents; ± is a standard error. Two models' errors overstate what "
-        "their difference may be, which is paired by document."
+        "Tasks of lm-eval, all models on the same documents; ± is a standard error. The difference of two models is "
+        "paired by document, so its error is smaller than the two errors suggest."
     )
     drawn = []
     scores = list(_scores(ran))
     if scores:
-        text += " The picture has the metrics that are shares, with 95 % intervals."
-        says = "Score of each model on each task, with 95 % intervals; the table has the figures."
+        text += " The chart has the metrics that are shares, with 95 % intervals."
+        says = "Score of each model on each task, with 95 % intervals; the table has the values."
         drawn.append(Chart("tasks", task_chart(scores), says))
     yield Section("Tasks", text, drawn, table.columns, table.rows)
 
 
 def _scores(models: Sequence[PageModel]) -> Iterator[TaskScore]:
-    """Yield what can stand on one axis: metrics whose every value is a share, and more of which is better."""
+    """Yield the scores that fit on one axis: those whose every value is a share, and where more is better."""
     listed: dict[tuple[str, str], list[TaskScore]] = {}
     for model in models:
         for row in model.rows("tasks"):
@@ -67,7 +73,7 @@ def _scores(models: Sequence[PageModel]) -> Iterator[TaskScore]:
 
 
 def task_chart(scores: Sequence[TaskScore]) -> Figure:
-    """Draw a dot with its interval for each score: a row a task and metric, a colour a model."""
+    """Draw a dot with its interval for each score: a row per task and metric, a colour per model."""
     kinds = list(dict.fromkeys((score.task, score.metric) for score in scores))
     names = sorted(dict.fromkeys(score.name for score in scores), key=lambda name: name != ORIGINAL)
     step = min(0.32, 0.66 / len(names))

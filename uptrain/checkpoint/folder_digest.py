@@ -15,7 +15,7 @@ _CONFIG = "config.json"
 _PICKLES = (".bin", ".pt", ".pth")
 
 
-def weight_files(folder: Path) -> list[str]:
+def _weights_and_config(folder: Path) -> list[str]:
     """Return the names of the config and of the files with the folder's weights, pickles too."""
     try:
         config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
@@ -32,7 +32,7 @@ def weights_digest(folder: Path, known: Mapping[str, Any] | None = None) -> str:
     `known` is the `files` of a manifest whose checksums are trusted; other files are read.
     """
     sums = {}
-    for name in weight_files(folder):
+    for name in _weights_and_config(folder):
         entry = (known or {}).get(name)
         found = str(entry.get("checksum")) if isinstance(entry, Mapping) else ""
         sums[name] = found if algorithm_of(found) == DEFAULT else checksum_file(folder / name)
@@ -47,7 +47,7 @@ def changed_file(folder: Path, recorded: Mapping[str, Any]) -> str:
     `recorded` is what `converted_from` returns. The result is empty if no file differs or the record has no checksums.
     """
     files = recorded.get("files")
-    for name in weight_files(folder):
+    for name in _weights_and_config(folder):
         if not isinstance(files, Mapping):
             continue
         known = str(files.get(name))
