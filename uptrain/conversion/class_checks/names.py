@@ -76,7 +76,7 @@ def _tables(source: CheckpointDescription, outside: Mapping[str, TensorInfo]) ->
     if not tables:
         return [f"an embedding of {tokens:,} tokens (vocab_size)"]
     headed = is_language_model(source.config) and source.config.get("tie_word_embeddings") is False
-    return ["a language-model head beside its embedding"] if headed and len(tables) < 2 else []
+    return ["a language-model head separate from its embedding"] if headed and len(tables) < 2 else []
 
 
 def _without_final_norm(config: Mapping[str, Any]) -> bool:

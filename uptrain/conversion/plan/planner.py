@@ -1,4 +1,4 @@
-"""Know every output tensor, shard and byte before a byte of the weights is read."""
+"""The plan of a conversion: every output tensor, shard and byte, before a byte of the weights is read."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimate the bytes of memory that one worker needs: a layer in fp32 beside its own dtype, and buffers."""
+        """Estimate the bytes that one thread needs: a layer in its own dtype and in float32, and buffers."""
         layers: Counter[int] = Counter()
         for part in self.attention_parts:
             layers[part.layer] += part.output.nbytes
@@ -151,7 +151,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     check_listed(source)
     before = source.attention
     if before[0].kind == "mla":
-        raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
+        raise UsageError(f"{name} has a latent already.", "Convert the model it was made from.")
     check_quantized(source, request)
     attention = plan_mla(source, request) if request.kind.latent else plan_heads(source, request)
     check_target(source, attention.target, attention.renames_modules)

@@ -39,7 +39,7 @@ MEASURABLE = 1e15
 class LayerMaker:
     """Makes one layer's changed attention tensors from the source's.
 
-    `kept` gathers, by layer and method, the share of key and value energy that is kept or would be. `orders` has, by
+    `energy` gathers, by layer and method, the share of key and value energy that is kept or would be. `orders` has, by
     layer, the source's key/value heads in the result's order, where they moved.
 
     - `calibrated`: the layers that a calibration made, None where weights alone decide.
@@ -52,7 +52,7 @@ class LayerMaker:
         self, checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedSource | None = None, diagnose: bool = False
     ) -> None:
         self.checkpoint, self.plan, self.calibrated, self.diagnose = checkpoint, plan, calibrated, diagnose
-        self.kept: dict[int, dict[str, dict[str, float]]] = {}
+        self.energy: dict[int, dict[str, dict[str, float]]] = {}
         self.similarity: dict[int, dict[str, dict[str, float]]] = {}
         self.orders: dict[int, list[int]] = {}
         self._uses_torch = plan.request.needs_torch
@@ -133,7 +133,7 @@ class LayerMaker:
     def _recorded(self, made: Converted[Made], layer: int) -> Made:
         """Return a converted layer, after recording the energy that methods explain in it, where it was measured."""
         if made.explained:
-            self.kept[layer] = _known({name: _rounded(each) for name, each in made.explained.items()})
+            self.energy[layer] = _known({name: _rounded(each) for name, each in made.explained.items()})
         return made.layer
 
     def _compare(self, heads: LayerHeads, groups: int, layer: int) -> None:
@@ -155,7 +155,7 @@ class LayerMaker:
             measured = min(groups, int(budget // each))
         found = _estimated(heads, groups, measured, self.plan.source.family.position, spec.rotary_ndims)
         if found:
-            self.kept[layer] = found
+            self.energy[layer] = found
 
     def compress(self, heads: LayerHeads, spec: MLASpec, layer: int) -> LatentHeads:
         """Return the layer as a latent of `spec`, by the request's method."""
@@ -253,7 +253,7 @@ def _measurable(rows: Array) -> bool:
 
 
 def _known(kept: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    # Values near the largest of their dtype have no energy that can be told, and JSON has no word for it.
+    # Values near the largest of their dtype have no finite energy, and JSON can't express it.
     return {name: shares for name, shares in kept.items() if all(map(math.isfinite, shares.values()))}
 
 

@@ -132,7 +132,7 @@ class Pipeline:
             if file:
                 self.state.sources[file] = digest
             # Copies: other threads add layers meanwhile.
-            self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.copy().items()})
+            self.state.layers.update({str(layer): energy for layer, energy in self.layers.energy.copy().items()})
             self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.copy().items()})
             self.state.orders.update({str(layer): order for layer, order in self.layers.orders.copy().items()})
             self.state.save()
@@ -156,7 +156,7 @@ def _numpy_blas() -> ThreadpoolController:
 
 
 def _workers() -> int:
-    # Two more than cores: reading, digesting and writing wait for memory and disk in turn.
+    # Two more than cores: reading, digesting and writing wait for memory and disk by turns.
     return min(8, (os.cpu_count() or 1) + 2)
 
 
