@@ -23,9 +23,9 @@ from uptrain.checkpoint.progress import State
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.shard_writer import ShardContents, shard_header
 from uptrain.checkpoint.shared_work import SoleWorker
+from uptrain.conversion import plan_conversion
 from uptrain.conversion.plan.planner import Plan
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import plan_conversion
 from uptrain.conversion.run.layers import LayerMaker
 from uptrain.conversion.run.pipeline import Pipeline
 

@@ -25,8 +25,8 @@ with atheris.instrument_imports(include=["uptrain", "yaml"]):
     from uptrain.checkpoint.header import read_header
     from uptrain.checkpoint.manifest import MANIFEST, converted_from, verify
     from uptrain.checkpoint.reader import open_checkpoint
+    from uptrain.conversion import plan_conversion
     from uptrain.conversion.request import Request
-    from uptrain.conversion.run.convert import plan_conversion
     from uptrain.training import recipes
 
 

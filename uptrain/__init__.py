@@ -10,10 +10,12 @@ from uptrain.models.register import register_with_transformers
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from uptrain.checkpoint.events import Events as Events
     from uptrain.checkpoint.manifest import verify as verify
     from uptrain.conversion.inspection import inspect as inspect
     from uptrain.conversion.request import Request as Request
     from uptrain.conversion.run.convert import convert as convert
+    from uptrain.conversion.run.options import RunOptions as RunOptions
     from uptrain.errors import UptrainError as UptrainError
     from uptrain.evaluation.run import evaluate as evaluate
     from uptrain.evaluation.settings import EvaluationSettings as EvaluationSettings
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "EvaluationSettings": "uptrain.evaluation.settings",
+    "Events": "uptrain.checkpoint.events",
     "Request": "uptrain.conversion.request",
+    "RunOptions": "uptrain.conversion.run.options",
     "SweepSettings": "uptrain.workflows.sweeps.settings",
     "UptrainError": "uptrain.errors",
     "convert": "uptrain.conversion.run.convert",
@@ -40,7 +44,9 @@ _PUBLIC = {
 
 __all__ = [
     "EvaluationSettings",
+    "Events",
     "Request",
+    "RunOptions",
     "SweepSettings",
     "UptrainError",
     "convert",

@@ -16,9 +16,9 @@ from tests.conversion.test_families import TOKENS, load, logits, read
 from tests.oracle import head_views, linears_of
 from tests.small import save_small, small_tensors
 from uptrain.checkpoint.manifest import read_manifest
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.request import Request
 from uptrain.conversion.run import pipeline
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 
 Save = Callable[..., Path]

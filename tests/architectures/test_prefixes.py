@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 import uptrain
 from tests.conftest import tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
+from uptrain.conversion import plan_conversion
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import plan_conversion
 from uptrain.data.sources import parse_source
 from uptrain.errors import CheckpointError
 from uptrain.evaluation import EvaluationSettings, evaluate

@@ -21,9 +21,9 @@ from uptrain.architectures.quantization import check_read, quantization_in
 from uptrain.checkpoint.reader import read_config
 from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.models import loading
 from uptrain.models.loading import load as load_for_generating

@@ -27,10 +27,10 @@ from uptrain.architectures.description import ModelDescription
 from uptrain.architectures.rope import inverse_frequencies
 from uptrain.architectures.rope_parameters import EVERY, STATIC, WORDS, rotary_parameters, rotated_dims
 from uptrain.architectures.validation import check_kinds
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.class_checks import rotation
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
 from uptrain.models.register import register
 from uptrain.models.rotary_tables import rotary_tables

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.small import save_small, small_tensors
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.evaluation.speed import cache_bytes_per_token
 from uptrain.publishing.page.models import find_models
 

@@ -17,9 +17,9 @@ from uptrain.architectures import unknown_models
 from uptrain.architectures.decoders import FAMILIES, NO_CACHE
 from uptrain.architectures.description import describe
 from uptrain.checkpoint.source import resolve
+from uptrain.conversion import plan_conversion
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import plan_conversion
 from uptrain.errors import UsageError
 from uptrain.models.auto_class import check_loadable
 

@@ -24,9 +24,9 @@ from uptrain.architectures.description import ModelDescription, describe_checkpo
 from uptrain.architectures.wrappers import WRAPPERS, tower_in
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import resolve
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation import evaluate
 from uptrain.models.checks import check_heads

@@ -175,7 +175,7 @@ def test_one_that_comes_late_finds_it_done(tmp_path: Path) -> None:
     first = convert(str(source), out, Request("mqa"), options=RunOptions(join=True))
     inode = out.stat().st_ino
     late = convert(str(source), out, Request("mqa"), options=RunOptions(join=True), events=Events(note=notes.append))
-    assert late.kept == first.kept and "have finished" in notes[-1]
+    assert late.energy == first.energy and "have finished" in notes[-1]
     assert out.stat().st_ino == inode and not partial_of(out).exists()
     with pytest.raises(UsageError, match="exists"):
         convert(str(source), out, GQA2, options=RunOptions(join=True))
@@ -192,12 +192,12 @@ def test_one_that_waits_for_another_sees_it_finish(tmp_path: Path, monkeypatch: 
 
     def meanwhile(seconds: float) -> None:
         held.close()
-        assert convert(str(source), out, GQA2, options=RunOptions(join=True)).kept == alone.kept
+        assert convert(str(source), out, GQA2, options=RunOptions(join=True)).energy == alone.energy
 
     monkeypatch.setattr("uptrain.conversion.run.pipeline._workers", lambda: 1)
     monkeypatch.setattr("time.sleep", meanwhile)
     waited = convert(str(source), out, GQA2, options=RunOptions(join=True), events=Events(bytes=hold))
-    assert waited.kept == alone.kept and not partial_of(out).exists()
+    assert waited.energy == alone.energy and not partial_of(out).exists()
     assert digests(out) == digests(tmp_path / "alone")
 
 

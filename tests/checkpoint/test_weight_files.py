@@ -19,8 +19,8 @@ from tests.oracle import pool_model
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import Source
 from uptrain.checkpoint.weight_files import find_weights
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError
 from uptrain.models.checks import check_weights
 

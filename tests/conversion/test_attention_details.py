@@ -16,7 +16,7 @@ from tests.conversion.test_families import EXPANDED, TOKENS, request
 from tests.oracle import pool_model
 from uptrain.architectures.description import describe_checkpoint
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.conversion.run.convert import convert, plan_conversion
+from uptrain.conversion import convert, plan_conversion
 from uptrain.errors import CheckpointError
 
 Save = Callable[..., Path]

@@ -24,11 +24,11 @@ from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import resolve
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.class_checks import rotation, weights
 from uptrain.conversion.class_checks.names import check_kin
 from uptrain.conversion.plan import heads
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
 from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models import class_keys

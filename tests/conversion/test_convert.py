@@ -19,8 +19,8 @@ from uptrain.checkpoint.checksum import checksum_file
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UptrainError
 
 Save = Callable[..., Path]

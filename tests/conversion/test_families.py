@@ -22,9 +22,9 @@ from uptrain.architectures.projections import Heads, join, modules_of, split
 from uptrain.architectures.schema import Family, Sliding
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.cli.app import run
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.plan.planner import result_attention
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluation.reading import cache_of, with_cache
 from uptrain.models.auto_class import auto_class_of

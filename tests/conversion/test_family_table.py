@@ -11,9 +11,9 @@ import pytest
 from tests.conversion.test_families import TARGETS, family, request
 from uptrain.cli import console
 from uptrain.cli.app import run
+from uptrain.conversion import plan_conversion
 from uptrain.conversion.family_table import FamilyRow, families
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import plan_conversion
 from uptrain.errors import UsageError
 from uptrain.methods import METHODS
 

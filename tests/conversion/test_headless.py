@@ -24,8 +24,8 @@ from tests.publishing.test_hub_card import text_of
 from uptrain.architectures.model_class import stem
 from uptrain.checkpoint.events import Events
 from uptrain.checkpoint.reader import read_config
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES

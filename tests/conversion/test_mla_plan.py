@@ -22,10 +22,10 @@ from uptrain.architectures.rope import InverseFrequencies, inverse_frequencies
 from uptrain.architectures.rope_parameters import EVERY, rotary_parameters
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.plan.mla import plan_mla
 from uptrain.conversion.plan.planner import result_attention
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
 
 Save = Callable[..., Path]

@@ -17,8 +17,8 @@ from tests.oracle import pool_model
 from uptrain.architectures.schema import KeyNorm
 from uptrain.checkpoint.checksum import checksum_file
 from uptrain.checkpoint.manifest import read_manifest
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import UsageError
 from uptrain.evaluation import EvaluationSettings, evaluate
 
@@ -102,14 +102,14 @@ def test_similar_heads_are_found_wherever_they_stand(model_type: str, method: st
 def test_energy_is_told_per_layer_and_survives_a_resume(tmp_path: Path) -> None:
     done = convert("demo", tmp_path / "svd", request(1, "svd"))
     manifest = read_manifest(tmp_path / "svd")
-    assert manifest is not None and list(done.kept) == [0, 1, 2, 3]
-    assert manifest["stages"][-1]["energy_kept"] == {str(layer): kept for layer, kept in done.kept.items()}
-    for kept in done.kept.values():
+    assert manifest is not None and list(done.energy) == [0, 1, 2, 3]
+    assert manifest["stages"][-1]["energy_kept"] == {str(layer): kept for layer, kept in done.energy.items()}
+    for kept in done.energy.values():
         for side in ("keys", "values"):
             assert 1 >= kept["svd"][side] >= max(kept["mean"][side], kept["first"][side])
-    told = convert("demo", tmp_path / "mean", request(1)).kept[2]
+    told = convert("demo", tmp_path / "mean", request(1)).energy[2]
     for method in ("mean", "svd"):
-        assert told[method] == pytest.approx(done.kept[2][method], abs=2e-4)
+        assert told[method] == pytest.approx(done.energy[2][method], abs=2e-4)
 
 
 def test_clipped_projections_are_refused_with_what_to_use_instead(save_tiny: Save) -> None:

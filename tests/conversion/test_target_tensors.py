@@ -22,9 +22,9 @@ from tests.oracle import pool_model
 from uptrain.architectures.projections import Heads, LayerHeads
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.source import DEMO
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.plan.rewrites import half_split
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError
 from uptrain.models.loading import load_tokenizer
 

@@ -251,7 +251,7 @@ def test_a_source_that_changed_since_a_run_was_cut_off(world: World) -> None:
     save_small(world.source, 3, small_tensors(7))
     notes: list[str] = []
     convert(str(world.source), world.out, MQA, events=Events(note=notes.append))
-    assert notes == ["The source or uptrain changed since the run that was cut off: starting over."]
+    assert notes == ["The source or uptrain changed since the interrupted run: starting over."]
     convert(str(world.source), world.root / "later", MQA)
     assert digests(world.out) == digests(world.root / "later")
 

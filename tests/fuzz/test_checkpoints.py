@@ -24,10 +24,10 @@ from uptrain.checkpoint.locks import LOCK
 from uptrain.checkpoint.manifest import MANIFEST, converted_from, verify
 from uptrain.checkpoint.output_folder import STATE
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.plan.planner import make_plan
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.models.targets import TARGET_CLASSES
 
 REQUESTS = (

@@ -100,9 +100,9 @@ def test_a_conversion_measures_only_what_it_is_asked_to(tmp_path: Path, monkeypa
     """Writing spends a few multiplications per byte on telling what is lost, and none on comparing heads."""
     tiny_model(tiny_config("llama", 4)).save_pretrained(tmp_path / "source")
     every = convert(str(tmp_path / "source"), tmp_path / "every", Request("gqa", 2), options=RunOptions(diagnose=True))
-    assert list(every.kept) == [0, 1] and list(recorded(tmp_path / "every")) == ["0", "1"]
+    assert list(every.energy) == [0, 1] and list(recorded(tmp_path / "every")) == ["0", "1"]
     one = convert(str(tmp_path / "source"), tmp_path / "one", Request("gqa", 2))
-    assert one.kept == {1: every.kept[1]} and recorded(tmp_path / "one") == {}
+    assert one.energy == {1: every.energy[1]} and recorded(tmp_path / "one") == {}
     each = energy_numpy.cost(2, 12, 48)
     for groups, budget in ((1, 1.5 * each), (0, 0.5 * each)):
         monkeypatch.setattr(layers, "DIAGNOSED_PER_BYTE", 0.0)

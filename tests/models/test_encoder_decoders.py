@@ -19,9 +19,9 @@ from tests.conversion.test_families import load, logits, read, request
 from tests.models.test_gpt2_checkpoint import run_python
 from tests.oracle import pool_model
 from uptrain.cli.app import run
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
 
 Save = Callable[..., Path]

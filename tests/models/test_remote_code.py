@@ -21,7 +21,9 @@ from tests.models.test_shared_heads import Save
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.own_classes import OWN_CLASSES
 from uptrain.checkpoint.manifest import read_manifest, verify
+from uptrain.checkpoint.source import resolve
 from uptrain.conversion.run.convert import convert
+from uptrain.models.saving import save
 from uptrain.models.target import REMOTE_CODE, SHARED_CODE
 from uptrain.models.targets import TARGET_CLASSES
 
@@ -98,17 +100,32 @@ print(model(torch.tensor([[5, 7, 11, 2]])).logits.double().sum().item())
 """
 
 
-def test_a_checkpoint_of_the_version_before_loads_with_and_without_uptrain(save_tiny: Save, tmp_path: Path) -> None:
-    """Its modelling file was one, with all that is shared now in it."""
-    convert(str(save_tiny("opt")), tmp_path / "out", request(2))
-    file, shared = tmp_path / "out" / "modeling_uptrain_opt.py", tmp_path / "out" / SHARED_CODE
+def make_single_file(folder: Path, name: str) -> None:
+    """Put all that the modelling file imports into it, as the version before had it."""
+    file, shared = folder / name, folder / SHARED_CODE
     alone = re.sub(r"from \.uptrain_shared import (\([^)]*\)|.*)", "", file.read_text())
     file.write_text(f"{shared.read_text()}\n{alone}")
     shared.unlink()
+
+
+def test_a_checkpoint_of_the_version_before_loads_with_and_without_uptrain(save_tiny: Save, tmp_path: Path) -> None:
+    """Its modelling file was one, with all that is shared now in it."""
+    convert(str(save_tiny("opt")), tmp_path / "out", request(2))
+    make_single_file(tmp_path / "out", "modeling_uptrain_opt.py")
     with torch.no_grad():
         wanted = load(tmp_path / "out")(torch.tensor([[5, 7, 11, 2]])).logits.double().sum().item()
     assert float(run_python(WITHOUT_UPTRAIN, tmp_path / "out", home=tmp_path)) == pytest.approx(wanted, abs=1e-4)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "UptrainOPTForCausalLM"
+
+
+def test_training_keeps_the_one_file_of_the_version_before(save_tiny: Save, tmp_path: Path) -> None:
+    convert(str(save_tiny("opt")), tmp_path / "out", request(2))
+    make_single_file(tmp_path / "out", "modeling_uptrain_opt.py")
+    (tmp_path / "trained").mkdir()
+    source = resolve(str(tmp_path / "out"))
+    save(load(tmp_path / "out"), None, tmp_path / "trained", torch.float32, source)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "trained").glob("*.py")}
+    assert found == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.py")}
 
 
 @pytest.mark.slow

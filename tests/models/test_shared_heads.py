@@ -17,7 +17,7 @@ from tests.conversion.test_families import TOKENS, load, request
 from tests.models.test_gpt2_checkpoint import run_python
 from tests.oracle import pool_model
 from uptrain.architectures.decoders import FAMILIES
-from uptrain.conversion.run.convert import convert, plan_conversion
+from uptrain.conversion import convert, plan_conversion
 from uptrain.errors import UsageError
 
 Save = Callable[..., Path]

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tests.conversion.test_families import load
 from tests.small import digests, save_small, small_tensors
 from uptrain.checkpoint.source import resolve
+from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.request import Request
-from uptrain.conversion.run.convert import convert, plan_conversion
 from uptrain.errors import CheckpointError, UsageError
 
 KEY, VALUE = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.dtypes import Array
+
+A = TypeVar("A")
+"""An array of numpy or a tensor of torch."""
 
 NEUTRAL_EPS = 1e-6
 """The ε that transformers hard-codes in the norm on the latent."""
@@ -43,24 +47,38 @@ class MLASpec:
 
 
 @dataclass(frozen=True)
-class LatentHeads:
-    """Hold one layer's latent attention by head; H query heads, G heads that the latent expands to.
+class LatentParts(Generic[A]):
+    """One layer's latent attention by head. H query heads, G heads that the latent expands to, input size d.
 
-    Shapes: `q_nope` (H, Dn, d), `q_rope` (H, Dr, d), `down` (r, d), `k_rope` (Dr, d), `k_up` (G, Dn, r), `v_up`
-    (G, Dv, r), `o` (out, H, Dv); rotary rows in neighbouring pairs. Biases are None where the layer has none.
+    - `q_nope`, `q_rope`: (H, Dn, d) and (H, Dr, d), the queries for unrotated keys and for the shared rotary key.
+    - `down`: (r, d), the latent's map.
+    - `k_rope`: (Dr, d), the shared rotary key's map.
+    - `k_up`, `v_up`: (G, Dn, r) and (G, Dv, r), what expands the latent to keys and values.
+    - `o`: (out, H, Dv).
+    - `q_nope_bias`, `q_rope_bias`, `down_bias`, `k_rope_bias`: (H, Dn), (H, Dr), (r,) and (Dr,); None without biases.
+
+    Rotary rows are in neighbouring pairs.
+
+    Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.2 and 2.1.3.
     """
 
-    q_nope: Array
-    q_rope: Array
-    down: Array
-    k_rope: Array
-    k_up: Array
-    v_up: Array
-    o: Array
-    q_nope_bias: Array | None = None
-    q_rope_bias: Array | None = None
-    down_bias: Array | None = None
-    k_rope_bias: Array | None = None
+    q_nope: A
+    q_rope: A
+    down: A
+    k_rope: A
+    k_up: A
+    v_up: A
+    o: A
+    q_nope_bias: A | None = None
+    q_rope_bias: A | None = None
+    down_bias: A | None = None
+    k_rope_bias: A | None = None
+
+
+@dataclass(frozen=True)
+class LatentHeads(LatentParts[Array]):
+    """One layer's latent attention as arrays, with the output's bias, (out,) or None."""
+
     o_bias: Array | None = None
 
 

@@ -263,7 +263,7 @@ def _cross_facts(plan: Plan) -> list[tuple[str, str]]:
 def _show(done: Conversion, as_json: bool) -> None:
     """Print a finished conversion, its explained energy, and the next command."""
     if as_json:
-        extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.kept}
+        extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.energy}
         console.result_json({**extra, **_plan_facts(done.plan), **done.sidecars.to_dict()})
         return
     pairs = _shared_facts(done.plan)
@@ -271,18 +271,18 @@ def _show(done: Conversion, as_json: bool) -> None:
         pairs.append(("resumed", f"{counted(len(done.resumed), 'shard')} of an earlier run"))
     pairs += _left_out(done.sidecars)
     method, place = done.plan.request.method, done.plan.source.family.place
-    if len(done.kept) > 1:
-        methods = list(next(iter(done.kept.values())))
-        rows = [(place(layer), *_shares(explained, *methods)) for layer, explained in done.kept.items()]
-        rows.append(("all", *_shares(_average(list(done.kept.values())), *methods)))
+    if len(done.energy) > 1:
+        methods = list(next(iter(done.energy.values())))
+        rows = [(place(layer), *_shares(explained, *methods)) for layer, explained in done.energy.items()]
+        rows.append(("all", *_shares(_average(list(done.energy.values())), *methods)))
         columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
         title = "Explained energy" if done.plan.attention.sizes else "Explained energy, by method"
         console.table(title, columns, rows)
-        if any(share < 0 for methods in done.kept.values() for sides in methods.values() for share in sides.values()):
+        if any(share < 0 for methods in done.energy.values() for sides in methods.values() for share in sides.values()):
             console.note("Below 0 %: the error is larger than the keys or values themselves.")
     console.facts(f"Wrote {done.out}", pairs)
-    if method == "mean" and len(done.kept) == 1:
-        (layer, explained), *_ = done.kept.items()
+    if method == "mean" and len(done.energy) == 1:
+        (layer, explained), *_ = done.energy.items()
         ours, better = explained["mean"], explained["svd"]
         console.note(
             f"In layer {place(layer)}, mean explains about {ours['keys']:.0%} of the energy of keys and "

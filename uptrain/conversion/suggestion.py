@@ -115,7 +115,7 @@ def _suggestion(checkpoint: Checkpoint, plan: Plan, layers: tuple[int, ...]) -> 
         maker = LayerMaker(checkpoint, plan)
         for layer in layers:
             maker.make(layer)
-        shares = [(kept["svd"]["keys"], kept["svd"]["values"]) for kept in maker.kept.values()]
+        shares = [(kept["svd"]["keys"], kept["svd"]["values"]) for kept in maker.energy.values()]
     keys, values = (sum(each) / len(shares) for each in zip(*shares, strict=True))
     return Suggestion(
         target=request.target,

@@ -57,7 +57,13 @@ def output_energy(layer: HeadMaps) -> Tensor:
 
 
 def explained_energy(layer: HeadMaps, weights: LayerWeights, keys: Tensor, values: Tensor) -> ExplainedEnergy:
-    """Return the energy that approximate keys (G, D, d̃) and values (G, Dv, d̃) explain, under `weights`."""
+    """Return the shares of a layer's key and value energy that approximations explain.
+
+    - `layer`: the layer's projections by head.
+    - `weights`: how much errors count.
+    - `keys`: (G, D, d̃), the approximate keys' maps of x̃.
+    - `values`: (G, Dv, d̃), the approximate values' maps of x̃.
+    """
     return ExplainedEnergy(
         _share(layer.k_rows, keys, weights.keys, weights.second_moment),
         _share(layer.v_rows, values, weights.values, weights.second_moment),

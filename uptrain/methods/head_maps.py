@@ -64,7 +64,15 @@ class HeadMaps:
         v_rows: Tensor | None = None,
         o: Tensor | None = None,
     ) -> HeadMaps:
-        """Return the layer with new maps of x̃; a projection without a bias drops the (then zero) bias column."""
+        """Return the layer with new maps of x̃ = [x; 1]; None leaves a projection as it is.
+
+        A projection without a bias drops the bias column, which then is zero.
+
+        - `q_rows`: (H, D, d+1).
+        - `k_rows`: (G, D, d+1), of any number of heads G.
+        - `v_rows`: (G, Dv, d+1).
+        - `o`: (out, H, Dv).
+        """
         q, q_bias = _without_bias_column(q_rows, self.q, self.q_bias)
         k, k_bias = _without_bias_column(k_rows, self.k, self.k_bias)
         v, v_bias = _without_bias_column(v_rows, self.v, self.v_bias)

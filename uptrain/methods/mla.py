@@ -1,4 +1,4 @@
-"""Keys and values as one latent, with the rotary pairs that would cost most kept apart in a shared rotary key."""
+"""Keys and values as one latent, with the rotary pairs that would cost most in a shared rotary key."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class _Problem:
         else:
             energy = per_key_head(layer, self.weights.queries)
             if shape.rope.rotates_expanded and position is not None:
-                # Rotation mixes a pair's two dims evenly and tells pairs apart.
+                # Rotation mixes a pair's two dims evenly and separates pairs.
                 energy = rotated_energy(energy, position)
             keys = _Keys(layer.k_rows[0, :0], layer.q_rows[:, :0], layer.q_rows, layer.k_rows, energy)
         if shape.nope:

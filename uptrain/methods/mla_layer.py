@@ -8,36 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from uptrain.architectures.mla_projections import LatentParts
 from uptrain.methods.head_maps import HeadMaps
 
 
 @dataclass(frozen=True)
-class LatentMaps:
-    """One layer's latent attention. H query heads, G heads that the latent expands to, input size d.
-
-    - `q_nope`, `q_rope`: (H, Dn, d) and (H, Dr, d), the queries for unrotated keys and for the shared rotary key.
-    - `down`: (r, d), the latent's map.
-    - `k_rope`: (Dr, d), the shared rotary key's map.
-    - `k_up`, `v_up`: (G, Dn, r) and (G, Dv, r), what expands the latent to keys and values.
-    - `o`: (out, H, Dv).
-    - `q_nope_bias`, `q_rope_bias`, `down_bias`, `k_rope_bias`: (H, Dn), (H, Dr), (r,) and (Dr,); None without biases.
-
-    Rotary rows are in neighbouring pairs.
-
-    Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.2 and 2.1.3.
-    """
-
-    q_nope: Tensor
-    q_rope: Tensor
-    down: Tensor
-    k_rope: Tensor
-    k_up: Tensor
-    v_up: Tensor
-    o: Tensor
-    q_nope_bias: Tensor | None = None
-    q_rope_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    k_rope_bias: Tensor | None = None
+class LatentMaps(LatentParts[Tensor]):
+    """One layer's latent attention as tensors. No method changes the output's bias, so it is not here."""
 
     def expanded(self) -> HeadMaps:
         """Return the heads that the latent expands to, where the shared rotary key is empty.

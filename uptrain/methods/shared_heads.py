@@ -59,7 +59,7 @@ def factor_heads(
     spans = spans_of(layer.kv_heads, groups)
     keys = [share_keys(layer, weights, span, position) for span in spans]
     values = [share_values(layer, weights, span) for span in spans]
-    converted = absorb(layer, keys, values, position)
+    converted = absorb(layer, keys, values)
     explained = {
         name: explained_energy(layer, weights, expand(keys), expand(values)),
         "mean": pooled_energy(layer, weights, groups, "mean"),
@@ -108,7 +108,16 @@ def share_values(layer: HeadMaps, weights: LayerWeights, span: range) -> SharedR
 
 
 def share_keys(layer: HeadMaps, weights: LayerWeights, span: range, position: Rotary | None) -> SharedRows:
-    """Factor each rotated pair alone, since only a complex scalar commutes with rotation, and the other dims as one."""
+    """Factor the keys of a group's heads into one shared head.
+
+    Each rotated pair is factored alone, because only a complex scalar commutes with its rotation. The other dims are
+    factored as one.
+
+    - `layer`: the layer's projections by head.
+    - `weights`: how much errors count.
+    - `span`: the group's heads.
+    - `position`: which key dims are rotated, None where keys see no rotation.
+    """
     rows = layer.k_rows
     dims = rows.shape[1]
     rotated = 0 if position is None else position.dims
@@ -140,8 +149,8 @@ def expand(groups: list[SharedRows]) -> Tensor:
     return torch.stack([up @ group.down for group in groups for up in group.ups])
 
 
-def absorb(layer: HeadMaps, keys: list[SharedRows], values: list[SharedRows], position: Rotary | None) -> HeadMaps:
-    """Put each head's expansion on the other side: qᵀ (B s) = (Bᵀ q)ᵀ s, and W_o (B s) = (W_o B) s."""
+def absorb(layer: HeadMaps, keys: list[SharedRows], values: list[SharedRows]) -> HeadMaps:
+    """Return the layer with each head's expansion in q and o: qᵀ (B s) = (Bᵀ q)ᵀ s, and W_o (B s) = (W_o B) s."""
     per = layer.queries_per_kv
     key_ups = torch.stack([up for group in keys for up in group.ups]).repeat_interleave(per, 0)
     value_ups = torch.stack([up for group in values for up in group.ups]).repeat_interleave(per, 0)

@@ -33,7 +33,12 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
     if source is None:
         tokenizer.save_pretrained(folder)
         return
-    copy_sidecars(source.path, sidecars_of(source.path, source.listed, keeps_class=True), folder)
+    sidecars = sidecars_of(source.path, source.listed, keeps_class=True)
+    written = {path.name for path in folder.glob("*.py")}
+    if written & {*sidecars.copied}:  # the source's own code is complete, in as many files as it has
+        for name in written - {*sidecars.copied}:
+            (folder / name).unlink()
+    copy_sidecars(source.path, sidecars, folder)
     shutil.copyfile(source.path / "config.json", folder / "config.json")
     config = json.loads((folder / "config.json").read_text())
     before = dict(config)

@@ -61,7 +61,7 @@ def share_layer(layer: HeadMaps, groups: int, position: Rotary | None, moments: 
         value_sums.add(span, values[-1], weights.second_moment)
     names = ("calibrated", "svd", "mean")
     explained = {name: ExplainedEnergy(key_sums.share(name), value_sums.share(name)) for name in names}
-    return Converted(absorb(layer, keys, values, position), explained)
+    return Converted(absorb(layer, keys, values), explained)
 
 
 class _ExplainedSums:

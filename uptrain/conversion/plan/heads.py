@@ -57,7 +57,7 @@ class HeadsPlan(AttentionPlan):
 
     @property
     def renames_modules(self) -> bool:
-        """Whether modules have names that the target class does not tell of: none have."""
+        """Whether the attention has other modules: never, but for those that the target class renames."""
         return False
 
     @property
@@ -135,5 +135,5 @@ def plan_heads(source: CheckpointDescription, request: Request) -> HeadsPlan:
 def _as_it_is(target: TargetClass, config: Mapping[str, Any]) -> dict[str, Any]:
     # A name of code or weights in the source's config is left out, as its file is.
     own = target_config(target, config)
-    kept = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
-    return {**kept, "auto_map": own["auto_map"]} if "auto_map" in own else kept
+    rest = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
+    return {**rest, "auto_map": own["auto_map"]} if "auto_map" in own else rest

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription, ModelDescription
 from uptrain.architectures.mla_projections import MLASpec, MLAStorage, join_latent, latent_shapes
 from uptrain.architectures.mla_rope import MLARope
@@ -17,13 +16,11 @@ from uptrain.architectures.rope_parameters import EVERY, write_rotation
 from uptrain.checkpoint.dtypes import Array
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.plan.attention import AttentionPlan, LayerWork, PartShape, PlannedRotation
+from uptrain.conversion.plan.mla_sizes import plan_sizes
 from uptrain.conversion.request import Request
 from uptrain.errors import UsageError
 from uptrain.models.mla_targets import MLA_TARGET_CLASSES, MLATargetClass, latent_config
 from uptrain.models.targets import result_class
-
-FAST = 512 + 64
-"""Cached values a token that the fast MLA kernels of today's engines are written for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +157,7 @@ def plan_mla(source: CheckpointDescription, request: Request) -> MLAPlan:
             f"{source.name} has sliding windows, which no MLA target class holds yet.", "Use --to gqa or --to mqa."
         )
     parameters, frequencies = _source_rotation(source, rope)
-    mla = _spec(request, source, rope, frequencies)
+    mla = plan_sizes(request, source, rope, frequencies)
     if _dtype(source, request) not in entry.dtypes:
         raise UsageError(
             f"{entry.target.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
@@ -235,59 +232,6 @@ def _target_class(source: CheckpointDescription, request: Request, rope: MLARope
     raise UsageError(f"{source.name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
 
 
-def _sizes(request: Request, source: CheckpointDescription, rope: MLARope) -> tuple[int, int]:
-    """Return kv_lora_rank and qk_rope_head_dim."""
-    spec, hidden, name = source.attention[0], source.hidden_size, source.name
-    cached = spec.cache_values_per_token
-    if request.cache is not None:
-        budget = max(1, int(request.cache * cached))
-    elif not rope.shares_key:
-        budget = cached // (2 if rope.rotates else 4)
-    else:
-        budget = FAST if cached >= 2 * FAST else cached // 2
-    rotary = _rotary_dims(request, spec, budget, rope, name)
-    rank = request.kv_lora_rank if request.kv_lora_rank is not None else budget - rotary
-    if rank < 1:
-        raise UsageError(
-            f"{budget} values a token leave no latent beside {rotary} rotary ones.",
-            "Raise --cache, or lower --qk-rope-head-dim.",
-        )
-    widest = cached + (spec.num_key_value_heads * spec.head_dim if rope.shares_key else 0)
-    if rank > widest:
-        raise UsageError(
-            f"--kv-lora-rank {rank} is more than the {widest} values that {name}'s keys and values have.",
-            f"A latent of {min(widest, hidden + 1)} loses nothing.",
-        )
-    return rank, rotary
-
-
-def _rotary_dims(request: Request, spec: AttentionSpec, budget: int, rope: MLARope, name: str) -> int:
-    if not rope.shares_key:
-        return 0
-    dims = request.qk_rope_head_dim
-    if dims is None:
-        return 64 if budget >= FAST and spec.head_dim >= 64 else max(2, min(64, spec.head_dim // 4 * 2))
-    most = spec.head_dim * (spec.num_key_value_heads if rope.chooses_pairs else 1)
-    if dims < 2 or dims % 2 or dims > most:
-        hint = " --rope longrope takes more." if rope.truncates and dims > most else ""
-        raise UsageError(f"--qk-rope-head-dim {dims} is no even number from 2 to {name}'s {most}.{hint}")
-    return dims
-
-
-def _spec(request: Request, source: CheckpointDescription, rope: MLARope, frequencies: InverseFrequencies) -> MLASpec:
-    """Return the latent's sizes, and its rotary pairs where they follow from the sizes."""
-    spec, (rank, rotary) = source.attention[0], _sizes(request, source, rope)
-    pairs, heads = spec.head_dim // 2, spec.num_key_value_heads
-    every = rope.chooses_pairs and rotary == spec.head_dim * heads
-    rope_pairs: tuple[int, ...] = () if rope.chooses_pairs else tuple(range(rotary // 2))
-    if every:
-        rope_pairs = tuple(pair for pair in range(pairs) for _ in range(heads))
-    return MLASpec(
-        rope, rank, rotary, 0 if every else spec.head_dim, frequencies.values, rope_pairs, frequencies.attention_factor,
-        request.key_weight,
-    )  # fmt: skip
-
-
 def _dtype(source: CheckpointDescription, request: Request) -> str:
     if request.dtype:
         return FLOAT_DTYPES[request.dtype]
@@ -305,7 +249,10 @@ def _rescale(entry: MLATargetClass, config: Mapping[str, Any]) -> tuple[float, d
     if entry.rms_norm_eps is None or own == entry.rms_norm_eps:
         return 1.0, {}
     if own <= 0:
-        raise UsageError("An rms_norm_eps of 0 can't be kept in a class that shares it with the latent's norm.")
+        raise UsageError(
+            "rms_norm_eps is 0, which a class that shares it with the norm of its latent can't have.",
+            "Use --to gqa or --to mqa.",
+        )
     alpha = (entry.rms_norm_eps / own) ** 0.5
     scales = {f"{module}.{kind}": alpha for module in entry.rescaled for kind in ("weight", "bias")}
     return alpha, scales

@@ -1,4 +1,4 @@
-"""Know every output tensor, shard and byte before a byte of the weights is read."""
+"""The plan of a conversion: every output tensor, shard and byte, before a byte of the weights is read."""
 
 from __future__ import annotations
 
@@ -38,17 +38,24 @@ PLAN_FORMAT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A conversion, complete but for the bytes."""
+    """A planned conversion: all but the bytes.
+
+    - `request`: what the user asks.
+    - `source`: the checkpoint.
+    - `attention`: what becomes of the attention layers, and the class that holds the result.
+    - `config`: the config of the language model in the result.
+    - `shards`: by file, the operations that make its tensors.
+    - `digest`: decides whether an unfinished run can be continued; empty where the source isn't on this machine.
+    - `notes`: what the user must know before the plan runs.
+    """
 
     request: Request
     source: CheckpointDescription
     attention: AttentionPlan
     config: dict[str, Any]
-    """The config of the language model in the result."""
     shards: dict[str, list[Operation]]
     digest: str = ""
     notes: tuple[str, ...] = ()
-    """What the user must know before the plan runs."""
 
     @property
     def target(self) -> TargetClass:
@@ -125,7 +132,7 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimate the bytes of memory that one worker needs: a layer in fp32 beside its own dtype, and buffers."""
+        """Estimate the bytes that one thread needs: a layer in its own dtype and in float32, and buffers."""
         layers: Counter[int] = Counter()
         for part in self.attention_parts:
             layers[part.layer] += part.output.nbytes
@@ -151,7 +158,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     check_listed(source)
     before = source.attention
     if before[0].kind == "mla":
-        raise UsageError(f"{name} keeps a latent already.", "Convert the model it was made from.")
+        raise UsageError(f"{name} has a latent already.", "Convert the model it was made from.")
     check_quantized(source, request)
     attention = plan_mla(source, request) if request.kind.latent else plan_heads(source, request)
     check_target(source, attention.target, attention.renames_modules)
@@ -172,7 +179,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
-    """Digest all that decides the result's bytes, the source files' sizes and times included, as they are now."""
+    """Digest all that decides the result's bytes, with the current sizes and times of the source's files."""
     if checkpoint.remote:
         return ""  # nothing can be resumed from a plan whose source isn't here
     stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]

@@ -32,7 +32,7 @@ class Conversion:
     - `source`: where the source is.
     - `plan`: the plan as it was run.
     - `resumed`: the shards that an earlier run had finished.
-    - `kept`: by layer and method, the share of key and value energy that is explained.
+    - `energy`: by layer and method, the share of key and value energy that the method explains.
     - `sidecars`: the source's other files: those that were copied, and those left out with the reason.
     """
 
@@ -40,7 +40,7 @@ class Conversion:
     source: Source
     plan: Plan
     resumed: tuple[str, ...]
-    kept: Energy
+    energy: Energy
     sidecars: Sidecars
 
 
@@ -107,7 +107,7 @@ def run_plan(
                 built, energy = build(job, work)
     return Conversion(
         out=folder, source=source, plan=built, resumed=work.resumed if work else (),
-        kept=energy_in(folder) if energy is None else energy, sidecars=job.sidecars,
+        energy=energy_in(folder) if energy is None else energy, sidecars=job.sidecars,
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _committed(out: Path, planned: Planned) -> Conversion | None:
     if state.load() is None or not state.shards.keys() >= plan.shards.keys():
         return None
     return Conversion(
-        out=out, source=source, plan=plan, resumed=tuple(plan.shards), kept=energy_of(state),
+        out=out, source=source, plan=plan, resumed=tuple(plan.shards), energy=energy_of(state),
         sidecars=sidecars(source, checkpoint),
     )  # fmt: skip
 

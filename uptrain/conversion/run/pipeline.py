@@ -1,4 +1,4 @@
-"""Run a plan's shards: read, transform, digest and write on a few threads; the model is never whole in memory."""
+"""Write a plan's shards on a few threads. The model is never whole in memory."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Pipeline:
             if file:
                 self.state.sources[file] = digest
             # Copies: other threads add layers meanwhile.
-            self.state.layers.update({str(layer): kept for layer, kept in self.layers.kept.copy().items()})
+            self.state.layers.update({str(layer): energy for layer, energy in self.layers.energy.copy().items()})
             self.state.similarity.update({str(layer): found for layer, found in self.layers.similarity.copy().items()})
             self.state.orders.update({str(layer): order for layer, order in self.layers.orders.copy().items()})
             self.state.save()
@@ -142,7 +142,7 @@ class Pipeline:
             self.events.bytes(count)
 
     def _checked(self, operation: Operation, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-        """Refuse NaN and infinity, unless they are allowed or the operation refuses them itself."""
+        """Refuse NaN and infinity, unless the request allows them or the operation refuses them itself."""
         if operation.checks_values or self.plan.request.allow_nonfinite:
             return chunks
         info = replace(self.checkpoint.tensors[operation.source], dtype=operation.output.dtype)
@@ -156,7 +156,7 @@ def _numpy_blas() -> ThreadpoolController:
 
 
 def _workers() -> int:
-    # Two more than cores: reading, digesting and writing wait for memory and disk in turn.
+    # Two more than cores: reading, digesting and writing wait for memory and disk by turns.
     return min(8, (os.cpu_count() or 1) + 2)
 
 

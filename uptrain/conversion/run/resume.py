@@ -1,4 +1,4 @@
-"""Begin a conversion's folder, alone or with other processes, and go on with what earlier runs left there."""
+"""Enter a conversion's folder, alone or with other processes, and continue what an earlier run left there."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _left(job: Job, state: State) -> tuple[str, ...]:
     if not _worked(earlier, job.calibration):
         return ()
     if earlier.command == state.command:
-        job.events.note("The source or uptrain changed since the run that was cut off: starting over.")
+        job.events.note("The source or uptrain changed since the interrupted run: starting over.")
     elif not job.overwrite:
         asked = f": {earlier.asked}" if earlier.asked else ""
         raise UsageError(
