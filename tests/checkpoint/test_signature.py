@@ -70,7 +70,7 @@ def test_the_signer_is_named(signed: Path, keys: Path, capsys: pytest.CaptureFix
     told = says(capsys, "verify", signed, "--allowed-signers", keys / "both", "--json", code=0)
     assert json.loads(told)["signer"]["identity"] == "me@example.org"
     told = says(capsys, "verify", signed, code=0)
-    assert "--allowed-signers FILE asks whose that is" in told
+    assert "--allowed-signers" in told
 
 
 @pytest.mark.parametrize("identity", [[], ["--identity", "me@example.org"]])
