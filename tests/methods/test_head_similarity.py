@@ -110,7 +110,7 @@ def test_a_conversion_measures_only_what_it_is_asked_to(tmp_path: Path, monkeypa
         rows = []
         monkeypatch.setattr(energy_numpy, "explained_by_factor", lambda run, count: rows.append(run) or 0.5)  # noqa: B023
         found = convert(str(tmp_path / "source"), tmp_path / f"part-{groups}", Request("gqa", 2))
-        assert len(rows) == groups and len(found.kept) == groups
+        assert len(rows) == groups and len(found.energy) == groups
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "every/model.safetensors").read_bytes()
 
 

@@ -128,6 +128,14 @@ def test_training_keeps_the_one_file_of_the_version_before(save_tiny: Save, tmp_
     assert found == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.py")}
 
 
+def test_training_adds_the_shared_file_where_only_that_is_missing(save_tiny: Save, tmp_path: Path) -> None:
+    convert(str(save_tiny("opt")), tmp_path / "out", request(2))
+    (tmp_path / "out" / SHARED_CODE).unlink()
+    (tmp_path / "trained").mkdir()
+    save(load(tmp_path / "out"), None, tmp_path / "trained", torch.float32, resolve(str(tmp_path / "out")))
+    assert (tmp_path / "trained" / SHARED_CODE).is_file()
+
+
 @pytest.mark.slow
 def test_transformers_fetches_both_files_from_the_hub(save_tiny: Save, tmp_path: Path) -> None:
     convert(str(save_tiny("bloom")), tmp_path / "out", request(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -390,3 +391,13 @@ def test_a_signal_asks_for_a_stop_and_a_second_ctrl_c_ends_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_missing_optimizer_is_refused_before_any_text_is_read(
+    recipe: Callable[..., recipes.Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    made = recipe(optimizer="adamw-8bit", data=[str(tmp_path / "absent.txt")])
+    with pytest.raises(UsageError, match="bitsandbytes"):
+        train(made)

@@ -92,7 +92,9 @@ class Request:
         self._check_grouping()
         self._check_effects()
         if self.chosen_tokens < 1 or (self.repair_steps or 0) < 0:
-            raise UsageError("--calibration-tokens or --repair-steps is negative.", "Give a positive number.")
+            raise UsageError(
+                "--calibration-tokens or --repair-steps is too small.", "Give at least 1 token, and no negative steps."
+            )
         if self.kind.groups is not None and self.groups not in (None, self.kind.groups):
             raise UsageError(
                 f"--groups {self.groups} contradicts --to {self.target}, which has one key/value head.",
@@ -256,6 +258,8 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
         option = "--to" if name == "target" else _option(name)
         if name == "max_shard_size":
             value = f"{value}B"
+        rope = MLARope.named(str(value)) if name == "rope" else None
+        value = rope.value if rope is not None else value
         words += [option] if value is True else [option, str(value)]
     return words
 

@@ -146,7 +146,7 @@ def _newest_texts(entries: Sequence[_Entry]) -> dict[str, Mapping[str, str]]:
 
 
 def _same_text(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Tell whether two texts are the same as far as both were read: compare the longest begin that both digested."""
+    """Tell whether two texts are the same as far as both were read: compare the longest prefix that both digested."""
     common = max(one.keys() & other.keys(), key=int, default=None)
     return common is None or one[common] == other[common]
 

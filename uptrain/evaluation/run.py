@@ -148,7 +148,7 @@ def _recorded(settings: EvaluationSettings, pair: ModelPair) -> dict[str, Any]:
 def _digests(texts: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Digest the tokens of each text, and of all texts together: a file may hold another text the next time.
 
-    The keys are numbers of tokens: the whole text, and each shorter begin of 32, 64, 128, … tokens. So runs that read
+    The keys are numbers of tokens: the whole text, and its first 32, 64, 128, … tokens. So runs that read
     more or less of a text can be compared. All texts together have the digest of the whole only.
     """
 

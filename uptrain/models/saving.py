@@ -11,7 +11,7 @@ import torch
 
 from uptrain.architectures.embeddings import declare_loaded
 from uptrain.checkpoint.jsonfile import dump_json
-from uptrain.checkpoint.sidecars import copy_sidecars, sidecars_of
+from uptrain.checkpoint.sidecars import code_named, copy_sidecars, sidecars_of
 from uptrain.checkpoint.source import Source
 from uptrain.checkpoint.weight_files import EXPLICIT
 
@@ -35,8 +35,8 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, source: S
         return
     sidecars = sidecars_of(source.path, source.listed, keeps_class=True)
     written = {path.name for path in folder.glob("*.py")}
-    if written & {*sidecars.copied}:  # the source's own code is complete, in as many files as it has
-        for name in written - {*sidecars.copied}:
+    if written & {*sidecars.copied}:  # the source's own code, in as many files as it names
+        for name in written - code_named(source.path, keeps_class=True):
             (folder / name).unlink()
     copy_sidecars(source.path, sidecars, folder)
     shutil.copyfile(source.path / "config.json", folder / "config.json")

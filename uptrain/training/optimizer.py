@@ -14,9 +14,22 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from uptrain.errors import needing
+from uptrain.errors import check_installed, needing
 from uptrain.training.recipe import Recipe
 from uptrain.training.scope import is_attention
+
+BITSANDBYTES = "optimizer: adamw-8bit"
+"""What needs bitsandbytes, as a recipe spells it."""
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Refuse an optimizer whose package is missing, before a run prepares its text.
+
+    Raises:
+        UsageError: the recipe names the 8-bit optimizer, and bitsandbytes is not installed.
+    """
+    if recipe.optimizer == "adamw-8bit":
+        check_installed("bitsandbytes", BITSANDBYTES)
 
 
 def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
@@ -35,7 +48,7 @@ def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
         groups = _by_decay((p for name, p in trained if name in inside), raised, recipe.weight_decay)
         groups += _by_decay((p for name, p in trained if name not in inside), recipe.learning_rate, recipe.weight_decay)
     if recipe.optimizer == "adamw-8bit":
-        with needing("optimizer: adamw-8bit"):
+        with needing(BITSANDBYTES):
             import bitsandbytes
         found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=recipe.betas)
         return found

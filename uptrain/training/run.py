@@ -9,6 +9,7 @@ from uptrain.training.accelerator import LESS_MEMORY, make_accelerator
 from uptrain.training.finish import finish
 from uptrain.training.launch import accelerate_device, report_lost_process
 from uptrain.training.metrics import TrainingResult
+from uptrain.training.optimizer import check_optimizer
 from uptrain.training.recipe import Recipe
 from uptrain.training.run_folder import RunFolder
 from uptrain.training.setup import prepared
@@ -35,6 +36,7 @@ def train(
         UptrainError: a loss is not finite, a checkpoint can't be written, memory is full, or a process is lost.
     """
     recipes.check_model(recipe)
+    check_optimizer(recipe)
     loading.quiet()
     if plot:
         plots.check()

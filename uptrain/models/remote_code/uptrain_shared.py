@@ -206,7 +206,7 @@ class AbsorbedDecoding:
             and self.config._attn_implementation in ("sdpa", "eager")
             # Without a mask several queries mean a prefill into an empty static cache, causal from its first token.
             and (attention_mask is not None or tokens == 1)
-            # Adapted, quantised, sharded and offloaded layers can only be called: their weight isn't all there is.
+            # Adapted, quantized, sharded and offloaded layers can only be called: their weight isn't all there is.
             and type(self.kv_b_proj) is nn.Linear
             and type(weight.data) is torch.Tensor
             and weight.device == latent.device

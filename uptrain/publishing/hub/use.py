@@ -90,8 +90,8 @@ def _code(config: Mapping[str, Any], code: Mapping[str, Any]) -> str:
     file = str(next(iter(code.values()))).rpartition(".")[0] + ".py"
     return (
         f"Its class, `{name}`, is not one of transformers: `trust_remote_code=True` runs `{file}` of this repository "
-        "and what that imports of it, and needs transformers 5. After `import uptrain` it loads without. The tokenizer "
-        "needs no code, but without `trust_remote_code=False` transformers asks whether to run it, and waits."
+        "and the files that it imports, and needs transformers 5. After `import uptrain` none of it runs. "
+        "The tokenizer needs no code, but without `trust_remote_code=False` transformers asks and waits."
     )
 
 

@@ -68,7 +68,7 @@ def _changes(earlier: Sweep, now: Sweep, planned: Sequence[PlannedTrial]) -> lis
         changed = [name for name in changed if name not in text_options()]
     plans = {trial.name: trial.plan.digest for trial in planned}
     if not changed and any(plans.get(trial.name, trial.plan) != trial.plan for trial in earlier.trials):
-        return ["source's files"]
+        return ["source's files or version of uptrain"]
     return changed
 
 
