@@ -183,8 +183,8 @@ def training_progress(steps: int, hidden: bool = False) -> Iterator[Callable[[Tr
 
         def show(step: TrainingStep) -> None:
             # Pure distillation: the loss is the divergence.
-            alike = step.divergence is None or abs(step.divergence - step.loss) < 1e-6
-            losses = f"loss {step.loss:.4f}" + ("" if alike else f" KL {step.divergence:.4f}")
+            same = step.divergence is None or abs(step.divergence - step.loss) < 1e-6
+            losses = f"loss {step.loss:.4f}" + ("" if same else f" KL {step.divergence:.4f}")
             progress.update(
                 task, completed=step.step, visible=True, loss=losses, rate=f"{step.learning_rate:.2e}",
                 speed=f"{step.tokens_per_second:,.0f}", memory=size(step.memory_bytes), left=f"{_clock(step)} left",

@@ -242,11 +242,11 @@ def _latent_facts(plan: Plan, latent: MLAPlan) -> list[tuple[str, str]]:
 
 
 def _class_facts(plan: Plan) -> list[tuple[str, str]]:
-    kept = plan.cache_after / plan.cache_before
+    share = plan.cache_after / plan.cache_before
     expanded = plan.result.expands_cache
     code = " (with its own modelling code: load with trust_remote_code=True)" if plan.target.remote_code else ""
     return [
-        ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token ({kept:.1%})"),
+        ("cache", f"{size(plan.cache_before)} → {size(plan.cache_after)} per token ({share:.1%})"),
         *_cross_facts(plan),
         *([expanded_in_transformers(plan.target.family.class_name)] if expanded else []),
         ("class", f"{plan.holder} · {plan.target.family.class_name}{code}"),
@@ -273,7 +273,7 @@ def _show(done: Conversion, as_json: bool) -> None:
     method, place = done.plan.request.method, done.plan.source.family.place
     if len(done.energy) > 1:
         methods = list(next(iter(done.energy.values())))
-        rows = [(place(layer), *_shares(kept, *methods)) for layer, kept in done.energy.items()]
+        rows = [(place(layer), *_shares(explained, *methods)) for layer, explained in done.energy.items()]
         rows.append(("all", *_shares(_average(list(done.energy.values())), *methods)))
         columns = ("layer", *(text for name in methods for text in (f"{name}: keys", "values")))
         title = "Explained energy" if done.plan.attention.sizes else "Explained energy, by method"
@@ -282,8 +282,8 @@ def _show(done: Conversion, as_json: bool) -> None:
             console.note("Below 0 %: the error is larger than the keys or values themselves.")
     console.facts(f"Wrote {done.out}", pairs)
     if method == "mean" and len(done.energy) == 1:
-        (layer, kept), *_ = done.energy.items()
-        ours, better = kept["mean"], kept["svd"]
+        (layer, explained), *_ = done.energy.items()
+        ours, better = explained["mean"], explained["svd"]
         console.note(
             f"In layer {place(layer)}, mean explains about {ours['keys']:.0%} of the energy of keys and "
             f"{ours['values']:.0%} of the energy of values; --method svd would explain {better['keys']:.0%} and "
@@ -304,12 +304,12 @@ def _wants_text(plan: Plan) -> bool:
     return rotary and not plan.source.family.uncalibrated
 
 
-def _shares(kept: dict[str, dict[str, float]], *methods: str) -> list[str]:
-    return [f"{kept[method][side]:.1%}" for method in methods for side in ("keys", "values")]
+def _shares(explained: dict[str, dict[str, float]], *methods: str) -> list[str]:
+    return [f"{explained[method][side]:.1%}" for method in methods for side in ("keys", "values")]
 
 
 def _average(layers: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     return {
-        method: {side: sum(kept[method][side] for kept in layers) / len(layers) for side in ("keys", "values")}
+        method: {side: sum(layer[method][side] for layer in layers) / len(layers) for side in ("keys", "values")}
         for method in layers[0]
     }

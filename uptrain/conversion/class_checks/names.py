@@ -20,12 +20,12 @@ _FIRST_ONLY = "relative_attention_bias"
 
 
 def check_kin(source: CheckpointDescription) -> None:
-    """Refuse a checkpoint of which a layer lacks what its like have, or that lacks embedding, head or final norm.
+    """Refuse a checkpoint that lacks a tensor: one that similar layers have, the embedding, the head or the final norm.
 
-    What is quantized is let be: another layer may have the same weight as codes, under other names.
+    Quantized tensors are not checked: another layer may have the same weight as codes, under other names.
 
     Raises:
-        CheckpointError: as said.
+        CheckpointError: a tensor is missing.
     """
     family, tensors, stacks, hidden = source.family, source.tensors, _stacks(source.tensors), source.hidden_size
     coded = source.quantization.tensors if source.quantization is not None else frozenset[str]()

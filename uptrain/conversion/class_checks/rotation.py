@@ -1,4 +1,4 @@
-"""Before a conversion: is the rotation that the plan counts on the one that transformers' own classes compute?"""
+"""Check that the rotation a plan counts on is the one that transformers' own classes compute."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _NEAR = 1e-5
 
 
 def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
-    """Refuse a plan whose rotation is another than transformers' own classes make of the two configs.
+    """Refuse a plan whose rotation differs from the one that transformers' classes compute of the two configs.
 
-    Only plans that write a rotation, or take the heads' rotated dims apart, are asked about, and only where torch and
-    transformers 5 are installed; a latent's own table is asked about once it is chosen.
+    Classes are asked only about plans that write a rotation or mix rotated dims, and only where torch and transformers
+    5 are installed. They are asked about a latent's own table once it is chosen.
 
     Raises:
-        CheckpointError: it is another, or a class can't read it.
+        CheckpointError: the rotation differs, or a class can't read the config.
     """
     writes, mixes = plan.attention.writes_rotation, plan.request.chosen_method.mixes_dims
     moves = plan.before != plan.after and mixes and any(spec.rotary_ndims != 0 for spec in plan.before)

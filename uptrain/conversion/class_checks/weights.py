@@ -44,10 +44,9 @@ class Question:
 def check_classes(checkpoint: Checkpoint, plan: Plan, name: str) -> tuple[str, ...]:
     """Refuse a source, or a planned result, that is not all of what its class needs; return notes for the user.
 
-    Args:
-        checkpoint: the open source.
-        plan: what is to be made of it.
-        name: what the user called the source.
+    - `checkpoint`: the open source.
+    - `plan`: what is made of it.
+    - `name`: what the user called the source.
 
     Raises:
         CheckpointError: tensors are missing, have other sizes than config.json promises, or would be left out.

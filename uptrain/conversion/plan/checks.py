@@ -1,4 +1,4 @@
-"""Refuse what a family can't become, in a sentence that says why and one that says what can be done."""
+"""Refuse what a family can't become. Each error says why, and what the user can do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _INNER_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight
 def check_listed(source: CheckpointDescription) -> None:
     """Refuse a checkpoint whose index lists a tensor that no shard holds, unless its class makes it itself.
 
-    A class makes a head or an inner embedding that is tied to the stored embedding, and its buffers. Without the
-    class's own list of names, which needs torch, the index is what tells that a tensor is missing.
+    A class makes its buffers, and a head or an inner embedding that is tied to the stored embedding. The class's own
+    list of names needs torch; the index shows without torch that a tensor is missing.
 
     Raises:
         CheckpointError: a tensor is missing.
@@ -34,10 +34,10 @@ def check_method(source: CheckpointDescription, request: Request) -> None:
     """Refuse a method or grouping that isn't exact for this family.
 
     Raises:
-        UsageError: it isn't.
+        UsageError: the method or grouping isn't exact.
     """
     if request.kind.latent and not source.family.targets.get("mla"):
-        return  # that no class holds it is what to say
+        return  # the error that no class holds a latent comes later, and says more
     why = source.why_pool_only
     if why and request.chosen_method.mixes_dims:
         raise UsageError(
@@ -60,7 +60,7 @@ def check_inside(source: CheckpointDescription, request: Request) -> None:
     """Refuse a target that needs a class of its own where a wrapper holds the language model.
 
     Raises:
-        UsageError: it does.
+        UsageError: the target needs a class of its own there.
     """
     if source.wrapped_in and request.kind.latent:
         raise UsageError(
@@ -74,21 +74,26 @@ def check_groups(source: CheckpointDescription, target: Family, groups: int) -> 
     """Refuse a number of key/value heads that the target class can't have.
 
     Raises:
-        UsageError: it can't.
+        UsageError: the target class can't have that number.
     """
     if not source.as_family(target).holds_groups(groups):
         raise UsageError(
-            f"{source.name} can't keep {groups} key/value heads: without {target.keys.grouped} "
+            f"{source.name} can't have {groups} key/value heads: without {target.keys.grouped} "
             f"{source.family.model_type} has one or all.",
             "Use --to mqa.",
         )
 
 
 def check_effects(request: Request, groups: int, heads: int, name: str) -> None:
-    """Refuse options that change nothing where `groups` of `heads` key/value heads stay.
+    """Refuse options that change nothing.
+
+    - `request`: what the user asks.
+    - `groups`: the result's key/value heads.
+    - `heads`: the source's key/value heads.
+    - `name`: what the user called the source.
 
     Raises:
-        UsageError: there is one.
+        UsageError: an option has no effect.
     """
     given = [option for option in method_options() if getattr(request, option) is not None]
     given += ["grouping"] if request.chosen_grouping.moves else []

@@ -19,14 +19,13 @@ def shared_outputs(
 ) -> dict[str, list[Operation]]:
     """Map the one tensor that a source stores for embedding and head to what it becomes; empty where it stores two.
 
-    The result stores the embedding, because not every reader takes a head for it. Target classes that tie nothing get a
-    copy as head.
+    The result stores the embedding, because not every program accepts a head in its place. A target class that ties
+    nothing gets a copy as its head.
 
-    Args:
-        source: the checkpoint.
-        target: the result's class.
-        untied: whether that class needs a head of its own.
-        passed: gives what becomes of a tensor outside attention, by its name and header.
+    - `source`: the checkpoint.
+    - `target`: the result's class.
+    - `untied`: whether that class needs a head of its own.
+    - `passed`: returns what becomes of a tensor outside attention, by its name and header.
     """
     embeddings = source.embeddings
     stored, names = embeddings.table, target.family.vocabulary

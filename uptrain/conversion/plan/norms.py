@@ -1,4 +1,4 @@
-"""Which norms on keys have weights of their own for every head, and what those become when heads are pooled."""
+"""Plan what becomes of key norms that have weights for each head, when heads are pooled."""
 
 from __future__ import annotations
 

@@ -38,17 +38,24 @@ PLAN_FORMAT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A conversion, complete but for the bytes."""
+    """A planned conversion: all but the bytes.
+
+    - `request`: what the user asks.
+    - `source`: the checkpoint.
+    - `attention`: what becomes of the attention layers, and the class that holds the result.
+    - `config`: the config of the language model in the result.
+    - `shards`: by file, the operations that make its tensors.
+    - `digest`: decides whether an unfinished run can be continued; empty where the source isn't on this machine.
+    - `notes`: what the user must know before the plan runs.
+    """
 
     request: Request
     source: CheckpointDescription
     attention: AttentionPlan
     config: dict[str, Any]
-    """The config of the language model in the result."""
     shards: dict[str, list[Operation]]
     digest: str = ""
     notes: tuple[str, ...] = ()
-    """What the user must know before the plan runs."""
 
     @property
     def target(self) -> TargetClass:
@@ -172,7 +179,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def plan_digest(plan: Plan, checkpoint: Checkpoint) -> str:
-    """Digest all that decides the result's bytes, the source files' sizes and times included, as they are now."""
+    """Digest all that decides the result's bytes, with the current sizes and times of the source's files."""
     if checkpoint.remote:
         return ""  # nothing can be resumed from a plan whose source isn't here
     stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]

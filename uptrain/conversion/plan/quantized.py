@@ -1,4 +1,4 @@
-"""Refuse what would take a quantized checkpoint's codes for weights, or leave its quantization_config without sense."""
+"""Refuse requests that would read a quantized checkpoint's codes as weights, or make its quantization_config wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uptrain.models.target import TargetClass
 
 
 def check_attention(source: CheckpointDescription) -> Quantization | None:
-    """Return how a checkpoint is quantized, None where it isn't; its attention must be floating numbers.
+    """Return how a checkpoint is quantized, None where it isn't; its attention must hold floating values.
 
     Raises:
         CheckpointError: the attention's weights are codes, or what stands for a projection's weight is something else.
@@ -40,7 +40,7 @@ def check_attention(source: CheckpointDescription) -> Quantization | None:
 
 
 def check_quantized(source: CheckpointDescription, request: Request) -> None:
-    """Refuse what a request would do to codes, or to scales that were measured with the heads as they are.
+    """Refuse a request that would change codes, or that makes scales wrong that were measured on the source's heads.
 
     Raises:
         CheckpointError: the attention is quantized, or other parts are and config.json doesn't say so.
@@ -69,10 +69,10 @@ def check_quantized(source: CheckpointDescription, request: Request) -> None:
 
 
 def check_target(source: CheckpointDescription, target: TargetClass, latent: bool) -> None:
-    """Refuse a class whose modules have other names, or other weights, than quantization_config speaks of.
+    """Refuse a target class whose modules have other names or other weights than quantization_config lists.
 
     Raises:
-        UsageError: codes would have to be folded, turned or scaled, or lists of modules wouldn't fit any more.
+        UsageError: codes would have to be folded, transposed or scaled, or lists of modules would no longer fit.
     """
     own, other = source.family, target.family
     renamed = latent or (own.projections, own.layer, own.prefixes) != (other.projections, other.layer, other.prefixes)

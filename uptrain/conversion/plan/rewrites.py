@@ -1,4 +1,4 @@
-"""Fit heads and linears to the class of another family: norms folded in, rotary dims reordered. Array functions."""
+"""Rewrite heads and linears for the class of another family: fold norms in, reorder rotary dims. Array functions."""
 
 from __future__ import annotations
 

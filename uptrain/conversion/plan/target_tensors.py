@@ -1,4 +1,4 @@
-"""What tensors outside attention become in the class of another family: new names, norms folded away, biases added."""
+"""Plan the tensors outside attention for the class of another family: new names, folded norms, added biases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from uptrain.models.target import TargetClass
 
 @dataclass(frozen=True)
 class TargetTensors:
-    """Says what the source's tensors outside attention become in `target`."""
+    """Plans what the tensors of `source` outside attention become in the class `target`."""
 
     source: CheckpointDescription
     target: TargetClass
@@ -41,7 +41,7 @@ class TargetTensors:
         return dotted[1:]
 
     def outputs(self, dtype: Callable[[str], str]) -> dict[str, list[Operation]]:
-        """Map each source tensor that is no plain copy to what it becomes; `dtype` gives the result's dtype.
+        """Map each source tensor that the class wants changed to what it becomes; `dtype` returns the result's dtype.
 
         Raises:
             CheckpointError: a norm that moves into a linear, or that linear, is missing.
@@ -60,7 +60,7 @@ class TargetTensors:
         return out
 
     def zeros(self, dtype: Callable[[str], str]) -> dict[str, list[Operation]]:
-        """Map the token embedding to the tensors of zeros that have a value for each of its rows.
+        """Map the token embedding to the tensors of zeros that the class has: one value per row of the embedding.
 
         Raises:
             CheckpointError: the embedding is missing.

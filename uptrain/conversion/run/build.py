@@ -1,4 +1,4 @@
-"""Build a conversion's folder: calibrate, write the shards and then the other files."""
+"""Build a conversion's folder: calibrate, write the shards, then the other files."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ NEEDS_TORCH = "--method svd, --grouping similar or --to mla"
 
 DIAGNOSED_PER_BYTE = 1.0
 DIAGNOSED_AT_LEAST = 1e8
-"""Multiplications per byte of the result, and at least, that a conversion which only pools may spend on measuring what
-is lost: about a thirtieth of the time that writing takes."""
+"""How many multiplications a conversion that only pools may spend on measuring its loss, per byte of the result and at
+least. That is about a thirtieth of the time that writing takes."""
 MEASURABLE = 1e15
 """The largest weight whose energy float32 can add up."""
 
@@ -39,13 +39,15 @@ MEASURABLE = 1e15
 class LayerMaker:
     """Makes one layer's changed attention tensors from the source's.
 
-    `energy` gathers, by layer and method, the share of key and value energy that is kept or would be. `orders` has, by
-    layer, the source's key/value heads in the result's order, where they moved.
+    `energy` gathers, by layer and method, the share of key and value energy that the method explains or would explain.
+    `orders` has, by layer, the source's key/value heads in the result's order, where they moved.
 
+    - `checkpoint`: the open source.
+    - `plan`: what is made of it.
     - `calibrated`: the layers that a calibration made, None where weights alone decide.
-    - `diagnose`: measure every layer, also what pooling does not need: what the other method would keep, and in
-      `similarity` how alike the heads are that come to share. Without it, pooling measures a part of one layer, with at
-      most `DIAGNOSED_PER_BYTE` multiplications per byte of the result.
+    - `diagnose`: measure every layer, also what pooling does not need: the energy that the other method would explain
+      and, in `similarity`, the similarity of the heads that are merged. Without it, pooling measures a part of one
+      layer, with at most `DIAGNOSED_PER_BYTE` multiplications per byte of the result.
     """
 
     def __init__(
@@ -137,13 +139,13 @@ class LayerMaker:
         return made.layer
 
     def _compare(self, heads: LayerHeads, groups: int, layer: int) -> None:
-        """Record how alike the heads are that come to share, where this is asked for."""
+        """Record the similarity of the heads that are merged, where `diagnose` asks for it."""
         if self.diagnose and _all_measurable(heads, groups):
             spec, position = self.plan.before[layer], self.plan.source.family.position
             self.similarity[layer] = head_similarity.head_similarity(heads, groups, position, spec, not self._pool_only)
 
     def _estimate(self, heads: LayerHeads, groups: int, layer: int) -> None:
-        """Record what `mean` keeps of a layer's energy, and what svd would keep of it."""
+        """Record the energy of a layer that `mean` explains, and that svd would explain."""
         spec, measured = self.plan.before[layer], groups
         if not self.diagnose:
             if layer != self._sample:
@@ -213,7 +215,7 @@ def _one_thread() -> AbstractContextManager[None]:
 def _estimated(
     heads: LayerHeads, groups: int, measured: int, position: Position, rotary_ndims: int | None
 ) -> dict[str, dict[str, float]]:
-    """Return the share of key and value energy that `mean` keeps and that svd would keep, by method.
+    """Return the share of key and value energy that `mean` explains and that svd would explain, by method.
 
     - `heads`: the layer's heads as they are.
     - `groups`: how many heads are to stay of keys and of values.

@@ -1,4 +1,4 @@
-"""Run a plan's shards: read, transform, digest and write on a few threads; the model is never whole in memory."""
+"""Write a plan's shards on a few threads. The model is never whole in memory."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Pipeline:
             self.events.bytes(count)
 
     def _checked(self, operation: Operation, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-        """Refuse NaN and infinity, unless they are allowed or the operation refuses them itself."""
+        """Refuse NaN and infinity, unless the request allows them or the operation refuses them itself."""
         if operation.checks_values or self.plan.request.allow_nonfinite:
             return chunks
         info = replace(self.checkpoint.tensors[operation.source], dtype=operation.output.dtype)

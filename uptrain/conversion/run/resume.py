@@ -1,4 +1,4 @@
-"""Begin a conversion's folder, alone or with other processes, and go on with what earlier runs left there."""
+"""Enter a conversion's folder, alone or with other processes, and continue what an earlier run left there."""
 
 from __future__ import annotations
 

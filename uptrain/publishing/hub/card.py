@@ -151,7 +151,7 @@ def _converting(stage: Stage) -> str:
 
 
 def _energy(stage: Stage, method: str) -> str:
-    layers = [kept[method] for kept in stage.get("energy_kept", {}).values() if method in kept]
+    layers = [explained[method] for explained in stage.get("energy_kept", {}).values() if method in explained]
     if not layers:
         return ""
     keys, values = (sum(layer[side] for layer in layers) / len(layers) for side in ("keys", "values"))

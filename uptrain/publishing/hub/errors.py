@@ -66,18 +66,18 @@ def _refusal(error: BaseException, repo: str, what: str, revision: str | None) -
     # HTTPError is the class of the HTTP library in use, which differs between versions of huggingface_hub.
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
-    host = urlparse(constants.ENDPOINT).netloc
-    for kind, refusal in _refusals(repo, what, revision, host):
+    server = urlparse(constants.ENDPOINT).netloc
+    for kind, refusal in _refusals(repo, what, revision, server):
         if isinstance(error, kind):
             return refusal
     if isinstance(error, HfHubHTTPError):
-        return UptrainError(*_of_status(error, repo, what, host))
+        return UptrainError(*_of_status(error, repo, what, server))
     if isinstance(error, OSError) and error.filename:
         return None
     if isinstance(error, HTTPError | OSError):
         reason = hide_token(str(error)).rstrip(".") or type(error).__name__
         return UptrainError(
-            f"{repo} can't be {what}: {host} can't be reached ({reason}).",
+            f"{repo} can't be {what}: {server} can't be reached ({reason}).",
             f"Check the network or HF_ENDPOINT. {_AGAIN}",
         )
     if isinstance(error, ValueError):
@@ -86,7 +86,7 @@ def _refusal(error: BaseException, repo: str, what: str, revision: str | None) -
 
 
 def _refusals(
-    repo: str, what: str, revision: str | None, host: str
+    repo: str, what: str, revision: str | None, server: str
 ) -> tuple[tuple[type[BaseException], UptrainError], ...]:
     """Return the classes of errors that need no further look, each with the error to raise instead."""
     from huggingface_hub.errors import (
@@ -103,19 +103,19 @@ def _refusals(
         (LocalTokenNotFoundError, UptrainError(f"{repo} can't be {what}: there is no token.", _LOG_IN)),
         (
             RevisionNotFoundError,
-            UptrainError(f"{repo} on {host} has no revision {revision or 'main'}.", "Check --revision."),
+            UptrainError(f"{repo} on {server} has no revision {revision or 'main'}.", "Check --revision."),
         ),
-        # The Hub answers alike for repositories that don't exist and for private ones of others.
+        # The Hub gives the same answer for repositories that don't exist and for private ones of others.
         (
             RepositoryNotFoundError,
             UptrainError(
-                f"{host} has no {repo}, or not for this token.",
+                f"{server} has no {repo}, or not for this token.",
                 f"Check the spelling, and that you have access. {_LOG_IN}",
             ),
         ),
         (
             JSONDecodeError,
-            UptrainError(f"{repo} can't be {what}: {host} does not answer as a Hub does.", "Check HF_ENDPOINT."),
+            UptrainError(f"{repo} can't be {what}: {server} does not answer as a Hub does.", "Check HF_ENDPOINT."),
         ),
     )
 
@@ -123,7 +123,7 @@ def _refusals(
 _LOG_IN = "Run `hf auth login`, or set HF_TOKEN to a token with write access."
 
 
-def _of_status(error: BaseException, repo: str, what: str, host: str) -> tuple[str, str]:
+def _of_status(error: BaseException, repo: str, what: str, server: str) -> tuple[str, str]:
     status = status_of(error)
     said = hide_token(str(getattr(error, "server_message", None) or "")).rstrip(".")
     because = f" ({said})" if said else ""
@@ -131,15 +131,15 @@ def _of_status(error: BaseException, repo: str, what: str, host: str) -> tuple[s
         from huggingface_hub import get_token
 
         if get_token() is None:
-            return f"{repo} can't be {what}: {host} wants a token, and there is none.", _LOG_IN
-        return f"{repo} can't be {what}: {host} does not accept the token{because}.", _LOG_IN
+            return f"{repo} can't be {what}: {server} wants a token, and there is none.", _LOG_IN
+        return f"{repo} can't be {what}: {server} does not accept the token{because}.", _LOG_IN
     if status == 403:
         return (
             f"{repo} can't be {what}: the token may not write there{because}.",
             "Use a token with write access, name a repository of your own, or add --create-pr.",
         )
     if status == 429:
-        return f"{host} accepts no more requests for now{because}.", f"Wait a few minutes. {_AGAIN}"
+        return f"{server} accepts no more requests for now{because}.", f"Wait a few minutes. {_AGAIN}"
     if status is not None and status >= 500:
-        return f"{repo} can't be {what}: {host} failed with {status}{because}.", f"Try later. {_AGAIN}"
-    return f"{repo} can't be {what}: {host} refused it with {status}{because}.", _AGAIN
+        return f"{repo} can't be {what}: {server} failed with {status}{because}.", f"Try later. {_AGAIN}"
+    return f"{repo} can't be {what}: {server} refused it with {status}{because}.", _AGAIN

@@ -61,16 +61,16 @@ class CardSubject:
     def cache_bytes(self) -> tuple[int, int]:
         """Return the cache bytes per token before all conversions and after them, both in this checkpoint's dtype.
 
-        Each stage gives its two figures in the dtype it wrote, and training may have changed that since; what
-        conversions keep of the cache is the same in every dtype.
+        Each stage gives both numbers in the dtype it wrote, and training may have changed that since; the share of
+        the cache that conversions keep is the same in every dtype.
         """
-        kept = math.prod(_after(stage) / stage["cache_bytes_per_token"]["before"] for stage in self.converted)
+        share = math.prod(_after(stage) / stage["cache_bytes_per_token"]["before"] for stage in self.converted)
         itemsize = ITEM_BITS[FLOAT_DTYPES[self.dtype]] // 8 if self.dtype in FLOAT_DTYPES else 0
         after = _after(self.converted[-1])
         if itemsize:
             described = describe(dict(self.config), f"{self.repo}'s config.json")
             after = cache_bytes_per_token(described.attention, itemsize)
-        return round(after / kept), after
+        return round(after / share), after
 
     @property
     def dtype(self) -> str:

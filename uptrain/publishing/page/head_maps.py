@@ -99,16 +99,16 @@ def _draw(found: list[LayerPicture], name: str) -> Figure:
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     maps, spectra = parts
     maps.suptitle("Share of two heads' energy that one shared head explains (a half: nothing in common)", fontsize=9.5)
-    grid = maps.subplots(2, len(found), squeeze=False)
+    panes = maps.subplots(2, len(found), squeeze=False)
     for column, picture in enumerate(found):
         for row, side in enumerate(("keys", "values")):
-            axes = grid[row, column]
+            axes = panes[row, column]
             image = axes.imshow(picture.similarity[side], vmin=0.5, vmax=1, cmap="cividis")
             axes.grid(visible=False)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_xlabel(f"{side}, layer {picture.layer}")
-    maps.colorbar(image, ax=grid, shrink=0.8)
+    maps.colorbar(image, ax=panes, shrink=0.8)
     panels = spectra.subplots(1, 2, sharey=True)
     for axes, side in zip(panels, ("keys", "values"), strict=True):
         for number, picture in enumerate(found):

@@ -22,20 +22,22 @@ def energy(models: list[PageModel]) -> Section:
     drawn, missing = [], []
     rows: list[tuple[str, ...]] = []
     for model in models:
-        kept = _recorded(model, "energy_kept")
-        if len(kept) > 1:
+        explained = _recorded(model, "energy_kept")
+        if len(explained) > 1:
             says = f"Explained energy of keys and values per layer of {model.name}, by method."
-            drawn.append(Chart(f"energy-{slug(model.name)}", charts.energy(kept), says, _caption([model.name], models)))
-        elif not kept:
+            drawn.append(
+                Chart(f"energy-{slug(model.name)}", charts.energy(explained), says, _caption([model.name], models))
+            )
+        elif not explained:
             missing.append(
                 f"{model.name} has no explained energy: its history has no conversion that pooled or factored."
             )
         else:
-            (layer, methods), *_ = kept.items()
+            (layer, methods), *_ = explained.items()
             missing.append(
                 f"{model.name} was measured in layer {layer} only. uptrain convert --diagnose measures every layer."
             )
-        for layer, methods in kept.items():
+        for layer, methods in explained.items():
             for method, sides in methods.items():
                 rows.append((model.name, layer, method, f"{sides['keys']:.1%}", f"{sides['values']:.1%}"))
     text = (
@@ -53,14 +55,14 @@ def similarity(models: list[PageModel]) -> Iterator[Section]:
     missing = []
     rows: list[tuple[str, ...]] = []
     # All methods let the same heads of one source share, so equal measurements become one chart.
-    alike: list[tuple[dict[str, Any], list[str]]] = []
+    distinct: list[tuple[dict[str, Any], list[str]]] = []
     for model in models:
         layers = _recorded(model, "head_similarity")
-        same = next((names for found, names in alike if found == layers), None)
+        same = next((names for found, names in distinct if found == layers), None)
         if same is not None:
             same.append(model.name)
         elif len(layers) > 1:
-            alike.append((layers, [model.name]))
+            distinct.append((layers, [model.name]))
         elif not layers:
             missing.append(f"{model.name} has no head similarity: uptrain convert --diagnose measures it.")
         for layer, kinds in layers.items():
@@ -76,7 +78,7 @@ def similarity(models: list[PageModel]) -> Iterator[Section]:
         "common; 100 %: the same head. The difference of the two lines is what svd saves and mean loses."
     )
     drawn = []
-    for layers, names in alike:
+    for layers, names in distinct:
         says = f"Similarity of the heads of a group in each layer of {', '.join(names)}, as stored and aligned."
         name = f"similarity-{slug(names[0])}"
         drawn.append(Chart(name, similarity_chart(layers), says, _caption(names, models)))

@@ -21,20 +21,20 @@ class AttentionCache:
 
 
 def attention_caches(models: list[PageModel]) -> list[AttentionCache]:
-    """Return MHA, GQA, MQA and MLA forms of the first model's model and every model's own, largest first.
+    """Return the caches of the first model with MHA, GQA, MQA and MLA, and those of all models, largest first.
 
     GQA has the original's heads, else the models' own, else a quarter of the query heads. MLA has a model's own
-    latent, else one of DeepSeek-V2's proportions: four heads' dims and, where keys rotate, half a head's beside them.
+    latent, else one of DeepSeek-V2's proportions: the dims of four heads, and half a head's dims for rotary keys.
 
     Source: DeepSeek-V2 (2024), section 3.1.2 for the proportions; Ainslie et al. 2023 for GQA.
     """
     first = models[0]
     heads = first.layers[0].num_attention_heads
-    alike = [each for each in models if _size(each) == _size(first)]
-    latent = next((each.layers for each in alike if each.layers[0].kind == "mla"), None)
+    comparable = [each for each in models if _size(each) == _size(first)]
+    latent = next((each.layers for each in comparable if each.layers[0].kind == "mla"), None)
     plain = tuple(_plain(layer) for layer in first.layers)
-    counts = {each.original_heads for each in alike}
-    counts |= {each.layers[0].num_key_value_heads for each in alike if each.layers[0].kind != "mla"}
+    counts = {each.original_heads for each in comparable}
+    counts |= {each.layers[0].num_key_value_heads for each in comparable if each.layers[0].kind != "mla"}
     if not any(1 < count < heads for count in counts):
         counts.update([count for count in range(max(2, heads // 4), heads) if heads % count == 0][:1])
     found: dict[str, tuple[AttentionSpec, ...]] = {}
@@ -43,9 +43,9 @@ def attention_caches(models: list[PageModel]) -> list[AttentionCache]:
         found[_name(shared[0])] = shared
     latent = latent or tuple(_latent(layer, first.model.position.rotates) for layer in plain)
     found[_name(latent[0])] = latent
-    for each in alike:
+    for each in comparable:
         found[_name(each.layers[0])] = each.layers
-    owners = {_name(each.layers[0]): each.name for each in reversed(alike)}
+    owners = {_name(each.layers[0]): each.name for each in reversed(comparable)}
     original = _name(plain[0].grouped(first.original_heads))
     owners[original] = " and ".join(filter(None, ("the original", owners.get(original))))
     out = [

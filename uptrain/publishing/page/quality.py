@@ -27,23 +27,23 @@ def quality(models: list[PageModel]) -> Section:
         for model in models if model not in compared
     ]  # fmt: skip
     missing += [sentence for model in models for sentence in model.left_out]
-    alike = [model for model in compared if model.conditions == compared[0].conditions]
+    comparable = [model for model in compared if model.conditions == compared[0].conditions]
     missing += [
-        f"{model.name} was measured on other text or with other settings than {alike[0].name}, so it is not drawn."
-        for model in compared if model not in alike
+        f"{model.name} was measured on other text or with other settings than {comparable[0].name}, so it is not drawn."
+        for model in compared if model not in comparable
     ]  # fmt: skip
-    if not alike:
+    if not comparable:
         return Section("Quality against cache", "", missing=missing)
-    how = ", ".join(_conditions(alike[0].evaluation or {}))
+    how = ", ".join(_conditions(comparable[0].evaluation or {}))
     text = f"Lower and further left is better. {how}. Bars: 95 % intervals of the perplexity ratio over windows."
     says = "Perplexity against cache bytes per token, of the original and of each result; the table has the values."
-    drawn = [Chart("quality", charts.quality(alike), says)]
-    lines = list(_lines(alike))
+    drawn = [Chart("quality", charts.quality(comparable), says)]
+    lines = list(_lines(comparable))
     if any(len(rows) > 1 for _, rows in lines):
         text += " The second chart has the ratio at every context: the loss of a smaller cache may grow with length."
         says = "Perplexity over the original's against the context, one line per text or checkpoint."
         drawn.append(Chart("contexts", contexts_chart(lines), says))
-    table = table_of(alike, by_text)
+    table = table_of(comparable, by_text)
     return Section("Quality against cache", text, drawn, table.columns, table.rows, missing)
 
 

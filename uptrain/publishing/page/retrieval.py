@@ -79,11 +79,11 @@ def retrieval_chart(panels: Sequence[Panel]) -> Figure:
     below = math.ceil(len(panels) / across)
     figure = Figure(figsize=(WIDTH, below * (0.85 + 0.4 * len(depths))), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(below, across, squeeze=False).flatten()
+    panes = figure.subplots(below, across, squeeze=False).flatten()
     found = any(exact for panel in panels for exact, _ in panel.cells.values())
     likely = [nats for panel in panels for _, nats in panel.cells.values()]
     least, most = min(likely), max(likely)
-    for axes, panel in zip(grid, panels, strict=False):
+    for axes, panel in zip(panes, panels, strict=False):
         for (length, depth), (exact, nats) in panel.cells.items():
             at = (lengths.index(length), depths.index(depth))
             shade = exact if found else (nats - least) / ((most - least) or 1)
@@ -104,6 +104,6 @@ def retrieval_chart(panels: Sequence[Panel]) -> Figure:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("prompt, tokens")
         axes.set_ylabel("depth of the key")
-    for axes in grid[len(panels) :]:
+    for axes in panes[len(panels) :]:
         axes.set_visible(False)
     return figure

@@ -103,7 +103,7 @@ def memory(models: list[PageModel]) -> Section:
 def _cache(model: PageModel) -> tuple[float, float]:
     """Return the cache bytes per token of the original (0 if unknown) and of the model, by its history."""
     now = sum(layer.cache_values_per_token for layer in model.layers) * model.itemsize
-    kept = 1.0
+    share = 1.0
     for stage in model.conversions:
-        kept *= stage["cache_bytes_per_token"]["after"] / stage["cache_bytes_per_token"]["before"]
-    return (now / kept if model.conversions else 0.0), now
+        share *= stage["cache_bytes_per_token"]["after"] / stage["cache_bytes_per_token"]["before"]
+    return (now / share if model.conversions else 0.0), now

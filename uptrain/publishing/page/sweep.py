@@ -42,7 +42,10 @@ def sweep_summary(found: Sweep) -> Section:
 
 
 def sweep_sections(found: Sweep, models: list[PageModel]) -> list[Section]:
-    """Return the sections below the table, `models` are the kept trials. Call it inside `style.drawing`."""
+    """Return the sections below the table. Call it inside `style.drawing`.
+
+    `models` are the trials whose checkpoints exist.
+    """
     missing = [f"{each.target} by {each.method}: {each.why}" for each in found.refused]
     if not found.trials:
         return [Section("Quality against cache", "", missing=[*missing, "Nothing was measured yet: sweep again."])]
