@@ -73,6 +73,7 @@ def test_importing_uptrain_imports_no_numpy() -> None:
     assert done.stdout == "\n"
 
 
+@pytest.mark.slow
 def test_a_modelling_file_can_be_the_first_that_a_process_imports() -> None:
     """Importing uptrain arranges that importing transformers registers all of them."""
     code = "from uptrain.models.remote_code.modeling_uptrain_gpt2 import UptrainGPT2Model"
@@ -108,6 +109,7 @@ def make_single_file(folder: Path, name: str) -> None:
     shared.unlink()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_version_before_loads_with_and_without_uptrain(save_tiny: Save, tmp_path: Path) -> None:
     """Its modelling file was one, with all that is shared now in it."""
     convert(str(save_tiny("opt")), tmp_path / "out", request(2))

@@ -100,7 +100,6 @@ def face(package: str) -> list[str]:
     return list(getattr(import_module("uptrain" if package == "uptrain" else f"uptrain.{package}"), "__all__", []))
 
 
-@pytest.mark.xfail(reason="being rebuilt")
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name != "cli"])
 def test_a_package_names_its_public_things(package: str) -> None:
     module = import_module(f"uptrain.{package}")

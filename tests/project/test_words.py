@@ -73,7 +73,6 @@ def commands(command: click.Command, path: str = "uptrain") -> Iterator[tuple[st
             yield from commands(below, f"{path} {name}")
 
 
-@pytest.mark.xfail(reason="being rewritten")
 @pytest.mark.parametrize(
     ("path", "command"), list(commands(cli)), ids=lambda value: value if isinstance(value, str) else ""
 )

@@ -363,6 +363,7 @@ def test_float16_for_a_latent_is_refused_before_training(recipe: Callable[..., r
         train(recipe(dtype="float16"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_has_the_format_of_version_0_1_and_another_is_refused(
     recipe: Callable[..., recipes.Recipe], tmp_path: Path
 ) -> None:
