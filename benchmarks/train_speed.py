@@ -57,6 +57,7 @@ def run_trainer(args: argparse.Namespace, folder: Path) -> list[Moment]:
     from uptrain.data.sources import parse_source
     from uptrain.data.token_file import TokenFile
     from uptrain.models import loading
+    from uptrain.models.opened import open_model
 
     loading.quiet()
     source = resolve(args.model)
@@ -76,7 +77,9 @@ def run_trainer(args: argparse.Namespace, folder: Path) -> list[Moment]:
         dataloader_pin_memory=False,
     )  # fmt: skip
     rows = [{"input_ids": block, "labels": block} for block in blocks]
-    Trainer(model=loading.load_model(source).float(), args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
+    Trainer(
+        model=loading.load_model(open_model(source)).float(), args=arguments, train_dataset=rows, callbacks=[Clock()]
+    ).train()
     return ends
 
 

@@ -28,6 +28,7 @@ from uptrain.data.documents import pieces
 from uptrain.data.sources import Files, parse_source
 from uptrain.data.token_text import read_tokens
 from uptrain.models import loading
+from uptrain.models.opened import open_model
 from uptrain.training import recipes
 from uptrain.training.losses import lm_loss
 from uptrain.training.metrics import TrainingStep
@@ -56,7 +57,7 @@ def with_plain_ends(source: Any, folder: Path, name: str) -> Any:
 
 def held_out_loss(folder: str, text: Any, tokens: int, block: int) -> float:
     source = resolve(folder)
-    model = loading.load_model(source, torch.float32).eval()
+    model = loading.load_model(open_model(source), torch.float32).eval()
     ids = torch.from_numpy(read_tokens([text], loading.load_tokenizer(source.path), tokens).ids)
     blocks = ids[: len(ids) // block * block].view(-1, block)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from tests.conftest import tiny_config, tiny_model
 from tests.corpus import checkpoint, corpus
 from tests.oracle import pool_model
 from uptrain.architectures.decoders import FAMILIES
+from uptrain.checkpoint.reader import read_config
 from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
@@ -47,7 +48,7 @@ FEW = [
 
 def load(folder: Path) -> Any:
     register()
-    return auto_class_of(folder).from_pretrained(folder, dtype=torch.float32).eval()
+    return auto_class_of(read_config(folder)).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()

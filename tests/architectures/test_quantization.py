@@ -17,8 +17,8 @@ from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_families import load, logits
 from tests.oracle import pool_and_repeat, pool_model
 from tests.quantized import PLAIN, SCHEMES, THROUGHOUT, fp8, save_plain, save_quantized
-from uptrain.architectures.quantization import check_read, quantization_in
-from uptrain.checkpoint.reader import read_config
+from uptrain.architectures.quantization import check_read, quantization_of
+from uptrain.checkpoint.reader import open_checkpoint, read_config
 from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
 from uptrain.conversion import convert, plan_conversion
@@ -27,6 +27,7 @@ from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UptrainError, UsageError
 from uptrain.models import loading
 from uptrain.models.loading import load as load_for_generating
+from uptrain.models.opened import open_model
 from uptrain.models.precision import place_model
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
@@ -268,19 +269,19 @@ def test_files_of_older_tools_tell_the_width(tmp_path: Path) -> None:
 def test_codes_are_never_loaded_as_weights(scheme: str, tmp_path: Path) -> None:
     """Eval and train load through transformers, which skips what it doesn't know or isn't told of."""
     undeclared = save_quantized(tmp_path / "undeclared", scheme, attention=False, declare=False)
-    for read in (lambda folder: loading.load_model(resolve(str(folder))), load_for_generating):
+    for read in (lambda folder: loading.load_model(open_model(resolve(str(folder)))), load_for_generating):
         with pytest.raises(CheckpointError, match="codes"):
             read(undeclared)
     says = {"quant_method": "brand-new", "bits": 4}
     unknown = save_quantized(tmp_path / "unknown", scheme, attention=False, quantization_config=says)
-    for read in (lambda folder: loading.load_model(resolve(str(folder))), load_for_generating):
+    for read in (lambda folder: loading.load_model(open_model(resolve(str(folder)))), load_for_generating):
         with pytest.raises(CheckpointError, match="brand-new"):
             read(unknown)
 
 
 def test_scales_that_a_class_has_no_place_for_are_not_lost(tmp_path: Path) -> None:
     """As of linears that are none of torch's, which transformers' quantizer leaves alone, codes and all."""
-    found = quantization_in(save_quantized(tmp_path / "src", "fp8", attention=False))
+    found = quantization_of(open_checkpoint(save_quantized(tmp_path / "src", "fp8", attention=False)))
     check_read(found, ["model.layers.0.self_attn.rotary_emb.inv_freq"], "src")
     check_read(None, ["model.layers.0.mlp.up_proj.weight_scale_inv"], "src")
     with pytest.raises(CheckpointError, match=r"up_proj\.weight_scale_inv"):
@@ -305,7 +306,7 @@ def test_a_library_that_is_not_there_is_a_sentence_that_names_the_scheme(
 
     monkeypatch.setattr(loading.transformers.LlamaForCausalLM, "from_pretrained", absent)
     with pytest.raises(CheckpointError, match=SCHEMES[scheme].called):
-        loading.load_model(resolve(str(source)))
+        loading.load_model(open_model(resolve(str(source))))
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "bnb8", "gptq"])
@@ -313,7 +314,7 @@ def test_codes_are_not_trained(scheme: str, tmp_path: Path) -> None:
     source = save_quantized(tmp_path / "src", scheme, attention=False)
     recipe = Recipe.model_construct(attn_implementation=None, dtype=None)
     with pytest.raises(UsageError, match=SCHEMES[scheme].called):
-        make_student(recipe, resolve(str(source)), None)
+        make_student(recipe, open_model(resolve(str(source))), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)

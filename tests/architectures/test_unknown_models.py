@@ -22,6 +22,7 @@ from uptrain.conversion.inspection import inspect
 from uptrain.conversion.request import Request
 from uptrain.errors import UsageError
 from uptrain.models.auto_class import check_loadable
+from uptrain.models.opened import open_config
 
 OTHERS = sorted(set(CONFIG_MAPPING_NAMES) - set(FAMILIES) - NO_CACHE)
 
@@ -94,6 +95,6 @@ def test_loading_refuses_only_wrappers_that_have_no_language_model_s_class(tmp_p
         AutoConfig.for_model(model_type).save_pretrained(tmp_path / model_type)
         (tmp_path / model_type / "model.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match="qwen2_vl"):
-        check_loadable(resolve(str(tmp_path / "qwen2_vl")))
+        check_loadable(open_config(resolve(str(tmp_path / "qwen2_vl"))))
     for model_type in ("llava", "gemma3", "llama4"):
-        check_loadable(resolve(str(tmp_path / model_type)))
+        check_loadable(open_config(resolve(str(tmp_path / model_type))))

@@ -30,6 +30,7 @@ from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.evaluation import evaluate
 from uptrain.models.checks import check_heads
+from uptrain.models.opened import open_config
 from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
 from uptrain.publishing.hub.subject import CardSubject
@@ -397,4 +398,4 @@ def test_a_checkpoint_s_family_has_the_names_of_the_wrapper(tmp_path: Path) -> N
     assert described.config["model_type"] == "llama" and checkpoint.config["model_type"] == "idefics3"
     assert described.wrapped_in == "idefics3"
     with pytest.raises(UsageError, match="idefics3"):
-        check_heads(resolve(str(tmp_path / "s")))
+        check_heads(open_config(resolve(str(tmp_path / "s"))))

@@ -27,6 +27,7 @@ from uptrain.conversion.run.convert import Conversion, convert
 from uptrain.conversion.run.options import RunOptions
 from uptrain.errors import CheckpointError, UptrainError
 from uptrain.models import loading
+from uptrain.models.opened import open_model
 from uptrain.models.saving import save
 
 GQA2 = Request("gqa", 2)
@@ -194,7 +195,7 @@ def test_named_chat_templates_and_their_folder_come_through_convert_and_train(tm
     (source / "notes" / "USE_POLICY.md").write_text("be kind")
     done = convert(str(source), tmp_path / "gqa", GQA2)
     assert AutoTokenizer.from_pretrained(done.out).chat_template == templates
-    model = loading.load_model(resolve(str(done.out)))
+    model = loading.load_model(open_model(resolve(str(done.out))))
     trained = tmp_path / "trained"
     trained.mkdir()
     save(model, words, trained, torch.float32, resolve(str(done.out)))
@@ -212,7 +213,7 @@ def test_training_keeps_our_modelling_file_and_leaves_what_was_measured(tmp_path
     (done.out / "optimizer.pt").write_text("")
     source, trained = resolve(str(done.out)), tmp_path / "trained"
     trained.mkdir()
-    save(loading.load_model(source), tokenizer(), trained, torch.float32, source)
+    save(loading.load_model(open_model(source)), tokenizer(), trained, torch.float32, source)
     names = {path.name for path in trained.iterdir()}
     assert {"modeling_uptrain_gpt2.py", "uptrain_shared.py"} <= names
     assert (

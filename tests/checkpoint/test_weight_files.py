@@ -22,7 +22,7 @@ from uptrain.checkpoint.weight_files import find_weights
 from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError
-from uptrain.models.checks import check_weights
+from uptrain.models.opened import open_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GQA2 = Request("gqa", 2)
@@ -189,7 +189,7 @@ def test_what_is_not_read_is_named(put: Callable[[Path], Any], says: str, save_t
     assert caught.value.hint
     # eval, train and load() ask the same before transformers does.
     with pytest.raises(CheckpointError, match=says):
-        check_weights(Source(source, "src", "folder"))
+        open_model(Source(source, "src", "folder"))
 
 
 def test_shards_of_a_distributed_checkpoint_are_not_passed_over(save_tiny: Save) -> None:

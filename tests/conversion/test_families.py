@@ -20,7 +20,7 @@ from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.description import ModelDescription, describe_checkpoint
 from uptrain.architectures.projections import Heads, join, modules_of, split
 from uptrain.architectures.schema import Family, Sliding
-from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.checkpoint.reader import open_checkpoint, read_config
 from uptrain.cli.app import run
 from uptrain.conversion import convert, plan_conversion
 from uptrain.conversion.plan.planner import result_attention
@@ -63,7 +63,9 @@ def request(groups: int, method: str = "mean") -> Request:
 
 def load(folder: Path) -> PreTrainedModel:
     """Load a model whose class finds every tensor it has, in its shape, and no other."""
-    model, info = auto_class_of(folder).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = auto_class_of(read_config(folder)).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info.values()), info
     return model.eval()
 

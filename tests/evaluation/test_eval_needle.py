@@ -19,6 +19,7 @@ from uptrain.cli.app import run
 from uptrain.evaluation.intervals import interval, wilson
 from uptrain.evaluation.needle import Prompt, ask, prompts
 from uptrain.models import loading
+from uptrain.models.opened import open_model
 
 
 @given(trials=st.integers(1, 500), share=st.floats(0, 1))
@@ -50,7 +51,7 @@ def test_prompts_have_their_length_and_hide_the_key_where_they_say(length: int) 
 
 
 def test_a_key_is_found_exactly_when_greedy_generation_writes_it(tmp_path: Path) -> None:
-    model = loading.load_model(resolve("demo")).float().eval()
+    model = loading.load_model(open_model(resolve("demo"))).float().eval()
     ids = loading.load_tokenizer(resolve("demo").path)("import os\n\ndef main():\n    for name in os.")["input_ids"]
     written = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :].tolist()
     found, nats = ask(model, Prompt(ids, written))
@@ -74,7 +75,7 @@ def test_cells_are_the_brute_force_metrics(tmp_path: Path, capsys: pytest.Captur
     assert [(cell["length"], cell["depth"]) for cell in cells] == [(140, 0), (140, 0.5)]
     tokenizer = loading.load_tokenizer(folder)
     filler = tokenizer((tmp_path / "text.txt").read_text(), add_special_tokens=False)["input_ids"][:200]
-    pair = [loading.load_model(resolve(name)).float().eval() for name in (str(folder), str(other))]
+    pair = [loading.load_model(open_model(resolve(name))).float().eval() for name in (str(folder), str(other))]
     for cell in cells:
         sums: list[list[float]] = [[], []]
         asked = prompts(tokenizer, filler, cell["length"], cell["depth"], 3)

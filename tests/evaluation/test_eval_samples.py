@@ -16,6 +16,7 @@ from uptrain.checkpoint.source import resolve
 from uptrain.cli.app import run
 from uptrain.evaluation.samples import PROMPT_TOKENS, openings
 from uptrain.models import loading
+from uptrain.models.opened import open_model
 
 DOCUMENTS = ["the quick brown fox jumps over a lazy dog " * 9, "too short", "seven wizards brew strange tea " * 9]
 
@@ -40,7 +41,7 @@ def test_both_models_write_what_generate_writes(tmp_path: Path, capsys: pytest.C
         assert sample["prompt"] == tokenizer.decode(ids)
         written = []
         for name in (other, baseline):
-            model = loading.load_model(resolve(str(name))).eval()
+            model = loading.load_model(open_model(resolve(str(name)))).eval()
             out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
             written.append(out[0, len(ids) :].tolist())
         texts = [tokenizer.decode(each, skip_special_tokens=True) for each in written]

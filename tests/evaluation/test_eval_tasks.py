@@ -20,6 +20,7 @@ from uptrain.data.sources import Files
 from uptrain.evaluation import EvaluationSettings, evaluate
 from uptrain.evaluation.settings import TaskSettings
 from uptrain.models import loading
+from uptrain.models.opened import open_model
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs uptrain[eval]")
 
@@ -71,7 +72,7 @@ def likelihood(model: Any, tokenizer: Any, text: str, continuation: str) -> floa
 
 def expected(name: str) -> dict[str, list[float]]:
     source = resolve(name)
-    model, tokenizer = loading.load_model(source).float().eval(), loading.load_tokenizer(source.path)
+    model, tokenizer = loading.load_model(open_model(source)).float().eval(), loading.load_tokenizer(source.path)
     sure = [[likelihood(model, tokenizer, d["text"], f" {choice}") for choice in d["choices"]] for d in CHOICES]
     answers = [int(d["answer"]) for d in CHOICES]
     lengths = [len(choice) for choice in CHOICES[0]["choices"]]

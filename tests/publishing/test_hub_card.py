@@ -260,12 +260,14 @@ def test_measurements_of_the_weights_before_do_not_travel(tmp_path: Path) -> Non
 
     from uptrain.checkpoint.source import resolve
     from uptrain.models import loading
+    from uptrain.models.opened import open_model
 
     folder = checkpoint(tmp_path / "source", "llama")
     (folder / "eval.json").write_text(json.dumps(evaluation().to_dict()))
     source = resolve(str(folder))
     (tmp_path / "trained").mkdir()
-    save(loading.load_model(source), loading.load_tokenizer(folder), tmp_path / "trained", torch.float32, source)
+    model = loading.load_model(open_model(source))
+    save(model, loading.load_tokenizer(folder), tmp_path / "trained", torch.float32, source)
     convert(str(folder), tmp_path / "converted", Request("mqa"))
     for name in ("trained", "converted"):
         assert (tmp_path / name / "tokenizer.json").is_file() and not (tmp_path / name / "eval.json").exists()

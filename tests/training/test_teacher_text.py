@@ -20,6 +20,7 @@ from uptrain.data.sources import Files, TeacherText
 from uptrain.data.token_file import TokenFile
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models.loading import load_model
+from uptrain.models.opened import open_model
 from uptrain.training import recipes
 from uptrain.training.teacher_sampler import Sampler
 from uptrain.training.teacher_text import generate_tokens, teacher_digest
@@ -186,7 +187,7 @@ def test_a_checkpoint_loaded_again_goes_on_with_its_text(tmp_path: Path, words: 
     from uptrain.checkpoint.source import resolve
 
     checkpoint(tmp_path / "model")
-    first, again = (load_model(resolve(str(tmp_path / "model"))) for _ in range(2))
+    first, again = (load_model(open_model(resolve(str(tmp_path / "model")))) for _ in range(2))
     assert teacher_digest(Sampler(first, words, teacher(), 32, 0)) == teacher_digest(
         Sampler(again, words, teacher(), 32, 0)
     )

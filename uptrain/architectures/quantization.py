@@ -12,7 +12,7 @@ from typing import Any
 
 from uptrain.checkpoint.header import FLOAT_DTYPES, ITEM_BITS, TensorInfo
 from uptrain.checkpoint.jsonfile import read_json
-from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
+from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UsageError
 
 ORIGINAL = "Convert the full-precision original and quantize the result."
@@ -108,21 +108,7 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
     Raises:
         CheckpointError: a quantize_config.json or the like that can't be read.
     """
-    return _found(checkpoint.config, checkpoint.tensors, checkpoint.path)
-
-
-def quantization_in(path: Path) -> Quantization | None:
-    """Return how the checkpoint in folder `path` is quantized; None where it isn't.
-
-    Where its weights can't be opened, only its config is read.
-
-    Raises:
-        CheckpointError: config.json is missing or broken.
-    """
-    try:
-        return quantization_of(open_checkpoint(path))
-    except CheckpointError:
-        return _found(read_config(path), {}, path)
+    return find_quantization(checkpoint.config, checkpoint.tensors, checkpoint.path)
 
 
 def check_scheme(found: Quantization | None, methods: Iterable[str], name: str) -> None:
@@ -200,7 +186,16 @@ def declared_scheme(config: Mapping[str, Any]) -> str:
     return "" if not said else NAMES.get(method, method or "MLX") + (f", {bits} bits" if bits else "")
 
 
-def _found(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> Quantization | None:
+def find_quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> Quantization | None:
+    """Return how weights are quantized; None where they are not.
+
+    - `config`: what config.json holds.
+    - `tensors`: the stored tensors by name; empty where they are not known.
+    - `path`: the checkpoint's folder, which can hold further files about the quantization.
+
+    Raises:
+        CheckpointError: a quantize_config.json or the like that can't be read.
+    """
     said = _said(config)
     signs: dict[str, str] = {}
     for name, info in tensors.items():

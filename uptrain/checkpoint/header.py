@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from uptrain.checkpoint.jsonfile import parse_object
+from uptrain.checkpoint.weight_files import SAVE_AGAIN
 from uptrain.errors import CheckpointError
 
 ITEM_BITS = {
@@ -112,3 +114,48 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def read_shard(folder: Path, name: str) -> dict[str, TensorInfo]:
+    """Return the tensors of the safetensors file `name`, a path relative to `folder`.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    found = read_header(folder / name)
+    # The header's reader knows only the last part of the name.
+    return {key: replace(info, file=name) for key, info in found.items()} if "/" in name else found
+
+
+def merge_shards(
+    shards: Iterable[tuple[str, Mapping[str, TensorInfo]]],
+    weight_map: Mapping[str, str],
+    where: str | Path,
+    equal: Callable[[TensorInfo, TensorInfo], bool],
+) -> dict[str, TensorInfo]:
+    """Return the tensors of all shards; of a tensor in two shards the later copy, which transformers reads.
+
+    - `shards`: each shard's name and tensors, in the order in which transformers reads them.
+    - `weight_map`: the shard in which the index lists each tensor.
+    - `where`: what errors call the checkpoint.
+    - `equal`: tells whether two tensors of the same dtype and shape hold the same values.
+
+    Raises:
+        CheckpointError: a tensor's two copies differ, and the index lists the one that transformers doesn't read.
+    """
+    out: dict[str, TensorInfo] = {}
+    for shard, tensors in shards:
+        for name, info in tensors.items():
+            earlier = out.pop(name, None)
+            out[name] = info
+            if earlier is None or weight_map.get(name) == shard:
+                continue
+            same = (earlier.dtype, earlier.shape) == (info.dtype, info.shape) and equal(earlier, info)
+            if not same:
+                raise CheckpointError(
+                    f"{where} has two different tensors {name}: the index lists that of "
+                    f"{weight_map.get(name, 'neither')}, transformers reads that of {shard}.",
+                    f"Where transformers is right, let it save the model again. {SAVE_AGAIN} Else remove the "
+                    f"tensor from {shard}.",
+                )
+    return out

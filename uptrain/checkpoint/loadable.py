@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from uptrain.checkpoint.jsonfile import read_json
-from uptrain.checkpoint.reader import Checkpoint, check_files, open_checkpoint, read_config
-from uptrain.checkpoint.weight_files import files_of, find_weights, names_in, read_weight_map
+from uptrain.checkpoint.reader import Checkpoint, open_weights, read_config
+from uptrain.checkpoint.weight_files import locate_weights
 from uptrain.errors import CheckpointError
 
 
-def open_loadable(path: Path, allow_pickle: bool) -> Checkpoint | None:
-    """Return the checkpoint in folder `path`, opened; None where its weights are pickles.
+@dataclass(frozen=True, kw_only=True)
+class LoadableFolder:
+    """A folder that transformers can load.
+
+    - `config`: what config.json holds.
+    - `checkpoint`: the opened weights; None where they are pickles, which only transformers reads.
+    """
+
+    config: dict[str, Any]
+    checkpoint: Checkpoint | None
+
+
+def open_loadable(path: Path, allow_pickle: bool) -> LoadableFolder:
+    """Open the checkpoint in folder `path`, and check what transformers needs to load it.
 
     Only transformers reads pickles, with weights_only=True unless an option says otherwise.
 
     Raises:
-        CheckpointError: as `open_checkpoint`.
+        CheckpointError: as `open_checkpoint`, or the index lacks what transformers needs.
     """
-    config, opened = read_config(path), None
-    weights = find_weights(names_in(path, config), config, path, allow_pickle)
-    if weights.pickled:
-        # Opening pickles here would read them twice.
-        check_files(path, weights, files_of(weights, read_weight_map(path, weights)))
-    else:
-        opened = open_checkpoint(path)
-    if weights.indexed and not isinstance(read_json(path / weights.file).get("metadata"), dict):
+    config = read_config(path)
+    stored = locate_weights(path, config, allow_pickle)
+    # Opening pickles here would read them twice.
+    opened = None if stored.weights.pickled else open_weights(path, config, stored)
+    if not stored.has_metadata:
         raise CheckpointError(
-            f"{path / weights.file} has no metadata, without which transformers can't read it.",
+            f"{path / stored.index} has no metadata, without which transformers can't read it.",
             'Add "metadata": {} to it, or download it again.',
         )
-    return opened
+    return LoadableFolder(config=config, checkpoint=opened)

@@ -15,11 +15,11 @@ from uptrain.checkpoint.adapters import refuse_adapter
 from uptrain.checkpoint.checksum import borrowed_buffer
 from uptrain.checkpoint.dtypes import Array, numpy_dtype, raw_bytes
 from uptrain.checkpoint.gguf import refuse_gguf
-from uptrain.checkpoint.header import TensorInfo, read_header
+from uptrain.checkpoint.header import TensorInfo, merge_shards, read_shard
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.checkpoint.pickles import PickleShards
 from uptrain.checkpoint.reflink import Span
-from uptrain.checkpoint.weight_files import WeightFiles, files_of, find_weights, merge_shards, names_in, read_weight_map
+from uptrain.checkpoint.weight_files import StoredWeights, locate_weights
 from uptrain.errors import CheckpointError
 
 
@@ -172,36 +172,24 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
             or corrupt.
     """
     config = read_config(path)
-    names = names_in(path, config)
-    if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
-        refuse_gguf(path)
-    weights = find_weights(names, config, path, allow_pickle)
-    weight_map = read_weight_map(path, weights)
-    files = files_of(weights, weight_map)
-    check_files(path, weights, files)
-    pickles = PickleShards(path) if weights.pickled else None
-    shards = ((name, pickles.header(name) if pickles else _header(path, name)) for name in files)
-    index = weights.file if weights.indexed else ""
-    opened = Checkpoint(path, config, {}, pickles, index=index)
-    tensors = merge_shards(shards, weight_map, path, opened.equal)
-    return replace(opened, tensors=tensors, absent=tuple(sorted(weight_map.keys() - tensors.keys())))
+    return open_weights(path, config, locate_weights(path, config, allow_pickle))
 
 
-def check_files(path: Path, weights: WeightFiles, names: Iterable[str]) -> None:
-    """Refuse a folder that lacks one of its weight files `names`.
+def open_weights(path: Path, config: dict[str, Any], stored: StoredWeights) -> Checkpoint:
+    """Open the weights that were located in folder `path`, from their headers.
+
+    - `path`: the folder.
+    - `config`: its config.json.
+    - `stored`: as `locate_weights` returned it.
 
     Raises:
-        CheckpointError: a file is missing.
+        CheckpointError: a shard is cut short or corrupt, or two shards differ in a tensor.
     """
-    for name in names:
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name} is missing, though {weights.file} lists it.", "Download it again.")
-
-
-def _header(path: Path, name: str) -> dict[str, TensorInfo]:
-    found = read_header(path / name)
-    # The header's reader knows only the last part of the name.
-    return {key: replace(info, file=name) for key, info in found.items()} if "/" in name else found
+    pickles = PickleShards(path) if stored.weights.pickled else None
+    shards = ((name, pickles.header(name) if pickles else read_shard(path, name)) for name in stored.files)
+    opened = Checkpoint(path, config, {}, pickles, index=stored.index)
+    tensors = merge_shards(shards, stored.weight_map, path, opened.equal)
+    return replace(opened, tensors=tensors, absent=tuple(sorted(stored.weight_map.keys() - tensors.keys())))
 
 
 def read_config(path: Path) -> dict[str, Any]:

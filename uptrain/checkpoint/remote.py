@@ -8,10 +8,10 @@ from typing import Any
 
 from uptrain.checkpoint.adapters import refuse_adapter
 from uptrain.checkpoint.download import has_weights, is_offline, missing_weights, refuse_missing
-from uptrain.checkpoint.header import ITEM_BITS, TensorInfo
+from uptrain.checkpoint.header import ITEM_BITS, TensorInfo, merge_shards
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from uptrain.checkpoint.source import Source, hub_errors, resolve
-from uptrain.checkpoint.weight_files import files_of, find_weights, merge_shards, read_weight_map
+from uptrain.checkpoint.weight_files import files_of, find_weights, read_weight_map
 from uptrain.errors import CheckpointError
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from uptrain.checkpoint.header import TensorInfo
+from uptrain.checkpoint.gguf import refuse_gguf
 from uptrain.checkpoint.jsonfile import read_json
 from uptrain.errors import CheckpointError
 
@@ -29,7 +29,7 @@ _VARIANT = re.compile(
     r"\.(?:safetensors|bin|json)"
 )
 _OTHERS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
-_SAVE_AGAIN = "Load it with transformers' from_pretrained, save it with save_pretrained, and name that folder."
+SAVE_AGAIN = "Load it with transformers' from_pretrained, save it with save_pretrained, and name that folder."
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,52 @@ class WeightFiles:
         return PurePosixPath(self.file.removesuffix(".index.json")).suffix
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """The weight files of a folder; none of them is missing.
+
+    - `weights`: the one weight file, or the index.
+    - `weight_map`: the shard in which the index lists each tensor; empty without an index.
+    - `files`: the files that hold tensors, in the order in which transformers reads them.
+    - `has_metadata`: False where the index lacks the metadata that transformers needs.
+    """
+
+    weights: WeightFiles
+    weight_map: Mapping[str, str]
+    files: tuple[str, ...]
+    has_metadata: bool
+
+    @property
+    def index(self) -> str:
+        """Return the name of the index, empty where the weights are one file."""
+        return self.weights.file if self.weights.indexed else ""
+
+
+def locate_weights(path: Path, config: Mapping[str, Any], allow_pickle: bool) -> StoredWeights:
+    """Find the weight files of folder `path`, as transformers does, and read their index.
+
+    - `path`: the folder.
+    - `config`: its config.json.
+    - `allow_pickle`: whether the user trusts `.bin` weights.
+
+    Raises:
+        CheckpointError: there are no weights, they are pickles without permission, the index is broken or unsafe, or
+            a file is missing.
+    """
+    names = names_in(path, config)
+    if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
+        refuse_gguf(path)
+    weights = find_weights(names, config, path, allow_pickle)
+    listed = read_json(path / weights.file) if weights.indexed else {}
+    weight_map = _weight_map(path, weights, listed) if weights.indexed else {}
+    files = files_of(weights, weight_map)
+    for name in files:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing, though {weights.file} lists it.", "Download it again.")
+    metadata = not weights.indexed or isinstance(listed.get("metadata"), dict)
+    return StoredWeights(weights=weights, weight_map=weight_map, files=tuple(files), has_metadata=metadata)
+
+
 def find_weights(
     names: Collection[str], config: Mapping[str, Any], where: str | Path, allow_pickle: bool
 ) -> WeightFiles:
@@ -73,7 +119,7 @@ def find_weights(
         raise CheckpointError(
             f"{where} holds a distributed checkpoint, which transformers reads before any other weights: "
             f"{distributed}.",
-            _SAVE_AGAIN,
+            SAVE_AGAIN,
         )
     found = _explicit(names, config, where) or next((name for name in ORDER if name in names), None)
     if found is None:
@@ -152,10 +198,11 @@ def read_weight_map(path: Path, weights: WeightFiles) -> dict[str, str]:
     Raises:
         CheckpointError: the index is broken, or names a file outside the folder `path`.
     """
-    if not weights.indexed:
-        return {}
-    index = path / weights.file
-    weight_map = read_json(index).get("weight_map")
+    return _weight_map(path, weights, read_json(path / weights.file)) if weights.indexed else {}
+
+
+def _weight_map(path: Path, weights: WeightFiles, listed: Mapping[str, Any]) -> dict[str, str]:
+    index, weight_map = path / weights.file, listed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", "Download it again.")
     for name in weight_map.values():
@@ -197,37 +244,3 @@ def _stays_inside(folder: Path, name: PurePosixPath) -> bool:
         return (folder / name.parent).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # a link to itself
         return False
-
-
-def merge_shards(
-    shards: Iterable[tuple[str, Mapping[str, TensorInfo]]],
-    weight_map: Mapping[str, str],
-    where: str | Path,
-    equal: Callable[[TensorInfo, TensorInfo], bool],
-) -> dict[str, TensorInfo]:
-    """Return the tensors of all shards; of a tensor in two shards the later copy, which transformers reads.
-
-    - `shards`: each shard's name and tensors, in the order in which transformers reads them.
-    - `weight_map`: the shard in which the index lists each tensor.
-    - `where`: what errors call the checkpoint.
-    - `equal`: tells whether two tensors of the same dtype and shape hold the same values.
-
-    Raises:
-        CheckpointError: a tensor's two copies differ, and the index lists the one that transformers doesn't read.
-    """
-    out: dict[str, TensorInfo] = {}
-    for shard, tensors in shards:
-        for name, info in tensors.items():
-            earlier = out.pop(name, None)
-            out[name] = info
-            if earlier is None or weight_map.get(name) == shard:
-                continue
-            same = (earlier.dtype, earlier.shape) == (info.dtype, info.shape) and equal(earlier, info)
-            if not same:
-                raise CheckpointError(
-                    f"{where} has two different tensors {name}: the index lists that of "
-                    f"{weight_map.get(name, 'neither')}, transformers reads that of {shard}.",
-                    f"Where transformers is right, let it save the model again. {_SAVE_AGAIN} Else remove the "
-                    f"tensor from {shard}.",
-                )
-    return out

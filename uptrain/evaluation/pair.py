@@ -19,7 +19,8 @@ from uptrain.evaluation.reading import has_encoder
 from uptrain.evaluation.reference import Reference
 from uptrain.evaluation.settings import EvaluationSettings
 from uptrain.models import devices, loading
-from uptrain.models.checks import check_heads, check_tokens, check_weights, longest_context
+from uptrain.models.checks import check_heads, check_tokens, longest_context
+from uptrain.models.opened import OpenedModel, open_model
 from uptrain.models.precision import dtype_named, place_model
 
 _UNLIMITED = 2**31
@@ -87,13 +88,13 @@ class ModelPair:
 class ModelPairSource:
     """Checkpoints of a model and its baseline that were checked, with the texts, before the weights are read.
 
-    - `sources`: the checkpoints, the model's first.
+    - `opened`: the checkpoints, the model's first.
     - `reference`: the baseline with its stored logits, or None.
     - `tokenizers`: transformers' tokenizers; they give the same tokens.
     - `texts`: the tokens of each text, by the text's name.
     """
 
-    sources: tuple[Source, ...]
+    opened: tuple[OpenedModel, ...]
     reference: Reference | None
     tokenizers: tuple[Any, ...]
     texts: Mapping[str, TokenText]
@@ -109,16 +110,16 @@ class ModelPairSource:
         """
         device = devices.device()
         wanted = devices.scoring_dtype(dtype_named(dtype), device)
-        weights = weights_digest(self.sources[0].path)
-        models = [loading.load_model(self.sources[0])]
+        weights = weights_digest(self.opened[0].source.path)
+        models = [loading.load_model(self.opened[0])]
         if self.reference is not None:
-            models.append(self.reference.load(loading.load_model))
+            models.append(self.reference.load(lambda: loading.load_model(self.opened[1])))
         dtypes = tuple(model.dtype for model in models)
         placed = tuple(place_model(model, device, wanted or model.dtype).eval() for model in models)
         for model, text in product(placed, self.texts.values()):
             check_tokens(model, text.ids)
         return ModelPair(
-            names=tuple(source.name for source in self.sources), models=placed, tokenizers=self.tokenizers,
+            names=tuple(each.name for each in self.opened), models=placed, tokenizers=self.tokenizers,
             texts=self.texts, reference=self.reference, weights=weights, dtypes=dtypes, device=device,
         )  # fmt: skip
 
@@ -131,8 +132,8 @@ def open_pair(source: Source, reference: Reference | None, settings: EvaluationS
         UsageError: a model without a language-model head, a text that is too short, or two tokenizers that differ.
     """
     sources = (source, *([reference.source] if reference else []))
-    check_weights(*sources)
-    check_heads(*sources)
+    opened = tuple(map(open_model, sources))
+    check_heads(*opened)
     tokenizers = tuple(loading.load_tokenizer(each.path) for each in sources)
     texts = {}
     for text in settings.text:
@@ -143,7 +144,7 @@ def open_pair(source: Source, reference: Reference | None, settings: EvaluationS
                 "Compare models that have one tokenizer.",
             )
         texts[text_name(text)] = read[0]
-    return ModelPairSource(sources=sources, reference=reference, tokenizers=tokenizers, texts=texts)
+    return ModelPairSource(opened=opened, reference=reference, tokenizers=tokenizers, texts=texts)
 
 
 def text_name(source: TextSource) -> str:

@@ -36,10 +36,10 @@ class Reference:
         self._weights = self._weights or weights_digest(self.source.path)
         return self._weights
 
-    def load(self, load_model: Callable[[Source], Any]) -> Any:
+    def load(self, load_model: Callable[[], Any]) -> Any:
         """Return the model in the checkpoint's dtype; the first call loads it with `load_model`."""
         if self._model is None:
-            self._model = load_model(self.source)
+            self._model = load_model()
             self._dtype = self._model.dtype
         # The evaluation before left it in the dtype of its speed measurement.
         return self._model.to(self._dtype)

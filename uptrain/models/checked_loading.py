@@ -11,21 +11,19 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.model_class import check_language_model
-from uptrain.architectures.quantization import check_read, check_scheme, quantization_in, quantization_of
+from uptrain.architectures.quantization import check_read, check_scheme
 from uptrain.architectures.wrappers import language_config, tower_in
-from uptrain.checkpoint.loadable import open_loadable
-from uptrain.checkpoint.reader import read_config
-from uptrain.checkpoint.source import Source
 from uptrain.errors import CheckpointError, reported_as
 from uptrain.models.auto_class import auto_class_of, check_loadable
 from uptrain.models.class_fit import Fit, check_fit
+from uptrain.models.opened import OpenedModel
 from uptrain.models.register import register
 
-_ELSEWHERE = frozenset(("variant", "subfolder", "gguf_file", "state_dict", "use_safetensors"))
+ELSEWHERE = frozenset(("variant", "subfolder", "gguf_file", "state_dict", "use_safetensors"))
 """Options of `from_pretrained` that choose which files are read."""
 
 
-def load_language_model(source: Source, **options: Any) -> Any:
+def load_language_model(opened: OpenedModel, **options: Any) -> Any:
     """Load a language model, every weight from its files.
 
     `options` are arguments of transformers' `from_pretrained`. By default the model has the checkpoint's own dtype, and
@@ -33,20 +31,16 @@ def load_language_model(source: Source, **options: Any) -> Any:
 
     Raises:
         UsageError: its class has no language-model head, or wraps a language model.
-        CheckpointError: transformers can't load it. Weights are missing, of other sizes or left out. Weights are
-            pickles, and `source` does not permit them.
+        CheckpointError: transformers can't load it. Weights are missing, of other sizes or left out.
     """
-    folder, name, chosen = source.path, source.name, _ELSEWHERE & options.keys()
-    opened = None if chosen else open_loadable(folder, source.allow_pickle)
+    folder, name, config, chosen = opened.source.path, opened.name, opened.config, ELSEWHERE & options.keys()
     if not chosen and "key_mapping" not in options:
-        check_loadable(source, opened)
-    safetensors = bool(chosen) or opened is not None
+        check_loadable(opened)
+    safetensors = bool(chosen) or opened.checkpoint is not None
     settings = {"dtype": "auto", "use_safetensors": safetensors, "trust_remote_code": False, **options}
     register()
-    config = read_config(folder)
     check_language_model(config, name)
-    auto_class = auto_class_of(folder)
-    quantized = quantization_in(folder) if opened is None else quantization_of(opened)
+    auto_class, quantized = auto_class_of(config), opened.quantization
     check_scheme(quantized, AUTO_QUANTIZATION_CONFIG_MAPPING, name)
     called = f"{name}, which is quantized with {quantized.describe()}" if quantized else name
     with reported_as(lambda reason: CheckpointError(f"transformers can't load {called}: {reason}")):

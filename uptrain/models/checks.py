@@ -10,34 +10,20 @@ from numpy.typing import NDArray
 from uptrain.architectures.decoders import FAMILIES
 from uptrain.architectures.model_class import check_language_model
 from uptrain.architectures.wrappers import check_unwrapped
-from uptrain.checkpoint.loadable import open_loadable
-from uptrain.checkpoint.reader import read_config
-from uptrain.checkpoint.source import Source
 from uptrain.errors import UsageError
+from uptrain.models.opened import OpenedModel
 
 
-def check_heads(*sources: Source | None) -> None:
+def check_heads(*models: OpenedModel | None) -> None:
     """Refuse models that can't be run as language models, before anything is loaded or written. None is skipped.
 
     Raises:
         UsageError: a model has no language-model head, or is a wrapper around one that has.
     """
-    for source in sources:
-        if source is not None:
-            config = read_config(source.path)
-            check_unwrapped(config, source.name, "evaluate or train")
-            check_language_model(config, source.name)
-
-
-def check_weights(*sources: Source | None) -> None:
-    """Refuse sources whose weights can't be read, before anything is loaded or written. None is skipped.
-
-    Raises:
-        CheckpointError: weights are missing or damaged, or they are pickles, and the source does not permit them.
-    """
-    for source in sources:
-        if source is not None:
-            open_loadable(source.path, source.allow_pickle)
+    for model in models:
+        if model is not None:
+            check_unwrapped(model.config, model.name, "evaluate or train")
+            check_language_model(model.config, model.name)
 
 
 def check_reads_text(model: Any, name: str, command: str, hint: str = "") -> None:

@@ -11,25 +11,25 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from uptrain.checkpoint.source import Source, resolve
+from uptrain.checkpoint.source import resolve
 from uptrain.errors import CheckpointError, UsageError, reported_as
-from uptrain.models.checked_loading import load_language_model
+from uptrain.models.checked_loading import ELSEWHERE, load_language_model
+from uptrain.models.opened import OpenedModel, open_config, open_model
 from uptrain.models.register import register
 
 
-def load_model(source: Source, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> Any:
+def load_model(opened: OpenedModel, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> Any:
     """Load a language model to be measured or trained.
 
-    - `source`: the checkpoint's folder, and whether its pickles may be read.
+    - `opened`: the model's checkpoint, as `open_model` returned it.
     - `dtype`: of the loaded weights; None for the checkpoint's own.
     - `attn_implementation`: which attention kernel transformers uses; None for its choice.
 
     Raises:
         UsageError: the model has no language-model head.
-        CheckpointError: transformers can't load it. Weights are missing, of other sizes or left out. Weights are
-            pickles, and `source` does not permit them.
+        CheckpointError: transformers can't load it. Weights are missing, of other sizes or left out.
     """
-    return load_language_model(source, dtype=dtype or "auto", attn_implementation=attn_implementation)
+    return load_language_model(opened, dtype=dtype or "auto", attn_implementation=attn_implementation)
 
 
 def load_tokenizer(path: Path | str) -> Any:
@@ -97,7 +97,8 @@ def load(
     from uptrain.models import neutral_norm
 
     source = resolve(str(model), revision, allow_pickle)
-    found = load_language_model(source, **options)
+    opened = open_config(source) if ELSEWHERE & options.keys() else open_model(source)
+    found = load_language_model(opened, **options)
     neutral_norm.check_loaded(found)
     if absorbed:
         from uptrain.models.mla_decoding import absorb

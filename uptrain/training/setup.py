@@ -19,7 +19,8 @@ from uptrain.data.readers import build_tokens, open_reader
 from uptrain.data.sources import TeacherText
 from uptrain.data.token_text import TokenText
 from uptrain.errors import UsageError
-from uptrain.models.checks import check_heads, check_weights
+from uptrain.models.checks import check_heads
+from uptrain.models.opened import open_model
 from uptrain.training.accelerator import seed_process, shards
 from uptrain.training.batches import Boundary
 from uptrain.training.distillation import Objective
@@ -79,8 +80,10 @@ def prepared(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, restar
     trusted = recipe.allow_pickle
     model = resolve(recipe.model, recipe.revision, trusted) if recipe.model else None
     teacher = find_teacher(recipe.distill.teacher, model, trusted) if recipe.distill else None
-    check_weights(model, teacher)
-    check_heads(model, teacher)
+    opened = open_model(model) if model else None
+    opened_teacher = open_model(teacher) if teacher else None
+    check_heads(opened, opened_teacher)
+    shard = shards(recipe, accelerator)
     # A block under `main_process_first` runs in the first process, then in all others.
     with accelerator.main_process_first():
         check_out(recipe.output, recipe.overwrite, model.path if model else None)
@@ -89,20 +92,21 @@ def prepared(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, restar
     started = time.monotonic()
     tokenizer = make_tokenizer(recipe, model, folder.tokenizer, accelerator)
     held_out = read_held_out(recipe, tokenizer)
-    student, dtype = make_student(recipe, model, tokenizer)
-    objective = Objective(student, recipe.distill, load_teacher(teacher, recipe, accelerator) if teacher else None)
-    del student
+    student, dtype = make_student(recipe, opened, tokenizer)
+    loaded = load_teacher(opened_teacher, recipe, accelerator) if opened_teacher else None
+    objective = Objective(student, recipe.distill, loaded)
+    del student, loaded
     if recipe.compile:
         objective.compile_bodies()
 
     def teacher_model() -> Any:
         # A teacher whose weights are divided between processes can't write text in one process alone.
-        if objective.teacher is not None and not shards(recipe, accelerator):
+        if objective.teacher is not None and not shard:
             return objective.teacher
-        found = teacher or find_teacher(None, model, trusted)
+        found = opened_teacher or open_model(find_teacher(None, model, trusted))
         return load_teacher(found, recipe, accelerator).to(accelerator.device)
 
-    with closing(ParallelObjective(objective, accelerator, shards(recipe, accelerator))) as parallel:
+    with closing(ParallelObjective(objective, accelerator, shard)) as parallel:
         boundary = _boundary(recipe, tokenizer, parallel)
         reader = _make_reader(recipe, tokenizer, folder.tokens, accelerator, teacher_model)
         seed_process(recipe.seed, accelerator)

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from uptrain.architectures.quantization import check_trainable, quantization_in
-from uptrain.checkpoint.source import Source
+from uptrain.architectures.quantization import check_trainable
 from uptrain.data.sources import TeacherText
 from uptrain.errors import UsageError
 from uptrain.models import loading, neutral_norm
 from uptrain.models.checks import check_reads_text, longest_context
+from uptrain.models.opened import OpenedModel
 from uptrain.models.precision import dtype_named
 from uptrain.training.recipe import Recipe
 from uptrain.training.scope import select_trainable
 
 
-def make_student(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple[Any, torch.dtype]:
+def make_student(recipe: Recipe, source: OpenedModel | None, tokenizer: Any) -> tuple[Any, torch.dtype]:
     """Return the model to train, frozen where the recipe says so, and the dtype of the stored result.
 
     Raises:
@@ -29,7 +29,7 @@ def make_student(recipe: Recipe, source: Source | None, tokenizer: Any) -> tuple
         model = loading.new_model(recipe.config, tokenizer, recipe.seed)
         dtype = dtype_named(recipe.dtype) or torch.bfloat16
     else:
-        check_trainable(quantization_in(source.path), source.name)
+        check_trainable(source.quantization, source.name)
         model = loading.load_model(source, attn_implementation=recipe.attn_implementation)
         dtype = dtype_named(recipe.dtype) or model.dtype
         check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")

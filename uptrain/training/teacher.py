@@ -12,6 +12,7 @@ from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models import devices, loading, neutral_norm
+from uptrain.models.opened import OpenedModel
 from uptrain.training.recipe import Recipe
 
 
@@ -52,7 +53,7 @@ def find_teacher(named: str | None, student: Source | None, allow_pickle: bool =
     return found
 
 
-def load_teacher(source: Source, recipe: Recipe, accelerator: Accelerator) -> Any:
+def load_teacher(source: OpenedModel, recipe: Recipe, accelerator: Accelerator) -> Any:
     """Load a teacher, frozen, in bfloat16 where the run computes in bfloat16 and in fp32 elsewhere."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     model = loading.load_model(source, dtype, recipe.attn_implementation)
