@@ -66,7 +66,7 @@ def test_values_cut_in_two_by_short_reads_are_still_seen(tmp_path: Path, size: i
         whole = open_checkpoint(tmp_path)
         short = Short(whole.path, whole.config, whole.tensors)
         if bad:
-            with pytest.raises(CheckpointError, match=r"\bx\b"):
+            with pytest.raises(CheckpointError, match="NaN or infinity in tensor x"):
                 look(short)
         else:
             look(short)

@@ -158,7 +158,7 @@ def test_a_disk_with_room_for_the_changes_alone_is_enough_where_blocks_are_share
     convert(str(source), tmp_path / "shared", Request("mqa"))
     monkeypatch.undo()
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
-    with pytest.raises(UptrainError, match="disk"):
+    with pytest.raises(UptrainError, match="disk is too full"):
         convert(str(source), tmp_path / "plain", Request("mqa"))
 
 

@@ -191,7 +191,7 @@ def test_push_takes_the_signature_along_and_refuses_a_stale_one(signed: Path, ma
     assert SIGNATURE not in prepare(made).files
     manifest = signed / "uptrain.json"
     manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(VerificationError, match="sign"):
+    with pytest.raises(VerificationError, match="changed after signing"):
         prepare(signed)
     assert run(["sign", str(signed), "--key", str(keys / "mine")]) == 0
     assert SIGNATURE in prepare(signed).files
