@@ -267,7 +267,7 @@ def test_options_that_contradict_each_other_are_refused(fields, why):
 def test_a_latent_is_not_converted_again(tmp_path):
     source(tmp_path / "src", "llama")
     convert(str(tmp_path / "src"), tmp_path / "out", CACHED["llama"])
-    with pytest.raises(UsageError, match="latent"):
+    with pytest.raises(UsageError, match="has a latent already"):
         convert(str(tmp_path / "out"), tmp_path / "again", Request("mqa"))
 
 

@@ -155,7 +155,7 @@ def test_output_attentions_has_one_map_per_query_head() -> None:
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="n_head"):
         UptrainGPT2Config(n_embd=32, n_head=4, num_key_value_heads=3)
-    with pytest.raises(ValueError, match="0"):
+    with pytest.raises(ValueError, match="num_key_value_heads 0 "):
         UptrainGPT2Config(n_embd=32, n_head=4, num_key_value_heads=0)
     with pytest.raises(ValueError, match="cross-attention"):
         UptrainGPT2Config(n_embd=32, n_head=4, add_cross_attention=True)

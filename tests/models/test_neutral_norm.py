@@ -97,5 +97,5 @@ def test_a_live_norm_stays():
 def test_float16_is_refused_with_the_reason():
     model = neutral()
     unfold(model)
-    with pytest.raises(UsageError, match="float16"):
+    with pytest.raises(UsageError, match="float16 can't hold"):
         fold(model, torch.float16)
