@@ -1,6 +1,6 @@
 """The table of families: one frozen entry per model family, which says where its attention is. Data only.
 
-To add a family, add its entry here and run `pytest tests/conversion/test_families.py`.
+To add a family, add its entry here and go on as CONTRIBUTING.md says under "Add a model family".
 """
 
 from __future__ import annotations
