@@ -1,6 +1,7 @@
 """Write what the documentation generates from the code: `python docs/generate.py`, or `make docs`.
 
 - docs/families.md: the table of families, as `uptrain families --markdown` prints it;
+- docs/methods.md: the table of methods, from their registry;
 - docs/scaling.md: the tables of `python -m benchmarks scaling`;
 - docs/house.svg: the packages of uptrain in their layers, and which imports which.
 
@@ -20,8 +21,12 @@ from pathlib import Path
 
 import grimp
 
+from uptrain.methods.registry import METHODS
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- uptrain families --markdown -->\n", "\n<!-- /families -->"
+METHODS_BEGIN, METHODS_END = "<!-- methods -->\n", "\n<!-- /methods -->"
+METHODS_HEAD = "| `--method` | what becomes of the heads | needs |"
 WIDTH, BOX_WIDTH, BOX_HEIGHT, ROW = 760, 228, 60, 96
 """Pixels of the picture: its width, a box's width and height, and the distance from one row to the next."""
 
@@ -30,6 +35,16 @@ def family_page(page: str) -> str:
     """Return docs/families.md with the table of today's families between its two marks."""
     before, _, rest = page.partition(BEGIN)
     return before + BEGIN + printed("-m", "uptrain", "families", "--markdown") + END + rest.partition(END)[2]
+
+
+def methods_page(page: str) -> str:
+    """Return docs/methods.md with the table of the registered methods between its two marks."""
+    rows = [METHODS_HEAD, "|---|---|---|"]
+    for method in METHODS.values():
+        needs = [what for what, needed in (("torch", method.needs_torch), ("text", method.needs_text)) if needed]
+        rows.append(f"| `{method.name}` | {method.summary} | {', '.join(needs) or '–'} |")
+    before, _, rest = page.partition(METHODS_BEGIN)
+    return before + METHODS_BEGIN + "\n".join(rows) + METHODS_END + rest.partition(METHODS_END)[2]
 
 
 def scaling_page(page: str) -> str:
@@ -149,6 +164,7 @@ def text(x: int, y: int, words: str, size: int, colour: str, weight: str = "norm
 
 PAGES: dict[str, Callable[[str], str]] = {
     "docs/families.md": family_page,
+    "docs/methods.md": methods_page,
     "docs/scaling.md": scaling_page,
     "docs/house.svg": house_picture,
 }

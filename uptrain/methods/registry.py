@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = _by_name((
         changes=frozenset("kv"), convert=_mean, pool_norm=_mean_norm, pools=True, estimated=True,
     ),
     Method(
-        name="first", summary="the first head of each group kept",
+        name="first", summary="the first head of each group",
         changes=frozenset("kv"), convert=_first, pool_norm=_first_norm, pools=True,
     ),
     Method(
@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = _by_name((
         convert=_svd, convert_latent=_svd_latent, needs_torch=True,
     ),
     Method(
-        name="calibrated", summary="heads factored by what text makes the model use, and repaired on it",
+        name="calibrated", summary="heads factored by the activations of the model on a text, and repaired on it",
         convert=_calibrated, convert_latent=_calibrated_latent, needs_torch=True, needs_text=True,
         groupings=("contiguous",), options=("calibrate", "calibration_tokens", "repair_steps", "seed"),
     ),
