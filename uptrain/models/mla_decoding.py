@@ -16,7 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     eager_attention_forward,
 )
 
-from uptrain.models.remote_code.uptrain_shared import AbsorbedDecoding, cache_argument, fold_heads
+from uptrain.models.remote_code.uptrain_shared import AbsorbedDecoding, cache_argument
 
 CACHE = cache_argument(DeepseekV3Attention)
 
@@ -56,14 +56,8 @@ class AbsorbedDeepseekV3Attention(AbsorbedDecoding, DeepseekV3Attention):
 
         absorbed = layer.absorbs(tokens, latent, attention_mask)
         if absorbed:
-            up = layer.kv_b_proj.weight.unflatten(0, (-1, layer.qk_nope_head_dim + layer.v_head_dim))
-            key_up, value_up = up.split(self.kv_sizes, dim=1)
-            query = torch.einsum("bhtd,hdr->bhtr", query, key_up)
-            query = fold_heads(torch.cat([query, query_rope], dim=-1))
-            # The rotary part of the "value" is dropped below: kernels want keys and values of one width.
-            key = value = torch.cat([latent, key_rope], dim=-1)
-            if attention_mask is not None:
-                attention_mask = fold_heads(attention_mask.expand(-1, len(up), -1, -1))
+            query, key, attention_mask = layer.absorb_queries(query, latent, attention_mask, (query_rope, key_rope))
+            value = key
             kwargs["is_causal"] = False  # the mask says it all; folded heads aren't later tokens
         else:
             query = torch.cat([query, query_rope], dim=-1)
@@ -82,10 +76,7 @@ class AbsorbedDeepseekV3Attention(AbsorbedDecoding, DeepseekV3Attention):
             **kwargs,
         )
         if absorbed:
-            output = output.reshape(batch, tokens, len(up), -1)[..., : layer.kv_lora_rank]
-            output = torch.einsum("bthr,hvr->bthv", output, value_up)
-            if weights is not None:
-                weights = weights.reshape(batch, tokens, len(up), -1).transpose(1, 2)
+            output, weights = layer.expand_output(output, weights, tokens)
         return layer.o_proj(output.reshape(batch, tokens, -1).contiguous()), weights
 
 

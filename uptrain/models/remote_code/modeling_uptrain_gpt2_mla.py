@@ -14,7 +14,6 @@ from .uptrain_shared import (  # isort: split
     AbsorbedDecoding,
     OwnConfig,
     cache_argument,
-    fold_heads,
     gpt2_eager_attention_forward,
     register_auto_classes,
     start_causal_lm,
@@ -97,13 +96,8 @@ class UptrainGPT2MLAAttention(AbsorbedDecoding, GPT2Attention):
             absorbed = self.absorbs(tokens, latent, attention_mask)
 
         if absorbed:
-            # MQA with the latent as key and value; keys' up-projection goes to the queries, values' to the output.
-            up = self.kv_b_proj.weight.unflatten(0, (-1, sum(self.kv_sizes)))
-            key_up, value_up = up.split(self.kv_sizes, dim=1)
-            query = fold_heads(torch.einsum("bhtd,hdr->bhtr", query, key_up))
-            key = value = latent
-            if attention_mask is not None:
-                attention_mask = fold_heads(attention_mask.expand(-1, len(up), -1, -1))
+            query, key, attention_mask = self.absorb_queries(query, latent, attention_mask)
+            value = key
             kwargs["is_causal"] = False  # the mask says it all; folded heads aren't later tokens
         else:
             key, value = self.expand_kv(latent)
@@ -123,10 +117,7 @@ class UptrainGPT2MLAAttention(AbsorbedDecoding, GPT2Attention):
             **kwargs,
         )
         if absorbed:
-            attn_output = attn_output.reshape(batch, tokens, len(value_up), -1)
-            attn_output = torch.einsum("bthr,hvr->bthv", attn_output, value_up)
-            if attn_weights is not None:
-                attn_weights = attn_weights.reshape(batch, tokens, len(up), -1).transpose(1, 2)
+            attn_output, attn_weights = self.expand_output(attn_output, attn_weights, tokens)
         attn_output = attn_output.reshape(batch, tokens, -1).contiguous()
         return self.resid_dropout(self.c_proj(attn_output)), attn_weights
 

@@ -21,7 +21,6 @@ from .uptrain_shared import (  # isort: split
     AbsorbedDecoding,
     OwnConfig,
     cache_argument,
-    fold_heads,
     register_auto_classes,
     start_causal_lm,
 )
@@ -134,15 +133,8 @@ class UptrainLlamaMLAAttention(AbsorbedDecoding, LlamaAttention):
             absorbed = self.absorbs(tokens, latent, attention_mask)
 
         if absorbed:
-            # MQA with what is cached as key and value; keys' up-projection goes to the queries, values' to the output.
-            up = self.kv_b_proj.weight.unflatten(0, (-1, sum(self.kv_sizes)))
-            key_up, value_up = up.split(self.kv_sizes, dim=1)
-            query = torch.einsum("bhtd,hdr->bhtr", query, key_up)
-            query = fold_heads(torch.cat([query, query_rope], dim=-1))
-            # The rotary part of the "value" is dropped below: kernels want keys and values of one width.
-            key = value = torch.cat([latent, key_rope], dim=-1)
-            if attention_mask is not None:
-                attention_mask = fold_heads(attention_mask.expand(-1, len(up), -1, -1))
+            query, key, attention_mask = self.absorb_queries(query, latent, attention_mask, (query_rope, key_rope))
+            value = key
             kwargs["is_causal"] = False  # the mask says it all; folded heads aren't later tokens
         else:
             query = torch.cat([query, query_rope], dim=-1)
@@ -163,10 +155,7 @@ class UptrainLlamaMLAAttention(AbsorbedDecoding, LlamaAttention):
             **kwargs,
         )
         if absorbed:
-            attn_output = attn_output.reshape(batch, tokens, len(up), -1)[..., : self.latent_sizes[0]]
-            attn_output = torch.einsum("bthr,hvr->bthv", attn_output, value_up)
-            if attn_weights is not None:
-                attn_weights = attn_weights.reshape(batch, tokens, len(up), -1).transpose(1, 2)
+            attn_output, attn_weights = self.expand_output(attn_output, attn_weights, tokens)
         attn_output = attn_output.reshape(batch, tokens, -1).contiguous()
         return self.o_proj(attn_output), attn_weights
 

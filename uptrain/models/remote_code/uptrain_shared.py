@@ -211,3 +211,53 @@ class AbsorbedDecoding:
             and type(weight.data) is torch.Tensor
             and weight.device == latent.device
         )
+
+    def absorb_queries(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return queries, the one key that is also the value, and the mask of attention over the latent itself.
+
+        The keys' up-projection goes into the queries, and the heads' queries stand in one row for the one key.
+
+        - `query`: (batch, heads, tokens, dims without the rotary part).
+        - `latent`: (batch, 1, cached tokens, rank).
+        - `attention_mask`: (batch, 1, tokens, cached tokens), or None.
+        - `rotary`: the rotated parts of queries and key, shaped as `query` and `latent` but for the last dim. None if
+          nothing is rotary.
+
+        Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.2.
+        """
+        key_up, _ = self._up_projections()
+        query = torch.einsum("bhtd,hdr->bhtr", query, key_up)
+        if rotary is not None:
+            # expand_output drops the rotary part of the "value": kernels want keys and values of one width.
+            query, latent = (torch.cat(parts, dim=-1) for parts in zip((query, latent), rotary, strict=True))
+        if attention_mask is not None:
+            attention_mask = fold_heads(attention_mask.expand(-1, len(key_up), -1, -1))
+        return fold_heads(query), latent, attention_mask
+
+    def expand_output(
+        self, output: torch.Tensor, weights: torch.Tensor | None, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return outputs (batch, tokens, heads, dim) and weights by head of what attended over the latent itself.
+
+        - `output`: what the attention returned for the queries of `absorb_queries`.
+        - `weights`: likewise; None where the kernel returns none.
+        - `tokens`: how many tokens there are queries of.
+        """
+        _, value_up = self._up_projections()
+        output = output.reshape(len(output), tokens, len(value_up), -1)[..., : self.latent_sizes[0]]
+        output = torch.einsum("bthr,hvr->bthv", output, value_up)
+        if weights is not None:
+            weights = weights.reshape(len(weights), tokens, len(value_up), -1).transpose(1, 2)
+        return output, weights
+
+    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the up-projections of keys (heads, dim, rank) and of values (heads, dim, rank)."""
+        up = self.kv_b_proj.weight.unflatten(0, (-1, sum(self.kv_sizes)))
+        key_up, value_up = up.split(self.kv_sizes, dim=1)
+        return key_up, value_up
