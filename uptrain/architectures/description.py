@@ -199,6 +199,10 @@ class CheckpointDescription(ModelDescription):
         """Return how the tensor names of the model's attention number `index` begin, as `Family.attention`."""
         return self.family.attention(self.prefix, index)
 
+    def block_name(self, index: int) -> str:
+        """Return how the tensor names of the layer around the model's attention number `index` begin."""
+        return self.attention_name(index).removesuffix(".").rpartition(".")[0] + "."
+
 
 def describe(config: dict[str, Any], name: str) -> ModelDescription:
     """Describe the language model in a config.json; `name` is what the user called the model.

@@ -55,7 +55,7 @@ def check_rotation(checkpoint: Checkpoint, plan: Plan, name: str) -> None:
     if not _as_planned(plan, source, results):
         raise CheckpointError(
             f"{name} has rotary parameters of which {_class(plan.source.config)} and {_class(plan.config)} make other "
-            "frequencies than uptrain reads.",
+            "inverse frequencies than uptrain reads.",
             "Report it with its config.json; nothing was converted.",
         )
 

@@ -15,6 +15,8 @@ from uptrain.architectures.model_class import is_language_model
 from uptrain.architectures.projections import LayerHeads
 from uptrain.architectures.rope import InverseFrequencies
 from uptrain.checkpoint.dtypes import Array
+from uptrain.conversion.request import Request
+from uptrain.methods.method import EVERY_PART
 from uptrain.models.target import TargetClass
 
 
@@ -123,6 +125,10 @@ class AttentionPlan(ABC):
     def stores_head(self) -> bool:
         """Whether the result stores a head of its own; classes for other purposes have none."""
         return self.own_head and is_language_model(self.source.config)
+
+    def changed_parts(self, request: Request) -> frozenset[str]:
+        """Return which of q, k, v and o change: all where they are stored otherwise, else those of the method."""
+        return EVERY_PART if self.changes_storage else request.changed_parts
 
     @abstractmethod
     def check_tensors(self) -> None:

@@ -308,8 +308,8 @@ def _check_truncated(mla: MLASpec, written: ModelDescription) -> None:
     found = inverse_frequencies(parameters, written.config, mla.qk_rope_head_dim, written.name).values
     if any(abs(one - other) > 1e-6 * other for one, other in zip(found, mla.inverse_frequencies, strict=False)):
         raise UsageError(
-            f"{written.name}'s {written.config['rope_parameters']['rope_type']} scaling of its highest frequencies "
-            f"can't be written for {mla.qk_rope_head_dim} rotary dims alone.",
+            f"{written.name}'s {written.config['rope_parameters']['rope_type']} scaling of its highest inverse "
+            f"frequencies can't be written for {mla.qk_rope_head_dim} rotary dims alone.",
             "Raise --qk-rope-head-dim, or use --rope longrope.",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription
@@ -31,6 +32,10 @@ class OutputPlanner:
         """Return the checkpoint."""
         return self.attention.source
 
+    @cached_property
+    def _tensors(self) -> TargetTensors:
+        return TargetTensors(self.source, self.attention.target)
+
     def operations(self) -> Iterator[Operation]:
         """Yield what makes the result's tensors, in the order of the source's bytes.
 
@@ -54,9 +59,8 @@ class OutputPlanner:
 
         Tensors of one layer share one list, which is written where the first of them stands.
         """
-        tensors = TargetTensors(self.source, self.attention.target)
-        attention, norms, moved = self._attention(tensors), self._norms(), tensors.outputs(self._dtype)
-        zeros = tensors.zeros(self._dtype)
+        attention, norms, moved = self._attention(), self._norms(), self._tensors.outputs(self._dtype)
+        zeros = self._tensors.zeros(self._dtype)
         special = dict(shared_outputs(self.source, self.attention.target, self.attention.stores_head, self._passed))
         for name, added in zeros.items():
             special[name] = [*(special.get(name) or [self._passed(name, self.source.tensors[name])]), *added]
@@ -70,16 +74,14 @@ class OutputPlanner:
                 out |= {**{name: [] for name in norm.sources}, norm.source: [norm]}
         return out
 
-    def _attention(self, tensors: TargetTensors) -> dict[str, list[Operation]]:
+    def _attention(self) -> dict[str, list[Operation]]:
         """Map each source tensor that goes into a changed layer to all that the layer becomes."""
         attention, family = self.attention, self.source.family
-        parts = frozenset("qkvo") if attention.changes_storage else self.request.changed_parts
+        parts = attention.changed_parts(self.request)
         out: dict[str, list[Operation]] = {}
         for layer, before in enumerate(self.source.attention):
-            base, base_after = (
-                self.source.attention_name(layer),
-                attention.target.family.attention(tensors.prefix, layer),
-            )
+            base = self.source.attention_name(layer)
+            base_after = attention.target.family.attention(self._tensors.prefix, layer)
             modules = modules_of(family.projections, frozenset("qkvo"))
             present = {module: self._check(base, module, before) for module in modules}
             if not attention.changes_heads and not attention.changes_storage:
@@ -119,7 +121,7 @@ class OutputPlanner:
         target = self.attention.target
         turned = len(info.shape) == 2 and any(name.endswith(f"{module}.weight") for module in target.transposes)
         shape = info.shape[::-1] if turned else info.shape
-        output = new_info(TargetTensors(self.source, target).named(name), self._dtype(info.dtype), shape)
+        output = new_info(self._tensors.named(name), self._dtype(info.dtype), shape)
         for ending, factor in self.attention.scales.items():
             if name == ending or name.endswith(f".{ending}"):
                 return Scale(output=output, sources=(name,), factor=factor)

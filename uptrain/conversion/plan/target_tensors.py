@@ -52,7 +52,7 @@ class TargetTensors:
                 if f".{name}".endswith(f".{module}.weight"):
                     output = new_info(self.named(name), dtype(info.dtype), info.shape)
                     out[name] = [Shift(output=output, sources=(name,), addend=addend)]
-        for block in (self._block(layer) for layer in range(len(self.source.attention))):
+        for block in map(self.source.block_name, range(len(self.source.attention))):
             for linear, norm in self.target.folds.items():
                 out.update(self._folded(block + linear, block + norm, dtype))
             if self.target.attention_norm:
@@ -74,9 +74,6 @@ class TargetTensors:
         info = self._info(embeddings.table or embeddings.own_table)
         outputs = [new_info(zero, dtype(info.dtype), info.shape[:1]) for zero in missing]
         return {info.name: [Constant(output=output, sources=(info.name,), value=0) for output in outputs]}
-
-    def _block(self, layer: int) -> str:
-        return self.source.attention_name(layer).removesuffix(".").rpartition(".")[0] + "."
 
     def _folded(self, linear: str, norm: str, dtype: Callable[[str], str]) -> dict[str, list[Operation]]:
         source = self._info(f"{linear}.weight")

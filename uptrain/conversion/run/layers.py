@@ -81,11 +81,9 @@ class LayerMaker:
             return self._make(layer)
 
     def _make(self, layer: int) -> dict[str, Array]:
-        plan, projections = self.plan, self.plan.source.family.projections
-        moved = projections != plan.target.family.projections
-        parts = frozenset("qkvo") if moved else plan.request.changed_parts
-        base = plan.source.attention_name(layer)
-        heads = read_layer(self.checkpoint, projections, plan.before[layer], base, parts)
+        plan, base = self.plan, self.plan.source.attention_name(layer)
+        parts = plan.attention.changed_parts(plan.request)
+        heads = read_layer(self.checkpoint, plan.source.family.projections, plan.before[layer], base, parts)
         out = plan.attention.convert(heads, layer, self)
         return {name: self._finish(layer, base, name, array) for name, array in out.items()}
 
@@ -93,8 +91,7 @@ class LayerMaker:
         """Fit heads as the source's class sees them to the target class's."""
         source, target, spec = self.plan.source.family, self.plan.target, self.plan.before[layer]
         if target.attention_norm:
-            block = self.plan.source.attention_name(layer).removesuffix(".").rpartition(".")[0]
-            norm = f"{block}.{target.attention_norm}"
+            norm = self.plan.source.block_name(layer) + target.attention_norm
             scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
             heads = rewrites.fold_into_heads(heads, scale, shift)
         if source.position is Position.ROTARY_INTERLEAVED and target.family.position is Position.ROTARY:
@@ -224,7 +221,7 @@ def _estimated(
     - `rotary_ndims`: how many dims of a key rotate, None for all of them where `position` rotates.
     """
 
-    def kept_keys(rows: Array) -> float:
+    def explained_keys(rows: Array) -> float:
         if not position.rotates or rotary_ndims == 0:
             return energy_numpy.explained_by_factor(rows, 1)
         interleaved = position is Position.ROTARY_INTERLEAVED
@@ -238,7 +235,7 @@ def _estimated(
         for rows in islice(energy_numpy.rows_by_group(heads.part(part), groups), measured):
             if not _measurable(rows):
                 return {}  # what isn't finite is refused with its name when the layer is finished
-            best = kept_keys(rows) if part == "k" else energy_numpy.explained_by_factor(rows, 1)
+            best = explained_keys(rows) if part == "k" else energy_numpy.explained_by_factor(rows, 1)
             found.append((energy_numpy.energy(rows), energy_numpy.explained_by_mean(rows, 1), best))
         energy, mean, best = np.array(found).T
         means.append(float(np.average(mean, weights=energy)))
@@ -254,9 +251,9 @@ def _measurable(rows: Array) -> bool:
     return bool(np.abs(rows).max(initial=0) < MEASURABLE)
 
 
-def _known(kept: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _known(explained: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     # Values near the largest of their dtype have no finite energy, and JSON can't express it.
-    return {name: shares for name, shares in kept.items() if all(map(math.isfinite, shares.values()))}
+    return {name: shares for name, shares in explained.items() if all(map(math.isfinite, shares.values()))}
 
 
 def _rounded(share: ExplainedEnergy) -> dict[str, float]:
