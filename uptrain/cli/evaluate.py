@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.cli import console
-from uptrain.cli.options import check_belongs, device_option, examples, json_option, texts_of
+from uptrain.cli.options import (
+    check_belongs,
+    device_option,
+    examples,
+    json_option,
+    quality_dtype_option,
+    texts_of,
+    window_options,
+)
 from uptrain.cli.types import Sizes
 from uptrain.errors import UsageError
 from uptrain.evaluation import tables
@@ -48,10 +56,7 @@ if TYPE_CHECKING:
     "--context", "contexts", type=Sizes(2), metavar="TOKENS[,TOKENS]", multiple=True, help="Length of the window that "
     "is scored. Repeatable: each length scores the same text. Default: 1024, or MODEL's maximum if that is shorter.",
 )  # fmt: skip
-@click.option("--stride", type=click.IntRange(1), help="Tokens by which the window moves. Default: half of --context.")
-@click.option(
-    "--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Number of tokens to read of each text."
-)
+@window_options
 @click.option(
     "--speed-context", type=Sizes(1), metavar="TOKENS[,TOKENS]", help="Context lengths for the speed benchmark. "
     "Default: 512, or MODEL's maximum if that is shorter.",
@@ -62,10 +67,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--no-speed", is_flag=True, help="Do not measure speed.")
 @device_option
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype in which quality is computed. "
-    "Default: float32 on a CPU, elsewhere that of MODEL.",
-)  # fmt: skip
+@quality_dtype_option
 @click.option(
     "--task", "tasks", metavar="NAME[,NAME]", multiple=True, help="Also run these tasks of lm-eval: names, or paths of "
     "task YAML files. Repeatable. Needs 'uptrain[eval]'.",

@@ -44,6 +44,23 @@ def device_option(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+def window_options(command: Command) -> Command:
+    """Add --stride and --tokens to a command that scores text."""
+    command = click.option(
+        "--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Number of tokens to read of each "
+        "text.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--stride", type=click.IntRange(1), help="Tokens by which the window moves. Default: half of --context."
+    )(command)
+
+
+quality_dtype_option = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype in which quality is computed. "
+    "Default: float32 on a CPU, elsewhere that of MODEL.",
+)  # fmt: skip
+"""Add --dtype to a command that scores text."""
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 """Add --json to a command that prints a result."""
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from uptrain.cli import console
-from uptrain.cli.options import device_option, examples, json_option, source_options, texts_of
+from uptrain.cli.options import (
+    device_option,
+    examples,
+    json_option,
+    quality_dtype_option,
+    source_options,
+    texts_of,
+    window_options,
+)
 from uptrain.cli.types import Names, Size
 from uptrain.formatting import size, typed
 
@@ -49,15 +57,9 @@ if TYPE_CHECKING:
     "--context", type=click.IntRange(2), help="Length of the window that is scored, in tokens. Default: 1024, or "
     "MODEL's maximum if that is shorter.",
 )  # fmt: skip
-@click.option("--stride", type=click.IntRange(1), help="Tokens by which the window moves. Default: half of --context.")
-@click.option(
-    "--tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Number of tokens to read of each text."
-)
+@window_options
 @device_option
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype in which quality is computed. "
-    "Default: float32 on a CPU, elsewhere that of MODEL.",
-)  # fmt: skip
+@quality_dtype_option
 @click.option(
     "--keep", default="all", show_default=True, help="Checkpoints to keep: all, best (the Pareto front) or none."
 )
