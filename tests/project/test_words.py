@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,3 +85,26 @@ def test_help_says_it_in_the_field_s_words(path: str, command: click.Command) ->
 def test_a_replaced_word_is_found_in_prose_and_not_in_code() -> None:
     assert len(found("A file lies beside the layout, and figures were told.")) == 4
     assert found("`--rope grid`, `hosts` and [a page](docs/hosts.md) in figure 5") == []
+
+
+MODULE_NAMES = re.compile(r"\b(forms|choose|streams|source_run|latent_bridge|kept|turns?|words)\b", re.IGNORECASE)
+"""Replaced names of modules that are plain English too: CONTRIBUTING and messages may say them, these pages do not."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith(("README", "docs"))])
+def test_a_page_has_no_name_of_a_replaced_module(page: str) -> None:
+    assert MODULE_NAMES.findall(CODE.sub("`", (ROOT / page).read_text(encoding="utf-8"))) == []
+
+
+def test_messages_say_it_in_the_field_s_words() -> None:
+    """All text in the package that is no docstring: what errors, notes and tables are made of."""
+    hits = []
+    for path in sorted((ROOT / "uptrain").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+                # One word alone is a key or a value, and what a user types keeps its spelling.
+                text = re.sub(r"--[\w-]+ [\w-]+|rope_mode [\w-]+", "", node.value)
+                hits += [f"{path.name}:{node.lineno} {hit}" for hit in (found(text) if " " in text else [])]
+    assert hits == []
