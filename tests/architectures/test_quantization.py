@@ -219,7 +219,7 @@ def test_a_quantized_cache_fits_the_heads_it_was_measured_on(where: str, tmp_pat
         found = load_file(source / "model.safetensors")
         scales = {f"model.layers.0.self_attn.{part}_scale": torch.tensor([1.0]) for part in "kv"}
         save_file({**found, **scales}, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UsageError, match="cache"):
+    with pytest.raises(UsageError, match="quantized key/value cache"):
         plan_conversion(str(source), GQA)
 
 
@@ -270,7 +270,7 @@ def test_codes_are_never_loaded_as_weights(scheme: str, tmp_path: Path) -> None:
     """Eval and train load through transformers, which skips what it doesn't know or isn't told of."""
     undeclared = save_quantized(tmp_path / "undeclared", scheme, attention=False, declare=False)
     for read in (lambda folder: loading.load_model(open_model(resolve(str(folder)))), load_for_generating):
-        with pytest.raises(CheckpointError, match="codes"):
+        with pytest.raises(CheckpointError, match="codes for weights"):
             read(undeclared)
     says = {"quant_method": "brand-new", "bits": 4}
     unknown = save_quantized(tmp_path / "unknown", scheme, attention=False, quantization_config=says)
@@ -291,7 +291,7 @@ def test_scales_that_a_class_has_no_place_for_are_not_lost(tmp_path: Path) -> No
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_codes_of_which_the_config_is_silent_are_not_passed_on(scheme: str, tmp_path: Path) -> None:
     source = save_quantized(tmp_path / "src", scheme, attention=False, declare=False)
-    with pytest.raises(CheckpointError, match="config"):
+    with pytest.raises(CheckpointError, match="codes for weights"):
         plan_conversion(str(source), GQA)
 
 

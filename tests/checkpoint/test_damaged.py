@@ -151,5 +151,5 @@ def test_names_that_no_folder_can_have(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["./absent", "/absent/model", "~/absent", "a/b/c"])
 def test_folders_that_are_not_there_are_not_looked_for_on_the_hub(model: str) -> None:
-    with pytest.raises(UsageError, match="folder"):
+    with pytest.raises(UsageError, match="no folder"):
         resolve(model)

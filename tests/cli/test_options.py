@@ -102,7 +102,7 @@ def test_a_size_without_a_unit_is_asked_for_one(
     size: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["convert", str(source), str(tmp_path / "out"), "--max-shard-size", size]) == 2
-    assert "unit" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "has no unit" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

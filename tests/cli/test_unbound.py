@@ -85,7 +85,7 @@ def test_an_unfinished_conversion_says_what_it_is_of(join: bool, here: Path) -> 
     last = max(i for i, call in enumerate(seen.calls) if call.name.endswith(".safetensors.tmp"))
     with watched(here, killed_at(last)), pytest.raises(Killed):
         convert("a source", here / "out", Request("gqa", 2, "first"))
-    with pytest.raises(UsageError, match="unfinished") as caught:
+    with pytest.raises(UsageError, match="unfinished conversion") as caught:
         convert(str(source), here / "out", MQA, options=RunOptions(join=join))
     for word in ("'a source'", "--to gqa", "--groups 2", "--method first"):
         assert word in caught.value.message
@@ -94,7 +94,7 @@ def test_an_unfinished_conversion_says_what_it_is_of(join: bool, here: Path) -> 
     state = partial_of(here / "out") / STATE
     # A state of the version before says less, and binds as well.
     state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "asked"}))
-    with pytest.raises(UsageError, match="unfinished"):
+    with pytest.raises(UsageError, match="unfinished conversion"):
         convert(str(source), here / "out", MQA, options=RunOptions(join=join))
 
 
@@ -107,7 +107,7 @@ def test_a_calibrated_layer_is_work_that_binds(here: Path) -> None:
 
     with pytest.raises(Interrupted):
         convert("demo", "out", Request("mqa", **settings), events=Events(layer=cut))
-    with pytest.raises(UsageError, match="unfinished") as caught:
+    with pytest.raises(UsageError, match="unfinished conversion") as caught:
         convert("demo", "out", MQA)
     assert "--calibration-tokens 2048" in caught.value.message
     layers = names(here / "out.uptrain-calibration")

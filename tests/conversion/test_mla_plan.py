@@ -273,7 +273,7 @@ def test_a_window_is_refused_even_where_only_the_class_knows_of_it(save_tiny: Sa
     source = save_tiny("mistral", 2, sliding_window=4096)
     for change in (lambda config: None, lambda config: config.pop("sliding_window")):
         edit(source, change)
-        with pytest.raises(UsageError, match="window"):
+        with pytest.raises(UsageError, match="sliding windows"):
             plan_conversion(str(source), Request("mla"))
     edit(source, lambda config: config.update(sliding_window=None))
     plan_conversion(str(source), Request("mla"))

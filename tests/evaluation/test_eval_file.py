@@ -88,4 +88,4 @@ def test_what_cannot_be_written_is_reported_before_anything_is_measured(
     capsys.readouterr()
     assert run(command(converted, "--out", str(converted.parent / "nowhere/eval.json"))) == 2
     shown = capsys.readouterr()
-    assert "written" in shown.err.replace("\n", " ") and not shown.out
+    assert "can't be written" in shown.err.replace("\n", " ") and not shown.out

@@ -63,7 +63,7 @@ def test_one_sequence_is_always_timed(asked: int | list[int], batches: tuple[int
 def test_a_revision_is_that_of_the_model_on_the_hub(tmp_path: Path) -> None:
     folder = str(checkpoint(tmp_path / "model"))
     settings = EvaluationSettings(text=[Files(files=str(corpus(tmp_path / "text.txt")))], context=16, repeats=0)
-    with pytest.raises(UsageError, match="revision"):
+    with pytest.raises(UsageError, match="--revision main"):
         evaluate(folder, settings, revision="main")
     with pytest.raises(UsageError, match="revision"):
         evaluate("demo", settings, baseline=folder, revision="main")

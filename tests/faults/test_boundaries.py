@@ -265,7 +265,7 @@ def test_an_unfinished_run_of_an_older_plan_format_starts_over(world: World, mon
     assert list(left.glob("model-*.safetensors"))
     for path in left.glob("model-*.safetensors"):
         path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(UsageError, match="unfinished"):
+    with pytest.raises(UsageError, match="unfinished conversion"):
         convert(str(world.source), world.out, Request("gqa", 2))
     notes: list[str] = []
     assert convert(str(world.source), world.out, MQA, events=Events(note=notes.append)).resumed == ()
@@ -283,7 +283,7 @@ def test_a_finished_shard_that_was_damaged_is_written_again(world: World) -> Non
 
 def test_another_request_does_not_resume_the_first(world: World) -> None:
     world.cut_off()
-    with pytest.raises(UsageError, match="unfinished"):
+    with pytest.raises(UsageError, match="unfinished conversion"):
         convert(str(world.source), world.out, Request("gqa", 2))
     world.check_ends_well(False)
     world.cut_off()

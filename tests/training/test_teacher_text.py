@@ -225,7 +225,7 @@ def test_what_cannot_be_written_is_one_sentence(
     with pytest.raises(UsageError, match="begins"):
         generate_tokens(Sampler(model, nameless, teacher(), 32, 0), tmp_path / "t")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UptrainError, match="written"):
+    with pytest.raises(UptrainError, match="can't be written to"):
         generate_tokens(Sampler(model, words, teacher(), 32, 0), tmp_path / "file/t")
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
