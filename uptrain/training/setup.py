@@ -17,6 +17,7 @@ from uptrain.checkpoint.source import Source, resolve
 from uptrain.data.block_reader import BlockReader
 from uptrain.data.readers import build_tokens, open_reader
 from uptrain.data.sources import TeacherText
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_text import TokenText
 from uptrain.errors import UsageError
 from uptrain.models.checks import check_heads
@@ -107,8 +108,9 @@ def prepared(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, restar
         return load_teacher(found, recipe, accelerator).to(accelerator.device)
 
     with closing(ParallelObjective(objective, accelerator, shard)) as parallel:
-        boundary = _boundary(recipe, tokenizer, parallel)
-        reader = _make_reader(recipe, tokenizer, folder.tokens, accelerator, teacher_model)
+        encoder = TextEncoder(tokenizer)
+        boundary = _boundary(recipe, encoder, parallel)
+        reader = _make_reader(recipe, encoder, folder.tokens, accelerator, teacher_model)
         seed_process(recipe.seed, accelerator)
         yield TrainingSetup(
             recipe=recipe,
@@ -125,9 +127,9 @@ def prepared(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, restar
         )
 
 
-def _boundary(recipe: Recipe, tokenizer: Any, parallel: ParallelObjective) -> Boundary | None:
+def _boundary(recipe: Recipe, encoder: TextEncoder, parallel: ParallelObjective) -> Boundary | None:
     """Return the token between documents that attention must not cross, or None where it may."""
-    found = Boundary.of(tokenizer) if recipe.isolate_documents is not False else None
+    found = Boundary.of(encoder) if recipe.isolate_documents is not False else None
     if found is None or parallel.isolates_documents():
         return found
     if recipe.isolate_documents:
@@ -136,11 +138,11 @@ def _boundary(recipe: Recipe, tokenizer: Any, parallel: ParallelObjective) -> Bo
 
 
 def _make_reader(
-    recipe: Recipe, tokenizer: Any, folder: Path, accelerator: Accelerator, teacher_model: Callable[[], Any]
+    recipe: Recipe, encoder: TextEncoder, folder: Path, accelerator: Accelerator, teacher_model: Callable[[], Any]
 ) -> BlockReader:
     def write_teacher_text(source: TeacherText, into: Path) -> None:
-        generate_tokens(Sampler(teacher_model(), tokenizer, source, recipe.block_size, recipe.seed), into)
+        generate_tokens(Sampler(teacher_model(), encoder, source, recipe.block_size, recipe.seed), into)
 
     with accelerator.main_process_first():
-        tokens = build_tokens(recipe.data, tokenizer, folder, accelerator.is_main_process, write_teacher_text)
-    return open_reader(recipe.data, tokenizer, tokens, recipe.block_size, recipe.seed)
+        tokens = build_tokens(recipe.data, encoder, folder, accelerator.is_main_process, write_teacher_text)
+    return open_reader(recipe.data, encoder, tokens, recipe.block_size, recipe.seed)
