@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,12 +48,13 @@ def share_layer(
     inverse_frequencies: Tensor | None,
     moments: list[GroupMoments],
 ) -> list[Converted[HeadMaps]]:
-    """Return ways to convert a layer to `groups` key/value heads under the statistics of a text.
+    """Return ways to convert a layer to `groups` key/value heads under the statistics of a text, four or two.
 
-    Rotated keys are shared, first, with one component for each rope pair; then from the start of least error, which may
-    take slow pairs together; then as the joint fit has them, by the distances of all heads and by those of each. The
-    energy that `calibrated`, `svd` and `mean` explain is measured by the error that the keys were fitted to, in which
-    `calibrated` is the best.
+    The first shares rotated keys with one component for each rope pair, and values under one moment for all heads. The
+    others share values as each head averages them, and rotated keys from the start of least error, which may take slow
+    pairs together; by the joint fit to all heads' distances; and by the joint fit to those of each head. The energy
+    that `calibrated`, `svd` and `mean` explain is measured by the error that was fitted, in which `calibrated` is the
+    best.
 
     - `layer`: the layer's projections by head, float64, the heads of each group next to each other.
     - `groups`: how many key/value heads the result has.
@@ -62,25 +62,26 @@ def share_layer(
     - `inverse_frequencies`: (pairs,), radians per token, None where keys see no rotation.
     - `moments`: the statistics of each group.
     """
-    keys, values = [], []
+    ways: list[list[tuple[_Fit, _Fit]]] = []
     for span, each in zip(spans_of(layer.kv_heads, groups), moments, strict=True):
-        keys.append(list(_keys(layer.k_rows[list(span)], each, position, inverse_frequencies)))
-        values.append(_values(layer.v_rows[list(span)], each.values))
-    found = list[Converted[HeadMaps]]()
-    for of_keys in zip(*keys, strict=True):
-        for of_values in zip(*values, strict=True):
-            explained = {
-                name: ExplainedEnergy(_explained(of_keys, name), _explained(of_values, name))
-                for name in ("calibrated", "svd", "mean")
-            }
-            found.append(Converted(_absorbed(layer, of_keys, of_values), explained))
+        keys = _keys(layer.k_rows[list(span)], each, position, inverse_frequencies)
+        once, alternated = _values(layer.v_rows[list(span)], each.values)
+        ways.append([(keys[0], once), *((fit, alternated) for fit in keys[1:])])
+    found = []
+    for way in zip(*ways, strict=True):
+        of_keys, of_values = zip(*way, strict=True)
+        explained = {
+            name: ExplainedEnergy(_explained(of_keys, name), _explained(of_values, name))
+            for name in ("calibrated", "svd", "mean")
+        }
+        found.append(Converted(_absorbed(layer, of_keys, of_values), explained))
     return found
 
 
 def _keys(
     rows: Tensor, group: GroupMoments, position: Rotary | None, inverse_frequencies: Tensor | None
-) -> Iterator[_Fit]:
-    """Yield ways to share the keys of heads with maps `rows` (m, D, d̃), the one by eigenvectors first."""
+) -> list[_Fit]:
+    """Return ways to share the keys of heads with maps `rows` (m, D, d̃): by eigenvectors, and further ones."""
     moments = group.keys
     centred = moments.keys - CENTRED * outer(moments.mean, moments.mean)
     starts = {
@@ -103,9 +104,10 @@ def _keys(
         error = LogitError(moments, DistanceKernel.of(position, inverse_frequencies, measured))
         best = min((*starts.values(), *tried), key=error.of)
         if distances.ndim == 1:
-            yield _key_fit(error, best, starts)
+            found.append(_key_fit(error, best, starts))
         *_, joint = joint_keys.alternated(error, best, ROUNDS)
-        yield _key_fit(error, joint_keys.balanced(joint, position), starts)
+        found.append(_key_fit(error, joint_keys.balanced(joint, position), starts))
+    return found
 
 
 def _key_start(
@@ -117,7 +119,7 @@ def _key_start(
     return SharedKeys(found.down, _by_query(found, moments.heads).mT)
 
 
-def _values(rows: Tensor, moments: ValueMoments) -> list[_Fit]:
+def _values(rows: Tensor, moments: ValueMoments) -> tuple[_Fit, _Fit]:
     """Return the values of heads with maps `rows` (m, Dv, d̃) shared by eigenvectors, and by alternation from there."""
     together = replace(moments, values=moments.values.sum(0, keepdim=True))
     starts = {
@@ -129,7 +131,7 @@ def _values(rows: Tensor, moments: ValueMoments) -> list[_Fit]:
     error = OutputError(moments)
     best = min(starts.values(), key=error.of)
     *_, found = joint_values.alternated(error, best, ROUNDS)
-    return [once, _value_fit(error, found, starts)]
+    return once, _value_fit(error, found, starts)
 
 
 def _value_start(moments: ValueMoments, second_moment: Tensor) -> SharedValues:
