@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from uptrain.conversion.calibration.activations import Activations
+from uptrain.conversion.calibration.block_repair import BlockSteps, LayerTensors
 from uptrain.conversion.calibration.candidates import CandidateMaker, as_float
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.calibration.refit import Check, Maps, Regression, best_dampings, gradient_steps, ridge
@@ -26,9 +27,10 @@ class LayerChoice:
       None where no refit helped.
     - `drift`: the share of the error so far that the refit corrects.
     - `damping`: the refit's λ.
-    - `steps`: the gradient steps of the result.
-    - `error_shared`, `error_refit`, `error`: the relative squared error of the layer's output on held-out text, after
-      sharing, after the refit and after the gradient steps.
+    - `steps`: the gradient steps of attention alone.
+    - `block_steps`: the gradient steps that moved the layer's norms and MLP too.
+    - `error_shared`, `error_refit`, `error_attention`, `error`: the relative squared error of the layer's output on
+      held-out text, after sharing, after the refit, after the steps of attention and after those of the whole layer.
     """
 
     moments: str
@@ -36,8 +38,10 @@ class LayerChoice:
     drift: float
     damping: float
     steps: int
+    block_steps: int
     error_shared: float
     error_refit: float
+    error_attention: float
     error: float
 
 
@@ -65,6 +69,7 @@ class LayerSearch(Generic[Maps]):
     - `index`: the layer's number.
     - `gain`: what the layer multiplies its attention's output by.
     - `output_bias`: (d,), the bias of the attention's output, None where it has none.
+    - `others`: the layer's tensors outside attention that block repair may change; none are changed without it.
     """
 
     layer: Layer
@@ -75,6 +80,7 @@ class LayerSearch(Generic[Maps]):
     index: int
     gain: float
     output_bias: Tensor | None
+    others: LayerTensors | None = None
 
     def __post_init__(self) -> None:
         count = len(self.activations.original)
@@ -92,11 +98,12 @@ class LayerSearch(Generic[Maps]):
             winner = next(c for _, c in unfitted if c.moments == best[1].moments)
             best = min(best, *self._refits(winner, "independent"), key=_first)
         refit_error, chosen = best
-        maps, steps, error = self._repaired(chosen.maps, refit_error)
+        maps, steps, attention_error = self._repaired(chosen.maps, refit_error)
+        maps, block_steps, error = self._block_repaired(maps, attention_error)
         self.advance(maps)
         choice = LayerChoice(
-            chosen.moments, chosen.refit, chosen.drift, chosen.damping, steps,
-            min(error for error, _ in unfitted), refit_error, error,
+            chosen.moments, chosen.refit, chosen.drift, chosen.damping, steps, block_steps,
+            min(error for error, _ in unfitted), refit_error, attention_error, error,
         )  # fmt: skip
         return maps, chosen.explained, choice
 
@@ -162,14 +169,28 @@ class LayerSearch(Generic[Maps]):
         steps, settings = self.settings.repair_steps, self.settings
         if not steps:
             return maps, 0, error
-
-        def loss(heads: Maps, batch: int) -> Tensor:
-            wrong, total = self._wrong(self._fit[batch], heads)
-            return wrong / total
-
-        repaired = gradient_steps(maps, loss, len(self._fit), steps, settings.rate, settings.seed + self.index)
+        batches, seed = len(self._fit), settings.seed + self.index
+        repaired = gradient_steps(maps, self._loss, batches, steps, settings.rate, seed)
         after = self._error(repaired)
         return (repaired, steps, after) if after < error else (maps, 0, error)
+
+    def _block_repaired(self, maps: Maps, error: float) -> tuple[Maps, int, float]:
+        """Return maps after steps that also move the norms and the MLP, if those err less, then the steps and error."""
+        settings = self.settings
+        if self.others is None or not settings.block_steps:
+            return maps, 0, error
+        give_back()
+        steps = BlockSteps(count=settings.block_steps, rate=settings.block_rate, seed=settings.seed + self.index)
+        repaired = self.others.steps(maps, self._loss, len(self._fit), steps)
+        after = self._error(repaired)
+        if after < error:
+            return repaired, steps.count, after
+        self.others.put_back()
+        return maps, 0, error
+
+    def _loss(self, maps: Maps, batch: int) -> Tensor:
+        wrong, total = self._wrong(self._fit[batch], maps)
+        return wrong / total
 
     def _error(self, maps: Maps) -> float:
         """Return the relative squared error of the layer's output on the held-out blocks; inf where it isn't finite."""
