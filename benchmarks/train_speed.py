@@ -55,13 +55,14 @@ def run_trainer(args: argparse.Namespace, folder: Path) -> list[Moment]:
 
     from uptrain.checkpoint.source import resolve
     from uptrain.data.sources import parse_source
+    from uptrain.data.text_encoder import TextEncoder
     from uptrain.data.token_file import TokenFile
     from uptrain.models import loading
     from uptrain.models.opened import open_model
 
     loading.quiet()
     source = resolve(args.model)
-    TokenFile.build(folder / "tokens", [parse_source(args.data)], loading.load_tokenizer(source.path))
+    TokenFile.build(folder / "tokens", [parse_source(args.data)], TextEncoder(loading.load_tokenizer(source.path)))
     blocks = torch.from_numpy(TokenFile(folder / "tokens", args.block, 0).take(args.batch * args.steps))
     ends: list[Moment] = []
 

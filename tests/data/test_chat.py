@@ -11,8 +11,9 @@ import pytest
 from pyarrow import parquet
 
 from tests.corpus import tokenizer
-from uptrain.data.chat import messages_of
+from uptrain.data.row_text import messages_of
 from uptrain.data.sources import Dataset, Files, TextSource
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_stream import TokenStream
 from uptrain.data.token_text import read_tokens
 from uptrain.errors import UptrainError, UsageError
@@ -70,7 +71,9 @@ def test_a_key_that_only_other_rows_have_is_not_there() -> None:
 
 def test_a_stream_of_conversations_is_the_same_tokens(tmp_path: Path, words: Any) -> None:
     sources(tmp_path)
-    stream = TokenStream(Dataset(dataset=str(tmp_path / "rows"), chat_field="messages", stream=True), words, 8)
+    stream = TokenStream(
+        Dataset(dataset=str(tmp_path / "rows"), chat_field="messages", stream=True), TextEncoder(words), 8
+    )
     ids = oracle(words)
     assert stream.take(len(ids) // 8).ravel().tolist() == ids[: len(ids) // 8 * 8]
 
@@ -96,7 +99,9 @@ def test_a_row_that_is_no_conversation_is_named(tmp_path: Path, words: Any, row:
     with pytest.raises(UsageError, match=said):
         read_tokens([Files(files=str(path), chat_field="messages")], words, 100)
     with pytest.raises(UptrainError, match="dataset"):
-        TokenStream(Dataset(dataset=str(path.parent), chat_field="messages", stream=True), words, 8).take(1)
+        TokenStream(Dataset(dataset=str(path.parent), chat_field="messages", stream=True), TextEncoder(words), 8).take(
+            1
+        )
 
 
 def test_plain_text_has_no_conversations(tmp_path: Path, words: Any) -> None:

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from tests.corpus import corpus, sentences, tokenizer
 from uptrain.data import documents, text_files
 from uptrain.data.block_reader import BlockReader
+from uptrain.data.dataset_rows import open_dataset
 from uptrain.data.sources import Builtin, Dataset, Files, TextSource, parse_source, text_of_option
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_file import TokenFile
 from uptrain.data.token_stream import TokenStream
 from uptrain.data.token_text import read_tokens
@@ -38,7 +40,7 @@ def numbered(folder: Path, count: int) -> Path:
 
 
 def build(folder: Path, sources: Sequence[TextSource], words: Any) -> np.ndarray[Any, Any]:
-    TokenFile.build(folder, sources, words)
+    TokenFile.build(folder, sources, TextEncoder(words))
     meta = json.loads((folder / "tokens.json").read_text())
     return np.fromfile(folder / "tokens.bin", dtype=meta["dtype"])
 
@@ -111,7 +113,7 @@ def readers(tmp_path: Path, words: Any) -> dict[str, tuple[BlockReader, BlockRea
     source = Dataset(dataset=str(tmp_path / "rows"), stream=True)
     return {
         "file": (TokenFile(tmp_path / "tokens", 16, 3), TokenFile(tmp_path / "tokens", 16, 3)),
-        "stream": (TokenStream(source, words, 16), TokenStream(source, words, 16)),
+        "stream": (TokenStream(source, TextEncoder(words), 16), TokenStream(source, TextEncoder(words), 16)),
     }
 
 
@@ -131,7 +133,7 @@ def test_a_saved_position_goes_on_with_the_very_next_block(tmp_path: Path, words
 def test_a_streamed_dataset_gives_the_same_tokens_as_its_files(tmp_path: Path, words: Any) -> None:
     rows = jsonl_folder(tmp_path / "rows")
     ids = build(tmp_path / "tokens", [Files(files=str(rows / "*.jsonl"))], words)
-    stream = TokenStream(Dataset(dataset=str(rows), stream=True), words, 16)
+    stream = TokenStream(Dataset(dataset=str(rows), stream=True), TextEncoder(words), 16)
     count = len(ids) // 16
     assert stream.take(count).ravel().tolist() == ids[: count * 16].tolist()
     loaded = build(tmp_path / "loaded", [Dataset(dataset=str(rows))], words)
@@ -183,7 +185,7 @@ def test_too_little_text_for_a_block_says_so(tmp_path: Path) -> None:
 
 def test_a_dataset_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UptrainError, match="loaded"):
-        documents.open_dataset(Dataset(dataset=str(tmp_path / "nowhere")))
+        open_dataset(Dataset(dataset=str(tmp_path / "nowhere")))
 
 
 def test_every_file_format_of_the_installed_datasets_is_known() -> None:

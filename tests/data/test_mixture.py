@@ -19,6 +19,7 @@ from uptrain.checkpoint.events import Events
 from uptrain.data.block_reader import BlockReader
 from uptrain.data.mixture import Mixture
 from uptrain.data.readers import build_tokens, open_reader
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_file import TokenFile
 from uptrain.data.token_stream import TokenStream
 from uptrain.errors import Interrupted, UsageError
@@ -98,8 +99,8 @@ def mixed_data(tmp_path: Path) -> list[dict[str, Any]]:
 def open_recipe(tmp_path: Path, words: Any, **changes: Any) -> BlockReader:
     data = mixed_data(tmp_path)
     recipe = recipes.parse_recipe({"model": "m", "output": "o", "steps": 1, "data": data, **changes})
-    folders = build_tokens(recipe.data, words, tmp_path / "run")
-    return open_reader(recipe.data, words, folders, 16, recipe.seed)
+    folders = build_tokens(recipe.data, TextEncoder(words), tmp_path / "run")
+    return open_reader(recipe.data, TextEncoder(words), folders, 16, recipe.seed)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 37, 400])

@@ -21,6 +21,7 @@ from uptrain.data import token_cache
 from uptrain.data.content_digest import content_digest
 from uptrain.data.readers import build_tokens
 from uptrain.data.sources import Builtin, Dataset, Files, TextSource
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_file import TokenFile
 from uptrain.data.token_text import read_tokens
 from uptrain.errors import UptrainError, UsageError
@@ -38,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def build(sources: Sequence[TextSource], words: Any, run: Path) -> Path:
-    (folder,) = build_tokens(sources, words, run)
+    (folder,) = build_tokens(sources, TextEncoder(words), run)
     assert folder is not None
     return folder
 
@@ -100,24 +101,24 @@ def test_whatever_changes_the_tokens_changes_the_digest(tmp_path: Path) -> None:
     longer.add_tokens(["foxes"])
     endless = tokenizer()
     endless.eos_token = endless.bos_token = None
-    digests = {content_digest(sources, plain) for sources in found.values()}
+    digests = {content_digest(sources, TextEncoder(plain)) for sources in found.values()}
     assert len(digests) == len(found)
-    digests |= {content_digest(found["jsonl"], each) for each in (other, longer, endless)}
-    digests.add(content_digest(found["chat"], chatty))
+    digests |= {content_digest(found["jsonl"], TextEncoder(each)) for each in (other, longer, endless)}
+    digests.add(content_digest(found["chat"], TextEncoder(chatty)))
     assert len(digests) == len(found) + 4
 
 
 def test_what_does_not_change_the_tokens_does_not_change_the_digest(tmp_path: Path, words: Any) -> None:
     found = variants(tmp_path)
-    digest = content_digest(found["plain"], words)
+    digest = content_digest(found["plain"], TextEncoder(words))
     same = Files(files=str(tmp_path / "a.txt"), text_field="body", weight=3)
-    assert content_digest([same], words) == digest
+    assert content_digest([same], TextEncoder(words)) == digest
     called = tokenizer()
     called.chat_template = "{{ messages }}"
     called(["one", "two foxes"], truncation=True, max_length=7, padding="max_length")
-    assert content_digest(found["plain"], called) == digest
+    assert content_digest(found["plain"], TextEncoder(called)) == digest
     words.save_pretrained(tmp_path / "tokenizer")
-    assert content_digest(found["plain"], type(words).from_pretrained(tmp_path / "tokenizer")) == digest
+    assert content_digest(found["plain"], TextEncoder(type(words).from_pretrained(tmp_path / "tokenizer"))) == digest
 
 
 class Slow:
@@ -137,7 +138,7 @@ class Slow:
 
 def test_a_tokenizer_without_a_backend_counts_by_its_files(tmp_path: Path) -> None:
     sources = [Files(files=str(corpus(tmp_path / "a.txt", 4)))]
-    first, same, other = (content_digest(sources, Slow(model)) for model in (b"a", b"a", b"b"))
+    first, same, other = (content_digest(sources, TextEncoder(Slow(model))) for model in (b"a", b"a", b"b"))
     assert first == same
     assert first != other
 
@@ -196,7 +197,7 @@ def test_without_a_place_for_the_cache_the_run_keeps_its_tokens(
     assert folder.parent == tmp_path / "run"
     assert tokens(folder) == read_tokens([source], words, 10**6).ids.tolist()
     with pytest.raises(UptrainError, match="file/run"):
-        token_cache.tokens_folder("0" * 64, [source], words, tmp_path / "file/run")
+        token_cache.tokens_folder("0" * 64, [source], TextEncoder(words), tmp_path / "file/run")
 
 
 def test_a_full_cache_leaves_nothing_and_the_run_keeps_its_tokens(
@@ -228,7 +229,7 @@ def test_other_processes_of_a_run_do_not_read_the_text_again(
     path = corpus(tmp_path / "a.txt", 40)
     folder = build([Files(files=str(path))], words, tmp_path / "run")
     path.unlink()
-    assert build_tokens([Files(files=str(path))], words, tmp_path / "run", first=False) == [folder]
+    assert build_tokens([Files(files=str(path))], TextEncoder(words), tmp_path / "run", first=False) == [folder]
 
 
 @pytest.mark.parametrize(

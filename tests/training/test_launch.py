@@ -139,12 +139,12 @@ def test_a_lost_process_is_one_sentence_and_other_errors_are_not(reason: str, mo
         raise RuntimeError("shapes don't fit")
 
 
-def start(rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
+def start(rank: int, port: int, *arguments: str, code: str = "") -> subprocess.Popen[str]:
     environment = {
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
-    command = [sys.executable, "-m", "uptrain", "train", *arguments]
+    command = [sys.executable, *(["-c", code] if code else ["-m", "uptrain"]), "train", *arguments]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
@@ -191,3 +191,14 @@ def test_what_fails_on_another_alone_is_said_by_it_and_the_first_ends_too(recipe
     broken = start(1, port, str(recipe), "steps=0")
     assert "Process 1 of 2" in broken.communicate()[1]
     assert broken.returncode == 2
+
+
+@pytest.mark.slow
+def test_a_launched_process_ends_before_threads_of_its_connection_can_abort_it(recipe: Path) -> None:
+    """What an interpreter does last never comes: there such a thread would abort a run that is done."""
+    code, port = "import atexit, os; atexit.register(os.abort); from uptrain.__main__ import main; main()", free_port()
+    both = [start(rank, port, str(recipe), "steps=1", code=code) for rank in (0, 1)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert (recipe.parent / "out" / "config.json").is_file()
+    assert subprocess.run([sys.executable, "-c", code, "families"], capture_output=True).returncode == -signal.SIGABRT

@@ -27,6 +27,7 @@ from uptrain.checkpoint.manifest import read_manifest, verify
 from uptrain.checkpoint.source import DEMO
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_file import TokenFile
 from uptrain.data.token_text import read_tokens
 from uptrain.errors import CheckpointError, Interrupted, UptrainError, UsageError
@@ -83,7 +84,7 @@ def test_it_is_the_textbook_loop(
     run(made)
 
     tokens = tmp_path / "tokens"
-    TokenFile.build(tokens, made.data, load_tokenizer(tmp_path / "model"))
+    TokenFile.build(tokens, made.data, TextEncoder(load_tokenizer(tmp_path / "model")))
     blocks = TokenFile(tokens, made.block_size, made.seed)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").train()
     matrices = [p for p in model.parameters() if p.ndim > 1]

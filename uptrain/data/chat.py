@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from uptrain.errors import UsageError
@@ -56,16 +56,3 @@ def _same_on_every_day(template: str) -> str:
         return template
     replaced = "".join(f".replace('{code}', '{value}')" for code, value in _DATE.items())
     return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro +%}" + template
-
-
-def messages_of(value: Any) -> list[dict[str, Any]] | None:
-    """Return the messages in a row's value, or None where the value is not a conversation."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        return None
-    for message in value:
-        if not isinstance(message, Mapping):
-            return None
-        if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            return None
-    # A table gives each message every column. A template would read an empty column as a value, so it is removed.
-    return [{key: part for key, part in message.items() if part is not None} for message in value]

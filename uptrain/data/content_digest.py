@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.checksum import Checksum, checksum_file
 from uptrain.data.chat import template_of
-from uptrain.data.documents import files_of, open_dataset
+from uptrain.data.dataset_rows import open_dataset
 from uptrain.data.sources import Builtin, Dataset, Files, TeacherText, TextSource, has_chats
-from uptrain.data.text_files import has_rows
-from uptrain.data.token_text import separator_of
+from uptrain.data.text_encoder import TextEncoder
+from uptrain.data.text_files import files_of, has_rows
 from uptrain.errors import UsageError
 
 _VERSION = 1
 """Raise this number when a change of code turns the same content into different tokens."""
 
 
-def content_digest(sources: Sequence[TextSource], tokenizer: Any) -> str:
+def content_digest(sources: Sequence[TextSource], encoder: TextEncoder) -> str:
     """Return a hex digest that changes whenever the sources' tokens might change.
 
     Raises:
         UsageError: a source can't be found.
         CheckpointError: a file can't be read.
     """
-    chat = template_of(tokenizer) if any(map(has_chats, sources)) else None
-    content = [_VERSION, [_source(source) for source in sources], tokenizer_digest(tokenizer), chat]
+    chat = template_of(encoder.tokenizer) if any(map(has_chats, sources)) else None
+    content = [_VERSION, [_source(source) for source in sources], encoder.digest, chat]
     return _digest(json.dumps(content).encode()).partition(":")[2]
 
 
@@ -55,24 +53,6 @@ def _builtin(source: Builtin) -> str:
     for text in documents(source.split):
         checksum.update(_digest(text.encode()).encode())
     return checksum.text()
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a digest of how the tokenizer turns text into tokens, without its chat template."""
-    content: list[Any] = [type(tokenizer).__name__, len(tokenizer), separator_of(tokenizer)]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Calls change these two settings, and tokenising a corpus uses neither.
-        content.append({key: value for key, value in json.loads(backend.to_str()).items() if key not in _CALL_STATE})
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-            content.append([[path.name, checksum_file(path)] for path in files])
-    return _digest(json.dumps(content).encode())
-
-
-_CALL_STATE = ("truncation", "padding")
 
 
 def _digest(data: bytes) -> str:

@@ -13,6 +13,7 @@ from uptrain.data.block_reader import BlockReader
 from uptrain.data.content_digest import content_digest
 from uptrain.data.mixture import Mixture
 from uptrain.data.sources import Dataset, TeacherText, TextSource, is_stream
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_cache import tokens_folder
 from uptrain.data.token_file import TokenFile
 from uptrain.data.token_stream import TokenStream
@@ -25,13 +26,13 @@ def _parts(sources: Sequence[TextSource]) -> list[list[TextSource]]:
 
 
 def build_tokens(
-    sources: Sequence[TextSource], tokenizer: Any, folder: Path, first: bool = True,
+    sources: Sequence[TextSource], encoder: TextEncoder, folder: Path, first: bool = True,
     generate: Callable[[TeacherText, Path], None] | None = None,
 ) -> list[Path | None]:  # fmt: skip
     """Tokenise a recipe's `data`, unless the cache has the tokens already.
 
     - `sources`: the recipe's data.
-    - `tokenizer`: turns text into tokens.
+    - `encoder`: turns text into tokens.
     - `folder`: the run's own folder for the digests, the teacher's text and what the cache can't hold.
     - `first`: whether this is the first process of the run. Only that one computes digests, which reads all text.
     - `generate`: writes the teacher's text for a source into a folder; None for a run without a teacher.
@@ -45,7 +46,7 @@ def build_tokens(
     parts = _parts(sources)
     known = folder / "digests.json"
     if first:
-        made = [None if is_stream(part[0]) or isinstance(part[0], TeacherText) else content_digest(part, tokenizer)
+        made = [None if is_stream(part[0]) or isinstance(part[0], TeacherText) else content_digest(part, encoder)
                 for part in parts]  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(known, json.dumps(made))
@@ -58,7 +59,7 @@ def build_tokens(
             found.append(folder / f"teacher-{index}")
             generate(source, folder / f"teacher-{index}")
         else:
-            found.append(None if digest is None else tokens_folder(digest, part, tokenizer, folder))
+            found.append(None if digest is None else tokens_folder(digest, part, encoder, folder))
     return found
 
 
@@ -69,12 +70,12 @@ def counts_of(reader: BlockReader) -> list[dict[str, Any]]:
 
 
 def open_reader(
-    sources: Sequence[TextSource], tokenizer: Any, folders: Sequence[Path | None], block_size: int, seed: int
+    sources: Sequence[TextSource], encoder: TextEncoder, folders: Sequence[Path | None], block_size: int, seed: int
 ) -> BlockReader:
     """Return the reader of a recipe's `data`.
 
     - `sources`: the recipe's data.
-    - `tokenizer`: tokenises streams while they are read.
+    - `encoder`: tokenises streams while they are read.
     - `folders`: what `build_tokens` returned.
     - `block_size`: tokens per block.
     - `seed`: determines the order of the blocks.
@@ -87,7 +88,7 @@ def open_reader(
         if folder is None:
             stream = part[0]
             assert isinstance(stream, Dataset)
-            readers.append(TokenStream(stream, tokenizer, block_size))
+            readers.append(TokenStream(stream, encoder, block_size))
         else:
             readers.append(TokenFile(folder, block_size, seed))
     return readers[0] if len(readers) == 1 else Mixture(readers, [source.weight or 0 for source in sources], seed)

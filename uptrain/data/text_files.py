@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from uptrain.errors import UsageError, did_you_mean, needing
+from uptrain.data.row_text import RowText, no_field
+from uptrain.data.sources import Files
+from uptrain.errors import UsageError, needing
 
 PIECE = 2**20
 """Characters. A longer document is divided at line ends into pieces of about this size."""
@@ -20,6 +23,41 @@ class Piece(NamedTuple):
 
     text: str
     first: bool
+
+
+def file_pieces(source: Files, text: RowText) -> Iterator[Piece]:
+    """Yield the text of a source's files, in the order of `files_of`; `text` reads their rows.
+
+    Raises:
+        UsageError: a file does not exist or can't be read, or a row lacks the field.
+    """
+    for path in files_of(source):
+        if not has_rows(path):
+            if source.chat_field is not None:
+                raise UsageError(f"{path} is plain text, so it has no chat_field.", "Name JSONL or Parquet files.")
+            yield from plain(path)
+            continue
+        for where, row in _jsonl(path) if path.suffix != ".parquet" else _parquet(path, text.field):
+            yield Piece(text.text_of(row, where), True)
+
+
+def files_of(source: Files) -> list[Path]:
+    """Return the files that a source names, in the order given, globs sorted by name.
+
+    Raises:
+        UsageError: no file matches a name.
+    """
+    names = [source.files] if isinstance(source.files, str) else source.files
+    found: list[Path] = []
+    for name in names:
+        expanded = str(Path(name).expanduser())
+        # The name of an existing file is a file's name, even where it could be read as a glob.
+        matches = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207
+        paths = [Path(match) for match in matches if Path(match).is_file()]
+        if not paths:
+            raise UsageError(f"No file matches {name}.", "Name text, JSONL or Parquet files, or a glob of them.")
+        found += paths
+    return found
 
 
 def has_rows(path: Path) -> bool:
@@ -38,47 +76,6 @@ def plain(path: Path) -> Iterator[Piece]:
         while lines := _lines(file, path):
             yield Piece("".join(lines), first)
             first = False
-
-
-def file_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file, each with its place for error messages. A Parquet row has only its `field`.
-
-    Raises:
-        UsageError: the file can't be read, or it is Parquet and lacks the field.
-    """
-    return _parquet(path, field) if path.suffix == ".parquet" else _jsonl(path)
-
-
-def text_of(row: Any, field: str, where: str) -> str:
-    """Return the text in a row's field; `where` names the row in errors.
-
-    Raises:
-        UsageError: the field has no text; the error names the row's fields.
-    """
-    if isinstance(row, dict) and isinstance(row.get(field), str):
-        return str(row[field])
-    raise no_field(row, field, where, "text", "text_field")
-
-
-def no_field(row: Any, field: str, where: str, wanted: str, option: str) -> UsageError:
-    """Return the error for a row without the wanted content.
-
-    - `row`: the row.
-    - `field`: the name of the field.
-    - `where`: the row's place in its file.
-    - `wanted`: what the field should hold.
-    - `option`: the key of the recipe that names the field.
-    """
-    keys = list(row) if isinstance(row, dict) else []
-    if field in keys:
-        return UsageError(f"{where} has no {wanted} in its field {field!r}, but {_shown(row[field])}.")
-    hint = f"{did_you_mean(field, keys)} It has {', '.join(map(str, keys)) or 'none'}; set {option}.".strip()
-    return UsageError(f"{where} has no {wanted} in a field {field!r}.", hint)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _lines(file: Any, path: Path) -> list[str]:

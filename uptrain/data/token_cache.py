@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from uptrain.checkpoint.files import rename_folder, sync_folder
 from uptrain.checkpoint.locks import wait_for_lock
 from uptrain.data.sources import TextSource
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_file import TokenFile
 from uptrain.errors import UptrainError
 
@@ -33,14 +33,14 @@ def cache_root() -> Path | None:
         return None
 
 
-def tokens_folder(digest: str, sources: Sequence[TextSource], tokenizer: Any, fallback: Path) -> Path:
+def tokens_folder(digest: str, sources: Sequence[TextSource], encoder: TextEncoder, fallback: Path) -> Path:
     """Return the folder with the tokens of a digest, and tokenise the sources if there is no such folder.
 
     A second process that needs the same tokens waits for the first.
 
     - `digest`: as `content_digest` returned it.
     - `sources`: the text to tokenise.
-    - `tokenizer`: turns it into tokens.
+    - `encoder`: turns it into tokens.
     - `fallback`: the folder to use where the cache can't be written.
 
     Raises:
@@ -52,22 +52,20 @@ def tokens_folder(digest: str, sources: Sequence[TextSource], tokenizer: Any, fa
     for place in places:
         if TokenFile.is_whole(place / digest):
             return place / digest
-    for place in places[:-1]:
+    reason = ""
+    for place in places:
         try:
-            return _build(place, digest, sources, tokenizer)
-        except _Unwritable:
-            continue
-    try:
-        return _build(fallback, digest, sources, tokenizer)
-    except _Unwritable as error:
-        raise UptrainError(f"The data's tokens can't be written to {fallback}: {error}.", "Make room there.") from None
+            return _build(place, digest, sources, encoder)
+        except _Unwritable as error:
+            reason = str(error)
+    raise UptrainError(f"The data's tokens can't be written to {fallback}: {reason}.", "Make room there.")
 
 
 class _Unwritable(Exception):
     pass
 
 
-def _build(place: Path, digest: str, sources: Sequence[TextSource], tokenizer: Any) -> Path:
+def _build(place: Path, digest: str, sources: Sequence[TextSource], encoder: TextEncoder) -> Path:
     entry, partial = place / digest, place / f"{digest}.partial"
     with _locked(place, digest):
         if TokenFile.is_whole(entry):
@@ -78,7 +76,7 @@ def _build(place: Path, digest: str, sources: Sequence[TextSource], tokenizer: A
                 if remains.exists():
                     shutil.rmtree(remains)
             partial.mkdir()
-            TokenFile.build(partial, sources, tokenizer)
+            TokenFile.build(partial, sources, encoder)
             sync_folder(partial)
             rename_folder(partial, entry)
         except BaseException as error:

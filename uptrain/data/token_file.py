@@ -15,7 +15,8 @@ import numpy as np
 from uptrain.checkpoint.files import write_atomic
 from uptrain.data.block_reader import Tokens
 from uptrain.data.sources import TextSource
-from uptrain.data.token_text import dtype_of, encoded
+from uptrain.data.text_encoder import TextEncoder
+from uptrain.data.token_text import encoded
 from uptrain.errors import UsageError
 
 _READ = 2**20
@@ -58,18 +59,18 @@ class TokenFile:
         self._epoch: tuple[int, int, Tokens] | None = None
 
     @staticmethod
-    def build(folder: Path, sources: Sequence[TextSource], tokenizer: Any) -> None:
+    def build(folder: Path, sources: Sequence[TextSource], encoder: TextEncoder) -> None:
         """Tokenise the sources and write the tokens into `folder`.
 
         Raises:
             UsageError: a source can't be read.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = dtype_of(tokenizer)
+        dtype = encoder.dtype()
         count, documents, size = 0, 0, 0
         digest = hashlib.sha256()
         with (folder / "tokens.bin").open("wb") as file:
-            for batch, ids in encoded(sources, tokenizer):
+            for batch, ids in encoded(sources, encoder):
                 data = np.fromiter(chain.from_iterable(ids), dtype=dtype)
                 file.write(data.data)
                 digest.update(data.astype("<u4").tobytes())

@@ -7,21 +7,22 @@ from typing import Any
 import numpy as np
 
 from uptrain.data.block_reader import Tokens
-from uptrain.data.documents import open_dataset, rows
+from uptrain.data.dataset_rows import dataset_texts, open_dataset
+from uptrain.data.row_text import RowText
 from uptrain.data.sources import Dataset
-from uptrain.data.token_text import BATCH_CHARACTERS, encode, renderer_for, separator_of
+from uptrain.data.text_encoder import TextEncoder
+from uptrain.data.token_text import BATCH_CHARACTERS
 from uptrain.errors import UptrainError
 
 
 class TokenStream:
     """Reads blocks from a streamed dataset in the dataset's order."""
 
-    def __init__(self, source: Dataset, tokenizer: Any, block_size: int) -> None:
-        self.source, self.tokenizer, self.block_size = source, tokenizer, block_size
-        self._render = renderer_for([source], tokenizer)
+    def __init__(self, source: Dataset, encoder: TextEncoder, block_size: int) -> None:
+        self.source, self.encoder, self.block_size = source, encoder, block_size
+        self._text = RowText(source, encoder.renderer_for([source]))
         self._dataset = open_dataset(source)
-        self._rows = rows(self._dataset, source, self._render)
-        self._separator = separator_of(tokenizer)
+        self._rows = dataset_texts(self._dataset, source, self._text)
         self._pending: list[int] = []
         self._epoch, self._in_epoch = 0, 0
 
@@ -44,9 +45,9 @@ class TokenStream:
             if not self._in_epoch:
                 raise UptrainError(f"The dataset {self.source.dataset} has no rows in {self.source.split}.")
             self._epoch, self._in_epoch = self._epoch + 1, 0
-            self._rows = rows(self._dataset, self.source, self._render)
-        for ids in encode(self.tokenizer, texts) if texts else ():
-            self._pending += ids + self._separator
+            self._rows = dataset_texts(self._dataset, self.source, self._text)
+        for ids in self.encoder.tokens_of(texts) if texts else ():
+            self._pending += ids + self.encoder.separator
         self._in_epoch += len(texts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,6 +58,6 @@ class TokenStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position without reading the rows before it."""
         self._dataset.load_state_dict(state["dataset"])
-        self._rows = rows(self._dataset, self.source, self._render)
+        self._rows = dataset_texts(self._dataset, self.source, self._text)
         self._epoch, self._in_epoch = int(state["epoch"]), int(state["rows"])
         self._pending = list(state["pending"])

@@ -9,60 +9,16 @@ from typing import Any
 import numpy as np
 
 from uptrain.data.block_reader import Tokens
-from uptrain.data.chat import Render, renderer
 from uptrain.data.documents import pieces
-from uptrain.data.sources import TextSource, has_chats
+from uptrain.data.sources import TextSource
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.text_files import Piece
-from uptrain.errors import CheckpointError, UsageError, reported_as
+from uptrain.errors import UsageError
 
 BATCH_CHARACTERS = 2**20
 CHARACTERS_PER_TOKEN = 4
 """About the length of a token's text: it limits the text that is encoded where few tokens are needed."""
 _BATCH_PIECES = 256
-
-
-def separator_of(tokenizer: Any) -> list[int]:
-    """Return the token between two documents as a list: end of text, else beginning of text, else no token."""
-    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        if token is not None:
-            return [int(token)]
-    return []
-
-
-def dtype_of(tokenizer: Any, vocab_size: int = 0) -> str:
-    """Return the smallest dtype that holds every token of the tokenizer and of a model with `vocab_size` tokens."""
-    largest = max(max(tokenizer.get_vocab().values(), default=0), vocab_size - 1)
-    return "uint16" if largest < 2**16 else "uint32"
-
-
-def start_ids(tokenizer: Any) -> list[int]:
-    """Return the tokens that the tokenizer puts before any text: beginning of text, or none."""
-    begin = tokenizer("")["input_ids"][:1]
-    return list(begin) if begin == [tokenizer.bos_token_id] else []
-
-
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenise texts without adding special tokens.
-
-    Raises:
-        CheckpointError: the tokenizer fails on the text.
-    """
-    with reported_as(_unfit):
-        out = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return list(out["input_ids"])
-
-
-def _unfit(reason: str) -> CheckpointError:
-    return CheckpointError(f"The tokenizer fails on this text: {reason}", "Download it again, or use another one.")
-
-
-def renderer_for(sources: Sequence[TextSource], tokenizer: Any) -> Render | None:
-    """Return the function that writes the sources' conversations, or None where no source has conversations.
-
-    Raises:
-        UsageError: a source has conversations, and the tokenizer has no chat template.
-    """
-    return renderer(tokenizer) if any(has_chats(source) for source in sources) else None
 
 
 def _batches(text: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
@@ -79,20 +35,19 @@ def _batches(text: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
 
 
 def encoded(
-    sources: Sequence[TextSource], tokenizer: Any, characters: int = BATCH_CHARACTERS
+    sources: Sequence[TextSource], encoder: TextEncoder, characters: int = BATCH_CHARACTERS
 ) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Yield batches of the sources' pieces and the tokens of each piece.
 
     A document's first piece begins with the separator, except in the first document. A batch ends with the piece that
     reaches `characters`.
     """
-    separator = separator_of(tokenizer)
     started = False
-    for batch in _batches(pieces(sources, renderer_for(sources, tokenizer)), characters):
-        ids = encode(tokenizer, [piece.text for piece in batch])
+    for batch in _batches(pieces(sources, encoder.renderer_for(sources)), characters):
+        ids = encoder.tokens_of([piece.text for piece in batch])
         for position, piece in enumerate(batch):
             if piece.first and started:
-                ids[position] = separator + ids[position]
+                ids[position] = encoder.separator + ids[position]
             started = True
         yield batch, ids
 
@@ -113,7 +68,9 @@ def read_tokens(sources: Sequence[TextSource], tokenizer: Any, limit: int) -> To
     """
     ids: list[int] = []
     size = 0
-    for batch, batch_ids in encoded(sources, tokenizer, min(BATCH_CHARACTERS, CHARACTERS_PER_TOKEN * limit)):
+    for batch, batch_ids in encoded(
+        sources, TextEncoder(tokenizer), min(BATCH_CHARACTERS, CHARACTERS_PER_TOKEN * limit)
+    ):
         for piece, piece_ids in zip(batch, batch_ids, strict=True):
             room = limit - len(ids)
             used = piece_ids[:room]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from uptrain.checkpoint.events import Events
-from uptrain.data.token_text import encode, start_ids
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.errors import UsageError
 from uptrain.evaluation.intervals import interval, wilson
 from uptrain.evaluation.pair import ModelPair
@@ -71,15 +71,15 @@ def prompts(tokenizer: Any, filler: Sequence[int], length: int, depth: float, tr
     Raises:
         UsageError: the key's sentence and the question alone are longer than `length`.
     """
-    begin = start_ids(tokenizer)
+    encoder = TextEncoder(tokenizer)
     found = []
     for trial in range(trials):
         key = f"{random.Random(trial).randrange(10_000, 100_000)}"
-        needle, question, answered = encode(tokenizer, [NEEDLE.format(key=key), QUESTION, f"{QUESTION} {key}"])
+        needle, question, answered = encoder.tokens_of([NEEDLE.format(key=key), QUESTION, f"{QUESTION} {key}"])
         # A tokenizer may join the last letters of the question to the key: then the key begins with them.
         same = next((at for at, ids in enumerate(zip(question, answered, strict=False)) if ids[0] != ids[1]),
                     len(question))  # fmt: skip
-        room = length - len(begin) - len(needle) - len(answered)
+        room = length - len(encoder.start) - len(needle) - len(answered)
         if room < 0:
             raise UsageError(
                 f"A needle and its question are {length - room} tokens, but the prompt has {length}.",
@@ -88,7 +88,7 @@ def prompts(tokenizer: Any, filler: Sequence[int], length: int, depth: float, tr
         at = trial * len(filler) // trials
         text = [filler[(at + step) % len(filler)] for step in range(room)]
         cut = round(depth * room)
-        found.append(Prompt([*begin, *text[:cut], *needle, *text[cut:], *answered[:same]], answered[same:]))
+        found.append(Prompt([*encoder.start, *text[:cut], *needle, *text[cut:], *answered[:same]], answered[same:]))
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 
 from uptrain.checkpoint.events import Events
 from uptrain.data.block_reader import Tokens
-from uptrain.data.token_text import separator_of, start_ids
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.errors import UsageError
 from uptrain.evaluation.pair import ModelPair
 from uptrain.evaluation.progress import counted
@@ -70,11 +70,11 @@ def write_samples(pair: ModelPair, settings: EvaluationSettings, events: Events)
     if not count:
         return []
     found = []
-    begin = start_ids(tokenizer)
+    encoder = TextEncoder(tokenizer)
     advance = counted("Samples", len(pair.texts) * count * len(pair.models), events)
     for name, text in pair.texts.items():
-        for prompt in openings(text.ids, separator_of(tokenizer), count):
-            shown = torch.tensor([*begin, *prompt.tolist()])
+        for prompt in openings(text.ids, encoder.separator, count):
+            shown = torch.tensor([*encoder.start, *prompt.tolist()])
             written = []
             for model in pair.models:
                 written.append(greedy(model, shown, settings.sample_tokens, tokenizer.eos_token_id))

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uptrain.data.token_text import separator_of
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.training.losses import IGNORED
 
 
@@ -22,10 +22,10 @@ class Boundary:
     ends: bool
 
     @staticmethod
-    def of(tokenizer: Any) -> Boundary | None:
-        """Return the boundary that `separator_of` puts between documents, or None for a tokenizer without one."""
-        separator = separator_of(tokenizer)
-        return Boundary(separator[0], separator[0] == tokenizer.eos_token_id) if separator else None
+    def of(encoder: TextEncoder) -> Boundary | None:
+        """Return the boundary that the encoder's separator makes between documents, or None where there is none."""
+        separator = encoder.separator
+        return Boundary(separator[0], separator[0] == encoder.tokenizer.eos_token_id) if separator else None
 
 
 @dataclass(frozen=True)

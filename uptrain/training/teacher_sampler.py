@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from uptrain.data.block_reader import Tokens
 from uptrain.data.documents import pieces
 from uptrain.data.sources import TeacherText
-from uptrain.data.token_text import encode, renderer_for, separator_of
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.errors import UsageError
 from uptrain.models import devices
 
@@ -22,7 +22,8 @@ from uptrain.models import devices
 class Sampler:
     """A teacher with the options of a text source. The text of a batch depends only on the seed and the batch's index.
 
-    - `model`, `tokenizer`: the teacher's.
+    - `model`: the teacher.
+    - `encoder`: its tokenizer.
     - `source`: the options from the recipe.
     - `block_size`: the largest number of tokens per document.
     - `seed`: the recipe's seed.
@@ -31,10 +32,9 @@ class Sampler:
         UsageError: the tokenizer has no token to start from and there are no prompts, or prompts fill a block.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, source: TeacherText, block_size: int, seed: int) -> None:
-        self.model, self.tokenizer, self.source = model, tokenizer, source
+    def __init__(self, model: Any, encoder: TextEncoder, source: TeacherText, block_size: int, seed: int) -> None:
+        self.model, self.encoder, self.source = model, encoder, source
         self.block_size, self.seed = block_size, seed
-        self.separator = separator_of(tokenizer)
         self.start = self._start()
         length = len(self.start) + (source.prompt_tokens if source.prompts is not None else 0)
         if not self.start and source.prompts is None:
@@ -46,19 +46,19 @@ class Sampler:
                 f"prompt_tokens {source.prompt_tokens} leave nothing to write in a block of {block_size}.",
                 "Set fewer prompt_tokens or a larger block_size.",
             )
-        self.stops = stops_of(model, tokenizer)
+        self.stops = stops_of(model, encoder)
         # Plain sampling: tokens that the checkpoint's top_k or top_p exclude would be unknown to the student.
         self.config = GenerationConfig(
             do_sample=True, temperature=source.temperature, top_k=0, top_p=1.0, max_new_tokens=block_size - length,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(self.stops) or None,
+            bos_token_id=encoder.tokenizer.bos_token_id, eos_token_id=sorted(self.stops) or None,
             pad_token_id=min(self.stops, default=0),
         )  # fmt: skip
 
     def _start(self) -> list[int]:
-        bos = self.tokenizer.bos_token_id
+        bos = self.encoder.tokenizer.bos_token_id
         if self.source.prompts is None:
-            return [int(bos)] if bos is not None else self.separator
-        leads = self.tokenizer("a")["input_ids"][:1] == [bos]
+            return [int(bos)] if bos is not None else self.encoder.separator
+        leads = self.encoder.tokenizer("a")["input_ids"][:1] == [bos]
         return [int(bos)] if leads and bos is not None else []
 
     def prompts(self, batches: int) -> Iterator[Tokens]:
@@ -75,14 +75,14 @@ class Sampler:
         assert self.source.prompts is not None
         wanted = self.source.prompt_tokens
         sources = [self.source.prompts]
-        render = renderer_for(sources, self.tokenizer)
+        render = self.encoder.renderer_for(sources)
         while True:
             found = False
             for piece in pieces(sources, render):
                 if not piece.first:
                     continue
                 # Few tokens have more than 16 characters, so this is enough of a long document.
-                ids = encode(self.tokenizer, [piece.text[: 16 * wanted]])[0]
+                ids = self.encoder.tokens_of([piece.text[: 16 * wanted]])[0]
                 if len(ids) >= wanted:
                     found = True
                     yield ids[:wanted]
@@ -107,16 +107,16 @@ class Sampler:
             written = row[begin.shape[1] :]
             end = next((place for place, token in enumerate(written) if token in self.stops), len(written))
             # A stop token that is not the separator, such as the end of a chat message, belongs to the text.
-            extra = [token for token in written[end : end + 1] if token not in self.separator]
+            extra = [token for token in written[end : end + 1] if token not in self.encoder.separator]
             texts.append(row[len(self.start) : begin.shape[1]] + written[:end] + extra)
         return [text for text in texts if text]
 
 
-def stops_of(model: Any, tokenizer: Any) -> set[int]:
+def stops_of(model: Any, encoder: TextEncoder) -> set[int]:
     """Return the tokens that end a text, by the model's settings and the tokenizer."""
     own = getattr(model.generation_config, "eos_token_id", None)
     several = own if isinstance(own, list) else [own]
-    return {int(token) for token in (*several, *separator_of(tokenizer)) if token is not None}
+    return {int(token) for token in (*several, *encoder.separator) if token is not None}
 
 
 @contextmanager

@@ -16,9 +16,8 @@ import torch
 from uptrain.checkpoint.checksum import Checksum
 from uptrain.checkpoint.files import write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
-from uptrain.data.content_digest import content_digest, tokenizer_digest
+from uptrain.data.content_digest import content_digest
 from uptrain.data.token_file import TokenCount, TokenFile
-from uptrain.data.token_text import dtype_of
 from uptrain.errors import UptrainError
 from uptrain.training.teacher_sampler import Sampler
 
@@ -55,13 +54,21 @@ def teacher_digest(sampler: Sampler) -> str:
     Raises:
         UsageError: the prompts can't be found.
     """
-    model, tokenizer, source = sampler.model, sampler.tokenizer, sampler.source
+    model, encoder, source = sampler.model, sampler.encoder, sampler.source
     checksum = Checksum()
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_THE_MODEL}
-    prompts = None if source.prompts is None else content_digest([source.prompts], tokenizer)
+    prompts = None if source.prompts is None else content_digest([source.prompts], encoder)
     options = source.model_dump(exclude={"weight", "prompts"})
-    digest = tokenizer_digest(tokenizer)
-    parts = [_VERSION, config, options, prompts, digest, sorted(sampler.stops), sampler.block_size, sampler.seed]
+    parts = [
+        _VERSION,
+        config,
+        options,
+        prompts,
+        encoder.digest,
+        sorted(sampler.stops),
+        sampler.block_size,
+        sampler.seed,
+    ]
     checksum.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -83,7 +90,7 @@ class _Progress:
 
 def _write(sampler: Sampler, folder: Path, key: str, on_tokens: Callable[[int], None]) -> None:
     wanted = sampler.source.tokens
-    dtype = np.dtype(dtype_of(sampler.tokenizer, sampler.model.config.vocab_size))
+    dtype = np.dtype(sampler.encoder.dtype(sampler.model.config.vocab_size))
     record, tokens = folder / "progress.json", folder / "tokens.bin"
     done = _Progress(**read_json(record)) if record.is_file() else _Progress(key)
     if done.key != key or not tokens.is_file() or tokens.stat().st_size < done.tokens * dtype.itemsize:
@@ -97,11 +104,11 @@ def _write(sampler: Sampler, folder: Path, key: str, on_tokens: Callable[[int], 
         while done.tokens < wanted:
             earlier = done
             for text in sampler.sample(done.batches, next(prompts)):
-                lead = sampler.separator if done.tokens else []
+                lead = sampler.encoder.separator if done.tokens else []
                 row = (lead + text)[: wanted - done.tokens]
                 written = row[len(lead) :]
                 file.write(np.array(row, dtype=dtype).data)
-                size = len(sampler.tokenizer.decode(written).encode())
+                size = len(sampler.encoder.tokenizer.decode(written).encode())
                 done = replace(done, tokens=done.tokens + len(row), documents=done.documents + bool(written),
                                bytes=done.bytes + size)  # fmt: skip
             if done.tokens == earlier.tokens:
