@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,12 +56,12 @@ class LayerTensors:
             self.parameters[name].copy_(before)
         self._before = {}
 
-    def steps(self, maps: Maps, loss: Callable[[Maps, int], Tensor], batches: int, steps: BlockSteps) -> Maps:
+    def steps(self, maps: Maps, loss: Callable[[Maps, int], Tensor], batches: Sequence[int], steps: BlockSteps) -> Maps:
         """Return maps after gradient steps that also move these tensors, in place.
 
         - `maps`: the layer's attention, float32.
         - `loss`: returns the loss of the layer with such maps on one batch.
-        - `batches`: how many batches there are.
+        - `batches`: the batches' numbers.
         - `steps`: how the steps are taken.
         """
         self._before = {name: value.detach().clone() for name, value in self.parameters.items()}

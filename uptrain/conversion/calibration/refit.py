@@ -110,7 +110,7 @@ def _regular(gram: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def gradient_steps(
-    maps: Maps, loss: Callable[[Maps, int], Tensor], batches: int, steps: int, rate: float, seed: int
+    maps: Maps, loss: Callable[[Maps, int], Tensor], batches: Sequence[int], steps: int, rate: float, seed: int
 ) -> Maps:
     """Return maps after Adam steps on `loss(maps, batch)`, over batches in a seeded order.
 
@@ -118,12 +118,10 @@ def gradient_steps(
 
     - `maps`: the layer's maps, float32.
     - `loss`: returns the loss of maps on one batch.
-    - `batches`: how many batches there are.
+    - `batches`: the batches' numbers.
     - `steps`: how many steps are taken.
     - `rate`: the learning rate of each tensor, relative to its root mean square.
     - `seed`: the seed of the order.
-
-    Source: Kingma and Ba 2015, Adam, algorithm 1.
     """
     trained = trainable(maps)
     current = replace(maps, **trained)
@@ -141,13 +139,15 @@ def trainable(maps: Maps) -> dict[str, Tensor]:
 
 
 def descend(
-    tensors: Sequence[Tensor], loss: Callable[[int], Tensor], batches: int, steps: int, rate: float, seed: int
+    tensors: Sequence[Tensor], loss: Callable[[int], Tensor], batches: Sequence[int], steps: int, rate: float, seed: int
 ) -> None:
-    """Take Adam steps on `tensors` in place. The loss is one of these tensors and a batch's number.
+    """Take Adam steps on `tensors` in place. The loss depends on these tensors and a batch's number.
 
     - `tensors`: the tensors to move, float32; one that the loss does not depend on stays.
     - `loss`: returns the loss of one batch.
     - `batches`, `steps`, `rate`, `seed`: as of `gradient_steps`.
+
+    Source: Kingma and Ba 2015, Adam, algorithm 1.
     """
     scales = [rate * max(float(value.detach().square().mean().sqrt()), 1e-8) for value in tensors]
     optimizer = torch.optim.Adam(
@@ -157,11 +157,11 @@ def descend(
     order: list[int] = []
     for step in range(steps):
         if not order:
-            order = torch.randperm(batches, generator=generator).tolist()
+            order = torch.randperm(len(batches), generator=generator).tolist()
         share = min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = scale * share
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss(order.pop()).backward()
+            loss(batches[order.pop()]).backward()
         optimizer.step()
