@@ -104,7 +104,7 @@ class LayerSearch(Generic[Maps]):
         """Run the converted activations through the layer, with `maps` as its attention."""
         maps = as_float(maps, self.device)
         for block, hidden in enumerate(self.activations.converted):
-            self.activations.converted[block] = self.maker.run(self.layer, hidden.to(self.device), maps).cpu()
+            self.activations.converted[block] = self.maker.run(self.layer.on(block), hidden.to(self.device), maps).cpu()
 
     def _moment_kinds(self) -> tuple[str, ...]:
         """Return the activations to try. Before the first layer both are the same."""
@@ -115,7 +115,7 @@ class LayerSearch(Generic[Maps]):
         give_back()
         states = self.activations.original if kind == "original" else self.activations.converted
         stride = max(1, len(self._fit) // self.settings.probes)
-        probes = (states[block].to(self.device) for block in self._fit[::stride][: self.settings.probes])
+        probes = ((block, states[block].to(self.device)) for block in self._fit[::stride][: self.settings.probes])
         made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
         return min(((self._error(one.maps), one) for one in made), key=_first)
 
@@ -149,7 +149,7 @@ class LayerSearch(Generic[Maps]):
         fit, check = Regression(shared.o[0].numel(), len(shared.o), names), Check()
         bias = 0.0 if self.output_bias is None else self.output_bias
         for block, hidden in enumerate(states):
-            mixed = self.maker.mix(self.layer, hidden.to(self.device), shared)
+            mixed = self.maker.mix(self.layer.on(block), hidden.to(self.device), shared)
             original = activations.original[block].to(self.device)
             targets = {"attention": activations.attention_output[block].to(self.device) - bias}
             if drifting:
@@ -180,7 +180,7 @@ class LayerSearch(Generic[Maps]):
     def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
         target = self.activations.target[block].to(self.device)
         weights = self._token_weights(target)[:, None]
-        output = self.maker.run(self.layer, self.activations.converted[block].to(self.device), maps)
+        output = self.maker.run(self.layer.on(block), self.activations.converted[block].to(self.device), maps)
         return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
 
     def _token_weights(self, hidden: Tensor) -> Tensor:
