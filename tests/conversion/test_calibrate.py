@@ -262,7 +262,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 def test_one_block_is_too_few(tmp_path):
     target = opened(save(tmp_path, "llama"), 1)
-    with pytest.raises(UsageError, match="blocks"):
+    with pytest.raises(UsageError, match="two blocks of text"):
         next(calibrate(target, tokens(1), QUICK))
 
 
