@@ -262,7 +262,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 def test_one_block_is_too_few(tmp_path):
     target = opened(save(tmp_path, "llama"), 1)
-    with pytest.raises(UsageError, match="blocks"):
+    with pytest.raises(UsageError, match="two blocks of text"):
         next(calibrate(target, tokens(1), QUICK))
 
 
@@ -354,7 +354,7 @@ def test_gradient_steps_lower_their_loss_and_leave_the_start_alone(tmp_path):
         return (heads.q - wanted).square().mean()
 
     before = maps.q.clone()
-    after = gradient_steps(maps, loss, 3, 20, 0.01, 0)
+    after = gradient_steps(maps, loss, range(3), 20, 0.01, 0)
     assert loss(after, 0) < 0.5 * loss(maps, 0)
     torch.testing.assert_close(maps.q, before)
     assert not after.q.requires_grad

@@ -43,11 +43,12 @@ def refuse_adapter(path: Path, names: Collection[str] | None = None) -> None:
     """
     if not (path / ADAPTER_CONFIG).is_file():
         return
+    name = _name(path)
     try:
         config = read_json(path / ADAPTER_CONFIG)
     except CheckpointError:
         config = {}
-    name, kind = _name(path), str(config.get("peft_type") or "unknown")
+    kind = str(config.get("peft_type") or "unknown")
     names = [entry.name for entry in path.iterdir()] if names is None else names
     if "config.json" in names and any(weights in names for weights in ORDER):
         raise CheckpointError(

@@ -13,6 +13,8 @@ class CalibrationSettings:
     - `held_out`: share of the blocks that choices are made on and nothing is fitted to.
     - `probes`: number of blocks that moments are gathered on.
     - `moments`: activations to gather moments on, `sequence` (of the converted layers) and `original`.
+    - `refitted`: number of candidates of least error whose output projection is refitted.
+    - `trials`: number of blocks that refits are compared on; the one that is chosen is fitted to all.
     - `drifts`: shares of the error so far that a refit corrects.
     - `dampings`: values of a refit's λ.
     - `independent`: whether a refit on the original activations is tried too.
@@ -27,9 +29,11 @@ class CalibrationSettings:
     held_out: float = 1 / 16
     probes: int = 8
     moments: tuple[str, ...] = ("sequence", "original")
+    refitted: int = 1
+    trials: int = 12
     drifts: tuple[float, ...] = (0.0, 0.5, 1.0)
     dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    independent: bool = True
+    independent: bool = False
     first_token: float = 300.0
     repair_steps: int = 40
     rate: float = 0.01

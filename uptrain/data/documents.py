@@ -24,8 +24,8 @@ def pieces(sources: Sequence[TextSource], render: Render | None = None) -> Itera
         if isinstance(source, Files):
             yield from file_pieces(source, RowText(source, render))
         elif isinstance(source, Dataset):
-            texts = dataset_texts(open_dataset(source), source, RowText(source, render))
-            yield from (Piece(text, True) for text in texts)
+            found = open_dataset(source)
+            yield from (Piece(text, True) for text in dataset_texts(found, source, RowText(source, render)))
         elif isinstance(source, Builtin):
             from uptrain.data.stdlib_text import documents
 

@@ -32,13 +32,13 @@ def file_pieces(source: Files, text: RowText) -> Iterator[Piece]:
         UsageError: a file does not exist or can't be read, or a row lacks the field.
     """
     for path in files_of(source):
-        if has_rows(path):
-            for where, row in _jsonl(path) if path.suffix != ".parquet" else _parquet(path, text.field):
-                yield Piece(text.text_of(row, where), True)
-        elif source.chat_field is not None:
-            raise UsageError(f"{path} is plain text, so it has no chat_field.", "Name JSONL or Parquet files.")
-        else:
+        if not has_rows(path):
+            if source.chat_field is not None:
+                raise UsageError(f"{path} is plain text, so it has no chat_field.", "Name JSONL or Parquet files.")
             yield from plain(path)
+            continue
+        for where, row in _jsonl(path) if path.suffix != ".parquet" else _parquet(path, text.field):
+            yield Piece(text.text_of(row, where), True)
 
 
 def files_of(source: Files) -> list[Path]:

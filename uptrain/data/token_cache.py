@@ -52,15 +52,13 @@ def tokens_folder(digest: str, sources: Sequence[TextSource], encoder: TextEncod
     for place in places:
         if TokenFile.is_whole(place / digest):
             return place / digest
-    for place in places[:-1]:
+    reason = ""
+    for place in places:
         try:
             return _build(place, digest, sources, encoder)
-        except _Unwritable:
-            continue
-    try:
-        return _build(fallback, digest, sources, encoder)
-    except _Unwritable as error:
-        raise UptrainError(f"The data's tokens can't be written to {fallback}: {error}.", "Make room there.") from None
+        except _Unwritable as error:
+            reason = str(error)
+    raise UptrainError(f"The data's tokens can't be written to {fallback}: {reason}.", "Make room there.")
 
 
 class _Unwritable(Exception):

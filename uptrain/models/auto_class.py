@@ -25,7 +25,7 @@ def check_loadable(model: OpenedModel) -> None:
     config = model.config
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
-        if sections_of(config) and not _has_class(config):
+        if not _has_class(config) and sections_of(config):
             raise refuse_wrapper(config, model.name, "load")
         return
     if model.checkpoint is not None:

@@ -40,10 +40,10 @@ class Objective(nn.Module):
         self.student = student
         self.distill = distill or Distill.model_validate({"weight": 0.0})
         self._hidden: tuple[Any, ...] = () if teacher is None else (teacher.requires_grad_(False).eval(),)
-        self._head = LogitHead(student)
-        self._teacher_head = None if teacher is None else LogitHead(teacher)
         if teacher is not None:
             _check_vocabulary(student, teacher)
+        self._head = LogitHead(student)
+        self._teacher_head = None if teacher is None else LogitHead(teacher)
 
     @property
     def teacher(self) -> Any:

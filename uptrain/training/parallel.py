@@ -17,6 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from uptrain.data.block_reader import Tokens
+from uptrain.data.text_encoder import TextEncoder
+from uptrain.errors import UsageError
 from uptrain.models.checks import check_tokens
 from uptrain.training.batches import Batch, Boundary, batch_of
 from uptrain.training.distillation import Objective
@@ -92,6 +94,23 @@ class ParallelObjective:
                 # Without a backward pass, parameters outside the layers would stay whole, and the optimizer would use
                 # the whole tensors as its own.
                 self.module.reshard()
+
+    def boundary(self, encoder: TextEncoder, isolate: bool | None) -> Boundary | None:
+        """Return the token between documents that attention must not cross, or None where it may.
+
+        `isolate` is what the recipe asks for; None isolates documents where the model's class can.
+
+        Raises:
+            UsageError: the recipe asks for it, and the class can't.
+        """
+        found = Boundary.of(encoder) if isolate is not False else None
+        if found is None or self.isolates_documents():
+            return found
+        if isolate:
+            raise UsageError(
+                "This model's class can't keep documents in a block apart.", "Leave out isolate_documents."
+            )
+        return None
 
     def isolates_documents(self) -> bool:
         """Return whether positions that start at 0 keep attention inside a document; not every class does that."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from uptrain.architectures.quantization import check_trainable
 from uptrain.data.sources import TeacherText
 from uptrain.errors import UsageError
 from uptrain.models import loading, neutral_norm
@@ -21,7 +20,7 @@ def make_student(recipe: Recipe, source: OpenedModel | None, tokenizer: Any) -> 
     """Return the model to train, frozen where the recipe says so, and the dtype of the stored result.
 
     Raises:
-        UsageError: the model is quantized, blocks are longer than its context, the dtype can't hold its weights, or
+        UsageError: blocks are longer than its context, the dtype can't hold its weights, or
             the recipe trains weights that the model does not have.
     """
     if source is None:
@@ -29,7 +28,6 @@ def make_student(recipe: Recipe, source: OpenedModel | None, tokenizer: Any) -> 
         model = loading.new_model(recipe.config, tokenizer, recipe.seed)
         dtype = dtype_named(recipe.dtype) or torch.bfloat16
     else:
-        check_trainable(source.quantization, source.name)
         model = loading.load_model(source, attn_implementation=recipe.attn_implementation)
         dtype = dtype_named(recipe.dtype) or model.dtype
         check_reads_text(model, source.name, "train", "Train it with transformers' Seq2SeqTrainer.")
@@ -38,8 +36,6 @@ def make_student(recipe: Recipe, source: OpenedModel | None, tokenizer: Any) -> 
                 f"{source.name} has an encoder, and a teacher of its kind can't write text from nothing.",
                 "Name text instead of `source: teacher`.",
             )
-        if neutral_norm.unfold(model):
-            neutral_norm.check_dtype(dtype)
     longest = longest_context(model)
     for name in ("block_size", "held_out_block_size"):
         size = getattr(recipe, name)
@@ -47,6 +43,8 @@ def make_student(recipe: Recipe, source: OpenedModel | None, tokenizer: Any) -> 
             raise UsageError(
                 f"{name} {size} is longer than the model's {longest} positions.", f"Set {name}={longest} or less."
             )
+    if neutral_norm.unfold(model):
+        neutral_norm.check_dtype(dtype)
     torch.manual_seed(recipe.seed)
     model = select_trainable(model.train(), recipe)
     if recipe.gradient_checkpointing:

@@ -10,24 +10,27 @@ from accelerate import Accelerator
 from uptrain.checkpoint.folder_digest import changed_file
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.checkpoint.source import Source, resolve
+from uptrain.data.sources import TeacherText
 from uptrain.errors import UptrainError, UsageError
 from uptrain.models import devices, loading, neutral_norm
 from uptrain.models.opened import OpenedModel
 from uptrain.training.recipe import Recipe
 
 
-def find_teacher(named: str | None, student: Source | None, allow_pickle: bool = False) -> Source:
+def find_teacher(recipe: Recipe, student: Source | None) -> Source | None:
     """Return the checkpoint of the teacher: the named one, or the source of the student's conversion.
 
-    - `named`: the recipe's `distill.teacher`.
-    - `student`: the checkpoint to train; None for a new model.
-    - `allow_pickle`: the recipe's. A name in uptrain.json gives no permission, because anybody may have written it.
+    `student` is the checkpoint to train, None for a new model. The result is None where the recipe neither learns from
+    a teacher nor lets one write text. The recipe's allow_pickle holds for the teacher too; a name in uptrain.json gives
+    no permission, because anybody may have written it.
 
     Raises:
         UsageError: no teacher is known, or the conversion's source does not exist any more or has other weights.
     """
-    if named is not None:
-        return resolve(named, None, allow_pickle)
+    if recipe.distill is None and not any(isinstance(each, TeacherText) for each in recipe.data):
+        return None
+    if recipe.distill is not None and recipe.distill.teacher is not None:
+        return resolve(recipe.distill.teacher, None, recipe.allow_pickle)
     converted = converted_from(student.path) if student else None
     if converted is None:
         raise UsageError(
@@ -35,7 +38,7 @@ def find_teacher(named: str | None, student: Source | None, allow_pickle: bool =
             "Name the original with distill.teacher=MODEL, or learn from the text alone with distill=null.",
         )
     try:
-        found = resolve(str(converted["name"]), converted.get("revision"), allow_pickle)
+        found = resolve(str(converted["name"]), converted.get("revision"), recipe.allow_pickle)
     except UptrainError as error:
         raise UsageError(
             f"The teacher {converted['name']}, from which {student.name if student else 'it'} was converted, "

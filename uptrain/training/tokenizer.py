@@ -31,11 +31,13 @@ def make_tokenizer(recipe: Recipe, model: Source | None, folder: Path, accelerat
                 partial = folder.with_suffix(".partial")
                 new_tokenizer(spec, texts).save_pretrained(partial)
                 partial.rename(folder)
-        return loading.load_tokenizer(folder)
-    if spec is not None:
-        return loading.load_tokenizer(resolve(spec).path)
-    assert model is not None
-    return loading.load_tokenizer(model.path)
+        place = folder
+    elif spec is not None:
+        place = resolve(spec).path
+    else:
+        assert model is not None
+        place = model.path
+    return loading.load_tokenizer(place)
 
 
 def new_tokenizer(spec: TokenizerSpec, texts: Iterator[str]) -> Any:

@@ -110,7 +110,7 @@ def _regular(gram: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def gradient_steps(
-    maps: Maps, loss: Callable[[Maps, int], Tensor], batches: int, steps: int, rate: float, seed: int
+    maps: Maps, loss: Callable[[Maps, int], Tensor], batches: Sequence[int], steps: int, rate: float, seed: int
 ) -> Maps:
     """Return maps after Adam steps on `loss(maps, batch)`, over batches in a seeded order.
 
@@ -118,7 +118,7 @@ def gradient_steps(
 
     - `maps`: the layer's maps, float32.
     - `loss`: returns the loss of maps on one batch.
-    - `batches`: how many batches there are.
+    - `batches`: the batches' numbers.
     - `steps`: how many steps are taken.
     - `rate`: the learning rate of each tensor, relative to its root mean square.
     - `seed`: the seed of the order.
@@ -140,12 +140,12 @@ def gradient_steps(
     order: list[int] = []
     for step in range(steps):
         if not order:
-            order = torch.randperm(batches, generator=generator).tolist()
+            order = torch.randperm(len(batches), generator=generator).tolist()
         share = min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = scale * share
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss(current, order.pop()).backward()
+            loss(current, batches[order.pop()]).backward()
         optimizer.step()
     return replace(maps, **{name: value.detach() for name, value in trained.items()})
