@@ -106,7 +106,7 @@ def test_heads_that_are_alike_are_shared_without_loss(position: Rotary | None, g
         v_rows=torch.stack([mix @ one.v_rows[head // per] for head, mix in enumerate(mixes)]),
     )
     given = text(layer, position)
-    found = share_layer(layer, groups, position, given.frequencies, given.moments(groups))
+    found = list(share_layer(layer, groups, position, given.frequencies, given.moments(groups)))
     scale = float(attention(layer, given.inputs, position, THETA).square().sum())
     unseen = text(layer, position, seed=5)
     assert min(unseen.error(each.layer) for each in found) < 1e-12 * scale

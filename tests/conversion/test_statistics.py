@@ -1,5 +1,7 @@
 """The statistics of a layer are the sums that they are said to be, whichever order of products is the cheaper one."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
@@ -41,10 +43,10 @@ def test_a_groups_moments_are_sums_over_its_heads_and_tokens(
     maps, blocks = random_layer(heads, kv_heads, 4, 12, 0), torch.randn(2, 9, 12)
     weights = torch.rand(2, heads, 9, 9, generator=torch.Generator().manual_seed(1)).tril()
     weights = weights / weights.sum(-1, keepdim=True)
-    layer = Layer(blocks, weights)
-    found = gather_moments(layer, maps, {}, groups, blocks)  # type: ignore[arg-type]
+    layer = Layer(weights)
+    found = gather_moments(layer, maps, {}, groups, enumerate(blocks))  # type: ignore[arg-type]
     monkeypatch.setattr(statistics, "VALUE_SQUARES", 0)
-    together = gather_moments(layer, maps, {}, groups, blocks)  # type: ignore[arg-type]
+    together = gather_moments(layer, maps, {}, groups, enumerate(blocks))  # type: ignore[arg-type]
     rows = torch.cat([blocks, torch.ones(2, 9, 1)], dim=2).double()
     felt = (weights * (1 - weights)).double()
     per, stacked = heads // groups, kv_heads // groups
@@ -79,12 +81,14 @@ def test_a_groups_moments_are_sums_over_its_heads_and_tokens(
 class Layer:
     """Stands for a layer with given probabilities (blocks, H, T, T), which come a few queries at a time."""
 
-    def __init__(self, blocks: torch.Tensor, weights: torch.Tensor) -> None:
-        self._known = [(block, each) for block, each in zip(blocks, weights, strict=True)]
+    def __init__(self, weights: torch.Tensor, number: int = 0) -> None:
+        self._weights, self._number = weights, number
+
+    def on(self, number: int) -> Layer:
+        return Layer(self._weights, number)
 
     def attention_weights(self, hidden: torch.Tensor, _: object) -> tuple[torch.Tensor, object]:
-        found = next(each for block, each in self._known if torch.equal(block, hidden))
-        return hidden, iter([part.clone() for part in found.split(4, dim=1)])
+        return hidden, iter([part.clone() for part in self._weights[self._number].split(4, dim=1)])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "groups", "count"), [(9, 3, 1, 9), (32, 32, 1, 4), (32, 32, 8, 4)])

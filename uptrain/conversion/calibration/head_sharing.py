@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,8 +48,8 @@ def share_layer(
     position: Rotary | None,
     inverse_frequencies: Tensor | None,
     moments: list[GroupMoments],
-) -> list[Converted[HeadMaps]]:
-    """Return ways to convert a layer to `groups` key/value heads under the statistics of a text, four or two.
+) -> Iterator[Converted[HeadMaps]]:
+    """Yield ways to convert a layer to `groups` key/value heads under the statistics of a text, four or two.
 
     The first shares rotated keys with one component for each rope pair, and values under one moment for all heads. The
     others share values as each head averages them, and rotated keys from the start of least error, which may take slow
@@ -67,20 +68,16 @@ def share_layer(
         keys = _keys(layer.k_rows[list(span)], each, position, inverse_frequencies)
         once, alternated = _values(layer.v_rows[list(span)], each.values)
         ways.append([(keys[0], once), *((fit, alternated) for fit in keys[1:])])
-    found = []
     for way in zip(*ways, strict=True):
         of_keys, of_values = zip(*way, strict=True)
         explained = {
             name: ExplainedEnergy(_explained(of_keys, name), _explained(of_values, name))
             for name in ("calibrated", "svd", "mean")
         }
-        found.append(Converted(_absorbed(layer, of_keys, of_values), explained))
-    return found
+        yield Converted(_absorbed(layer, of_keys, of_values), explained)
 
 
-def _keys(
-    rows: Tensor, group: GroupMoments, position: Rotary | None, inverse_frequencies: Tensor | None
-) -> list[_Fit]:
+def _keys(rows: Tensor, group: GroupMoments, position: Rotary | None, inverse_frequencies: Tensor | None) -> list[_Fit]:
     """Return ways to share the keys of heads with maps `rows` (m, D, d̃): by eigenvectors, and further ones."""
     moments = group.keys
     centred = moments.keys - CENTRED * outer(moments.mean, moments.mean)
@@ -92,9 +89,9 @@ def _keys(
     alone = LogitError(
         replace(moments, keys=centred, mean=torch.zeros_like(moments.mean)), DistanceKernel.far(position)
     )
-    yield _key_fit(alone, starts["calibrated"], starts)
+    found = [_key_fit(alone, starts["calibrated"], starts)]
     if position is None or inverse_frequencies is None:
-        return
+        return [*found, *found]  # nothing is better than eigenvectors where keys see no rotation
     slowest_first = inverse_frequencies.argsort(stable=True)
     cuts = dict.fromkeys(round(share * position.pairs) for share in CUTS)
     tried = [_key_start(moments, centred, position, slowest_first[: position.pairs - cut]) for cut in cuts]
