@@ -106,7 +106,7 @@ class LayerSearch(Generic[Maps]):
         """Run the converted activations through the layer, with `maps` as its attention."""
         maps = as_float(maps, self.device)
         for block, hidden in enumerate(self.activations.converted):
-            self.activations.converted[block] = self.maker.run(self.layer, hidden.to(self.device), maps).cpu()
+            self.activations.converted[block] = self.maker.run(self.layer.on(block), hidden.to(self.device), maps).cpu()
 
     def _moment_kinds(self) -> tuple[str, ...]:
         """Return the activations to try. Before the first layer both are the same."""
@@ -116,7 +116,7 @@ class LayerSearch(Generic[Maps]):
         """Return the candidates made from one kind of activations, each after its error."""
         give_back()
         states = self.activations.original if kind == "original" else self.activations.converted
-        probes = (states[block].to(self.device) for block in spread(self._fit, self.settings.probes))
+        probes = ((block, states[block].to(self.device)) for block in spread(self._fit, self.settings.probes))
         made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
         return [(self._error(one.maps), one) for one in made]
 
@@ -177,7 +177,7 @@ class LayerSearch(Generic[Maps]):
         fit, check = Regression(shared.o[0].numel(), len(shared.o), names), Check()
         for block in sorted({*blocks, *self._check}):
             hidden = states[block].to(self.device)
-            mixed = self.maker.mix(self.layer, hidden, shared)
+            mixed = self.maker.mix(self.layer.on(block), hidden, shared)
             original = self.activations.original[block].to(self.device)
             targets = {"attention": self._attention_target(block)}
             if drifting:
@@ -200,7 +200,7 @@ class LayerSearch(Generic[Maps]):
         if drift:
             target = target + drift * (original - hidden) / self.gain
         weights = self._token_weights(original)[:, None]
-        output = self.maker.mix(self.layer, hidden, maps) @ maps.o.flatten(1).mT
+        output = self.maker.mix(self.layer.on(block), hidden, maps) @ maps.o.flatten(1).mT
         return (weights * (output - target).square()).sum() / (weights * target.square()).sum()
 
     def _error(self, maps: Maps) -> float:
@@ -212,7 +212,7 @@ class LayerSearch(Generic[Maps]):
     def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
         target = self.activations.target[block].to(self.device)
         weights = self._token_weights(target)[:, None]
-        output = self.maker.run(self.layer, self.activations.converted[block].to(self.device), maps)
+        output = self.maker.run(self.layer.on(block), self.activations.converted[block].to(self.device), maps)
         return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
 
     def _token_weights(self, hidden: Tensor) -> Tensor:
