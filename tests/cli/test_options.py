@@ -44,6 +44,7 @@ def source(tmp_path: Path) -> Path:
         "--to mqa --cache 25%", "--to mqa --grouping similar", "--to gqa --groups 1 --grouping similar",
         "--to gqa --groups 4 --calibrate builtin", "--to gqa --groups 4 --method random --seed 1",
         "--to gqa --groups 4 --grouping similar", "--engine llama.cpp", "--method svd --repair blocks",
+        "--method svd --quality best",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
@@ -68,7 +69,9 @@ def test_what_an_evaluation_makes_no_use_of_is_refused(words: str, capsys: pytes
     assert words.split()[-2] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--calibrate builtin", "--calibration-tokens 9", "--repair-steps 1"])
+@pytest.mark.parametrize(
+    "option", ["--calibrate builtin", "--calibration-tokens 9", "--quality fast", "--repair-steps 1"]
+)
 def test_a_sweep_without_calibration_takes_no_word_about_it(
     option: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,7 +92,13 @@ def test_a_revision_is_for_the_hub(
 
 
 def test_python_knows_what_was_given_too(source: Path, tmp_path: Path) -> None:
-    for given in ({"seed": 0}, {"calibrate": "builtin"}, {"calibration_tokens": 65_536}, {"repair_steps": 0}):
+    for given in (
+        {"seed": 0},
+        {"calibrate": "builtin"},
+        {"calibration_tokens": 65_536},
+        {"repair_steps": 0},
+        {"quality": "fast"},
+    ):
         with pytest.raises(UsageError, match=next(iter(given)).replace("_", "-")):
             Request("mqa", **given)  # type: ignore[arg-type]
         Request("mqa", method="calibrated", **given)  # type: ignore[arg-type]
@@ -127,7 +136,7 @@ def test_of_a_calibration_the_manifest_records_the_values_that_were_left_to_thei
     recorded = Request("mqa", method="calibrated").recorded()
     assert recorded == {
         "target": "mqa", "method": "calibrated", "calibrate": "builtin", "calibration_tokens": 65_536,
-        "repair_steps": 40, "seed": 0,
+        "quality": "balanced", "repair_steps": 40, "seed": 0,
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
 from uptrain.cli.method_help import grouping_help, method_help, seed_help
 from uptrain.cli.options import Command, check_device, device_option, examples, json_option, source_options
 from uptrain.cli.types import Share, Size
+from uptrain.conversion.calibration_quality import quality_help
 from uptrain.errors import UsageError
 from uptrain.formatting import counted, size, typed
 
@@ -81,7 +82,11 @@ def _latent_options(command: Command) -> Command:
     "(default).",
 )  # fmt: skip
 @click.option(
-    "--calibration-tokens", type=int, help="(--method calibrated) Number of tokens of that text. Default: 65536."
+    "--quality", help=f"(--method calibrated) How much calibration reads and tries. {quality_help()}. The next options "
+    "win over it.",
+)  # fmt: skip
+@click.option(
+    "--calibration-tokens", type=int, help="(--method calibrated) Number of tokens of that text. Default: --quality's."
 )
 @click.option(
     "--repair", help="(--method calibrated) What gradient steps may change. attention (default), or blocks: each "
@@ -89,7 +94,7 @@ def _latent_options(command: Command) -> Command:
 )  # fmt: skip
 @click.option(
     "--repair-steps", type=int, help="(--method calibrated) Gradient steps per layer that refit attention; 0 for none. "
-    "Default: 40.",
+    "Default: --quality's.",
 )  # fmt: skip
 @click.option(
     "--memory", type=Size(), help="(--method calibrated) Memory for activations. What does not fit is written to files "
@@ -132,7 +137,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     from uptrain.conversion.run.prepare import default_out, plan_conversion, sidecars
 
     names = (
-        "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
+        "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "quality", "calibration_tokens",
         "repair", "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine",
         "key_weight", "allow_nonfinite",
     )  # fmt: skip

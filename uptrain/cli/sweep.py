@@ -18,6 +18,7 @@ from uptrain.cli.options import (
     window_options,
 )
 from uptrain.cli.types import Names, Size
+from uptrain.conversion.calibration_quality import quality_help
 from uptrain.formatting import size, typed
 
 if TYPE_CHECKING:
@@ -43,11 +44,15 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the sweep. Default: ./NAME-sweep.")
 @click.option("--calibrate", metavar="TEXT", help="(method calibrated) Calibration text. Default: builtin.")
 @click.option(
-    "--calibration-tokens", type=int, help="(method calibrated) Number of tokens of that text. Default: 65536."
+    "--quality", help=f"(method calibrated) How much calibration reads and tries. {quality_help()}. The next options "
+    "win over it.",
+)  # fmt: skip
+@click.option(
+    "--calibration-tokens", type=int, help="(method calibrated) Number of tokens of that text. Default: --quality's."
 )
 @click.option(
     "--repair-steps", type=int, help="(method calibrated) Gradient steps per layer that refit it; 0 for none. "
-    "Default: 40.",
+    "Default: --quality's.",
 )  # fmt: skip
 @click.option(
     "--text", "texts", multiple=True, help="Text to score, as for `uptrain eval`. Repeatable. Default: "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.header import FLOAT_DTYPES
-from uptrain.conversion.calibration_settings import REPAIRS, CalibrationSettings
+from uptrain.conversion.calibration_quality import CalibrationQuality, quality_named
+from uptrain.conversion.calibration_settings import BLOCK_STEPS, REPAIRS, CalibrationSettings
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.methods.method import EVERY_PART, Grouping, Method, TargetKind
 from uptrain.methods.registry import (
@@ -30,8 +31,6 @@ NEUTRAL: Mapping[str, object] = {
 """The defaults that are no request."""
 BUILTIN = "builtin"
 """The name of the calibration text that comes with Python."""
-CALIBRATION_TOKENS = 65_536
-"""Tokens of calibration text by default."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Request:
     - `max_shard_size`: bytes per file of weights. Default: as the source is split.
     - `grouping`: a name in `GROUPINGS`: which heads share one.
     - `calibrate`: text for a method that needs text: a file, a dataset or `builtin`.
+    - `quality`: a name in `QUALITIES`: how much such a method reads and tries, where the next ones don't say.
     - `calibration_tokens`: how many tokens of it are read at most.
     - `repair`: what such a method repairs: `attention` (default), or `blocks`, each layer's norms and MLP too.
     - `repair_steps`: gradient steps per layer that repair attention.
@@ -69,6 +69,7 @@ class Request:
     max_shard_size: int | None = None
     grouping: str = "contiguous"
     calibrate: str | None = None
+    quality: str | None = None
     calibration_tokens: int | None = None
     repair: str | None = None
     repair_steps: int | None = None
@@ -210,17 +211,33 @@ class Request:
     @property
     def chosen_tokens(self) -> int:
         """Return how many tokens of calibration text are read at most."""
-        return CALIBRATION_TOKENS if self.calibration_tokens is None else self.calibration_tokens
+        return self.chosen_quality.tokens if self.calibration_tokens is None else self.calibration_tokens
+
+    @property
+    def chosen_quality(self) -> CalibrationQuality:
+        """Return how much calibration reads and tries, where options don't say."""
+        return quality_named(self.quality)
+
+    @property
+    def calibration_settings(self) -> CalibrationSettings:
+        """Return what calibration tries."""
+        preset, steps = self.chosen_quality.settings, self.repair_steps
+        return replace(
+            preset,
+            seed=self.chosen_seed,
+            repair_steps=preset.repair_steps if steps is None else steps,
+            block_steps=BLOCK_STEPS if self.repairs_blocks else preset.block_steps,
+        )
 
     def recorded(self, changed: bool = True) -> dict[str, Any]:
         """Return the options that have an effect on the result, including defaults.
 
         Where no head was `changed`, neither the method nor its options had an effect.
         """
-        steps = CalibrationSettings.repair_steps if self.repair_steps is None else self.repair_steps
         defaults = {
-            "seed": self.chosen_seed, "calibrate": self.chosen_text, "calibration_tokens": self.chosen_tokens,
-            "repair": self.repair or REPAIRS[0], "repair_steps": steps,
+            "seed": self.chosen_seed, "calibrate": self.chosen_text, "quality": self.chosen_quality.name,
+            "calibration_tokens": self.chosen_tokens, "repair": self.repair or REPAIRS[0],
+            "repair_steps": self.calibration_settings.repair_steps,
         }  # fmt: skip
         found = in_effect({**asdict(self), **defaults})
         unused = () if changed else ("method", "grouping", "key_weight", *method_options())

@@ -19,6 +19,7 @@ from uptrain.conversion.calibration.layer_search import LayerChoice, LayerSearch
 from uptrain.conversion.calibration.made_layer import CalibratedLayer, MadeLayer
 from uptrain.conversion.calibration.refit import Maps
 from uptrain.conversion.calibration.targets import CalibrationTarget, SourceLayer
+from uptrain.conversion.calibration.time_estimate import seconds_per_layer
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.plan.repairs import repairable
 from uptrain.errors import CheckpointError, UsageError
@@ -50,6 +51,7 @@ def calibrate(
     settings: CalibrationSettings,
     cache: ActivationCache | None = None,
     made: Callable[[int], MadeLayer | None] = lambda layer: None,
+    estimated: Callable[[float], None] | None = None,
 ) -> Iterator[tuple[int, CalibratedLayer, LayerReport]]:
     """Yield each layer's number, its new heads or its latent (float32), and its report.
 
@@ -63,6 +65,7 @@ def calibrate(
       blocks share; None to keep none.
     - `made`: returns a layer that an earlier run made, None for one to make. Layers that it returns are replayed, not
       yielded; the remaining layers are bit-identical to an uninterrupted run.
+    - `estimated`: called once, before the first layer is made, with about how many seconds all that remain will take.
 
     Raises:
         UsageError: fewer than two blocks.
@@ -83,8 +86,10 @@ def calibrate(
             activations.original[block] = activations.converted[block] = hidden.cpu()
         converter = _Converter(target, runner, activations, settings, cache)
         for index in range(len(target.before)):
-            found = converter.convert(index, made(index))
+            earlier = made(index)
+            found = converter.convert(index, earlier, estimated if earlier is None else None)
             activations.advance()
+            estimated = estimated if earlier is not None else None
             if found is not None:
                 yield index, *found
 
@@ -99,12 +104,18 @@ class _Converter(Generic[Maps]):
     settings: CalibrationSettings
     cache: ActivationCache | None
 
-    def convert(self, index: int, made: MadeLayer | None) -> tuple[CalibratedLayer, LayerReport] | None:
-        """Convert a layer; None for one that is `made` already and only run."""
+    def convert(
+        self, index: int, made: MadeLayer | None, estimated: Callable[[float], None] | None
+    ) -> tuple[CalibratedLayer, LayerReport] | None:
+        """Convert a layer; None for one that is `made` already and only run. `estimated` is as of `calibrate`."""
         began = time.monotonic()
         target, device = self.target, self.runner.device
         source = SourceLayer(heads=target.arranged(index), spec=target.before[index], device=device)
         with self.runner.layer(index) as layer, torch.no_grad():
+            if estimated is not None:
+                blocks, hidden = len(self.activations.original), self.activations.original[0].to(device)
+                each = seconds_per_layer(layer.on(0), hidden, self.settings, blocks)
+                estimated(each * (len(target.before) - index))
             self._run_source(layer, index)
             others = LayerTensors(layer, repairable(target.source, index))
             search = LayerSearch(

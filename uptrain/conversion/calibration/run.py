@@ -21,7 +21,7 @@ from uptrain.conversion.calibration.memory import held_bytes, working_bytes
 from uptrain.conversion.calibration.rope_pairs import rope_pairs_by_text
 from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
-from uptrain.conversion.calibration_settings import BLOCK_STEPS, CalibrationSettings
+from uptrain.conversion.calibration.time_estimate import duration
 from uptrain.conversion.malloc import give_back, giving_back
 from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.data.sources import text_of_option
@@ -97,25 +97,21 @@ def calibrate_plan(
             f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
             f"{formatting.size(memory)} of --memory."
         )
-    settings = _settings(plan, room, folder)
+    settings = replace(plan.request.calibration_settings, memory=room, folder=folder)
     # Where all that memory may hold leaves no room for what the C library keeps of freed memory.
     cached = 0 if cache is None else len(plan.before)
     every = activation_bytes((*blocks.shape, plan.source.hidden_size), cached)
     with giving_back() if room < every + working else nullcontext():
         target = _with_rope_pairs(plan, target, blocks, done, events)
-        for _, heads, report in calibrate(target, blocks, settings, cache, done.made):
+
+        def estimated(seconds: float) -> None:
+            layers = formatting.counted(len(plan.before) - len(done), "layer")
+            events.note(f"Calibrating {layers} on {blocks.numel():,} tokens will take about {duration(seconds)}.")
+
+        for _, heads, report in calibrate(target, blocks, settings, cache, done.made, estimated):
             done.add(heads, _described(report), report.others)
             events.layer(len(done), len(plan.before))
     return done
-
-
-def _settings(plan: Plan, room: int, folder: Path) -> CalibrationSettings:
-    """Return what calibration tries, with `room` bytes for activations, which otherwise are files in `folder`."""
-    request = plan.request
-    settings = CalibrationSettings(memory=room, folder=folder, seed=request.chosen_seed)
-    if request.repair_steps is not None:
-        settings = replace(settings, repair_steps=request.repair_steps)
-    return replace(settings, block_steps=BLOCK_STEPS) if request.repairs_blocks else settings
 
 
 def _blocks(plan: Plan, text: TokenText, events: Events) -> torch.Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from uptrain.conversion.request import BUILTIN, CALIBRATION_TOKENS
+from uptrain.conversion.calibration_quality import quality_named
+from uptrain.conversion.request import BUILTIN
 from uptrain.conversion.run.options import MEMORY
 from uptrain.data.sources import HELD_OUT, TextSource, text_name
 from uptrain.errors import UsageError
@@ -24,8 +25,9 @@ class SweepSettings:
 
     - `methods`: the methods to try with every target, in the words of `uptrain convert --method`.
     - `calibrate`: the text for the method calibrated. None: built-in text.
-    - `calibration_tokens`: how many tokens of it to use. None: 65,536.
-    - `repair_steps`: gradient steps per layer of the method calibrated. None: 40.
+    - `quality`: a name in `QUALITIES`: how much calibration reads and tries. None: balanced.
+    - `calibration_tokens`: how many tokens of it to use. None: what `quality` says.
+    - `repair_steps`: gradient steps per layer of the method calibrated. None: what `quality` says.
     - `text`: the texts to score.
     - `context`: window length in tokens. None: 1024, or all positions of a model that has fewer.
     - `stride`: how many tokens the window moves. None: half of the context.
@@ -38,6 +40,7 @@ class SweepSettings:
 
     methods: Sequence[str] = DEFAULT_METHODS
     calibrate: str | None = None
+    quality: str | None = None
     calibration_tokens: int | None = None
     repair_steps: int | None = None
     text: Sequence[TextSource] = (HELD_OUT,)
@@ -60,6 +63,7 @@ class SweepSettings:
         """Return the part of a `Request` that only the method calibrated reads; None where a default is meant."""
         return {
             "calibrate": self.calibrate,
+            "quality": self.quality,
             "calibration_tokens": self.calibration_tokens,
             "repair_steps": self.repair_steps,
         }
@@ -74,11 +78,12 @@ class SweepSettings:
             raise UsageError(f"--keep {self.keep} is not known. Use {', '.join(KEEP)}.")
 
     def check_calibration(self) -> None:
-        """Refuse settings of calibration where no method calibrates.
+        """Refuse settings of calibration where no method calibrates, and an unknown quality.
 
         Raises:
             UsageError: there are some.
         """
+        quality_named(self.quality)
         if any(needs_text(method) for method in self.methods):
             return
         for option, value in self.calibration.items():
@@ -91,7 +96,8 @@ class SweepSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as sweep.json records them, with defaults filled in."""
-        used = {"calibrate": BUILTIN, "calibration_tokens": CALIBRATION_TOKENS}
+        quality = quality_named(self.quality)
+        used = {"calibrate": BUILTIN, "quality": quality.name, "calibration_tokens": quality.tokens}
         return {
             "text": [text_name(each) for each in self.text],
             "context": CONTEXT if self.context is None else self.context,
