@@ -11,7 +11,7 @@ from torch import Tensor
 
 from uptrain.conversion.calibration.layer_runner import Layer, Parameters
 from uptrain.methods.head_maps import HeadMaps
-from uptrain.methods.mla_energy import LatentWeights, calibrated_weights
+from uptrain.methods.mla_energy import LatentMoments
 
 
 class AveragedMoment:
@@ -77,14 +77,13 @@ def gather_moments(
 
 
 @torch.no_grad()
-def latent_weights(
+def latent_moments(
     layer: Layer, maps: HeadMaps, hidden: Iterable[Tensor], inverse_frequencies: Tensor | None
-) -> LatentWeights:
-    """Gather the weights of a layer's errors over blocks of hidden states, each run through the source's attention.
+) -> LatentMoments:
+    """Gather what a latent of a layer is fitted to, over blocks of hidden states, each run through its attention.
 
-    One second moment must serve keys and values. It is the mean of two of unit trace: inputs weighted by the
-    sensitivity p(1 − p) that they receive as keys, and inputs as attention averages them into values. Distances count
-    by the same sensitivity.
+    Inputs count as keys by the sensitivity p(1 − p) that they receive, and as values as attention averages them.
+    Distances count by the same sensitivity.
 
     - `layer`: the source's layer.
     - `maps`: its heads.
@@ -99,9 +98,14 @@ def latent_weights(
     found = _LatentStatistics(maps)
     queries, _ = _gather(layer, maps, hidden, found.block)
     if found.distances is None:
-        raise ValueError("no blocks to gather weights on")
-    moment = found.keys / found.keys.trace() + found.values / found.values.trace()
-    return calibrated_weights(maps, queries, moment, found.distances, inverse_frequencies)
+        raise ValueError("no blocks to gather moments on")
+    return LatentMoments(
+        queries=queries,
+        keys=found.keys,
+        values=found.values,
+        distances=found.distances,
+        inverse_frequencies=inverse_frequencies,
+    )
 
 
 class _Block(Protocol):
