@@ -27,6 +27,7 @@ from uptrain.conversion.calibration import activations, attention_probabilities,
 from uptrain.conversion.calibration.engine import LayerReport, calibrate
 from uptrain.conversion.calibration.layer_runner import LayerRunner
 from uptrain.conversion.calibration.layer_search import held_out
+from uptrain.conversion.calibration.made_layer import MadeLayer
 from uptrain.conversion.calibration.refit import Check, Regression, best_dampings, gradient_steps, ridge
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
@@ -95,7 +96,7 @@ def test_activations_are_the_hidden_states_that_transformers_gives(tmp_path, mod
         for index in range(len(target.before)):
             torch.testing.assert_close(states, expected[index], rtol=1e-5, atol=1e-5)
             with model.layer(index) as layer:
-                states = torch.stack([layer.run(block) for block in states])
+                states = torch.stack([layer.on(block).run(hidden) for block, hidden in enumerate(states)])
         names = ("ln_f", "norm", "norm_f", "final_layernorm", "final_layer_norm")
         body = getattr(whole.base_model, "decoder", whole.base_model)
         norm = next(getattr(body, name) for name in names if hasattr(body, name))
@@ -112,9 +113,9 @@ def test_heads_become_the_modules_own_parameters_and_probabilities_are_transform
     heads = [heads for _, heads, _ in calibrate(target, tokens(2), QUICK)]
     weights = ModuleWeights(target.source.family.projections, target.before[0]).parameters(maps_of(heads[0]))
     with model.layer(0) as layer, torch.no_grad():
-        same = layer.run(block, {name: value.float() for name, value in weights.items()})
-        torch.testing.assert_close(same, layer.run(block), rtol=1e-6, atol=1e-6)
-        parts = list(layer.attention_weights(block)[1])
+        same = layer.on(0).run(block, {name: value.float() for name, value in weights.items()})
+        torch.testing.assert_close(same, layer.on(0).run(block), rtol=1e-6, atol=1e-6)
+        parts = list(layer.on(0).attention_weights(block)[1])
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         expected = plain(tokens(2)[:1], output_attentions=True).attentions[0][0]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected)
@@ -171,9 +172,10 @@ def test_every_choice_lowers_the_error_and_no_method_keeps_more(tmp_path, model_
 
 def as_if_all_were_made(target: CalibrationTarget[Any], settings: CalibrationSettings) -> None:
     """Check that layers which an earlier run made leave the others as they are, to the bit."""
-    whole = [heads for _, heads, _ in calibrate(target, tokens(), settings)]
+    made_layers = [MadeLayer(heads, report.others) for _, heads, report in calibrate(target, tokens(), settings)]
+    whole = [layer.attention for layer in made_layers]
     for made in range(len(whole) + 1):
-        rest = calibrate(target, tokens(), settings, made=dict(enumerate(whole[:made])).get)
+        rest = calibrate(target, tokens(), settings, made=dict(enumerate(made_layers[:made])).get)
         found = {index: heads for index, heads, _ in rest}
         assert list(found) == list(range(made, len(whole)))
         for index, heads in found.items():
@@ -262,7 +264,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 def test_one_block_is_too_few(tmp_path):
     target = opened(save(tmp_path, "llama"), 1)
-    with pytest.raises(UsageError, match="blocks"):
+    with pytest.raises(UsageError, match="two blocks of text"):
         next(calibrate(target, tokens(1), QUICK))
 
 
@@ -354,7 +356,7 @@ def test_gradient_steps_lower_their_loss_and_leave_the_start_alone(tmp_path):
         return (heads.q - wanted).square().mean()
 
     before = maps.q.clone()
-    after = gradient_steps(maps, loss, 3, 20, 0.01, 0)
+    after = gradient_steps(maps, loss, range(3), 20, 0.01, 0)
     assert loss(after, 0) < 0.5 * loss(maps, 0)
     torch.testing.assert_close(maps.q, before)
     assert not after.q.requires_grad

@@ -131,7 +131,9 @@ def test_pairs_of_one_frequency_share_the_rotary_key_as_plain_dims_would():
     [(maps, kept)] = fitted_latents(layer, shape, LAYOUTS["half"], moments, (1.0,))
     assert kept.keys > 1 - 1e-6
     x = draw(5, 12, HIDDEN)
-    found = mix_heads(maps, x, Angles.at(torch.full((2,), 0.3), 12), None, DIMS**-0.5) @ maps.o.flatten(1).mT
+    found = (
+        mix_heads(maps, x, Angles.at(torch.full((2,), 0.3), torch.arange(12)), None, DIMS**-0.5) @ maps.o.flatten(1).mT
+    )
     alike = attention_of(layer, x)
     torch.testing.assert_close(found, alike, rtol=1e-3, atol=1e-4)
 
@@ -142,7 +144,9 @@ def attention_of(layer: HeadMaps, x: torch.Tensor) -> torch.Tensor:
     _, _, _, moments = sample(biases=False)
     moments = replace(moments, inverse_frequencies=torch.full((4,), 0.3).double())
     [(maps, _)] = fitted_latents(layer, every, LAYOUTS["half"], moments, (1.0,))
-    return mix_heads(maps, x, Angles.at(torch.full((8,), 0.3), 12), None, DIMS**-0.5) @ maps.o.flatten(1).mT
+    return (
+        mix_heads(maps, x, Angles.at(torch.full((8,), 0.3), torch.arange(12)), None, DIMS**-0.5) @ maps.o.flatten(1).mT
+    )
 
 
 def test_a_fit_without_frequencies_is_refused():

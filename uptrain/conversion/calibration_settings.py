@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+REPAIRS = ("attention", "blocks")
+"""What gradient steps may change: attention alone, or a layer's norms and MLP too."""
+BLOCK_STEPS = 200
+"""Gradient steps per layer of `--repair blocks`, after those of attention."""
+
 
 @dataclass(frozen=True)
 class CalibrationSettings:
@@ -13,12 +18,16 @@ class CalibrationSettings:
     - `held_out`: share of the blocks that choices are made on and nothing is fitted to.
     - `probes`: number of blocks that moments are gathered on.
     - `moments`: activations to gather moments on, `sequence` (of the converted layers) and `original`.
+    - `refitted`: number of candidates of least error whose output projection is refitted.
+    - `trials`: number of blocks that refits are compared on; the one that is chosen is fitted to all.
     - `drifts`: shares of the error so far that a refit corrects.
     - `dampings`: values of a refit's λ.
     - `independent`: whether a refit on the original activations is tried too.
     - `first_token`: weight of a block's first token, which attention reads when it needs nothing else.
     - `repair_steps`: gradient steps per layer.
     - `rate`: their learning rate, relative to each tensor's root mean square.
+    - `block_steps`: gradient steps per layer that also move its norms and MLP; 0 leaves those as they are.
+    - `block_rate`: the learning rate of these steps, relative to each tensor's root mean square.
     - `seed`: the seed of the order of blocks.
     - `memory`: bytes that activations may take; beyond, they go to files.
     - `folder`: where those files are made, None for none.
@@ -27,12 +36,16 @@ class CalibrationSettings:
     held_out: float = 1 / 16
     probes: int = 8
     moments: tuple[str, ...] = ("sequence", "original")
+    refitted: int = 1
+    trials: int = 12
     drifts: tuple[float, ...] = (0.0, 0.5, 1.0)
     dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    independent: bool = True
+    independent: bool = False
     first_token: float = 300.0
     repair_steps: int = 40
     rate: float = 0.01
+    block_steps: int = 0
+    block_rate: float = 0.003
     seed: int = 0
     memory: int = 2 * 2**30
     folder: Path | None = None

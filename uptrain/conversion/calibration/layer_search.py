@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic
 
 import torch
 from torch import Tensor
 
 from uptrain.conversion.calibration.activations import Activations
+from uptrain.conversion.calibration.block_repair import BlockSteps, LayerTensors
 from uptrain.conversion.calibration.candidates import CandidateMaker, as_float
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.calibration.refit import Check, Maps, Regression, best_dampings, gradient_steps, ridge
@@ -26,9 +29,10 @@ class LayerChoice:
       None where no refit helped.
     - `drift`: the share of the error so far that the refit corrects.
     - `damping`: the refit's λ.
-    - `steps`: the gradient steps of the result.
-    - `error_shared`, `error_refit`, `error`: the relative squared error of the layer's output on held-out text, after
-      sharing, after the refit and after the gradient steps.
+    - `steps`: the gradient steps of attention alone.
+    - `block_steps`: the gradient steps that moved the layer's norms and MLP too.
+    - `error_shared`, `error_refit`, `error_attention`, `error`: the relative squared error of the layer's output on
+      held-out text, after sharing, after the refit, after the steps of attention and after those of the whole layer.
     """
 
     moments: str
@@ -36,8 +40,10 @@ class LayerChoice:
     drift: float
     damping: float
     steps: int
+    block_steps: int
     error_shared: float
     error_refit: float
+    error_attention: float
     error: float
 
 
@@ -65,6 +71,7 @@ class LayerSearch(Generic[Maps]):
     - `index`: the layer's number.
     - `gain`: what the layer multiplies its attention's output by.
     - `output_bias`: (d,), the bias of the attention's output, None where it has none.
+    - `others`: the layer's tensors outside attention that block repair may change; none are changed without it.
     """
 
     layer: Layer
@@ -75,6 +82,7 @@ class LayerSearch(Generic[Maps]):
     index: int
     gain: float
     output_bias: Tensor | None
+    others: LayerTensors | None = None
 
     def __post_init__(self) -> None:
         count = len(self.activations.original)
@@ -83,93 +91,143 @@ class LayerSearch(Generic[Maps]):
 
     def convert(self) -> tuple[Maps, dict[str, ExplainedEnergy], LayerChoice]:
         """Return the layer's new float32 maps, the energy that methods explain, and the choices; and advance."""
-        unfitted: list[tuple[float, _Refitted[Maps]]] = [self._made(kind) for kind in self._moment_kinds()]
-        best = min(unfitted, key=_first)
-        for _, candidate in unfitted:
-            best = min(best, *self._refits(candidate, "sequence"), key=_first)
+        shared = sorted((pair for kind in self._moment_kinds() for pair in self._made(kind)), key=_first)
+        shared_error, best = shared[0]
+        # Which candidate, and which share of the drift: a few blocks tell.
+        found = [shared[0]]
+        for _, candidate in shared[: self.settings.refitted]:
+            found += self._refits(candidate, "sequence", self.settings.drifts, spread(self._fit, self.settings.trials))
         if self.index and self.settings.independent:
-            # On the original activations only for the moments that won: it seldom wins, and runs over all blocks.
-            winner = next(c for _, c in unfitted if c.moments == best[1].moments)
-            best = min(best, *self._refits(winner, "independent"), key=_first)
-        refit_error, chosen = best
-        maps, steps, error = self._repaired(chosen.maps, refit_error)
+            # On the original activations only for the best: it seldom wins.
+            found += self._refits(best, "independent", (0.0,), self._fit)
+        refit_error, chosen = min(found, key=_first)
+        attention_error, fitted, steps = self._fitted(refit_error, chosen)
+        error, maps, block_steps = self._block_repaired(attention_error, fitted.maps)
         self.advance(maps)
         choice = LayerChoice(
-            chosen.moments, chosen.refit, chosen.drift, chosen.damping, steps,
-            min(error for error, _ in unfitted), refit_error, error,
+            fitted.moments, fitted.refit, fitted.drift, fitted.damping, steps, block_steps,
+            shared_error, refit_error, attention_error, error,
         )  # fmt: skip
-        return maps, chosen.explained, choice
+        return maps, fitted.explained, choice
 
     def advance(self, maps: Maps) -> None:
         """Run the converted activations through the layer, with `maps` as its attention."""
         maps = as_float(maps, self.device)
         for block, hidden in enumerate(self.activations.converted):
-            self.activations.converted[block] = self.maker.run(self.layer, hidden.to(self.device), maps).cpu()
+            self.activations.converted[block] = self.maker.run(self.layer.on(block), hidden.to(self.device), maps).cpu()
 
     def _moment_kinds(self) -> tuple[str, ...]:
         """Return the activations to try. Before the first layer both are the same."""
         return ("sequence",) if self.index == 0 else self.settings.moments
 
-    def _made(self, kind: str) -> tuple[float, _Refitted[Maps]]:
-        """Return the candidate of least error among those made from one kind of activations, after its error."""
+    def _made(self, kind: str) -> list[tuple[float, _Refitted[Maps]]]:
+        """Return the candidates made from one kind of activations, each after its error."""
         give_back()
         states = self.activations.original if kind == "original" else self.activations.converted
-        stride = max(1, len(self._fit) // self.settings.probes)
-        probes = (states[block].to(self.device) for block in self._fit[::stride][: self.settings.probes])
+        probes = ((block, states[block].to(self.device)) for block in spread(self._fit, self.settings.probes))
         made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
-        return min(((self._error(one.maps), one) for one in made), key=_first)
+        return [(self._error(one.maps), one) for one in made]
 
-    def _refits(self, unfitted: _Refitted[Maps], inputs: str) -> list[tuple[float, _Refitted[Maps]]]:
-        """Return candidates with the output projection refitted on `sequence` activations, or `independent` of them."""
+    def _fitted(self, error: float, chosen: _Refitted[Maps]) -> tuple[float, _Refitted[Maps], int]:
+        """Return the best of a candidate and its fits to all blocks, after its error, and how many steps it had.
+
+        - `error`: the candidate's error.
+        - `chosen`: the candidate.
+
+        The output projection is fitted after the steps: whatever they left of it has a closed form.
+        """
+        steps, settings = self.settings.repair_steps, self.settings
+        best: tuple[float, _Refitted[Maps]] = (error, chosen)
+        taken = 0
+        if steps:
+            seed = settings.seed + self.index
+            loss = partial(self._attention_error, drift=chosen.drift)
+            moved = replace(chosen, maps=gradient_steps(chosen.maps, loss, self._fit, steps, settings.rate, seed))
+            after = self._refits(moved, "sequence", (chosen.drift,), self._fit)[0]
+            best, taken = (after, steps) if after[0] < error else (best, 0)
+        few = len(spread(self._fit, settings.trials)) < len(self._fit)
+        if not taken and chosen.refit == "sequence" and few:
+            best = min(best, self._refits(chosen, "sequence", (chosen.drift,), self._fit)[0], key=_first)
+        return best[0], best[1], taken
+
+    def _refits(
+        self, candidate: _Refitted[Maps], inputs: str, drifts: tuple[float, ...], blocks: Sequence[int]
+    ) -> list[tuple[float, _Refitted[Maps]]]:
+        """Return a candidate with its output projection refitted, once for each drift, after their errors.
+
+        - `candidate`: the candidate.
+        - `inputs`: the activations to fit on, `sequence` or `independent` (the original's).
+        - `drifts`: the shares of the error so far to correct.
+        - `blocks`: the blocks to fit to.
+        """
         give_back()
-        shared = unfitted.maps
-        found = []
-        for drift, damping, output in self._outputs(shared, inputs):
-            candidate = replace(unfitted, maps=replace(shared, o=output), refit=inputs, drift=drift, damping=damping)
-            found.append((self._error(candidate.maps), candidate))
-        return found
-
-    def _outputs(self, shared: Maps, inputs: str) -> list[tuple[float, float, Tensor]]:
-        """Return each drift, its best damping, and the output projection refitted with both."""
-        drifts = self.settings.drifts if inputs == "sequence" and self.index else (0.0,)
-        fit, check = self._regressions(shared, inputs, any(drifts))
+        if not self.index:
+            drifts = (0.0,)  # nothing has drifted yet
+        shared = candidate.maps
+        fit, check = self._regressions(shared, inputs, drifts, blocks)
         start = shared.o.flatten(1).mT.cpu().double()
-        dampings = best_dampings(fit, check, start, drifts, self.settings.dampings)
         found = []
+        dampings = best_dampings(fit, check, start, drifts, self.settings.dampings)
         for drift, damping in zip(drifts, dampings, strict=True):
             solution = ridge(fit.gram, fit.product(drift), start, damping)
-            found.append((drift, damping, solution.mT.reshape(shared.o.shape).float().to(self.device)))
+            output = solution.mT.reshape(shared.o.shape).float().to(self.device)
+            one = replace(candidate, maps=replace(shared, o=output), refit=inputs, drift=drift, damping=damping)
+            found.append((self._error(one.maps), one))
         return found
 
-    def _regressions(self, shared: Maps, inputs: str, drifting: bool) -> tuple[Regression, Check]:
-        """Gather a regression of the source's attention output on mixed heads, and if `drifting` of the error."""
-        activations = self.activations
-        states = activations.converted if inputs == "sequence" else activations.original
+    def _regressions(
+        self, shared: Maps, inputs: str, drifts: tuple[float, ...], blocks: Sequence[int]
+    ) -> tuple[Regression, Check]:
+        """Gather a regression of what attention should give on mixed heads, on `blocks` and on the held-out ones."""
+        states = self.activations.converted if inputs == "sequence" else self.activations.original
+        drifting = any(drifts)
         names = ("attention", "gap") if drifting else ("attention",)
         fit, check = Regression(shared.o[0].numel(), len(shared.o), names), Check()
-        bias = 0.0 if self.output_bias is None else self.output_bias
-        for block, hidden in enumerate(states):
-            mixed = self.maker.mix(self.layer, hidden.to(self.device), shared)
-            original = activations.original[block].to(self.device)
-            targets = {"attention": activations.attention_output[block].to(self.device) - bias}
+        for block in sorted({*blocks, *self._check}):
+            hidden = states[block].to(self.device)
+            mixed = self.maker.mix(self.layer.on(block), hidden, shared)
+            original = self.activations.original[block].to(self.device)
+            targets = {"attention": self._attention_target(block)}
             if drifting:
-                targets["gap"] = (original - hidden.to(self.device)) / self.gain
+                targets["gap"] = (original - hidden) / self.gain
             into = check if block in self._check else fit
             into.add(mixed, self._token_weights(original), targets)
         return fit, check
 
-    def _repaired(self, maps: Maps, error: float) -> tuple[Maps, int, float]:
-        steps, settings = self.settings.repair_steps, self.settings
-        if not steps:
-            return maps, 0, error
+    def _attention_target(self, block: int) -> Tensor:
+        """Return what the source's attention gives (T, d), without its bias."""
+        output = self.activations.attention_output[block].to(self.device)
+        return output if self.output_bias is None else output - self.output_bias
 
-        def loss(heads: Maps, batch: int) -> Tensor:
-            wrong, total = self._wrong(self._fit[batch], heads)
-            return wrong / total
+    def _attention_error(self, maps: Maps, block: int, drift: float) -> Tensor:
+        """Return the relative squared error of the attention's output, towards that of the source and of the drift."""
+        hidden, original = (
+            states[block].to(self.device) for states in (self.activations.converted, self.activations.original)
+        )
+        target = self._attention_target(block)
+        if drift:
+            target = target + drift * (original - hidden) / self.gain
+        weights = self._token_weights(original)[:, None]
+        output = self.maker.mix(self.layer.on(block), hidden, maps) @ maps.o.flatten(1).mT
+        return (weights * (output - target).square()).sum() / (weights * target.square()).sum()
 
-        repaired = gradient_steps(maps, loss, len(self._fit), steps, settings.rate, settings.seed + self.index)
+    def _block_repaired(self, error: float, maps: Maps) -> tuple[float, Maps, int]:
+        """Return maps after steps that also move norms and MLP, if they err less, after their error; and the steps."""
+        settings = self.settings
+        if self.others is None or not settings.block_steps:
+            return error, maps, 0
+        give_back()
+        steps = BlockSteps(count=settings.block_steps, rate=settings.block_rate, seed=settings.seed + self.index)
+        repaired = self.others.steps(maps, self._relative_error, self._fit, steps)
         after = self._error(repaired)
-        return (repaired, steps, after) if after < error else (maps, 0, error)
+        if after < error:
+            return after, repaired, steps.count
+        self.others.put_back()
+        return error, maps, 0
+
+    def _relative_error(self, maps: Maps, block: int) -> Tensor:
+        wrong, total = self._wrong(block, maps)
+        return wrong / total
 
     def _error(self, maps: Maps) -> float:
         """Return the relative squared error of the layer's output on the held-out blocks; inf where it isn't finite."""
@@ -180,7 +238,7 @@ class LayerSearch(Generic[Maps]):
     def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
         target = self.activations.target[block].to(self.device)
         weights = self._token_weights(target)[:, None]
-        output = self.maker.run(self.layer, self.activations.converted[block].to(self.device), maps)
+        output = self.maker.run(self.layer.on(block), self.activations.converted[block].to(self.device), maps)
         return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
 
     def _token_weights(self, hidden: Tensor) -> Tensor:
@@ -195,6 +253,11 @@ def held_out(blocks: int, share: float) -> frozenset[int]:
     """Return which of `blocks` blocks are held out: evenly spaced, at least one, at most half."""
     count = min(max(1, round(blocks * share)), blocks // 2)
     return frozenset(int((i + 0.5) * blocks / count) for i in range(count))
+
+
+def spread(blocks: Sequence[int], count: int) -> Sequence[int]:
+    """Return `count` of `blocks`, evenly spaced, all where there are no more."""
+    return blocks[:: max(1, len(blocks) // count)][:count]
 
 
 def _first(pair: tuple[float, object]) -> float:

@@ -110,7 +110,7 @@ def _regular(gram: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def gradient_steps(
-    maps: Maps, loss: Callable[[Maps, int], Tensor], batches: int, steps: int, rate: float, seed: int
+    maps: Maps, loss: Callable[[Maps, int], Tensor], batches: Sequence[int], steps: int, rate: float, seed: int
 ) -> Maps:
     """Return maps after Adam steps on `loss(maps, batch)`, over batches in a seeded order.
 
@@ -118,34 +118,50 @@ def gradient_steps(
 
     - `maps`: the layer's maps, float32.
     - `loss`: returns the loss of maps on one batch.
-    - `batches`: how many batches there are.
+    - `batches`: the batches' numbers.
     - `steps`: how many steps are taken.
     - `rate`: the learning rate of each tensor, relative to its root mean square.
     - `seed`: the seed of the order.
-
-    Source: Kingma and Ba 2015, Adam, algorithm 1.
     """
-    trained = {
+    trained = trainable(maps)
+    current = replace(maps, **trained)
+    descend(list(trained.values()), lambda batch: loss(current, batch), batches, steps, rate, seed)
+    return replace(maps, **{name: value.detach() for name, value in trained.items()})
+
+
+def trainable(maps: Maps) -> dict[str, Tensor]:
+    """Return copies of a layer's maps, by name, that take gradients."""
+    return {
         name: value.detach().float().clone().requires_grad_(True)
         for name, value in vars(maps).items()
         if value is not None and value.numel()
     }
-    scales = [rate * max(float(value.detach().square().mean().sqrt()), 1e-8) for value in trained.values()]
+
+
+def descend(
+    tensors: Sequence[Tensor], loss: Callable[[int], Tensor], batches: Sequence[int], steps: int, rate: float, seed: int
+) -> None:
+    """Take Adam steps on `tensors` in place. The loss depends on these tensors and a batch's number.
+
+    - `tensors`: the tensors to move, float32; one that the loss does not depend on stays.
+    - `loss`: returns the loss of one batch.
+    - `batches`, `steps`, `rate`, `seed`: as of `gradient_steps`.
+
+    Source: Kingma and Ba 2015, Adam, algorithm 1.
+    """
+    scales = [rate * max(float(value.detach().square().mean().sqrt()), 1e-8) for value in tensors]
     optimizer = torch.optim.Adam(
-        [{"params": [value], "lr": scale} for value, scale in zip(trained.values(), scales, strict=True)],
-        betas=(0.9, 0.95),
+        [{"params": [value], "lr": scale} for value, scale in zip(tensors, scales, strict=True)], betas=(0.9, 0.95)
     )
-    current = replace(maps, **trained)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for step in range(steps):
         if not order:
-            order = torch.randperm(batches, generator=generator).tolist()
+            order = torch.randperm(len(batches), generator=generator).tolist()
         share = min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = scale * share
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss(current, order.pop()).backward()
+            loss(batches[order.pop()]).backward()
         optimizer.step()
-    return replace(maps, **{name: value.detach() for name, value in trained.items()})

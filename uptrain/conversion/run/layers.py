@@ -10,14 +10,15 @@ from typing import TypeVar
 
 import numpy as np
 
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.mla_projections import LatentHeads, MLASpec
 from uptrain.architectures.projections import LayerHeads, read_layer
 from uptrain.architectures.schema import Position
 from uptrain.checkpoint.dtypes import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan import rewrites
-from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.conversion.plan.planner import Plan
+from uptrain.conversion.plan.repairs import repairable
 from uptrain.errors import CheckpointError, needing
 from uptrain.methods import energy_numpy, head_similarity
 from uptrain.methods.method import CalibratedSource, Converted, ExplainedEnergy, LayerContext
@@ -60,6 +61,11 @@ class LayerMaker:
         self._uses_torch = plan.request.needs_torch
         self._sample = len(plan.before) // 2
         self._pool_only = bool(plan.source.why_pool_only)
+        self._repaired = {
+            name: layer
+            for layer in range(len(plan.before) if plan.request.repairs_blocks else 0)
+            for name in repairable(plan.source, layer).values()
+        }
         self._dtypes = {(part.layer, part.module): part.output.dtype for part in plan.attention_parts}
 
     @contextmanager
@@ -87,12 +93,18 @@ class LayerMaker:
         out = plan.attention.convert(heads, layer, self)
         return {name: self._finish(layer, base, name, array) for name, array in out.items()}
 
+    def read(self, name: str) -> Array:
+        """Return a tensor outside attention: the source's, or what calibration made of it, in float32."""
+        layer = self._repaired.get(name)
+        found = None if self.calibrated is None or layer is None else self.calibrated.other(layer, name)
+        return self.checkpoint.read(name) if found is None else found
+
     def fit(self, heads: LayerHeads, layer: int) -> LayerHeads:
         """Fit heads as the source's class sees them to the target class's."""
         source, target, spec = self.plan.source.family, self.plan.target, self.plan.before[layer]
         if target.attention_norm:
             norm = self.plan.source.block_name(layer) + target.attention_norm
-            scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
+            scale, shift = (self.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
             heads = rewrites.fold_into_heads(heads, scale, shift)
         if source.position is Position.ROTARY_INTERLEAVED and target.family.position is Position.ROTARY:
             heads = rewrites.half_split(heads, spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims)
@@ -130,7 +142,16 @@ class LayerMaker:
             return self._recorded(method.convert(heads, groups, context), layer)
 
     def _recorded(self, made: Converted[Made], layer: int) -> Made:
-        """Return a converted layer, after recording the energy that methods explain in it, where it was measured."""
+        """Return a converted layer, after recording the energy that methods explain in it, where it was measured.
+
+        Raises:
+            TypeError: the method returns something else than `Converted`.
+        """
+        if not isinstance(made, Converted):
+            raise TypeError(
+                f"--method {self.plan.request.method} returned a {type(made).__name__} for layer {layer}. Return "
+                "Converted(layer)."
+            )
         if made.explained:
             self.energy[layer] = _known({name: _rounded(each) for name, each in made.explained.items()})
         return made.layer
@@ -190,17 +211,17 @@ class LayerMaker:
         )
 
 
-def choose_by_weights(checkpoint: Checkpoint, attention: MLAPlan) -> tuple[int, ...]:
+def choose_by_weights(checkpoint: Checkpoint, source: CheckpointDescription, latent: MLASpec) -> tuple[int, ...]:
     """Return which of the source's inverse frequencies each rotary pair of a latent gets, by all layers' weights."""
     with needing(NEEDS_TORCH):
         from uptrain.methods.head_conversion import rotary_of
         from uptrain.methods.mla_conversion import rope_pairs_by_weights
-    source, family = attention.source, attention.source.family
+    family = source.family
     layers = (
         read_layer(checkpoint, family.projections, spec, source.attention_name(layer))
         for layer, spec in enumerate(source.attention)
     )
-    return rope_pairs_by_weights(layers, attention.spec, rotary_of(family.position, source.attention[0]))
+    return rope_pairs_by_weights(layers, latent, rotary_of(family.position, source.attention[0]))
 
 
 def _one_thread() -> AbstractContextManager[None]:
