@@ -42,7 +42,7 @@ def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int, repa
     square = 8 * max(hidden_size + 1, mixed) ** 2
     heads = 2 * hidden_size * (spec.num_attention_heads + spec.num_key_value_heads) * spec.head_dim
     activations = 4 * tokens * (weights // hidden_size + target.extra_activations * mixed)
-    moments = 12 * heads + square * target.moments
+    moments = target.weight_bytes * heads + square * target.moments
     probabilities = 3 * 4 * _probabilities(checkpoint, spec.num_attention_heads, tokens)
     checked = 4 * len(held_out(blocks, CalibrationSettings.held_out)) * tokens * (mixed + 2 * hidden_size)
     refit = 8 * heads + 9 * square + checked
