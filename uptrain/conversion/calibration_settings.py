@@ -22,6 +22,7 @@ class CalibrationSettings:
     - `repair_steps`: gradient steps per layer.
     - `rate`: their learning rate, relative to each tensor's root mean square.
     - `seed`: the seed of the order of blocks.
+    - `text_of`: which text each block is from; empty for a single text.
     - `memory`: bytes that activations may take; beyond, they go to files.
     - `folder`: where those files are made, None for none.
     """
@@ -38,5 +39,6 @@ class CalibrationSettings:
     repair_steps: int = 40
     rate: float = 0.01
     seed: int = 0
+    text_of: tuple[int, ...] = ()
     memory: int = 2 * 2**30
     folder: Path | None = None

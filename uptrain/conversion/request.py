@@ -10,6 +10,7 @@ from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.calibration_settings import CalibrationSettings
+from uptrain.data.sources import weighted_names
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.methods.method import EVERY_PART, Grouping, Method, TargetKind
 from uptrain.methods.registry import (
@@ -45,8 +46,9 @@ class Request:
     - `dtype`: what floating weights are stored as. Default: as they are.
     - `max_shard_size`: bytes per file of weights. Default: as the source is split.
     - `grouping`: a name in `GROUPINGS`: which heads share one.
-    - `calibrate`: text for a method that needs text: a file, a dataset or `builtin`.
-    - `calibration_tokens`: how many tokens of it are read at most.
+    - `calibrate`: text for a method that needs text: a file, a dataset or `builtin`; several as TEXT:WEIGHT,….
+    - `calibration_tokens`: how many tokens of all texts are read at most.
+    - `calibration_block`: tokens of a calibration block.
     - `repair_steps`: gradient steps per layer of such a method.
     - `kv_lora_rank`: (mla) values of the latent per token.
     - `qk_rope_head_dim`: (mla) dims of the shared rotary key.
@@ -67,6 +69,7 @@ class Request:
     grouping: str = "contiguous"
     calibrate: str | None = None
     calibration_tokens: int | None = None
+    calibration_block: int | None = None
     repair_steps: int | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
@@ -95,6 +98,9 @@ class Request:
             raise UsageError(
                 "--calibration-tokens or --repair-steps is too small.", "Give at least 1 token, and no negative steps."
             )
+        if self.calibration_block is not None and self.calibration_block < 2:
+            raise UsageError(f"--calibration-block {self.calibration_block} is too small.", "Give at least 2 tokens.")
+        weighted_names("--calibrate", self.chosen_text)
         if self.kind.groups is not None and self.groups not in (None, self.kind.groups):
             raise UsageError(
                 f"--groups {self.groups} contradicts --to {self.target}, which has one key/value head.",
