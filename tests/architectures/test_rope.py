@@ -77,5 +77,5 @@ def test_the_older_two_keys_say_the_same():
 
 
 def test_frequencies_that_change_with_length_are_refused():
-    with pytest.raises(UsageError, match="dynamic"):
+    with pytest.raises(UsageError, match="rope_type dynamic"):
         read({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 16)

@@ -292,9 +292,9 @@ def test_a_quantized_part_that_sees_goes_along(tmp_path: Path) -> None:
 
 def test_what_a_wrapper_can_t_become_is_said(tmp_path: Path) -> None:
     source = str(save_wrapper(tmp_path / "s", "llava"))
-    with pytest.raises(UsageError, match="llava"):
+    with pytest.raises(UsageError, match="no place in a llava"):
         plan_conversion(source, Request("mla", cache=0.5))
-    with pytest.raises(UsageError, match="llava"):
+    with pytest.raises(UsageError, match="inside a llava"):
         plan_conversion(source, Request("gqa", 2, "calibrated"))
     text = {**config_of(tmp_path / "s")["text_config"], "model_type": "opt"}
     for changes, words_of_it in (

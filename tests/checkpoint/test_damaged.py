@@ -49,7 +49,7 @@ def test_what_is_no_file(read: Callable[[Path], Any], kind: str, tmp_path: Path,
 @pytest.mark.parametrize("data", [b"", b"1234567", b"\xff\0\0\0\0\0\0\0{}"])
 def test_a_header_that_does_not_fit_its_file(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match="safetensors"):
+    with pytest.raises(CheckpointError, match="cut short or not safetensors"):
         read_header(tmp_path / "a.safetensors")
 
 
@@ -113,7 +113,7 @@ def test_a_folder_of_somebody_else_is_not_written_into(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UptrainError, match="written"), staged_output(tmp_path / "out", overwrite=False):
+    with pytest.raises(UptrainError, match="Permission denied"), staged_output(tmp_path / "out", overwrite=False):
         raise PermissionError(13, "Permission denied", str(tmp_path / "out.partial/model.safetensors"))
 
 
@@ -145,7 +145,7 @@ def test_a_pickle_of_something_else_than_weights(value: Any, noun: str, tmp_path
 
 @pytest.mark.parametrize("model", ["x" * 5000, "\0", "~nobody-of-that-name/model"])
 def test_names_that_no_folder_can_have(model: str) -> None:
-    with pytest.raises(UsageError, match="folder"):
+    with pytest.raises(UsageError, match=r"(can't be the name of a|is neither a) folder"):
         resolve(model)
 
 

@@ -194,7 +194,7 @@ def test_an_index_of_pickles_leads_nowhere_else_when_transformers_loads(save_tin
     (source / INDEX).write_text(json.dumps({**index, "weight_map": renamed}))
     assert AutoModelForCausalLM.from_pretrained(source, use_safetensors=False)
     for read in (lambda: uptrain.load(source, allow_pickle=True), lambda: open_checkpoint(source, allow_pickle=True)):
-        with pytest.raises(CheckpointError, match="folder"):
+        with pytest.raises(CheckpointError, match=r"outside\.bin.*own folder"):
             read()
 
 
@@ -205,5 +205,5 @@ def test_an_index_that_transformers_cannot_read_is_named(save_tiny: Save) -> Non
     del found["metadata"]
     index.write_text(json.dumps(found))
     assert open_checkpoint(source).tensors
-    with pytest.raises(CheckpointError, match="metadata"):
+    with pytest.raises(CheckpointError, match="no metadata"):
         uptrain.load(source)

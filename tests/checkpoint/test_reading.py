@@ -100,7 +100,7 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = raw(tmp_path / "model.safetensors", b"{}", length=200 * 10**6)
     with path.open("r+b") as file:
         file.truncate(300 * 10**6)  # sparse: reading it would cost 200 MB of memory
-    with pytest.raises(CheckpointError, match="limit"):
+    with pytest.raises(CheckpointError, match="200,000,000 bytes"):
         read_header(path)
 
 
@@ -119,7 +119,7 @@ def test_an_index_can_only_name_files_beside_it(name: Any, tmp_path: Path) -> No
     (path / "away").symlink_to(tmp_path / "elsewhere")
     (path / "loop").symlink_to("loop")
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match="folder"):
+    with pytest.raises(CheckpointError, match="in its own folder"):
         open_checkpoint(path)
 
 
@@ -147,7 +147,7 @@ def test_pickles_only_on_request_and_never_run(tmp_path: Path) -> None:
             return (Path.touch, (path / "ran",))
 
     torch.save({"a": Evil()}, path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="weights"):
+    with pytest.raises(CheckpointError, match="can't be read as weights"):
         open_checkpoint(path, allow_pickle=True)
     assert not (path / "ran").exists()
 

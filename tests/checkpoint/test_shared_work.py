@@ -142,7 +142,7 @@ def test_one_that_fails_leaves_its_work_to_the_others(processes: Processes, monk
 
     monkeypatch.setattr("uptrain.conversion.run.pipeline._workers", lambda: 1)
     monkeypatch.setattr("uptrain.checkpoint.shared_work.write_shard", full)
-    with pytest.raises(UptrainError, match="disk"):
+    with pytest.raises(UptrainError, match="disk is full"):
         convert(str(processes.source), processes.out, GQA2, options=RunOptions(join=True))
     assert processes.codes() == [0, 0]
     assert digests(processes.out) == processes.bytes

@@ -305,7 +305,7 @@ def test_a_large_file_counts_before_anything_is_written(tmp_path: Path, monkeypa
         file.truncate(5 * 2**20)
     usage = type("Usage", (), {"free": 3 * 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UptrainError, match="full"):
+    with pytest.raises(UptrainError, match="disk is too full"):
         convert(str(source), tmp_path / "out", GQA2)
     (source / "tokenizer.model").unlink()
     convert(str(source), tmp_path / "out", GQA2)

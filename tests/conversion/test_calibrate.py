@@ -95,7 +95,7 @@ def test_activations_are_the_hidden_states_that_transformers_gives(tmp_path, mod
         for index in range(len(target.before)):
             torch.testing.assert_close(states, expected[index], rtol=1e-5, atol=1e-5)
             with model.layer(index) as layer:
-                states = torch.stack([layer.run(block) for block in states])
+                states = torch.stack([layer.on(block).run(hidden) for block, hidden in enumerate(states)])
         names = ("ln_f", "norm", "norm_f", "final_layernorm", "final_layer_norm")
         body = getattr(whole.base_model, "decoder", whole.base_model)
         norm = next(getattr(body, name) for name in names if hasattr(body, name))
@@ -112,9 +112,9 @@ def test_heads_become_the_modules_own_parameters_and_probabilities_are_transform
     heads = [heads for _, heads, _ in calibrate(target, tokens(2), QUICK)]
     weights = ModuleWeights(target.source.family.projections, target.before[0]).parameters(maps_of(heads[0]))
     with model.layer(0) as layer, torch.no_grad():
-        same = layer.run(block, {name: value.float() for name, value in weights.items()})
-        torch.testing.assert_close(same, layer.run(block), rtol=1e-6, atol=1e-6)
-        parts = list(layer.attention_weights(block)[1])
+        same = layer.on(0).run(block, {name: value.float() for name, value in weights.items()})
+        torch.testing.assert_close(same, layer.on(0).run(block), rtol=1e-6, atol=1e-6)
+        parts = list(layer.on(0).attention_weights(block)[1])
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         expected = plain(tokens(2)[:1], output_attentions=True).attentions[0][0]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected)
@@ -262,7 +262,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 def test_one_block_is_too_few(tmp_path):
     target = opened(save(tmp_path, "llama"), 1)
-    with pytest.raises(UsageError, match="blocks"):
+    with pytest.raises(UsageError, match="two blocks of text"):
         next(calibrate(target, tokens(1), QUICK))
 
 

@@ -265,7 +265,7 @@ def test_a_result_is_read_as_it_was_planned_and_not_converted_again(
     if target.name == "deepseek_v3":
         assert config.rms_norm_eps == 1e-6 and config.rope_interleave and config.num_nextn_predict_layers == 0
     for again in (Request("mla"), Request("mqa")):
-        with pytest.raises(UsageError, match="latent"):
+        with pytest.raises(UsageError, match="has a latent already"):
             plan_conversion(str(tmp_path / "out"), again)
 
 

@@ -51,7 +51,7 @@ def test_a_budget_that_nothing_meets_is_one_sentence(save_tiny: Save, capsys: py
     source = save_tiny("qwen3")
     assert run(["inspect", str(source), "--suggest", "10%"]) == 2
     assert "10%" in capsys.readouterr().err.replace("\n", " ")
-    with pytest.raises(UsageError, match="share"):
+    with pytest.raises(UsageError, match="not a share of the cache"):
         suggest(str(source), 1.5)
 
 

@@ -132,7 +132,7 @@ def test_a_text_shorter_than_the_context_is_halved(converted: Path, tmp_path: Pa
 
 def test_comparisons_that_mean_nothing_are_refused(converted: Path, text: list[Files], tmp_path: Path) -> None:
     decoder = checkpoint(tmp_path / "decoder", "gpt2")
-    with pytest.raises(UsageError, match="encoder"):
+    with pytest.raises(UsageError, match="Only one of"):
         quick(converted, decoder, text)
     with pytest.raises(UsageError, match=r"stride .*32"):
         quick(converted, None, text, stride=32)

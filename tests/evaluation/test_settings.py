@@ -65,5 +65,5 @@ def test_a_revision_is_that_of_the_model_on_the_hub(tmp_path: Path) -> None:
     settings = EvaluationSettings(text=[Files(files=str(corpus(tmp_path / "text.txt")))], context=16, repeats=0)
     with pytest.raises(UsageError, match="--revision main"):
         evaluate(folder, settings, revision="main")
-    with pytest.raises(UsageError, match="revision"):
+    with pytest.raises(UsageError, match="--revision main is for a Hub id"):
         evaluate("demo", settings, baseline=folder, revision="main")

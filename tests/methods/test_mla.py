@@ -34,7 +34,7 @@ def speeds(position: Rotary) -> torch.Tensor:
 
 
 def attend(maps: LatentMaps, x: torch.Tensor, frequencies: torch.Tensor, dims: int) -> torch.Tensor:
-    mixed = mix_heads(maps, x, Angles.at(frequencies, len(x)), None, 1 / math.sqrt(dims))
+    mixed = mix_heads(maps, x, Angles.at(frequencies, torch.arange(len(x))), None, 1 / math.sqrt(dims))
     return mixed @ maps.o.flatten(1).mT
 
 

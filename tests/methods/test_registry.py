@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,13 @@ def test_each_entry_has_the_name_it_is_found_by() -> None:
     assert {default_method(target) for target in TARGETS.values()} <= METHODS.keys()
     assert all(set(method.groupings) <= GROUPINGS.keys() for method in METHODS.values())
     assert all(option in vars(Request()) for method in METHODS.values() for option in method.options)
+
+
+def test_a_method_that_returns_a_bare_layer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "bare", replace(METHODS["first"], name="bare", convert=lambda layer, *rest: layer))
+    with pytest.raises(TypeError, match=r"--method bare returned a LayerHeads.*Converted\(layer\)"):
+        convert("demo", tmp_path / "out", Request("gqa", 4, "bare"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_method_that_leaves_queries_alone_must_pool_norms() -> None:

@@ -139,8 +139,10 @@ def test_the_device_is_what_the_command_says_else_the_environment_else_what_ther
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with devices.using("cuda"):
         assert devices.device() == torch.device("cuda:1")
-    for wrong in ("cuda:1", "cuda:2", "mps", "meta", "no-such-device"):
-        with pytest.raises(UsageError, match="device"), devices.using(wrong):
+    with pytest.raises(UsageError, match="cuda:1 is one, and 4 processes"), devices.using("cuda:1"):
+        pass
+    for wrong in ("cuda:2", "mps", "meta", "no-such-device"):
+        with pytest.raises(UsageError, match=f"--device {wrong} is no"), devices.using(wrong):
             pass
 
 

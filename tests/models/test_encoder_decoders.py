@@ -237,7 +237,7 @@ def test_numbers_of_heads_that_do_not_divide_are_refused(model_type: str, save_t
 
 def test_what_can_not_be_done_is_refused_in_a_sentence(save_tiny: Save) -> None:
     source = save_tiny("t5")
-    with pytest.raises(UsageError, match="encoder") as caught:
+    with pytest.raises(UsageError, match="reads an encoder's output") as caught:
         plan_conversion(str(source), request(2, "calibrated"))
     assert caught.value.hint == "Use --method svd."
     with pytest.raises(UsageError, match="t5"):

@@ -86,7 +86,7 @@ def test_float8_weights_outside_attention_pass_and_in_attention_are_refused(dtyp
     folder = save(tmp_path / "src", source)
     found = result(folder, tmp_path / "out", MQA)
     assert torch.equal(found[name].view(torch.uint8), source[name].view(torch.uint8))
-    with pytest.raises(UsageError, match="quantized"):
+    with pytest.raises(UsageError, match="parts of which are quantized"):
         plan_conversion(folder, Request("mqa", dtype="bfloat16"))
     with pytest.raises(CheckpointError, match=f"{KEY}.*F8_"):
         plan_conversion(save(tmp_path / "src", {**source, KEY: source[KEY].to(dtype)}), MQA)
@@ -192,7 +192,7 @@ def test_degenerate_heads_give_finite_weights_and_the_same_bytes_twice(
 
 
 def test_a_calibration_text_of_one_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="blocks") as caught:
+    with pytest.raises(UsageError, match="1 tokens, less than two blocks") as caught:
         convert("demo", tmp_path / "out", Request("mqa", None, "calibrated", calibration_tokens=1))
     assert "--calibration-tokens" in caught.value.hint and not (tmp_path / "out").exists()
 

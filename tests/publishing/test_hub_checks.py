@@ -74,7 +74,7 @@ def test_a_tokenizer_that_does_not_load_or_knows_no_word_is_refused(folder: Path
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     remade(folder)
-    with pytest.raises(CheckpointError, match="vocabulary"):
+    with pytest.raises(CheckpointError, match="has no vocabulary"):
         check_folder(folder)
 
 

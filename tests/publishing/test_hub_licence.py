@@ -36,7 +36,7 @@ def test_a_local_source_hands_its_card_s_licence_on_through_every_stage(tmp_path
     source = checkpoint(tmp_path / "source", "llama")
     half = convert(str(source), tmp_path / "half", Request("gqa", 2)).out
     done = convert(str(half), tmp_path / "done", Request("mqa")).out
-    with pytest.raises(UsageError, match="licence"):
+    with pytest.raises(UsageError, match="not declared anywhere"):
         find_licence(done, manifest(done), [], None, {})
     card(source, "license: mit")
     assert find_licence(done, manifest(done), [], None, {}) == Licence("mit", "source/README.md")

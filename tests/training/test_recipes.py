@@ -172,7 +172,7 @@ def test_a_slip_on_the_command_line_names_what_was_typed(recipe: str, override: 
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("- just\n- a list\n")
-    with pytest.raises(UsageError, match="keys"):
+    with pytest.raises(UsageError, match="must hold keys and values"):
         recipes.load_recipe(str(tmp_path / "a.yaml"))
 
 

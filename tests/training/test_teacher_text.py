@@ -212,7 +212,7 @@ def test_it_can_be_part_of_a_mixture(tmp_path: Path, model: Any, words: Any) -> 
     reader = open_reader(recipe.data, TextEncoder(words), folders, 32, 0)
     assert isinstance(reader, Mixture)
     assert reader.take(8).shape == (8, 32)
-    with pytest.raises(UsageError, match="teacher"):
+    with pytest.raises(UsageError, match="the run has no teacher"):
         build_tokens(recipe.data, TextEncoder(words), tmp_path / "run")
 
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_written_is_one_sentence(
         generate_tokens(sampler(model, words, teacher(prompts=short, prompt_tokens=32), 32, 0), tmp_path / "t")
     nameless = tokenizer()
     nameless.bos_token = nameless.eos_token = None
-    with pytest.raises(UsageError, match="begins"):
+    with pytest.raises(UsageError, match="begins or ends a text"):
         generate_tokens(sampler(model, nameless, teacher(), 32, 0), tmp_path / "t")
     (tmp_path / "file").write_text("")
     with pytest.raises(UptrainError, match="can't be written to"):
@@ -238,5 +238,5 @@ def test_what_cannot_be_written_is_one_sentence(
             generate_tokens(sampler(model, words, teacher(), 32, 0), tmp_path / "t")
     mute = tiny_model(model.config)
     monkeypatch.setattr(mute, "generate", lambda input_ids, **options: torch.nn.functional.pad(input_ids, (0, 1)))
-    with pytest.raises(UptrainError, match="ends"):
+    with pytest.raises(UptrainError, match="before its first token"):
         generate_tokens(sampler(mute, words, teacher(), 32, 0), tmp_path / "t2")

@@ -199,7 +199,7 @@ def test_ctrl_c_saves_and_the_same_call_ends_at_the_same_bits(
     whole = run(undisturbed)
     made = recipe(log_every=3, precision=precision)
     for at in (3, 5):
-        with pytest.raises(Interrupted, match="step") as error:
+        with pytest.raises(Interrupted, match=r"at step . of 8; the run is saved") as error:
             train(made, events=Events(step=interrupt_at(at)))
         assert error.value.exit_code == 130
         assert not made.output.exists()
@@ -295,11 +295,11 @@ def test_requests_that_cannot_be_carried_out(recipe: Callable[..., recipes.Recip
     run(recipe(steps=1))
     with pytest.raises(UsageError, match="exists"):
         train(recipe(steps=1))
-    with pytest.raises(UsageError, match="wandb"):
+    with pytest.raises(UsageError, match="tracker wandb is not installed"):
         train(recipe(trackers=["wandb"]))
     with pytest.raises(UsageError, match=r"uptrain\.json"):
         train(recipe(distill={}))
-    with pytest.raises(UsageError, match="causal"):
+    with pytest.raises(UsageError, match="makes no causal language model"):
         train(recipe(model=None, config={"model_type": "gpt3"}, tokenizer={"vocab_size": 300},
                      output=str(tmp_path / "new")))  # fmt: skip
 
@@ -401,5 +401,5 @@ def test_a_missing_optimizer_is_refused_before_any_text_is_read(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     made = recipe(optimizer="adamw-8bit", data=[str(tmp_path / "absent.txt")])
-    with pytest.raises(UsageError, match="bitsandbytes"):
+    with pytest.raises(UsageError, match="needs bitsandbytes"):
         train(made)

@@ -17,7 +17,7 @@ from uptrain.architectures.quantization import Quantization, quantization_of
 from uptrain.architectures.rope_parameters import rotary_parameters
 from uptrain.architectures.schema import Family, KeyNorm, Position
 from uptrain.architectures.unknown_models import refuse_unknown
-from uptrain.architectures.validation import MOST, check_kinds
+from uptrain.architectures.validation import MOST, check_kinds, check_supported, setting
 from uptrain.architectures.wrappers import WRAPPERS, Tower, tower_in
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
@@ -195,6 +195,19 @@ class CheckpointDescription(ModelDescription):
         """
         return quantization_of(self.checkpoint)
 
+    @cached_property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Return whether q, k or v have biases in the first layer, and whether the output projection has one."""
+        base, output = self.attention_name(0), f"{self.family.projections.o}.bias"
+        modules = {tensor.removeprefix(base) for tensor in self.tensors if tensor.startswith(base)}
+        return any(module.endswith(".bias") and module != output for module in modules), output in modules
+
+    @cached_property
+    def attention_dtype(self) -> str:
+        """Return the dtype of the first attention tensor, as headers name it."""
+        base = self.attention_name(0)
+        return next(info.dtype for name, info in self.tensors.items() if name.startswith(base))
+
     def attention_name(self, index: int) -> str:
         """Return how the tensor names of the model's attention number `index` begin, as `Family.attention`."""
         return self.family.attention(self.prefix, index)
@@ -235,9 +248,7 @@ def _checked_family(config: Mapping[str, Any], name: str) -> Family:
         raise refuse_unknown(config, name)
     check_kinds(config, name)
     family = FAMILIES[model_type]
-    for key, (value, why) in family.unsupported.items():
-        if setting(config, key, family.defaults.get(key)) == value:
-            raise UsageError(f"{name} has {key} {value}, which uptrain can't convert: {why}.")
+    check_supported(family, config, name)
     return family
 
 
@@ -246,13 +257,6 @@ def auto_class_name(config: Mapping[str, Any]) -> str:
     model_type = str(config.get("model_type"))
     entry = FAMILIES.get(model_type) or WRAPPERS.get(model_type)
     return Family.auto_class if entry is None else entry.auto_class
-
-
-def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """Return what a config says of `key`, which may lead into a section of it ("attn_config.clip_qkv")."""
-    section, _, last = key.rpartition(".")
-    inside = config.get(section) if section else config
-    return inside.get(last, default) if isinstance(inside, Mapping) else default
 
 
 def write_groups(family: Family, config: dict[str, Any], num_key_value_heads: int) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from uptrain.errors import CheckpointError
+from uptrain.architectures.schema import Family
+from uptrain.errors import CheckpointError, UsageError
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """The keys of config.json for the dtype of weights: in transformers 5, and before."""
@@ -84,6 +85,24 @@ def _check(values: Mapping[str, Any], kinds: Mapping[str, _Kind], where: str) ->
     for key, (kind, fits) in kinds.items():
         if key in values and (values[key] is not None or key in NEVER_NULL) and not fits(values[key]):
             raise CheckpointError(f"{where} has {key} {str(values[key])[:100]}, not {kind}.")
+
+
+def check_supported(family: Family, config: Mapping[str, Any], name: str) -> None:
+    """Refuse a variant of `family` that can't be converted; `name` is what the user called the model.
+
+    Raises:
+        UsageError: the config has a value that the family's entry lists as unsupported.
+    """
+    for key, (value, why) in family.unsupported.items():
+        if setting(config, key, family.defaults.get(key)) == value:
+            raise UsageError(f"{name} has {key} {value}, which uptrain can't convert: {why}.")
+
+
+def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Return what a config says of `key`, which may lead into a section of it ("attn_config.clip_qkv")."""
+    section, _, last = key.rpartition(".")
+    inside = config.get(section) if section else config
+    return inside.get(last, default) if isinstance(inside, Mapping) else default
 
 
 def check_most(value: int, most: int, what: str, where: str) -> None:

@@ -46,6 +46,7 @@ def train(recipe: str, overrides: tuple[str, ...], restart: bool, plot: bool, as
     first = not devices.rank()
     try:
         loaded = recipes.load_recipe(recipe, overrides)
+        recipes.check_model(loaded)
         if first:
             console.note(
                 f"Training {loaded.model or 'a new model'} for {counted(loaded.total_steps, 'step')} → {loaded.output}"

@@ -132,6 +132,17 @@ def is_stream(source: TextSource) -> bool:
     return isinstance(source, Dataset) and source.stream
 
 
+def text_name(source: TextSource) -> str:
+    """Return the name of a text, as `--text` would spell it."""
+    if isinstance(source, Builtin):
+        return f"{source.builtin}:{source.split}"
+    if isinstance(source, Dataset):
+        return source.dataset
+    if isinstance(source, Files):
+        return source.files if isinstance(source.files, str) else ", ".join(source.files)
+    return source.source
+
+
 def parse_source(value: Any) -> Any:
     """Turn an entry of a recipe's `data`, or the value of `--text`, into a source.
 

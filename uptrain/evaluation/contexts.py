@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from uptrain.errors import UsageError
-from uptrain.evaluation.settings import listed
 
 CONTEXT = 1024
 """Default window of a quality measurement, in tokens."""
@@ -35,7 +34,7 @@ class PositionLimit:
 
 def choose_contexts(
     option: str,
-    asked: int | Sequence[int] | None,
+    asked: tuple[int, ...],
     default: int,
     limit: PositionLimit,
     on_note: Callable[[str], None] = lambda text: None,
@@ -43,7 +42,7 @@ def choose_contexts(
     """Return the contexts that the user asked for, or the default, shortened to what fits.
 
     - `option`: the command-line option that names contexts, for messages.
-    - `asked`: one context or several, in tokens; None where the user gave none.
+    - `asked`: contexts in tokens; empty where the user gave none.
     - `default`: the context in tokens where the user gave none.
     - `limit`: how many positions the model has.
     - `on_note`: called with a sentence when the default is shortened.
@@ -51,20 +50,19 @@ def choose_contexts(
     Raises:
         UsageError: the model has too few positions for a context that the user asked for.
     """
-    if asked is None:
+    if not asked:
         if default > limit.longest:
             on_note(
                 f"{option} is {max(1, limit.longest)}, not {default}: {limit.name} has {limit.positions} positions."
             )
         return [max(1, min(default, limit.longest))]
-    contexts = list(listed(asked))
-    if max(contexts) > limit.longest:
+    if max(asked) > limit.longest:
         reserved = f", {limit.reserved} of them for the tokens after the context" if limit.reserved else ""
         raise UsageError(
-            f"{option} {max(contexts)} is too long: {limit.name} has {limit.positions} positions{reserved}.",
+            f"{option} {max(asked)} is too long: {limit.name} has {limit.positions} positions{reserved}.",
             f"Use at most {max(limit.longest, 0)}.",
         )
-    return contexts
+    return list(asked)
 
 
 def check_stride(stride: int | None, context: int, encoder: bool = False) -> None:

@@ -25,17 +25,16 @@ def fit_settings(
     Raises:
         UsageError: the models can't do what the settings ask for.
     """
-    limit = pair.limit()
-    contexts = choose_contexts("--context", settings.context, CONTEXT, limit, on_note)
+    _check_reading(settings, pair)
+    limit, reserved = pair.limit(), pair.limit(settings.decode_tokens + 1)
+    contexts = choose_contexts("--context", settings.contexts, CONTEXT, limit, on_note)
     longest_text = max(len(text.ids) for text in pair.texts.values())
     if max(contexts) > longest_text and settings.context is not None:
         on_note(f"--context {max(contexts)} is {longest_text}: no text here has more tokens.")
     contexts = sorted({min(context, longest_text) for context in contexts})
     speed_contexts: list[int] = []
     if settings.repeats:
-        reserved = pair.limit(settings.decode_tokens + 1)
-        speed_contexts = choose_contexts("--speed-context", settings.speed_context, SPEED_CONTEXT, reserved, on_note)
-    _check_reading(settings, pair)
+        speed_contexts = choose_contexts("--speed-context", settings.speed_contexts, SPEED_CONTEXT, reserved, on_note)
     check_stride(settings.stride, contexts[0], pair.has_encoder)
     needle = settings.needle
     if needle is not None:

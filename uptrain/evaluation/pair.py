@@ -11,7 +11,7 @@ import torch
 
 from uptrain.checkpoint.folder_digest import weights_digest
 from uptrain.checkpoint.source import Source
-from uptrain.data.sources import Builtin, Dataset, Files, TextSource
+from uptrain.data.sources import text_name
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 from uptrain.evaluation.contexts import PositionLimit
@@ -137,25 +137,15 @@ def open_pair(source: Source, reference: Reference | None, settings: EvaluationS
     tokenizers = tuple(loading.load_tokenizer(each.path) for each in sources)
     texts = {}
     for text in settings.text:
+        name = text_name(text)
         read = [read_tokens([text], tokenizer, settings.tokens) for tokenizer in tokenizers]
         if reference is not None and not _same(read[0], read[1]):
             raise UsageError(
                 f"{source.name} and {sources[1].name} have different tokenizers, so their tokens can't be compared.",
                 "Compare models that have one tokenizer.",
             )
-        texts[text_name(text)] = read[0]
+        texts[name] = read[0]
     return ModelPairSource(opened=opened, reference=reference, tokenizers=tokenizers, texts=texts)
-
-
-def text_name(source: TextSource) -> str:
-    """Return the name of a text, as `--text` would spell it."""
-    if isinstance(source, Builtin):
-        return f"{source.builtin}:{source.split}"
-    if isinstance(source, Dataset):
-        return source.dataset
-    if isinstance(source, Files):
-        return source.files if isinstance(source.files, str) else ", ".join(source.files)
-    return source.source
 
 
 def _same(one: TokenText, other: TokenText) -> bool:

@@ -82,6 +82,7 @@ def evaluate(
     pair.place_for_speed()
     speeds = measure_speed(pair, settings, events)
 
+    peak = memory_bytes(pair.device)
     headline, first_speed = rows[-1], speeds[0] if speeds else None
     measured = _model_metrics(pair.names, cache, headline, first_speed)
     run = EvaluationRun(
@@ -91,7 +92,7 @@ def evaluate(
         device=str(pair.device),
         speed_dtype=pair.dtype,
         speed_repeats=settings.repeats,
-        peak_memory_bytes=memory_bytes(pair.device),
+        peak_memory_bytes=peak,
         settings=_recorded(settings, pair),
         versions=versions(),
     )

@@ -34,18 +34,18 @@ class LatentMaps(LatentParts[Tensor]):
 
 @dataclass(frozen=True)
 class Angles:
-    """Cosines and sines of the shared rotary key's pairs, each (T, Dr/2), at positions 0 … T − 1."""
+    """Cosines and sines of the shared rotary key's pairs, each (T, Dr/2), one row a position."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
-    def at(cls, inverse_frequencies: Tensor, tokens: int, factor: float = 1.0) -> Angles:
-        """Return the angles of pairs with `inverse_frequencies` (Dr/2,), in radians per token, at `tokens` positions.
+    def at(cls, inverse_frequencies: Tensor, positions: Tensor, factor: float = 1.0) -> Angles:
+        """Return the angles of pairs with `inverse_frequencies` (Dr/2,), in radians per token, at `positions` (T,).
 
         `factor` multiplies cosines and sines, as scaled variants of RoPE ask for.
         """
-        angles = torch.arange(tokens, dtype=torch.float64)[:, None] * inverse_frequencies.cpu().double()
+        angles = positions.cpu().double()[:, None] * inverse_frequencies.cpu().double()
         return cls(factor * angles.cos(), factor * angles.sin())
 
     def rotate(self, pairs: Tensor) -> Tensor:

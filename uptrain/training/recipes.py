@@ -15,6 +15,8 @@ from uptrain.training.recipe import Distill, Lora, Recipe, TokenizerSpec
 
 LIMIT = 2**18
 """The largest recipe, in bytes."""
+NESTED = 64
+"""The most lists and mappings in brackets that may stand one inside the other."""
 
 
 def shipped_folder() -> Path:
@@ -109,6 +111,15 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias (*), which recipes don't need")
         return super().compose_node(parent, index)
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Begin a list or mapping as the base class does, but refuse one inside many others.
+
+        The scanner looks at all open ones for each character, so that 2 KB of brackets would take seconds.
+        """
+        if self.flow_level >= NESTED:
+            raise yaml.YAMLError("it is nested too deep")
+        super().fetch_flow_collection_start(TokenClass)
 
 
 def read_yaml(text: str) -> Any:

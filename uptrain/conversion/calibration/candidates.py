@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from uptrain.architectures.projections import LayerHeads
 from uptrain.conversion.calibration.attention_probabilities import Reached
 from uptrain.conversion.calibration.head_sharing import share_layer
-from uptrain.conversion.calibration.layer_runner import Layer
+from uptrain.conversion.calibration.layer_runner import Layer, LayerOnBlock, NumberedBlocks
 from uptrain.conversion.calibration.refit import Maps
 from uptrain.conversion.calibration.statistics import gather_moments, latent_weights
 from uptrain.methods.head_conversion import ModuleWeights, maps_of
@@ -31,13 +30,13 @@ M = TypeVar("M", HeadMaps, LatentMaps)
 class CandidateMaker(Protocol[Maps]):
     """Makes candidates for a layer from activations, and runs the layer with one."""
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[Maps]]:
-        """Return candidates from hidden states (T, d) before the layer."""
+    def make(self, layer: Layer, hidden: NumberedBlocks) -> list[Converted[Maps]]:
+        """Return candidates from blocks of hidden states before the layer."""
 
-    def run(self, layer: Layer, hidden: Tensor, maps: Maps) -> Tensor:
+    def run(self, layer: LayerOnBlock, hidden: Tensor, maps: Maps) -> Tensor:
         """Return the layer's output (T, d) with `maps` as its attention."""
 
-    def mix(self, layer: Layer, hidden: Tensor, maps: Maps) -> Tensor:
+    def mix(self, layer: LayerOnBlock, hidden: Tensor, maps: Maps) -> Tensor:
         """Return the mixed heads (T, H·Dv), the output projection's input."""
 
 
@@ -51,7 +50,7 @@ class SharedHeads:
     groups: int
     device: torch.device
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[HeadMaps]]:
+    def make(self, layer: Layer, hidden: NumberedBlocks) -> list[Converted[HeadMaps]]:
         """Return the calibrated factorisation."""
         source = maps_of(self.source)
         narrow = self.weights.parameters(as_float(source, self.device))
@@ -60,11 +59,11 @@ class SharedHeads:
         found = share_layer(source, self.groups, self.position, moments)
         return [Converted(as_float(found.layer, self.device), found.explained)]
 
-    def run(self, layer: Layer, hidden: Tensor, maps: HeadMaps) -> Tensor:
+    def run(self, layer: LayerOnBlock, hidden: Tensor, maps: HeadMaps) -> Tensor:
         """Run the layer with the heads repeated."""
         return layer.run(hidden, self.weights.parameters(maps))
 
-    def mix(self, layer: Layer, hidden: Tensor, maps: HeadMaps) -> Tensor:
+    def mix(self, layer: LayerOnBlock, hidden: Tensor, maps: HeadMaps) -> Tensor:
         """Return the mixed heads."""
         return layer.mix(hidden, self.weights.parameters(maps))
 
@@ -81,15 +80,15 @@ class PlainLatent:
     device: torch.device
     key_weights: tuple[float, ...] = KEY_WEIGHTS
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[LatentMaps]]:
+    def make(self, layer: Layer, hidden: NumberedBlocks) -> list[Converted[LatentMaps]]:
         """Return the calibrated factorisation at each key weight."""
         return _latents(self, layer, hidden)
 
-    def run(self, layer: Layer, hidden: Tensor, maps: LatentMaps) -> Tensor:
+    def run(self, layer: LayerOnBlock, hidden: Tensor, maps: LatentMaps) -> Tensor:
         """Run the layer with the latent expanded."""
         return layer.run(hidden, self.weights.parameters(maps.expanded()))
 
-    def mix(self, layer: Layer, hidden: Tensor, maps: LatentMaps) -> Tensor:
+    def mix(self, layer: LayerOnBlock, hidden: Tensor, maps: LatentMaps) -> Tensor:
         """Return the mixed heads."""
         return layer.mix(hidden, self.weights.parameters(maps.expanded()))
 
@@ -110,11 +109,11 @@ class DecoupledLatent:
     factor: float = 1.0
     key_weights: tuple[float, ...] = KEY_WEIGHTS
 
-    def make(self, layer: Layer, hidden: Iterable[Tensor]) -> list[Converted[LatentMaps]]:
+    def make(self, layer: Layer, hidden: NumberedBlocks) -> list[Converted[LatentMaps]]:
         """Return the calibrated factorisation at each key weight."""
         return _latents(self, layer, hidden)
 
-    def run(self, layer: Layer, hidden: Tensor, maps: LatentMaps) -> Tensor:
+    def run(self, layer: LayerOnBlock, hidden: Tensor, maps: LatentMaps) -> Tensor:
         """Run the layer with the latent's own attention."""
         flat = maps.o.flatten(1)
 
@@ -123,7 +122,7 @@ class DecoupledLatent:
 
         return layer.run_with(hidden, attend)
 
-    def mix(self, layer: Layer, hidden: Tensor, maps: LatentMaps) -> Tensor:
+    def mix(self, layer: LayerOnBlock, hidden: Tensor, maps: LatentMaps) -> Tensor:
         """Return the mixed heads."""
 
         def attend(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -136,14 +135,12 @@ class DecoupledLatent:
             return mixed
         raise RuntimeError("the layer never reached its attention")
 
-    def _mixed(self, layer: Layer, x: Tensor, mask: Tensor | None, maps: LatentMaps) -> Tensor:
-        angles = Angles.at(self.inverse_frequencies[list(self.shape.pairs)], len(x), self.factor)
+    def _mixed(self, layer: LayerOnBlock, x: Tensor, mask: Tensor | None, maps: LatentMaps) -> Tensor:
+        angles = Angles.at(self.inverse_frequencies[list(self.shape.pairs)], layer.positions, self.factor)
         return mix_heads(maps, x, angles, mask, layer.scale)
 
 
-def _latents(
-    maker: PlainLatent | DecoupledLatent, layer: Layer, hidden: Iterable[Tensor]
-) -> list[Converted[LatentMaps]]:
+def _latents(maker: PlainLatent | DecoupledLatent, layer: Layer, hidden: NumberedBlocks) -> list[Converted[LatentMaps]]:
     source = maps_of(maker.source)
     weights = latent_weights(layer, source, hidden, maker.inverse_frequencies)
     made = []

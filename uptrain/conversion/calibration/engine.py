@@ -129,7 +129,7 @@ class _Converter(Generic[Maps]):
 def _trace(layer: Layer, activations: Activations, device: torch.device, index: int) -> None:
     """Record the attention's output and the layer's, of the source's own layer."""
     for block, hidden in enumerate(activations.original):
-        trace = layer.trace(hidden.to(device))
+        trace = layer.on(block).trace(hidden.to(device))
         activations.attention_output[block], activations.target[block] = trace.attention.cpu(), trace.output.cpu()
         if not torch.isfinite(activations.target[block]).all():
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,8 @@ Parameters = dict[str, Tensor]
 """Weights and biases by name inside the attention module ("q_proj.weight"), (out, in) as the family stores them."""
 
 
+NumberedBlocks = Iterable[tuple[int, Tensor]]
+"""Blocks of hidden states (T, d) float32, each after its number in the text."""
 Attend = Callable[[Tensor, Tensor | None], Tensor]
 """Maps an attention's input (T, d) and its mask to its output (T, d)."""
 
@@ -39,6 +41,18 @@ class Call:
 
 
 @dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to a decoder layer on one block.
+
+    - `positions`: (T,) int64, of its tokens.
+    - `by_kind`: returns what the model passes, by attention implementation ("eager", "sdpa").
+    """
+
+    positions: Tensor
+    by_kind: Callable[[str], Call]
+
+
+@dataclass(frozen=True)
 class Trace:
     """One block in a layer, float32: the output of its `attention` and its own `output`, both (T, d)."""
 
@@ -47,17 +61,37 @@ class Trace:
 
 
 class Layer:
-    """One decoder layer with float32 weights, run on one block at a time, with its own or another attention.
+    """One decoder layer with float32 weights. `on` says which block it runs on, which decides what it sees of it.
 
     - `module`: the layer.
     - `attention`: the path of its attention.
     - `output`: the path of the output projection in the attention.
-    - `calls`: what the model passes to the layer, by attention implementation.
     - `config`: the model's config.
+    - `call`: returns what the model passes to the layer on the block of a number.
     """
 
-    def __init__(self, module: nn.Module, attention: str, output: str, calls: dict[str, Call], config: Any) -> None:
-        self.module, self.attention, self._calls, self._config = module, attention, calls, config
+    def __init__(
+        self, module: nn.Module, attention: str, output: str, config: Any, call: Callable[[int], BlockCall]
+    ) -> None:
+        self.module, self.attention, self._output, self._config, self._call = module, attention, output, config, call
+
+    def on(self, block: int) -> LayerOnBlock:
+        """Return the layer as it runs on the block of this number."""
+        return LayerOnBlock(self.module, self.attention, self._output, self._config, self._call(block))
+
+
+class LayerOnBlock:
+    """One decoder layer with float32 weights, run on one block, with its own or another attention.
+
+    - `module`: the layer.
+    - `attention`: the path of its attention.
+    - `output`: the path of the output projection in the attention.
+    - `config`: the model's config.
+    - `call`: what the model passes to the layer on this block.
+    """
+
+    def __init__(self, module: nn.Module, attention: str, output: str, config: Any, call: BlockCall) -> None:
+        self.module, self.attention, self._config, self._call = module, attention, config, call
         self._inner = module.get_submodule(attention)
         self._output = self._inner.get_submodule(output)
 
@@ -66,7 +100,7 @@ class Layer:
         return self._run(hidden, parameters, self._config._attn_implementation)
 
     def _run(self, hidden: Tensor, parameters: Parameters | None, kind: str) -> Tensor:
-        call = self._calls[kind]
+        call = self._call.by_kind(kind)
         replaced = {f"{self.attention}.{name}": value for name, value in (parameters or {}).items()}
         return _hidden(functional_call(self.module, replaced, (hidden[None], *call.args), call.kwargs))
 
@@ -82,6 +116,11 @@ class Layer:
             return self.run(hidden)
         finally:
             del self._inner.forward
+
+    @property
+    def positions(self) -> Tensor:
+        """Return the positions (T,) int64 of the block's tokens."""
+        return self._call.positions
 
     @property
     def scale(self) -> float:
@@ -162,6 +201,7 @@ class LayerRunner:
         self._path, self._attention = source.family.inside()
         self.layers: nn.ModuleList = self._base.get_submodule(self._path)
         self._calls: list[dict[str, Call]] = [{} for _ in self.layers]
+        self._positions = torch.empty(0, dtype=torch.int64)
         self._table = stored_table(source)
 
     @torch.no_grad()
@@ -171,6 +211,7 @@ class LayerRunner:
         Of the table of tokens only the rows that the blocks name are read, since it can outweigh all else. The first
         block also records what the model passes to each of its layers, which is the same for all.
         """
+        self._positions = torch.arange(blocks.shape[1])
         others = list(self._other_modules())
         table, wanted = self._base.get_input_embeddings(), blocks.unique()
         for owner, name, path in others:
@@ -205,8 +246,9 @@ class LayerRunner:
         following = [name for name in self.source.tensors if name.startswith(self._base_of(index + 1))]
         # In a thread, because the call waits while the disk's queue is full.
         Thread(target=self.source.checkpoint.prefetch, args=(following,), daemon=True).start()
+        call = BlockCall(self._positions, self._calls[index].__getitem__)
         try:
-            yield Layer(module, self._attention, self.source.family.projections.o, self._calls[index], self.config)
+            yield Layer(module, self._attention, self.source.family.projections.o, self.config, lambda block: call)
         finally:
             self.layers[index] = nn.Identity()
 

@@ -109,7 +109,7 @@ class LayerSearch(Generic[Maps]):
         """Run the converted activations through the layer, with `maps` as its attention."""
         maps = as_float(maps, self.device)
         for block, hidden in enumerate(self.activations.converted):
-            self.activations.converted[block] = self.maker.run(self.layer, hidden.to(self.device), maps).cpu()
+            self.activations.converted[block] = self.maker.run(self.layer.on(block), hidden.to(self.device), maps).cpu()
 
     def _errors_by_text(self) -> tuple[float, ...]:
         """Return the error of each text's held-out blocks, after the layer has run; empty with one text."""
@@ -129,7 +129,7 @@ class LayerSearch(Generic[Maps]):
         """Return the candidates made from one kind of activations, each after its error."""
         give_back()
         states = self.activations.original if kind == "original" else self.activations.converted
-        probes = (states[block].to(self.device) for block in spread(self._fit, self.settings.probes))
+        probes = ((block, states[block].to(self.device)) for block in spread(self._fit, self.settings.probes))
         made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
         return [(self._error(one.maps), one) for one in made]
 
@@ -190,7 +190,7 @@ class LayerSearch(Generic[Maps]):
         fit, check = Regression(shared.o[0].numel(), len(shared.o), names), Check()
         for block in sorted({*blocks, *self._check}):
             hidden = states[block].to(self.device)
-            mixed = self.maker.mix(self.layer, hidden, shared)
+            mixed = self.maker.mix(self.layer.on(block), hidden, shared)
             original = self.activations.original[block].to(self.device)
             targets = {"attention": self._attention_target(block)}
             if drifting:
@@ -213,7 +213,7 @@ class LayerSearch(Generic[Maps]):
         if drift:
             target = target + drift * (original - hidden) / self.gain
         weights = self._token_weights(original)[:, None]
-        output = self.maker.mix(self.layer, hidden, maps) @ maps.o.flatten(1).mT
+        output = self.maker.mix(self.layer.on(block), hidden, maps) @ maps.o.flatten(1).mT
         return (weights * (output - target).square()).sum() / (weights * target.square()).sum()
 
     def _error(self, maps: Maps) -> float:
@@ -223,7 +223,7 @@ class LayerSearch(Generic[Maps]):
         return error if error == error else float("inf")
 
     def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
-        output = self.maker.run(self.layer, self.activations.converted[block].to(self.device), maps)
+        output = self.maker.run(self.layer.on(block), self.activations.converted[block].to(self.device), maps)
         return self._apart(output, self.activations.target[block].to(self.device))
 
     def _apart(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

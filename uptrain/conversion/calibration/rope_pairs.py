@@ -31,7 +31,7 @@ def rope_pairs_by_text(target: MLATarget, blocks: Tensor, places: int) -> tuple[
             raise ValueError("only rotary keys have pairs to choose")
         maps = maps_of(target.read(index))
         with runner.layer(index) as layer:
-            weights = latent_weights(layer, maps, states, inverse_frequencies)
+            weights = latent_weights(layer, maps, enumerate(states), inverse_frequencies)
             savings.append(rotary_savings(maps, position, weights))
-            states = [layer.run(hidden) for hidden in states]
+            states = [layer.on(block).run(hidden) for block, hidden in enumerate(states)]
     return choose_rope_pairs(savings, places)

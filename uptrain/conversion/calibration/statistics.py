@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from uptrain.conversion.calibration.layer_runner import Layer, Parameters
+from uptrain.conversion.calibration.layer_runner import Layer, NumberedBlocks, Parameters
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.mla_energy import LatentWeights, calibrated_weights
 
@@ -58,7 +58,7 @@ class Moments:
 
 @torch.no_grad()
 def gather_moments(
-    layer: Layer, maps: HeadMaps, parameters: Parameters, groups: int, hidden: Iterable[Tensor]
+    layer: Layer, maps: HeadMaps, parameters: Parameters, groups: int, hidden: NumberedBlocks
 ) -> Moments:
     """Gather a layer's moments over blocks of hidden states, each run through the source's attention.
 
@@ -66,7 +66,7 @@ def gather_moments(
     - `maps`: its heads, the heads of each group next to each other.
     - `parameters`: the same heads as the parameters of the layer's attention.
     - `groups`: how many groups the heads form.
-    - `hidden`: blocks (T, d), float32.
+    - `hidden`: blocks (T, d), float32, each after its number.
 
     Source: a key error δ moves logit (t, s) by q_tᵀδ_s, and ∂p_s/∂z_s = p_s (1 − p_s).
     """
@@ -78,7 +78,7 @@ def gather_moments(
 
 @torch.no_grad()
 def latent_weights(
-    layer: Layer, maps: HeadMaps, hidden: Iterable[Tensor], inverse_frequencies: Tensor | None
+    layer: Layer, maps: HeadMaps, hidden: NumberedBlocks, inverse_frequencies: Tensor | None
 ) -> LatentWeights:
     """Gather the weights of a layer's errors over blocks of hidden states, each run through the source's attention.
 
@@ -88,7 +88,7 @@ def latent_weights(
 
     - `layer`: the source's layer.
     - `maps`: its heads.
-    - `hidden`: blocks (T, d), float32.
+    - `hidden`: blocks (T, d), float32, each after its number.
     - `inverse_frequencies`: (pairs,), radians per token; None where keys see no rotation.
 
     Raises:
@@ -120,7 +120,7 @@ class _Block(Protocol):
 def _gather(
     layer: Layer,
     maps: HeadMaps,
-    hidden: Iterable[Tensor],
+    hidden: NumberedBlocks,
     block_of: Callable[[Tensor], _Block],
     parameters: Parameters | None = None,
 ) -> tuple[Tensor, int]:
@@ -128,15 +128,15 @@ def _gather(
 
     - `layer`: the source's layer.
     - `maps`: its heads.
-    - `hidden`: blocks (T, d), float32.
+    - `hidden`: blocks (T, d), float32, each after its number.
     - `block_of`: begins the statistics of a block, from its inputs x̃ (T, d̃).
     - `parameters`: what the layer's attention runs with, None for its own.
     """
     size = maps.q.shape[1]
     queries = torch.zeros(maps.query_heads, size, size, dtype=torch.float64)
     tokens = 0
-    for states in hidden:
-        x, parts = layer.attention_weights(states, parameters)
+    for number, states in hidden:
+        x, parts = layer.on(number).attention_weights(states, parameters)
         rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         block, start, given = block_of(rows), 0, list[Tensor]()
         for probabilities in parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -110,6 +110,10 @@ class AttentionPlan(ABC):
     def chooses_rope_pairs(self) -> bool:
         """Whether the rotary pairs of a latent are still to be chosen, by what unrotated pairs would cost."""
         return False
+
+    def with_rope_pairs(self, choose: Callable[[MLASpec], tuple[int, ...]]) -> AttentionPlan:
+        """Return the plan with the rotary pairs that `choose` finds for a latent, where they are still to be chosen."""
+        return self
 
     @property
     def pools_norms(self) -> bool:

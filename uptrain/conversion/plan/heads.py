@@ -124,8 +124,8 @@ def plan_heads(source: CheckpointDescription, request: Request) -> HeadsPlan:
     before, name = source.attention, source.name
     groups = resolve_groups(request, before[0], name)
     same = groups == before[0].num_key_value_heads
-    check_effects(request, groups, before[0].num_key_value_heads, name)
     target = choose_target(source, "mqa" if groups == 1 else "gqa", same)
+    check_effects(request, groups, before[0].num_key_value_heads, name)
     if not same:
         check_groups(source, target.family, groups)
     after = tuple(spec.grouped(groups) for spec in before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -111,9 +111,11 @@ class MLAPlan(AttentionPlan):
         """Return what writes the residual stream, which is scaled."""
         return self.rescaled
 
-    def with_rope_pairs(self, rope_pairs: tuple[int, ...]) -> MLAPlan:
+    def with_rope_pairs(self, choose: Callable[[MLASpec], tuple[int, ...]]) -> MLAPlan:
         """Return the plan with its rotary pairs chosen and their table in the config."""
-        spec = replace(self.spec, rope_pairs=rope_pairs)
+        if not self.chooses_rope_pairs:
+            return self
+        spec = replace(self.spec, rope_pairs=choose(self.spec))
         config = dict(self.config)
         _set_rotation(spec, config, self.config["rope_parameters"])
         return replace(self, spec=spec, config=config)
@@ -149,7 +151,7 @@ def plan_mla(source: CheckpointDescription, request: Request) -> MLAPlan:
         UsageError: no class holds it, or its sizes don't go together.
     """
     spec = source.attention[0]
-    biases = _biases(source)
+    biases = source.attention_biases
     rope = _rope(request, source)
     entry = _target_class(source, request, rope, any(biases))
     if any(layer.sliding_window for layer in source.attention):
@@ -158,7 +160,8 @@ def plan_mla(source: CheckpointDescription, request: Request) -> MLAPlan:
         )
     parameters, frequencies = _source_rotation(source, rope)
     mla = plan_sizes(request, source, rope, frequencies)
-    if _dtype(source, request) not in entry.dtypes:
+    dtype = FLOAT_DTYPES[request.dtype] if request.dtype else source.attention_dtype
+    if dtype not in entry.dtypes:
         raise UsageError(
             f"{entry.target.name} has a norm on the latent that weights of 1e-9 turn off; float16 can't hold them.",
             "Add --dtype bfloat16 or float32.",
@@ -177,13 +180,6 @@ def plan_mla(source: CheckpointDescription, request: Request) -> MLAPlan:
         own_head=entry.untied, entry=entry, spec=mla, stored=MLAStorage(schema, alpha, q_lora_rank), config=written,
         biased=biases[0], output_bias=biases[1], alpha=alpha, rescaled=rescaled,
     )  # fmt: skip
-
-
-def _biases(source: CheckpointDescription) -> tuple[bool, bool]:
-    """Return whether q, k or v have biases, and whether the output projection has one."""
-    base, output = source.attention_name(0), f"{source.family.projections.o}.bias"
-    modules = {tensor.removeprefix(base) for tensor in source.tensors if tensor.startswith(base)}
-    return any(module.endswith(".bias") and module != output for module in modules), output in modules
 
 
 def _rope(request: Request, source: CheckpointDescription) -> MLARope:
@@ -230,13 +226,6 @@ def _target_class(source: CheckpointDescription, request: Request, rope: MLARope
         else:
             return entry
     raise UsageError(f"{source.name} can't become a latent: {why}.", "Use --to gqa or --to mqa.")
-
-
-def _dtype(source: CheckpointDescription, request: Request) -> str:
-    if request.dtype:
-        return FLOAT_DTYPES[request.dtype]
-    base = source.attention_name(0)
-    return next(info.dtype for name, info in source.tensors.items() if name.startswith(base))
 
 
 def _rescale(entry: MLATargetClass, config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:

@@ -11,7 +11,6 @@ from uptrain.checkpoint.reader import Checkpoint, read_config
 from uptrain.checkpoint.shared_work import CALIBRATION
 from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.class_checks.rotation import check_rotation
-from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.conversion.plan.planner import Plan, plan_digest
 from uptrain.conversion.run.companions import write_companions
 from uptrain.conversion.run.job import Job
@@ -61,13 +60,12 @@ def calibrate(job: Job) -> CalibratedLayers | None:
 
 def with_rotary_pairs(checkpoint: Checkpoint, plan: Plan, calibrated: CalibratedLayers | None) -> Plan:
     """Return the plan with the rotary table of the model's own, where it asks for one."""
-    attention = plan.attention
-    if not isinstance(attention, MLAPlan) or not attention.chooses_rope_pairs:
-        return plan
-    attention = attention.with_rope_pairs(
-        calibrated.rope_pairs if calibrated else choose_by_weights(checkpoint, attention)
+    attention = plan.attention.with_rope_pairs(
+        lambda spec: calibrated.rope_pairs if calibrated else choose_by_weights(checkpoint, plan.source, spec)
     )
-    return replace(plan, attention=attention, config=with_rotation(plan.config, attention.config))
+    if attention is plan.attention:
+        return plan
+    return replace(plan, attention=attention, config=with_rotation(plan.config, attention.write_config()))
 
 
 def _finish(job: Job, plan: Plan, work: Begun, calibrated: CalibratedLayers | None) -> None:

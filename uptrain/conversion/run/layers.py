@@ -10,13 +10,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.mla_projections import LatentHeads, MLASpec
 from uptrain.architectures.projections import LayerHeads, read_layer
 from uptrain.architectures.schema import Position
 from uptrain.checkpoint.dtypes import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan import rewrites
-from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.conversion.plan.planner import Plan
 from uptrain.errors import CheckpointError, needing
 from uptrain.methods import energy_numpy, head_similarity
@@ -130,7 +130,16 @@ class LayerMaker:
             return self._recorded(method.convert(heads, groups, context), layer)
 
     def _recorded(self, made: Converted[Made], layer: int) -> Made:
-        """Return a converted layer, after recording the energy that methods explain in it, where it was measured."""
+        """Return a converted layer, after recording the energy that methods explain in it, where it was measured.
+
+        Raises:
+            TypeError: the method returns something else than `Converted`.
+        """
+        if not isinstance(made, Converted):
+            raise TypeError(
+                f"--method {self.plan.request.method} returned a {type(made).__name__} for layer {layer}. Return "
+                "Converted(layer)."
+            )
         if made.explained:
             self.energy[layer] = _known({name: _rounded(each) for name, each in made.explained.items()})
         return made.layer
@@ -190,17 +199,17 @@ class LayerMaker:
         )
 
 
-def choose_by_weights(checkpoint: Checkpoint, attention: MLAPlan) -> tuple[int, ...]:
+def choose_by_weights(checkpoint: Checkpoint, source: CheckpointDescription, latent: MLASpec) -> tuple[int, ...]:
     """Return which of the source's inverse frequencies each rotary pair of a latent gets, by all layers' weights."""
     with needing(NEEDS_TORCH):
         from uptrain.methods.head_conversion import rotary_of
         from uptrain.methods.mla_conversion import rope_pairs_by_weights
-    source, family = attention.source, attention.source.family
+    family = source.family
     layers = (
         read_layer(checkpoint, family.projections, spec, source.attention_name(layer))
         for layer, spec in enumerate(source.attention)
     )
-    return rope_pairs_by_weights(layers, attention.spec, rotary_of(family.position, source.attention[0]))
+    return rope_pairs_by_weights(layers, latent, rotary_of(family.position, source.attention[0]))
 
 
 def _one_thread() -> AbstractContextManager[None]:

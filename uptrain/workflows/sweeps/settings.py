@@ -8,10 +8,9 @@ from typing import Any
 
 from uptrain.conversion.request import BUILTIN, CALIBRATION_TOKENS
 from uptrain.conversion.run.options import MEMORY
-from uptrain.data.sources import HELD_OUT, TextSource
+from uptrain.data.sources import HELD_OUT, TextSource, text_name
 from uptrain.errors import UsageError
 from uptrain.evaluation.contexts import CONTEXT
-from uptrain.evaluation.pair import text_name
 from uptrain.evaluation.settings import EvaluationSettings
 from uptrain.methods.registry import needs_text
 

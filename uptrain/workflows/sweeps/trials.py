@@ -24,6 +24,7 @@ from uptrain.evaluation import evaluate
 from uptrain.evaluation.contexts import CONTEXT, PositionLimit, check_stride, choose_contexts
 from uptrain.evaluation.reference import Reference
 from uptrain.evaluation.result import Evaluation, write_evaluation
+from uptrain.evaluation.settings import listed
 from uptrain.evaluation.sweep_results import Sweep, Trial, write_sweep
 from uptrain.formatting import size
 from uptrain.models import loading
@@ -82,7 +83,7 @@ class TrialRunner:
         description = describe(self._checkpoint.config, name)
         positions = description.value(description.family.keys.max_position_embeddings)
         limit = PositionLimit(positions=positions if isinstance(positions, int) else _UNLIMITED, name=name)
-        (context,) = choose_contexts("--context", settings.context, CONTEXT, limit, self._events.note)
+        (context,) = choose_contexts("--context", listed(settings.context), CONTEXT, limit, self._events.note)
         tokenizer = loading.load_tokenizer(self._source.path)
         longest_text = max(len(read_tokens([text], tokenizer, settings.tokens).ids) for text in settings.text)
         check_stride(settings.stride, min(context, longest_text))
