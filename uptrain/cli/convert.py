@@ -86,7 +86,11 @@ def _latent_options(command: Command) -> Command:
 @click.option("--seed", type=int, help=seed_help())
 @calibration_text_options("--method calibrated")
 @click.option(
-    "--repair-steps", type=int, help="(--method calibrated) Gradient steps per layer that refit it; 0 for none. "
+    "--repair", help="(--method calibrated) What gradient steps may change. attention (default), or blocks: each "
+    "layer's norms and MLP too, so that more of OUT differs from MODEL.",
+)  # fmt: skip
+@click.option(
+    "--repair-steps", type=int, help="(--method calibrated) Gradient steps per layer that refit attention; 0 for none. "
     "Default: 40.",
 )  # fmt: skip
 @click.option(
@@ -131,8 +135,8 @@ def convert(model: str, out: str | None, **options: Any) -> None:
 
     names = (
         "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
-        "calibration_block", "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank",
-        "engine", "key_weight", "allow_nonfinite",
+        "calibration_block", "repair", "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope",
+        "q_lora_rank", "engine", "key_weight", "allow_nonfinite",
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+REPAIRS = ("attention", "blocks")
+"""What gradient steps may change: attention alone, or a layer's norms and MLP too."""
+BLOCK_STEPS = 200
+"""Gradient steps per layer of `--repair blocks`, after those of attention."""
+
 
 @dataclass(frozen=True)
 class CalibrationSettings:
@@ -21,6 +26,8 @@ class CalibrationSettings:
     - `first_token`: weight of a block's first token, which attention reads when it needs nothing else.
     - `repair_steps`: gradient steps per layer.
     - `rate`: their learning rate, relative to each tensor's root mean square.
+    - `block_steps`: gradient steps per layer that also move its norms and MLP; 0 leaves those as they are.
+    - `block_rate`: the learning rate of these steps, relative to each tensor's root mean square.
     - `seed`: the seed of the order of blocks.
     - `text_of`: which text each block is from; empty for a single text.
     - `memory`: bytes that activations may take; beyond, they go to files.
@@ -38,6 +45,8 @@ class CalibrationSettings:
     first_token: float = 300.0
     repair_steps: int = 40
     rate: float = 0.01
+    block_steps: int = 0
+    block_rate: float = 0.003
     seed: int = 0
     text_of: tuple[int, ...] = ()
     memory: int = 2 * 2**30

@@ -27,7 +27,7 @@ from uptrain.conversion.calibration.text import (
     note_errors,
     note_strange,
 )
-from uptrain.conversion.calibration_settings import CalibrationSettings
+from uptrain.conversion.calibration_settings import BLOCK_STEPS, CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
 from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.methods.mla_conversion import latent_shape
@@ -75,26 +75,33 @@ def calibrate_plan(
     give_back()  # What the tokenizer has done with.
     text_of = text.text_of if len(text.texts) > 1 else ()
     checked = held_out(len(blocks), CalibrationSettings.held_out, text_of)
-    working = working_bytes(target, blocks.shape[1], len(checked))
+    working = working_bytes(target, blocks.shape[1], len(checked), plan.request.repairs_blocks)
     room = memory - held_bytes() - working + (cache.nbytes if cache else 0)
     if room < 0:
         events.note(
             f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
             f"{formatting.size(memory)} of --memory."
         )
-    settings = CalibrationSettings(memory=room, folder=folder, seed=plan.request.chosen_seed, text_of=text_of)
-    if plan.request.repair_steps is not None:
-        settings = replace(settings, repair_steps=plan.request.repair_steps)
+    settings = _settings(plan, room, folder, text_of)
     # Where all that memory may hold leaves no room for what the C library keeps of freed memory.
     cached = 0 if cache is None else len(plan.before)
     every = activation_bytes((*blocks.shape, plan.source.hidden_size), cached)
     with giving_back() if room < every + working else nullcontext():
         target = _with_rope_pairs(plan, target, blocks, done, events)
         for _, heads, report in calibrate(target, blocks, settings, cache, done.made):
-            done.add(heads, _described(report))
+            done.add(heads, _described(report), report.others)
             events.layer(len(done), len(plan.before))
     note_errors(text, done.errors_by_text, events)
     return done
+
+
+def _settings(plan: Plan, room: int, folder: Path, text_of: tuple[int, ...]) -> CalibrationSettings:
+    """Return what calibration tries, with `room` bytes for activations, which otherwise are files in `folder`."""
+    request = plan.request
+    settings = CalibrationSettings(memory=room, folder=folder, seed=request.chosen_seed, text_of=text_of)
+    if request.repair_steps is not None:
+        settings = replace(settings, repair_steps=request.repair_steps)
+    return replace(settings, block_steps=BLOCK_STEPS) if request.repairs_blocks else settings
 
 
 def _refuse_nonfinite(checkpoint: Checkpoint, events: Events) -> None:
@@ -166,4 +173,5 @@ def _described(report: LayerReport) -> dict[str, Any]:
         name: {"keys": round(share.keys, 4), "values": round(share.values, 4)}
         for name, share in report.explained.items()
     }
-    return {"kept": explained, "choice": asdict(report.choice) if report.choice else None}
+    found = {"kept": explained, "choice": asdict(report.choice) if report.choice else None}
+    return {**found, "changed": sorted(report.others)} if report.others else found
