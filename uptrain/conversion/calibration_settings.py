@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uptrain.data.boundary import Boundary
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class CalibrationSettings:
     - `repair_steps`: gradient steps per layer.
     - `rate`: their learning rate, relative to each tensor's root mean square.
     - `seed`: the seed of the order of blocks.
+    - `boundary`: the token between documents of a block that are kept apart, None for attention over whole blocks.
     - `memory`: bytes that activations may take; beyond, they go to files.
     - `folder`: where those files are made, None for none.
     """
@@ -38,5 +43,6 @@ class CalibrationSettings:
     repair_steps: int = 40
     rate: float = 0.01
     seed: int = 0
+    boundary: Boundary | None = None
     memory: int = 2 * 2**30
     folder: Path | None = None

@@ -183,7 +183,7 @@ class LayerSearch(Generic[Maps]):
             if drifting:
                 targets["gap"] = (original - hidden) / self.gain
             into = check if block in self._check else fit
-            into.add(mixed, self._token_weights(original), targets)
+            into.add(mixed, self._token_weights(original, block), targets)
         return fit, check
 
     def _attention_target(self, block: int) -> Tensor:
@@ -199,7 +199,7 @@ class LayerSearch(Generic[Maps]):
         target = self._attention_target(block)
         if drift:
             target = target + drift * (original - hidden) / self.gain
-        weights = self._token_weights(original)[:, None]
+        weights = self._token_weights(original, block)[:, None]
         output = self.maker.mix(self.layer.on(block), hidden, maps) @ maps.o.flatten(1).mT
         return (weights * (output - target).square()).sum() / (weights * target.square()).sum()
 
@@ -211,15 +211,23 @@ class LayerSearch(Generic[Maps]):
 
     def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
         target = self.activations.target[block].to(self.device)
-        weights = self._token_weights(target)[:, None]
+        weights = self._token_weights(target, block)[:, None]
         output = self.maker.run(self.layer.on(block), self.activations.converted[block].to(self.device), maps)
         return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
 
-    def _token_weights(self, hidden: Tensor) -> Tensor:
-        """Return the weights (T,) of tokens: the inverse of their energy, which the next norm removes."""
+    def _token_weights(self, hidden: Tensor, block: int) -> Tensor:
+        """Return the weights (T,) of a block's tokens: the inverse of their energy, which the next norm removes.
+
+        A document's first token, which attention reads when it needs nothing else, has more by the document's length.
+        """
         weights = 1 / hidden.square().mean(-1).clamp(min=1e-12)
-        weights = weights / weights[1:].mean()
-        weights[0] *= self.settings.first_token
+        positions = self.layer.on(block).positions
+        later = (positions > 0).to(weights.device)
+        weights = weights / (weights[later] if later.any() else weights).mean()
+        first = (positions == 0).nonzero().flatten()
+        lengths = torch.cat([first, torch.tensor([len(positions)])]).diff()
+        least = min(1.0, self.settings.first_token)
+        weights[first] *= (self.settings.first_token * lengths / len(positions)).clamp(min=least).to(weights)
         return weights
 
 

@@ -104,7 +104,7 @@ def calibrate_plan(
     cached = 0 if cache is None else len(plan.before)
     every = activation_bytes((*blocks.shape, plan.source.hidden_size), cached)
     with giving_back() if room < every + working else nullcontext():
-        target = _with_rope_pairs(plan, target, blocks, done, events)
+        target = _with_rope_pairs(plan, target, blocks[:ROPE_BLOCKS], done, boundary, events)
         for _, heads, report in calibrate(target, blocks, settings, cache, done.made):
             done.add(heads, _described(report))
             events.layer(len(done), len(plan.before))
