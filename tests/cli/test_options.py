@@ -43,7 +43,7 @@ def source(tmp_path: Path) -> Path:
         "--to mla --seed 4", "--to mla --calibration-tokens 100", "--to mla --repair-steps 0", "--kv-lora-rank 8",
         "--to mqa --cache 25%", "--to mqa --grouping similar", "--to gqa --groups 1 --grouping similar",
         "--to gqa --groups 4 --calibrate builtin", "--to gqa --groups 4 --method random --seed 1",
-        "--to gqa --groups 4 --grouping similar", "--engine llama.cpp",
+        "--to gqa --groups 4 --grouping similar", "--engine llama.cpp", "--method svd --repair blocks",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])

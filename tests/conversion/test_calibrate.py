@@ -27,6 +27,7 @@ from uptrain.conversion.calibration import activations, attention_probabilities,
 from uptrain.conversion.calibration.engine import LayerReport, calibrate
 from uptrain.conversion.calibration.layer_runner import LayerRunner
 from uptrain.conversion.calibration.layer_search import held_out
+from uptrain.conversion.calibration.made_layer import MadeLayer
 from uptrain.conversion.calibration.refit import Check, Regression, best_dampings, gradient_steps, ridge
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget
 from uptrain.conversion.calibration_settings import CalibrationSettings
@@ -171,9 +172,10 @@ def test_every_choice_lowers_the_error_and_no_method_keeps_more(tmp_path, model_
 
 def as_if_all_were_made(target: CalibrationTarget[Any], settings: CalibrationSettings) -> None:
     """Check that layers which an earlier run made leave the others as they are, to the bit."""
-    whole = [heads for _, heads, _ in calibrate(target, tokens(), settings)]
+    made_layers = [MadeLayer(heads, report.others) for _, heads, report in calibrate(target, tokens(), settings)]
+    whole = [layer.attention for layer in made_layers]
     for made in range(len(whole) + 1):
-        rest = calibrate(target, tokens(), settings, made=dict(enumerate(whole[:made])).get)
+        rest = calibrate(target, tokens(), settings, made=dict(enumerate(made_layers[:made])).get)
         found = {index: heads for index, heads, _ in rest}
         assert list(found) == list(range(made, len(whole)))
         for index, heads in found.items():

@@ -271,3 +271,14 @@ def test_measurements_of_the_weights_before_do_not_travel(tmp_path: Path) -> Non
     convert(str(folder), tmp_path / "converted", Request("mqa"))
     for name in ("trained", "converted"):
         assert (tmp_path / name / "tokenizer.json").is_file() and not (tmp_path / name / "eval.json").exists()
+
+
+def test_a_card_says_where_norms_and_mlps_differ_from_the_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    convert("demo", folder, Request("gqa"))
+    plain = subject(folder)
+    stage = plain.stages[-1]
+    layers = [{"changed": ["model.layers.0.mlp.up_proj.weight"]}, {}, {"changed": []}]
+    repaired = CardSubject("me/small", [{**stage, "calibration": {"layers": layers}}], read_config(folder), None)
+    said, without = (str(build_card(each, MIT, read_metrics(folder), NOTHING)) for each in (repaired, plain))
+    assert "In 1 of 3 layers, norms and MLP differ" in said and "MLP differ" not in without

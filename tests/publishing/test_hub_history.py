@@ -35,6 +35,7 @@ def stages_of(folder: Path) -> list[dict[str, Any]]:
         Request("gqa", 2, method="first", dtype="float32", max_shard_size=1_000_000),
         Request("mqa", method="svd", grouping="similar", seed=3),
         Request("mqa", method="calibrated", calibrate="a text.txt", calibration_tokens=7, repair_steps=0),
+        Request("gqa", 4, method="calibrated", repair="blocks"),
         Request("mla", cache=0.3333333333333333, key_weight=1.5, engine="llama.cpp", rope="grid"),
         Request("mla", kv_lora_rank=8, qk_rope_head_dim=4, q_lora_rank=6, method="calibrated"),
     ],

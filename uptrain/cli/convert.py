@@ -84,7 +84,11 @@ def _latent_options(command: Command) -> Command:
     "--calibration-tokens", type=int, help="(--method calibrated) Number of tokens of that text. Default: 65536."
 )
 @click.option(
-    "--repair-steps", type=int, help="(--method calibrated) Gradient steps per layer that refit it; 0 for none. "
+    "--repair", help="(--method calibrated) What gradient steps may change. attention (default), or blocks: each "
+    "layer's norms and MLP too, so that more of OUT differs from MODEL.",
+)  # fmt: skip
+@click.option(
+    "--repair-steps", type=int, help="(--method calibrated) Gradient steps per layer that refit attention; 0 for none. "
     "Default: 40.",
 )  # fmt: skip
 @click.option(
@@ -129,8 +133,8 @@ def convert(model: str, out: str | None, **options: Any) -> None:
 
     names = (
         "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
-        "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine", "key_weight",
-        "allow_nonfinite",
+        "repair", "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine",
+        "key_weight", "allow_nonfinite",
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from uptrain.data.boundary import Boundary
 
+REPAIRS = ("attention", "blocks")
+"""What gradient steps may change: attention alone, or a layer's norms and MLP too."""
+BLOCK_STEPS = 200
+"""Gradient steps per layer of `--repair blocks`, after those of attention."""
+
 
 @dataclass(frozen=True)
 class CalibrationSettings:
@@ -25,6 +30,8 @@ class CalibrationSettings:
     - `first_token`: weight of a block's first token, which attention reads when it needs nothing else.
     - `repair_steps`: gradient steps per layer.
     - `rate`: their learning rate, relative to each tensor's root mean square.
+    - `block_steps`: gradient steps per layer that also move its norms and MLP; 0 leaves those as they are.
+    - `block_rate`: the learning rate of these steps, relative to each tensor's root mean square.
     - `seed`: the seed of the order of blocks.
     - `boundary`: the token between documents of a block that are kept apart, None for attention over whole blocks.
     - `memory`: bytes that activations may take; beyond, they go to files.
@@ -42,6 +49,8 @@ class CalibrationSettings:
     first_token: float = 300.0
     repair_steps: int = 40
     rate: float = 0.01
+    block_steps: int = 0
+    block_rate: float = 0.003
     seed: int = 0
     boundary: Boundary | None = None
     memory: int = 2 * 2**30

@@ -9,7 +9,7 @@ from typing import Any
 from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.header import FLOAT_DTYPES
-from uptrain.conversion.calibration_settings import CalibrationSettings
+from uptrain.conversion.calibration_settings import REPAIRS, CalibrationSettings
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.methods.method import EVERY_PART, Grouping, Method, TargetKind
 from uptrain.methods.registry import (
@@ -24,7 +24,9 @@ from uptrain.methods.registry import (
 ENGINES = ("any", "llama.cpp")
 LATENT_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "cache", "rope", "key_weight")
 """The fields that only a latent has."""
-NEUTRAL: Mapping[str, object] = {"grouping": "contiguous", "engine": "any", "allow_nonfinite": False}
+NEUTRAL: Mapping[str, object] = {
+    "grouping": "contiguous", "engine": "any", "allow_nonfinite": False, "repair": REPAIRS[0],
+}  # fmt: skip
 """The defaults that are no request."""
 BUILTIN = "builtin"
 """The name of the calibration text that comes with Python."""
@@ -47,7 +49,8 @@ class Request:
     - `grouping`: a name in `GROUPINGS`: which heads share one.
     - `calibrate`: text for a method that needs text: a file, a dataset or `builtin`.
     - `calibration_tokens`: how many tokens of it are read at most.
-    - `repair_steps`: gradient steps per layer of such a method.
+    - `repair`: what such a method repairs: `attention` (default), or `blocks`, each layer's norms and MLP too.
+    - `repair_steps`: gradient steps per layer that repair attention.
     - `kv_lora_rank`: (mla) values of the latent per token.
     - `qk_rope_head_dim`: (mla) dims of the shared rotary key.
     - `q_lora_rank`: (mla) rank of the queries, None for whole queries.
@@ -67,6 +70,7 @@ class Request:
     grouping: str = "contiguous"
     calibrate: str | None = None
     calibration_tokens: int | None = None
+    repair: str | None = None
     repair_steps: int | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
@@ -89,6 +93,8 @@ class Request:
         _one_of("--grouping", self.grouping, GROUPINGS)
         if self.dtype is not None:
             _one_of("--dtype", self.dtype, FLOAT_DTYPES)
+        if self.repair is not None:
+            _one_of("--repair", self.repair, REPAIRS)
         self._check_grouping()
         self._check_effects()
         if self.chosen_tokens < 1 or (self.repair_steps or 0) < 0:
@@ -214,11 +220,16 @@ class Request:
         steps = CalibrationSettings.repair_steps if self.repair_steps is None else self.repair_steps
         defaults = {
             "seed": self.chosen_seed, "calibrate": self.chosen_text, "calibration_tokens": self.chosen_tokens,
-            "repair_steps": steps,
+            "repair": self.repair or REPAIRS[0], "repair_steps": steps,
         }  # fmt: skip
         found = in_effect({**asdict(self), **defaults})
         unused = () if changed else ("method", "grouping", "key_weight", *method_options())
         return {name: value for name, value in found.items() if name not in unused}
+
+    @property
+    def repairs_blocks(self) -> bool:
+        """Whether calibration may change norms and MLPs too."""
+        return self.repair == "blocks"
 
     @property
     def pools(self) -> bool:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from uptrain.architectures.mla_projections import LatentHeads, MLASpec
     from uptrain.architectures.projections import LayerHeads
     from uptrain.architectures.schema import Position
+    from uptrain.checkpoint.dtypes import Array
 
 EVERY_PART = frozenset("qkvo")
 
@@ -39,6 +40,9 @@ class CalibratedSource(Protocol):
 
     def read_latent(self, layer: int) -> LatentHeads:
         """Return the latent of one layer."""
+
+    def other(self, layer: int, name: str) -> Array | None:
+        """Return tensor `name` of the source outside one layer's attention, None where it did not change."""
 
     def explained(self, layer: int) -> Mapping[str, ExplainedEnergy]:
         """Return the energy that each method explains in one layer, by the method's name."""

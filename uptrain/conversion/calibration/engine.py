@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
+from uptrain.checkpoint.dtypes import Array
 from uptrain.conversion.calibration.activation_cache import ActivationCache
 from uptrain.conversion.calibration.activations import Activations, open_activations
+from uptrain.conversion.calibration.block_repair import LayerTensors
 from uptrain.conversion.calibration.layer_runner import Layer, LayerRunner
 from uptrain.conversion.calibration.layer_search import LayerChoice, LayerSearch
+from uptrain.conversion.calibration.made_layer import CalibratedLayer, MadeLayer
 from uptrain.conversion.calibration.refit import Maps
-from uptrain.conversion.calibration.targets import CalibratedLayer, CalibrationTarget, SourceLayer
+from uptrain.conversion.calibration.targets import CalibrationTarget, SourceLayer
 from uptrain.conversion.calibration_settings import CalibrationSettings
+from uptrain.conversion.plan.repairs import repairable
 from uptrain.errors import CheckpointError, UsageError
 from uptrain.methods.method import ExplainedEnergy
 from uptrain.models import devices
@@ -30,12 +34,14 @@ class LayerReport:
     - `explained`: the energy that each method explains, by the method's name.
     - `choice`: how the layer was converted, None where nothing is shared.
     - `seconds`: how long it took.
+    - `others`: the tensors outside attention that block repair changed, float32, by their names in the source.
     """
 
     layer: int
     explained: dict[str, ExplainedEnergy]
     choice: LayerChoice | None
     seconds: float
+    others: Mapping[str, Array] = field(default_factory=dict)
 
 
 def calibrate(
@@ -43,7 +49,7 @@ def calibrate(
     blocks: Tensor,
     settings: CalibrationSettings,
     cache: ActivationCache | None = None,
-    made: Callable[[int], CalibratedLayer | None] = lambda layer: None,
+    made: Callable[[int], MadeLayer | None] = lambda layer: None,
 ) -> Iterator[tuple[int, CalibratedLayer, LayerReport]]:
     """Yield each layer's number, its new heads or its latent (float32), and its report.
 
@@ -93,13 +99,14 @@ class _Converter(Generic[Maps]):
     settings: CalibrationSettings
     cache: ActivationCache | None
 
-    def convert(self, index: int, made: CalibratedLayer | None) -> tuple[CalibratedLayer, LayerReport] | None:
+    def convert(self, index: int, made: MadeLayer | None) -> tuple[CalibratedLayer, LayerReport] | None:
         """Convert a layer; None for one that is `made` already and only run."""
         began = time.monotonic()
         target, device = self.target, self.runner.device
         source = SourceLayer(heads=target.arranged(index), spec=target.before[index], device=device)
         with self.runner.layer(index) as layer, torch.no_grad():
             self._run_source(layer, index)
+            others = LayerTensors(layer, repairable(target.source, index))
             search = LayerSearch(
                 layer=layer,
                 maker=target.maker(source),
@@ -109,12 +116,16 @@ class _Converter(Generic[Maps]):
                 index=index,
                 gain=_gain(self.runner),
                 output_bias=source.output_bias,
+                others=others,
             )
             if made is not None:
-                search.advance(target.maps(made))
+                others.write(made.others)
+                search.advance(target.maps(made.attention))
                 return None
             maps, explained, choice = search.convert()
-        report = LayerReport(layer=index, explained=explained, choice=choice, seconds=time.monotonic() - began)
+            changed = others.changed()
+        seconds = time.monotonic() - began
+        report = LayerReport(layer=index, explained=explained, choice=choice, seconds=seconds, others=changed)
         return target.arrays(maps, source.heads), report
 
     def _run_source(self, layer: Layer, index: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uptrain.conversion.calibration.activations import Activations
+from uptrain.conversion.calibration.block_repair import BlockSteps, LayerTensors
 from uptrain.conversion.calibration.candidates import CandidateMaker, as_float
 from uptrain.conversion.calibration.layer_runner import Layer
 from uptrain.conversion.calibration.refit import Check, Maps, Regression, best_dampings, gradient_steps, ridge
@@ -28,9 +29,10 @@ class LayerChoice:
       None where no refit helped.
     - `drift`: the share of the error so far that the refit corrects.
     - `damping`: the refit's λ.
-    - `steps`: the gradient steps of the result.
-    - `error_shared`, `error_refit`, `error`: the relative squared error of the layer's output on held-out text, after
-      sharing, after the refit and after the gradient steps.
+    - `steps`: the gradient steps of attention alone.
+    - `block_steps`: the gradient steps that moved the layer's norms and MLP too.
+    - `error_shared`, `error_refit`, `error_attention`, `error`: the relative squared error of the layer's output on
+      held-out text, after sharing, after the refit, after the steps of attention and after those of the whole layer.
     """
 
     moments: str
@@ -38,8 +40,10 @@ class LayerChoice:
     drift: float
     damping: float
     steps: int
+    block_steps: int
     error_shared: float
     error_refit: float
+    error_attention: float
     error: float
 
 
@@ -67,6 +71,7 @@ class LayerSearch(Generic[Maps]):
     - `index`: the layer's number.
     - `gain`: what the layer multiplies its attention's output by.
     - `output_bias`: (d,), the bias of the attention's output, None where it has none.
+    - `others`: the layer's tensors outside attention that block repair may change; none are changed without it.
     """
 
     layer: Layer
@@ -77,6 +82,7 @@ class LayerSearch(Generic[Maps]):
     index: int
     gain: float
     output_bias: Tensor | None
+    others: LayerTensors | None = None
 
     def __post_init__(self) -> None:
         count = len(self.activations.original)
@@ -95,12 +101,14 @@ class LayerSearch(Generic[Maps]):
             # On the original activations only for the best: it seldom wins.
             found += self._refits(best, "independent", (0.0,), self._fit)
         refit_error, chosen = min(found, key=_first)
-        error, fitted, steps = self._fitted(refit_error, chosen)
-        self.advance(fitted.maps)
+        attention_error, fitted, steps = self._fitted(refit_error, chosen)
+        error, maps, block_steps = self._block_repaired(attention_error, fitted.maps)
+        self.advance(maps)
         choice = LayerChoice(
-            fitted.moments, fitted.refit, fitted.drift, fitted.damping, steps, shared_error, refit_error, error
-        )
-        return fitted.maps, fitted.explained, choice
+            fitted.moments, fitted.refit, fitted.drift, fitted.damping, steps, block_steps,
+            shared_error, refit_error, attention_error, error,
+        )  # fmt: skip
+        return maps, fitted.explained, choice
 
     def advance(self, maps: Maps) -> None:
         """Run the converted activations through the layer, with `maps` as its attention."""
@@ -202,6 +210,24 @@ class LayerSearch(Generic[Maps]):
         weights = self._token_weights(original, block)[:, None]
         output = self.maker.mix(self.layer.on(block), hidden, maps) @ maps.o.flatten(1).mT
         return (weights * (output - target).square()).sum() / (weights * target.square()).sum()
+
+    def _block_repaired(self, error: float, maps: Maps) -> tuple[float, Maps, int]:
+        """Return maps after steps that also move norms and MLP, if they err less, after their error; and the steps."""
+        settings = self.settings
+        if self.others is None or not settings.block_steps:
+            return error, maps, 0
+        give_back()
+        steps = BlockSteps(count=settings.block_steps, rate=settings.block_rate, seed=settings.seed + self.index)
+        repaired = self.others.steps(maps, self._relative_error, self._fit, steps)
+        after = self._error(repaired)
+        if after < error:
+            return after, repaired, steps.count
+        self.others.put_back()
+        return error, maps, 0
+
+    def _relative_error(self, maps: Maps, block: int) -> Tensor:
+        wrong, total = self._wrong(block, maps)
+        return wrong / total
 
     def _error(self, maps: Maps) -> float:
         """Return the relative squared error of the layer's output on the held-out blocks; inf where it isn't finite."""

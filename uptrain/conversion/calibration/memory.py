@@ -26,12 +26,13 @@ def held_bytes() -> int:
     return held
 
 
-def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int) -> int:
+def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int, repairs_blocks: bool = False) -> int:
     """Estimate the most bytes that converting one layer on `blocks` blocks of `tokens` tokens takes at a time.
 
     A layer's weights and the activations of one block are float32. In addition there are, first, the float64 moments of
     each group, the probabilities that they are gathered from, and the heads in both precisions; later, the float64
-    equations of the refit and the held-out blocks. The counts fit the measured peaks of real runs.
+    equations of the refit and the held-out blocks. Where a run `repairs_blocks`, the layer's weights follow as they
+    were, with gradients and Adam's two moments. The counts fit the measured peaks of real runs.
     """
     checkpoint = target.source.checkpoint
     base = f"{target.source.prefix}{target.source.family.inside()[0]}.0."
@@ -45,7 +46,8 @@ def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int) -> i
     probabilities = 3 * 4 * _probabilities(checkpoint, spec.num_attention_heads, tokens)
     checked = 4 * len(held_out(blocks, CalibrationSettings.held_out)) * tokens * (mixed + 2 * hidden_size)
     refit = 8 * heads + 9 * square + checked
-    return CODE + 4 * weights + activations + max(moments + probabilities, refit)
+    repair = 4 * 4 * weights + activations if repairs_blocks else 0
+    return CODE + 4 * weights + activations + max(moments + probabilities, refit, repair)
 
 
 def _probabilities(checkpoint: Checkpoint, heads: int, tokens: int) -> int:

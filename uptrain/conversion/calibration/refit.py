@@ -122,20 +122,37 @@ def gradient_steps(
     - `steps`: how many steps are taken.
     - `rate`: the learning rate of each tensor, relative to its root mean square.
     - `seed`: the seed of the order.
-
-    Source: Kingma and Ba 2015, Adam, algorithm 1.
     """
-    trained = {
+    trained = trainable(maps)
+    current = replace(maps, **trained)
+    descend(list(trained.values()), lambda batch: loss(current, batch), batches, steps, rate, seed)
+    return replace(maps, **{name: value.detach() for name, value in trained.items()})
+
+
+def trainable(maps: Maps) -> dict[str, Tensor]:
+    """Return copies of a layer's maps, by name, that take gradients."""
+    return {
         name: value.detach().float().clone().requires_grad_(True)
         for name, value in vars(maps).items()
         if value is not None and value.numel()
     }
-    scales = [rate * max(float(value.detach().square().mean().sqrt()), 1e-8) for value in trained.values()]
+
+
+def descend(
+    tensors: Sequence[Tensor], loss: Callable[[int], Tensor], batches: Sequence[int], steps: int, rate: float, seed: int
+) -> None:
+    """Take Adam steps on `tensors` in place. The loss depends on these tensors and a batch's number.
+
+    - `tensors`: the tensors to move, float32; one that the loss does not depend on stays.
+    - `loss`: returns the loss of one batch.
+    - `batches`, `steps`, `rate`, `seed`: as of `gradient_steps`.
+
+    Source: Kingma and Ba 2015, Adam, algorithm 1.
+    """
+    scales = [rate * max(float(value.detach().square().mean().sqrt()), 1e-8) for value in tensors]
     optimizer = torch.optim.Adam(
-        [{"params": [value], "lr": scale} for value, scale in zip(trained.values(), scales, strict=True)],
-        betas=(0.9, 0.95),
+        [{"params": [value], "lr": scale} for value, scale in zip(tensors, scales, strict=True)], betas=(0.9, 0.95)
     )
-    current = replace(maps, **trained)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for step in range(steps):
@@ -146,6 +163,5 @@ def gradient_steps(
             group["lr"] = scale * share
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss(current, batches[order.pop()]).backward()
+            loss(batches[order.pop()]).backward()
         optimizer.step()
-    return replace(maps, **{name: value.detach() for name, value in trained.items()})

@@ -21,7 +21,7 @@ from uptrain.conversion.calibration.memory import held_bytes, working_bytes
 from uptrain.conversion.calibration.rope_pairs import rope_pairs_by_text
 from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
-from uptrain.conversion.calibration_settings import CalibrationSettings
+from uptrain.conversion.calibration_settings import BLOCK_STEPS, CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
 from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.data.sources import text_of_option
@@ -90,25 +90,32 @@ def calibrate_plan(
     done = _begun(folder, plan, blocks, done, events)
     target, cache = calibration_target(plan), None if shared is None else shared.cache
     give_back()  # What the tokenizer has done with.
-    working = working_bytes(target, blocks.shape[1], blocks.shape[0])
+    working = working_bytes(target, blocks.shape[1], blocks.shape[0], plan.request.repairs_blocks)
     room = memory - held_bytes() - working + (cache.nbytes if cache else 0)
     if room < 0:
         events.note(
             f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
             f"{formatting.size(memory)} of --memory."
         )
-    settings = CalibrationSettings(memory=room, folder=folder, seed=plan.request.chosen_seed)
-    if plan.request.repair_steps is not None:
-        settings = replace(settings, repair_steps=plan.request.repair_steps)
+    settings = _settings(plan, room, folder)
     # Where all that memory may hold leaves no room for what the C library keeps of freed memory.
     cached = 0 if cache is None else len(plan.before)
     every = activation_bytes((*blocks.shape, plan.source.hidden_size), cached)
     with giving_back() if room < every + working else nullcontext():
         target = _with_rope_pairs(plan, target, blocks[:ROPE_BLOCKS], done, boundary, events)
         for _, heads, report in calibrate(target, blocks, settings, cache, done.made):
-            done.add(heads, _described(report))
+            done.add(heads, _described(report), report.others)
             events.layer(len(done), len(plan.before))
     return done
+
+
+def _settings(plan: Plan, room: int, folder: Path) -> CalibrationSettings:
+    """Return what calibration tries, with `room` bytes for activations, which otherwise are files in `folder`."""
+    request = plan.request
+    settings = CalibrationSettings(memory=room, folder=folder, seed=request.chosen_seed)
+    if request.repair_steps is not None:
+        settings = replace(settings, repair_steps=request.repair_steps)
+    return replace(settings, block_steps=BLOCK_STEPS) if request.repairs_blocks else settings
 
 
 def _blocks(plan: Plan, text: TokenText, events: Events) -> torch.Tensor:
@@ -220,4 +227,5 @@ def _described(report: LayerReport) -> dict[str, Any]:
         name: {"keys": round(share.keys, 4), "values": round(share.values, 4)}
         for name, share in report.explained.items()
     }
-    return {"kept": explained, "choice": asdict(report.choice) if report.choice else None}
+    found = {"kept": explained, "choice": asdict(report.choice) if report.choice else None}
+    return {**found, "changed": sorted(report.others)} if report.others else found

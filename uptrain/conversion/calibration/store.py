@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,14 @@ from uptrain.checkpoint.dtypes import Array
 from uptrain.checkpoint.files import replaced_file, write_atomic
 from uptrain.checkpoint.jsonfile import dump_json, read_json
 from uptrain.checkpoint.output_folder import remove
+from uptrain.conversion.calibration.made_layer import CalibratedLayer, MadeLayer
 from uptrain.errors import CheckpointError
 from uptrain.methods.method import ExplainedEnergy
 
 NOTES = "calibration.json"
+NOTHING: Mapping[str, Array] = MappingProxyType({})
+_OTHER = "other:"
+"""What the names of tensors outside attention begin with in a layer's file."""
 
 
 @dataclass
@@ -76,11 +81,16 @@ class CalibratedLayers:
     def __len__(self) -> int:
         return len(self.files)
 
-    def add(self, heads: LayerHeads | LatentHeads, note: Mapping[str, Any]) -> None:
-        """Store the next layer's heads, and what is recorded of it."""
+    def add(self, attention: CalibratedLayer, note: Mapping[str, Any], others: Mapping[str, Array] = NOTHING) -> None:
+        """Store the next layer.
+
+        - `attention`: its heads or its latent.
+        - `note`: what is recorded of it.
+        - `others`: what changed outside attention, by the tensors' names in the source.
+        """
         path = self.folder / _file_of(len(self))
         with replaced_file(path) as file:
-            np.savez(file, **_arrays(heads))  # type: ignore[arg-type]
+            np.savez(file, **_arrays(attention), **{_OTHER + name: others[name] for name in others})  # type: ignore[arg-type]
         self.notes.append(dict(note))
         self.files.append(checksum_file(path))
         stored = _Notes(plan=self.plan, text=self.text, slots=self.rope_pairs, notes=self.notes, files=self.files)
@@ -95,15 +105,21 @@ class CalibratedLayers:
     def read_latent(self, layer: int) -> LatentHeads:
         """Return one layer's latent."""
         with np.load(self.folder / _file_of(layer), allow_pickle=False) as stored:
-            return LatentHeads(**{name: stored[name] for name in stored.files})
+            return LatentHeads(**{name: stored[name] for name in stored.files if not name.startswith(_OTHER)})
 
-    def made(self, layer: int) -> LayerHeads | LatentHeads | None:
+    def other(self, layer: int, name: str) -> Array | None:
+        """Return tensor `name` of the source outside one layer's attention, float32, None where it did not change."""
+        with np.load(self.folder / _file_of(layer), allow_pickle=False) as stored:
+            return stored[_OTHER + name] if _OTHER + name in stored.files else None
+
+    def made(self, layer: int) -> MadeLayer | None:
         """Return what was made of one layer, None if nothing was yet."""
         if layer >= len(self):
             return None
         with np.load(self.folder / _file_of(layer), allow_pickle=False) as stored:
             latent = "down" in stored.files
-        return self.read_latent(layer) if latent else self.read(layer)
+            others = {name.removeprefix(_OTHER): stored[name] for name in stored.files if name.startswith(_OTHER)}
+        return MadeLayer(self.read_latent(layer) if latent else self.read(layer), others)
 
     def explained(self, layer: int) -> dict[str, ExplainedEnergy]:
         """Return the energy that calibrated, svd and mean explain in one layer."""
@@ -124,7 +140,7 @@ def _file_of(layer: int) -> str:
     return f"layer-{layer}.npz"
 
 
-def _arrays(heads: LayerHeads | LatentHeads) -> dict[str, Array]:
+def _arrays(heads: CalibratedLayer) -> dict[str, Array]:
     if isinstance(heads, LatentHeads):
         found = {name: array for name, array in vars(heads).items() if array is not None}
     else:

@@ -22,15 +22,13 @@ from uptrain.conversion.calibration.candidates import (
     PlainLatent,
     SharedHeads,
 )
+from uptrain.conversion.calibration.made_layer import CalibratedLayer
 from uptrain.conversion.calibration.refit import Maps
 from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of, rotary_of
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.mla_conversion import heads_of_latent, maps_of_latent
 from uptrain.methods.mla_layer import LatentMaps
-
-CalibratedLayer = LayerHeads | LatentHeads
-"""A converted layer as arrays, (float32) as the conversion writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)

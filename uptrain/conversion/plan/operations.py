@@ -21,7 +21,7 @@ class Inputs(Protocol):
     """What an operation reads from when it is computed."""
 
     def read(self, name: str) -> Array:
-        """Return source tensor `name` in its own shape and dtype."""
+        """Return source tensor `name` in its own shape and dtype; in float32 where calibration changed it."""
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of source tensor `name`, a few MiB at a time; each view is valid until the next."""
@@ -108,6 +108,20 @@ class Cast(Operation):
 
     def compute(self, inputs: Inputs) -> Array:
         """Return the source's values."""
+        return inputs.read(self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Operation):
+    """The source's values, or what calibration made of them: the bytes of the source where it changed nothing."""
+
+    @property
+    def memory(self) -> int:
+        """Return the bytes of the tensor in its own dtype and in float32."""
+        return 4 * self.output.nbytes
+
+    def compute(self, inputs: Inputs) -> Array:
+        """Return the values."""
         return inputs.read(self.source)
 
 

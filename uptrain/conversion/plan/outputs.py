@@ -14,7 +14,16 @@ from uptrain.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from uptrain.conversion.plan.attention import AttentionPlan
 from uptrain.conversion.plan.embeddings import shared_outputs
 from uptrain.conversion.plan.norms import pooled_norms
-from uptrain.conversion.plan.operations import AttentionPart, Operation, Scale, Transpose, copy_or_cast, new_info
+from uptrain.conversion.plan.operations import (
+    AttentionPart,
+    Operation,
+    Repair,
+    Scale,
+    Transpose,
+    copy_or_cast,
+    new_info,
+)
+from uptrain.conversion.plan.repairs import repairable_names
 from uptrain.conversion.plan.target_tensors import TargetTensors
 from uptrain.conversion.request import Request
 from uptrain.errors import CheckpointError
@@ -35,6 +44,12 @@ class OutputPlanner:
     @cached_property
     def _tensors(self) -> TargetTensors:
         return TargetTensors(self.source, self.attention.target)
+
+    @cached_property
+    def _repaired(self) -> frozenset[str]:
+        """Return the names of the source's tensors outside attention that calibration may change."""
+        repairs = self.request.repairs_blocks and self.attention.changes_heads
+        return repairable_names(self.source) if repairs else frozenset()
 
     def operations(self) -> Iterator[Operation]:
         """Yield what makes the result's tensors, in the order of the source's bytes.
@@ -125,7 +140,9 @@ class OutputPlanner:
         for ending, factor in self.attention.scales.items():
             if name == ending or name.endswith(f".{ending}"):
                 return Scale(output=output, sources=(name,), factor=factor)
-        return Transpose(output=output, sources=(name,)) if turned else copy_or_cast(output, info)
+        if turned:
+            return Transpose(output=output, sources=(name,))
+        return Repair(output=output, sources=(name,)) if name in self._repaired else copy_or_cast(output, info)
 
     def _dtype(self, dtype: str) -> str:
         return FLOAT_DTYPES[self.request.dtype] if self.request.dtype and is_float(dtype) else dtype

@@ -33,8 +33,8 @@ class ShardInputs:
         self._made: dict[int, dict[str, Array]] = {}
 
     def read(self, name: str) -> Array:
-        """Return source tensor `name` in its own shape and dtype."""
-        return self._checkpoint.read(name)
+        """Return source tensor `name` in its own shape and dtype; in float32 where calibration changed it."""
+        return self._layers.read(name)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of source tensor `name`, a few MiB at a time; each view is valid until the next."""

@@ -18,6 +18,7 @@ from uptrain.checkpoint.dtypes import Array, as_float32, cast
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan import rewrites
 from uptrain.conversion.plan.planner import Plan
+from uptrain.conversion.plan.repairs import repairable
 from uptrain.errors import CheckpointError, needing
 from uptrain.methods import energy_numpy, head_similarity
 from uptrain.methods.method import CalibratedSource, Converted, ExplainedEnergy, LayerContext
@@ -60,6 +61,11 @@ class LayerMaker:
         self._uses_torch = plan.request.needs_torch
         self._sample = len(plan.before) // 2
         self._pool_only = bool(plan.source.why_pool_only)
+        self._repaired = {
+            name: layer
+            for layer in range(len(plan.before) if plan.request.repairs_blocks else 0)
+            for name in repairable(plan.source, layer).values()
+        }
         self._dtypes = {(part.layer, part.module): part.output.dtype for part in plan.attention_parts}
 
     @contextmanager
@@ -87,12 +93,18 @@ class LayerMaker:
         out = plan.attention.convert(heads, layer, self)
         return {name: self._finish(layer, base, name, array) for name, array in out.items()}
 
+    def read(self, name: str) -> Array:
+        """Return a tensor outside attention: the source's, or what calibration made of it, in float32."""
+        layer = self._repaired.get(name)
+        found = None if self.calibrated is None or layer is None else self.calibrated.other(layer, name)
+        return self.checkpoint.read(name) if found is None else found
+
     def fit(self, heads: LayerHeads, layer: int) -> LayerHeads:
         """Fit heads as the source's class sees them to the target class's."""
         source, target, spec = self.plan.source.family, self.plan.target, self.plan.before[layer]
         if target.attention_norm:
             norm = self.plan.source.block_name(layer) + target.attention_norm
-            scale, shift = (self.checkpoint.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
+            scale, shift = (self.read(f"{norm}.{kind}") for kind in ("weight", "bias"))
             heads = rewrites.fold_into_heads(heads, scale, shift)
         if source.position is Position.ROTARY_INTERLEAVED and target.family.position is Position.ROTARY:
             heads = rewrites.half_split(heads, spec.head_dim if spec.rotary_ndims is None else spec.rotary_ndims)

@@ -13,6 +13,7 @@ from uptrain.publishing.hub.history import Stage, reproduction_commands
 from uptrain.publishing.hub.licence import Licence
 from uptrain.publishing.hub.subject import CardSubject
 from uptrain.publishing.hub.use import TASKS, auto_class_of, use
+from uptrain.publishing.repairs import repaired
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -144,9 +145,10 @@ def _converting(stage: Stage) -> str:
         listed = f" Options: {listed}." if listed else ""
         return f"**Written** as {str(request['target']).upper()} with all its key/value heads as they were.{listed}"
     how = METHODS[method].summary if method in METHODS else "see below"
+    others = repaired(stage)
     return (
         f"**Converted** to {str(request['target']).upper()}, method `{method}`: {how}."
-        f"{_energy(stage, method)}{f' Options: {listed}.' if listed else ''}"
+        f"{_energy(stage, method)}{others and f' {others}'}{f' Options: {listed}.' if listed else ''}"
     )
 
 

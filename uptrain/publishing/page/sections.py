@@ -16,6 +16,7 @@ from uptrain.publishing.page.section import ORIGINAL, Chart, Section, slug
 from uptrain.publishing.page.speed import speed
 from uptrain.publishing.page.style import WIDTH
 from uptrain.publishing.page.tasks import task_section
+from uptrain.publishing.repairs import repaired
 from uptrain.training import plots
 
 if TYPE_CHECKING:
@@ -43,7 +44,13 @@ def summary(models: list[PageModel]) -> Section:
                 number(model.metric("top1_agreement"), "{:.1%}"), number(model.metric("flip_rate"), "{:.2%}"),
             )
         )  # fmt: skip
-    return Section("Summary", "", columns=columns, rows=rows)
+    return Section("Summary", _others(models), columns=columns, rows=rows)
+
+
+def _others(models: list[PageModel]) -> str:
+    """Say of which models more than attention differs from the source."""
+    found = [(model.name, repaired(stage)) for model in models for stage in model.conversions]
+    return " ".join(f"{name}: {said}" if len(models) > 1 else said for name, said in found if said)
 
 
 def sections(models: list[PageModel]) -> list[Section]:
