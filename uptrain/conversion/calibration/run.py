@@ -17,13 +17,15 @@ from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.activation_cache import ActivationCache
 from uptrain.conversion.calibration.activations import activation_bytes
 from uptrain.conversion.calibration.engine import LayerReport, calibrate
-from uptrain.conversion.calibration.memory import held_bytes, working_bytes
+from uptrain.conversion.calibration.isolation import boundary_in
+from uptrain.conversion.calibration.memory import held_bytes, mask_bytes, working_bytes
 from uptrain.conversion.calibration.rope_pairs import rope_pairs_by_text
 from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
 from uptrain.conversion.calibration_settings import BLOCK_STEPS, CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
 from uptrain.conversion.plan.mla import MLAPlan
+from uptrain.data.boundary import Boundary
 from uptrain.data.sources import text_of_option
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
@@ -87,22 +89,26 @@ def calibrate_plan(
     loading.quiet()
     text = calibration_text(plan) if shared is None else shared.text(plan)
     blocks = _blocks(plan, text, events)
-    done = _begun(folder, plan, blocks, done, events)
+    boundary = boundary_in(plan.source, blocks, events)
+    done = _begun(folder, plan, blocks, boundary, done, events)
     target, cache = calibration_target(plan), None if shared is None else shared.cache
     give_back()  # What the tokenizer has done with.
     working = working_bytes(target, blocks.shape[1], blocks.shape[0], plan.request.repairs_blocks)
+    if boundary is not None:
+        divided = int(boundary.starts(blocks.numpy()).any(axis=1).sum())
+        working += mask_bytes(target, blocks.shape[1], divided)
     room = memory - held_bytes() - working + (cache.nbytes if cache else 0)
     if room < 0:
         events.note(
             f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
             f"{formatting.size(memory)} of --memory."
         )
-    settings = _settings(plan, room, folder)
+    settings = replace(_settings(plan, room, folder), boundary=boundary)
     # Where all that memory may hold leaves no room for what the C library keeps of freed memory.
     cached = 0 if cache is None else len(plan.before)
     every = activation_bytes((*blocks.shape, plan.source.hidden_size), cached)
     with giving_back() if room < every + working else nullcontext():
-        target = _with_rope_pairs(plan, target, blocks[:ROPE_BLOCKS], done, boundary, events)
+        target = _with_rope_pairs(plan, target, blocks[:ROPE_BLOCKS], boundary, done, events)
         for _, heads, report in calibrate(target, blocks, settings, cache, done.made):
             done.add(heads, _described(report), report.others)
             events.layer(len(done), len(plan.before))
@@ -151,19 +157,27 @@ def _refuse_nonfinite(checkpoint: Checkpoint, events: Events) -> None:
 
 
 def _begun(
-    folder: Path, plan: Plan, blocks: torch.Tensor, left: CalibratedLayers | None, events: Events
+    folder: Path,
+    plan: Plan,
+    blocks: torch.Tensor,
+    boundary: Boundary | None,
+    left: CalibratedLayers | None,
+    events: Events,
 ) -> CalibratedLayers:
     """Return the layers that an earlier run left, if it was on the same text, else none yet.
 
     - `folder`: where layers are stored.
     - `plan`: the conversion.
     - `blocks`: the text's tokens.
+    - `boundary`: the token between documents that are kept apart, None for none.
     - `left`: the layers that an earlier run of the same plan left, None where it left none.
     - `events`: receives `note`.
     """
     digest = Checksum()
     digest.update(blocks.numpy().tobytes())
     text = {"name": plan.request.chosen_text, "tokens": int(blocks.numel()), "token_digest": digest.text()}
+    if boundary is not None:
+        text["documents"] = "apart"
     if left is not None and left.text != text:
         events.note("The calibration text changed since the run that was cut off: starting over.")
     elif left is not None:
@@ -188,13 +202,19 @@ def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
 
 
 def _with_rope_pairs(
-    plan: Plan, target: CalibrationTarget[Any], blocks: torch.Tensor, done: CalibratedLayers, events: Events
+    plan: Plan,
+    target: CalibrationTarget[Any],
+    blocks: torch.Tensor,
+    boundary: Boundary | None,
+    done: CalibratedLayers,
+    events: Events,
 ) -> CalibrationTarget[Any]:
     """Return the target with the rotary pairs that text chooses, where the plan asks for a choice.
 
     - `plan`: the conversion.
     - `target`: what the plan makes of the layers.
     - `blocks`: the text's tokens.
+    - `boundary`: the token between documents that are kept apart, None for none.
     - `done`: remembers the choice.
     - `events`: receives `note`.
     """
@@ -203,7 +223,7 @@ def _with_rope_pairs(
     if not done.rope_pairs:
         events.note("Choosing the rope pairs of the shared rotary key.")
         places = plan.after[0].qk_rope_head_dim // 2
-        done.rope_pairs = rope_pairs_by_text(target, blocks[:ROPE_BLOCKS], places)
+        done.rope_pairs = rope_pairs_by_text(target, blocks, boundary, places)
     return replace(target, shape=replace(target.shape, pairs=done.rope_pairs))
 
 
