@@ -21,18 +21,21 @@ class AveragedMoment:
         """Begin for one block's inputs x̃ (T, d̃), float32."""
         tokens, width = rows.shape
         self._rows = rows
-        # Xᵀ (Σ_h P_hᵀ P_h) X: wide models have more columns than a block has tokens.
-        self._by_tokens = tokens * (heads * tokens + tokens + width) < heads * width * (tokens + width)
+        # Xᵀ (Σ_h P_hᵀ P_h) X: wide models have more columns than a block has tokens. On average a query sees half the
+        # tokens before the end of its part, and the square of that is a third.
+        by_tokens = tokens * (heads * tokens / 3 + width) + width**2
+        self._by_tokens = by_tokens < heads * width * (tokens / 2 + width)
         size = tokens if self._by_tokens else width
         self._sum = rows.new_zeros(size, size) if self._by_tokens else torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, probabilities: Tensor) -> None:
-        """Take in the probabilities (H, R, T) of R queries, float32."""
+        """Take in the probabilities (H, R, S) of R queries for the first S tokens, float32."""
+        seen = probabilities.shape[-1]
         if self._by_tokens:
             flat = probabilities.flatten(0, 1)
-            self._sum.addmm_(flat.mT, flat)
+            self._sum[:seen, :seen].addmm_(flat.mT, flat)
         else:
-            mixed = (probabilities @ self._rows).flatten(0, 1)
+            mixed = (probabilities @ self._rows[:seen]).flatten(0, 1)
             self._sum += (mixed.mT @ mixed).cpu().double()
 
     def moment(self) -> Tensor:
@@ -108,10 +111,10 @@ class _Block(Protocol):
     """Gathers the statistics of one block, some queries at a time."""
 
     def average(self, probabilities: Tensor) -> None:
-        """Take in probabilities (H, R, T) of R queries."""
+        """Take in probabilities (H, R, S) of R queries for the first S tokens."""
 
     def receive(self, sensitivity: Tensor, start: int) -> None:
-        """Take in the sensitivity p(1 − p), (H, R, T), of R queries from the one at `start`."""
+        """Take in the sensitivity p(1 − p), (H, R, S), of R queries from the one at `start`."""
 
     def finish(self) -> None:
         """Add the block to those before it."""
@@ -178,7 +181,7 @@ class _GroupBlock:
             moment.add(heads)
 
     def receive(self, sensitivity: Tensor, start: int) -> None:
-        self._received += sensitivity.sum(1)
+        self._received[:, : sensitivity.shape[-1]] += sensitivity.sum(1)
 
     def finish(self) -> None:
         rows, received = self._rows, self._received.split(self._per_group)
@@ -213,8 +216,9 @@ class _LatentBlock:
         self._averaged.add(probabilities)
 
     def receive(self, sensitivity: Tensor, start: int) -> None:
-        self._distances += by_distance(sensitivity, start).cpu().double()
-        self._received += sensitivity.sum((0, 1))
+        seen = sensitivity.shape[-1]
+        self._distances[:, :seen] += by_distance(sensitivity, start).cpu().double()
+        self._received[:seen] += sensitivity.sum((0, 1))
 
     def finish(self) -> None:
         sums, rows = self._sums, self._rows
@@ -224,7 +228,7 @@ class _LatentBlock:
 
 
 def by_distance(weights: Tensor, start: int = 0) -> Tensor:
-    """Sum causal weights (H, R, T) of R queries from the one at `start`: entry Δ of (H, T) is Σ_t w[t, t − Δ]."""
+    """Sum causal weights (H, R, S) of R queries from the one at `start`: entry Δ of (H, S) is Σ_t w[t, t − Δ]."""
     heads, queries, tokens = weights.shape
     rows = torch.arange(start, start + queries, device=weights.device)
     # Distance Δ of row t is column t − Δ. Gathered, not scattered: accelerators add what is scattered in any order.
