@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from uptrain.conversion.calibration.layer_runner import LayerRunner
-from uptrain.conversion.calibration.statistics import latent_weights
+from uptrain.conversion.calibration.statistics import latent_moments
 from uptrain.conversion.calibration.targets import MLATarget
 from uptrain.data.boundary import Boundary
 from uptrain.methods.head_conversion import maps_of, rotary_of
@@ -35,7 +35,7 @@ def rope_pairs_by_text(target: MLATarget, blocks: Tensor, boundary: Boundary | N
             raise ValueError("only rotary keys have pairs to choose")
         maps = maps_of(target.read(index))
         with runner.layer(index) as layer:
-            weights = latent_weights(layer, maps, enumerate(states), inverse_frequencies)
+            weights = latent_moments(layer, maps, enumerate(states), inverse_frequencies).weights(maps)
             savings.append(rotary_savings(maps, position, weights))
             states = [layer.on(block).run(hidden) for block, hidden in enumerate(states)]
     return choose_rope_pairs(savings, places)
