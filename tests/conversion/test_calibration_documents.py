@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from uptrain.conversion.calibration import attention_probabilities, isolation
 from uptrain.conversion.calibration.engine import calibrate
 from uptrain.conversion.calibration.layer_runner import LayerRunner
 from uptrain.conversion.calibration.layer_search import LayerSearch
-from uptrain.conversion.calibration.statistics import gather_moments, latent_weights
+from uptrain.conversion.calibration.statistics import gather_moments, latent_moments
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.data.boundary import Boundary
 from uptrain.methods.head_conversion import ModuleWeights, maps_of
@@ -88,11 +89,24 @@ def test_statistics_are_those_of_each_document_in_a_block_of_its_own(tmp_path, m
         states = list(runner.embed(blocks, END))
         with runner.layer(0) as layer:
             moments.append(gather_moments(layer, maps, parameters, 2, enumerate(states)))
-            latents.append(latent_weights(layer, maps, enumerate(states), frequencies))
-    for one, two in ((vars(a), vars(b)) for a, b in (moments, latents)):
-        for name, value in one.items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+            latents.append(latent_moments(layer, maps, enumerate(states), frequencies))
+    pairs = [*zip(*moments, strict=True), tuple(latents)]
+    for one, two in pairs:
+        assert_same(one, two)
+
+
+def assert_same(one: Any, two: Any) -> None:
+    """Check that two statistics are equal; of two counts by distance, the longer one has nothing more."""
+    for name, value in vars(one).items():
+        other = getattr(two, name)
+        if not isinstance(value, torch.Tensor):
+            if hasattr(value, "__dict__"):
+                assert_same(value, other)
+            continue
+        if name == "distances":
+            assert not other[:, value.shape[1] :].any()
+            other = other[:, : value.shape[1]]
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_document_weighs_its_first_token_by_its_length(tmp_path):

@@ -34,6 +34,7 @@ class CalibrationSettings:
     - `block_rate`: the learning rate of these steps, relative to each tensor's root mean square.
     - `seed`: the seed of the order of blocks.
     - `boundary`: the token between documents of a block that are kept apart, None for attention over whole blocks.
+    - `text_of`: which text each block is from; empty for a single text.
     - `memory`: bytes that activations may take; beyond, they go to files.
     - `folder`: where those files are made, None for none.
     """
@@ -53,5 +54,6 @@ class CalibrationSettings:
     block_rate: float = 0.003
     seed: int = 0
     boundary: Boundary | None = None
+    text_of: tuple[int, ...] = ()
     memory: int = 2 * 2**30
     folder: Path | None = None
