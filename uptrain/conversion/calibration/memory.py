@@ -48,6 +48,15 @@ def working_bytes(target: CalibrationTarget[Any], tokens: int, checked: int, rep
     return CODE + 4 * weights + activations + max(moments + probabilities, refit, repair)
 
 
+def mask_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int) -> int:
+    """Return the most bytes of the masks of `blocks` blocks of `tokens` tokens that hold several documents each.
+
+    They are kept as bits, one mask for each width of sliding window; one of them at a time is as the layer reads it.
+    """
+    windows = len({spec.sliding_window for spec in target.before})
+    return tokens**2 * (windows * blocks // 8 + 8) if blocks else 0
+
+
 def _probabilities(checkpoint: Checkpoint, heads: int, tokens: int) -> int:
     """Return how many probabilities the code of the checkpoint's family computes at a time."""
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
