@@ -9,6 +9,7 @@ import click
 
 from uptrain.cli import console
 from uptrain.cli.options import (
+    calibration_text_options,
     device_option,
     examples,
     json_option,
@@ -18,7 +19,6 @@ from uptrain.cli.options import (
     window_options,
 )
 from uptrain.cli.types import Names, Size
-from uptrain.conversion.calibration_quality import quality_help
 from uptrain.formatting import size, typed
 
 if TYPE_CHECKING:
@@ -42,14 +42,7 @@ if TYPE_CHECKING:
     "separated by commas.",
 )  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the sweep. Default: ./NAME-sweep.")
-@click.option("--calibrate", metavar="TEXT", help="(method calibrated) Calibration text. Default: builtin.")
-@click.option(
-    "--quality", help=f"(method calibrated) How much calibration reads and tries. {quality_help()}. The next options "
-    "win over it.",
-)  # fmt: skip
-@click.option(
-    "--calibration-tokens", type=int, help="(method calibrated) Number of tokens of that text. Default: --quality's."
-)
+@calibration_text_options("method calibrated")
 @click.option(
     "--repair-steps", type=int, help="(method calibrated) Gradient steps per layer that refit it; 0 for none. "
     "Default: --quality's.",

@@ -27,6 +27,7 @@ class SweepSettings:
     - `calibrate`: the text for the method calibrated. None: built-in text.
     - `quality`: a name in `QUALITIES`: how much calibration reads and tries. None: balanced.
     - `calibration_tokens`: how many tokens of it to use. None: what `quality` says.
+    - `calibration_block`: tokens of a calibration block. None: 1,024, or the model's maximum if that is shorter.
     - `repair_steps`: gradient steps per layer of the method calibrated. None: what `quality` says.
     - `text`: the texts to score.
     - `context`: window length in tokens. None: 1024, or all positions of a model that has fewer.
@@ -42,6 +43,7 @@ class SweepSettings:
     calibrate: str | None = None
     quality: str | None = None
     calibration_tokens: int | None = None
+    calibration_block: int | None = None
     repair_steps: int | None = None
     text: Sequence[TextSource] = (HELD_OUT,)
     context: int | None = None
@@ -65,6 +67,7 @@ class SweepSettings:
             "calibrate": self.calibrate,
             "quality": self.quality,
             "calibration_tokens": self.calibration_tokens,
+            "calibration_block": self.calibration_block,
             "repair_steps": self.repair_steps,
         }
 
