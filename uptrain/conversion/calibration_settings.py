@@ -29,6 +29,7 @@ class CalibrationSettings:
     - `block_steps`: gradient steps per layer that also move its norms and MLP; 0 leaves those as they are.
     - `block_rate`: the learning rate of these steps, relative to each tensor's root mean square.
     - `seed`: the seed of the order of blocks.
+    - `text_of`: which text each block is from; empty for a single text.
     - `memory`: bytes that activations may take; beyond, they go to files.
     - `folder`: where those files are made, None for none.
     """
@@ -47,5 +48,6 @@ class CalibrationSettings:
     block_steps: int = 0
     block_rate: float = 0.003
     seed: int = 0
+    text_of: tuple[int, ...] = ()
     memory: int = 2 * 2**30
     folder: Path | None = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from uptrain.conversion.calibration.layer_runner import LayerRunner
-from uptrain.conversion.calibration.statistics import latent_weights
+from uptrain.conversion.calibration.statistics import latent_moments
 from uptrain.conversion.calibration.targets import MLATarget
 from uptrain.methods.head_conversion import maps_of, rotary_of
 from uptrain.methods.mla_energy import choose_rope_pairs, rotary_savings
@@ -31,7 +31,7 @@ def rope_pairs_by_text(target: MLATarget, blocks: Tensor, places: int) -> tuple[
             raise ValueError("only rotary keys have pairs to choose")
         maps = maps_of(target.read(index))
         with runner.layer(index) as layer:
-            weights = latent_weights(layer, maps, enumerate(states), inverse_frequencies)
+            weights = latent_moments(layer, maps, enumerate(states), inverse_frequencies).weights(maps)
             savings.append(rotary_savings(maps, position, weights))
             states = [layer.on(block).run(hidden) for block, hidden in enumerate(states)]
     return choose_rope_pairs(savings, places)

@@ -217,8 +217,8 @@ class MLATarget(CalibrationTarget[LatentMaps]):
 
     @property
     def moments(self) -> int:
-        """Count twelve: one latent serves all heads."""
-        return 12
+        """Count two dozen: one latent serves all heads, and its fit holds products of moments with all queries."""
+        return 24
 
     @property
     def extra_activations(self) -> int:
