@@ -79,8 +79,7 @@ class RotaryProblem:
         frequencies = torch.cat([moments.inverse_frequencies, moments.inverse_frequencies[list(pairs)]])
         stacked = Rotary("interleaved", 2 * len(frequencies))
         self._kernel = DistanceKernel.of(stacked, frequencies, moments.distances)
-        eye = torch.eye(stacked.dims, dtype=torch.float64)
-        self._means = self._kernel.mean_of(eye[:, None]).permute(1, 2, 0)
+        self._means = _mean_rotations(self._kernel.means)
         sigma, self._mean = moments.of_keys(columns)
         self._sigma = damped(sigma, DAMPING)
         self._solved = torch.linalg.solve(self._sigma, self._mean)
@@ -206,6 +205,15 @@ class RotaryProblem:
         by_key = weights.unflatten(0, (len(self._keys), self._per)).sum(1)
         asked: Tensor = -(by_key @ self._keys).sum(0)
         return asked
+
+
+def _mean_rotations(means: Tensor) -> Tensor:
+    """Return (H, 2·pairs, 2·pairs), what multiplies neighbouring pairs by complex `means` (H, pairs)."""
+    places = torch.arange(means.shape[1])
+    result = torch.zeros(len(means), len(places), 2, len(places), 2, dtype=torch.float64)
+    result[:, places, 0, places, 0] = result[:, places, 1, places, 1] = means.real
+    result[:, places, 1, places, 0], result[:, places, 0, places, 1] = means.imag, -means.imag
+    return result.flatten(3).flatten(1, 2)
 
 
 def _ridged(matrix: Tensor) -> Tensor:
