@@ -64,7 +64,7 @@ def check_method(source: CheckpointDescription, request: Request) -> None:
 def method_notes(source: CheckpointDescription, request: Request, shares: bool) -> tuple[str, ...]:
     """Return what a method leaves undone on this family; `shares` tells whether heads come to share one."""
     if shares and source.key_norm is not None and request.chosen_method.mixes_dims:
-        return (f"Keys of {source.name} are normed, so --method {request.method} averages keys and factors values.",)
+        return (f"Keys of {source.name} are normed, so --method {request.method} pools keys and factors values.",)
     return ()
 
 
