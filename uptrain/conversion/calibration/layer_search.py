@@ -123,7 +123,7 @@ class LayerSearch(Generic[Maps]):
         sums: dict[int, list[float]] = {}
         for block in sorted(self._check) if self.settings.text_of else ():
             output = self.activations.converted[block].to(self.device)
-            wrong, total = self._apart(output, self.activations.target[block].to(self.device))
+            wrong, total = self._apart(output, self.activations.target[block].to(self.device), block)
             found = sums.setdefault(self.settings.text_of[block], [0.0, 0.0])
             found[0], found[1] = found[0] + float(wrong), found[1] + float(total)
         return tuple(wrong / total for _, (wrong, total) in sorted(sums.items()))
@@ -203,7 +203,7 @@ class LayerSearch(Generic[Maps]):
             if drifting:
                 targets["gap"] = (original - hidden) / self.gain
             into = check if block in self._check else fit
-            into.add(mixed, self._token_weights(original), targets)
+            into.add(mixed, self._token_weights(original, block), targets)
         return fit, check
 
     def _attention_target(self, block: int) -> Tensor:
@@ -219,7 +219,7 @@ class LayerSearch(Generic[Maps]):
         target = self._attention_target(block)
         if drift:
             target = target + drift * (original - hidden) / self.gain
-        weights = self._token_weights(original)[:, None]
+        weights = self._token_weights(original, block)[:, None]
         output = self.maker.mix(self.layer.on(block), hidden, maps) @ maps.o.flatten(1).mT
         return (weights * (output - target).square()).sum() / (weights * target.square()).sum()
 
@@ -249,18 +249,26 @@ class LayerSearch(Generic[Maps]):
 
     def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
         output = self.maker.run(self.layer.on(block), self.activations.converted[block].to(self.device), maps)
-        return self._apart(output, self.activations.target[block].to(self.device))
+        return self._apart(output, self.activations.target[block].to(self.device), block)
 
-    def _apart(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how far a layer's output (T, d) is from its target, and the target's energy."""
-        weights = self._token_weights(target)[:, None]
+    def _apart(self, output: Tensor, target: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Return how far a layer's output (T, d) on a block is from its target, and the target's energy."""
+        weights = self._token_weights(target, block)[:, None]
         return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
 
-    def _token_weights(self, hidden: Tensor) -> Tensor:
-        """Return the weights (T,) of tokens: the inverse of their energy, which the next norm removes."""
+    def _token_weights(self, hidden: Tensor, block: int) -> Tensor:
+        """Return the weights (T,) of a block's tokens: the inverse of their energy, which the next norm removes.
+
+        A document's first token, which attention reads when it needs nothing else, has more by the document's length.
+        """
         weights = 1 / hidden.square().mean(-1).clamp(min=1e-12)
-        weights = weights / weights[1:].mean()
-        weights[0] *= self.settings.first_token
+        positions = self.layer.on(block).positions
+        later = (positions > 0).to(weights.device)
+        weights = weights / (weights[later] if later.any() else weights).mean()
+        first = (positions == 0).nonzero().flatten()
+        lengths = torch.cat([first, torch.tensor([len(positions)])]).diff()
+        least = min(1.0, self.settings.first_token)
+        weights[first] *= (self.settings.first_token * lengths / len(positions)).clamp(min=least).to(weights)
         return weights
 
 

@@ -40,12 +40,21 @@ def working_bytes(target: CalibrationTarget[Any], tokens: int, checked: int, rep
     square = 8 * max(hidden_size + 1, mixed) ** 2
     heads = 2 * hidden_size * (spec.num_attention_heads + spec.num_key_value_heads) * spec.head_dim
     activations = 4 * tokens * (weights // hidden_size + target.extra_activations * mixed)
-    moments = 12 * heads + square * target.moments
+    moments = target.weight_bytes * heads + square * target.moments
     probabilities = 3 * 4 * _probabilities(checkpoint, spec.num_attention_heads, tokens)
     held = 4 * checked * tokens * (mixed + 2 * hidden_size)
     refit = 8 * heads + 9 * square + held
     repair = 4 * 4 * weights + activations if repairs_blocks else 0
     return CODE + 4 * weights + activations + max(moments + probabilities, refit, repair)
+
+
+def mask_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int) -> int:
+    """Return the most bytes of the masks of `blocks` blocks of `tokens` tokens that hold several documents each.
+
+    They are kept as bits, one mask for each width of sliding window; one of them at a time is as the layer reads it.
+    """
+    windows = len({spec.sliding_window for spec in target.before})
+    return tokens**2 * (windows * blocks // 8 + 8) if blocks else 0
 
 
 def _probabilities(checkpoint: Checkpoint, heads: int, tokens: int) -> int:

@@ -15,8 +15,9 @@ from uptrain.checkpoint.nonfinite import ALLOW, finite
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.activations import activation_bytes
 from uptrain.conversion.calibration.engine import LayerReport, calibrate
+from uptrain.conversion.calibration.isolation import boundary_in
 from uptrain.conversion.calibration.layer_search import held_out
-from uptrain.conversion.calibration.memory import held_bytes, working_bytes
+from uptrain.conversion.calibration.memory import held_bytes, mask_bytes, working_bytes
 from uptrain.conversion.calibration.rope_pairs import rope_pairs_by_text
 from uptrain.conversion.calibration.store import CalibratedLayers
 from uptrain.conversion.calibration.targets import CalibrationTarget, HeadsTarget, MLATarget
@@ -30,6 +31,7 @@ from uptrain.conversion.calibration.text import (
 from uptrain.conversion.calibration_settings import BLOCK_STEPS, CalibrationSettings
 from uptrain.conversion.malloc import give_back, giving_back
 from uptrain.conversion.plan.mla import MLAPlan
+from uptrain.data.boundary import Boundary
 from uptrain.methods.mla_conversion import latent_shape
 from uptrain.models import devices, loading
 
@@ -70,24 +72,29 @@ def calibrate_plan(
     text = calibration_text(plan) if shared is None else shared.text(plan)
     note_strange(text, events)
     blocks = torch.from_numpy(text.ids)
-    done = _begun(folder, plan, described(plan, text), done, events)
+    boundary = boundary_in(plan.source, blocks, events)
+    apart = {} if boundary is None else {"documents": "apart"}
+    done = _begun(folder, plan, described(plan, text) | apart, done, events)
     target, cache = calibration_target(plan), None if shared is None else shared.cache
     give_back()  # What the tokenizer has done with.
     text_of = text.text_of if len(text.texts) > 1 else ()
     checked = held_out(len(blocks), CalibrationSettings.held_out, text_of)
     working = working_bytes(target, blocks.shape[1], len(checked), plan.request.repairs_blocks)
+    if boundary is not None:
+        divided = int(boundary.starts(text.ids).any(axis=1).sum())
+        working += mask_bytes(target, blocks.shape[1], divided)
     room = memory - held_bytes() - working + (cache.nbytes if cache else 0)
     if room < 0:
         events.note(
             f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
             f"{formatting.size(memory)} of --memory."
         )
-    settings = _settings(plan, room, folder, text_of)
+    settings = replace(_settings(plan, room, folder, text_of), boundary=boundary)
     # Where all that memory may hold leaves no room for what the C library keeps of freed memory.
     cached = 0 if cache is None else len(plan.before)
     every = activation_bytes((*blocks.shape, plan.source.hidden_size), cached)
     with giving_back() if room < every + working else nullcontext():
-        target = _with_rope_pairs(plan, target, blocks, done, events)
+        target = _with_rope_pairs(plan, target, blocks[:ROPE_BLOCKS], boundary, done, events)
         for _, heads, report in calibrate(target, blocks, settings, cache, done.made):
             done.add(heads, _described(report), report.others)
             events.layer(len(done), len(plan.before))
@@ -149,13 +156,19 @@ def calibration_target(plan: Plan) -> CalibrationTarget[Any]:
 
 
 def _with_rope_pairs(
-    plan: Plan, target: CalibrationTarget[Any], blocks: torch.Tensor, done: CalibratedLayers, events: Events
+    plan: Plan,
+    target: CalibrationTarget[Any],
+    blocks: torch.Tensor,
+    boundary: Boundary | None,
+    done: CalibratedLayers,
+    events: Events,
 ) -> CalibrationTarget[Any]:
     """Return the target with the rotary pairs that text chooses, where the plan asks for a choice.
 
     - `plan`: the conversion.
     - `target`: what the plan makes of the layers.
     - `blocks`: the text's tokens.
+    - `boundary`: the token between documents that are kept apart, None for none.
     - `done`: remembers the choice.
     - `events`: receives `note`.
     """
@@ -164,7 +177,7 @@ def _with_rope_pairs(
     if not done.rope_pairs:
         events.note("Choosing the rope pairs of the shared rotary key.")
         places = plan.after[0].qk_rope_head_dim // 2
-        done.rope_pairs = rope_pairs_by_text(target, blocks[:ROPE_BLOCKS], places)
+        done.rope_pairs = rope_pairs_by_text(target, blocks, boundary, places)
     return replace(target, shape=replace(target.shape, pairs=done.rope_pairs))
 
 
