@@ -39,16 +39,15 @@ def test_the_average_is_the_sum_over_distances(position: Rotary | None) -> None:
     frequencies, products = frequencies_of(position), draw(2, DIMS, DIMS)
     distances = draw(2, TOKENS, seed=1).abs()
     kernel = DistanceKernel.of(position, None if position is None else frequencies, distances)
-    keys = draw(2, DIMS, seed=2)
     for head in range(2):
         turns = [rotation(position, frequencies, distance) for distance in range(TOKENS)]
         share = distances[head] / distances[head].sum()
         seen = sum(w * r @ products[head] @ r.T for w, r in zip(share, turns, strict=True))
         given = sum(w * r.T @ products[head] @ r for w, r in zip(share, turns, strict=True))
-        mean = sum(w * r @ keys[head] for w, r in zip(share, turns, strict=True))
+        mean = sum(w * r for w, r in zip(share, turns, strict=True))
         torch.testing.assert_close(kernel.average(products)[head], seen)
         torch.testing.assert_close(kernel.conjugate().average(products)[head], given)
-        torch.testing.assert_close(kernel.mean_of(keys)[head], mean)
+        torch.testing.assert_close(kernel.apart().average(products)[head], mean @ products[head] @ mean.T)
 
 
 @pytest.mark.parametrize("position", LAYOUTS)

@@ -52,9 +52,21 @@ class DistanceKernel:
         weighted = share[..., None, :] * phases
         return cls(position, weighted @ phases.mH, weighted @ phases.mT, weighted.sum(-1))
 
+    @classmethod
+    def far(cls, position: Rotary | None) -> DistanceKernel:
+        """Return the kernel of distances so long and even that a pair has nothing in common with any but itself."""
+        pairs = 0 if position is None else position.pairs
+        none = torch.zeros(pairs, pairs, dtype=torch.complex128)
+        return cls(position, torch.eye(pairs, dtype=torch.complex128), none, none.sum(0))
+
     def conjugate(self) -> DistanceKernel:
         """Return the average of R_Δᵀ M R_Δ: the rotations of a query as a key Δ tokens before sees it."""
         return DistanceKernel(self.position, self.differences.conj(), self.sums.conj(), self.means.conj())
+
+    def apart(self) -> DistanceKernel:
+        """Return the average of R_Δ M R_Δ'ᵀ over distances Δ and Δ' that know nothing of each other: E[R] M E[R]ᵀ."""
+        means, others = self.means[..., :, None], self.means[..., None, :]
+        return DistanceKernel(self.position, means * others.conj(), means * others, self.means)
 
     def average(self, products: Tensor) -> Tensor:
         """Return E[R_Δ M R_Δᵀ] for M (…, D, D) float64; leading dims broadcast with the kernel's."""
@@ -80,16 +92,6 @@ class DistanceKernel:
         result[..., real, rest], result[..., imaginary, rest] = left.real, left.imag
         right = torch.complex(products[..., rest, real], products[..., rest, imaginary]) * self.means[..., None, :]
         result[..., rest, real], result[..., rest, imaginary] = right.real, right.imag
-        return result
-
-    def mean_of(self, keys: Tensor) -> Tensor:
-        """Return E[R_Δ] c for keys c (…, D) float64; leading dims broadcast with the kernel's."""
-        if self.position is None:
-            return keys
-        real, imaginary = self.position.indices()
-        turned = torch.complex(keys[..., real], keys[..., imaginary]) * self.means
-        result = keys.expand(*turned.shape[:-1], keys.shape[-1]).clone()
-        result[..., real], result[..., imaginary] = turned.real, turned.imag
         return result
 
 

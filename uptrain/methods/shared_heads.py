@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from uptrain.methods.energy import LayerWeights, explained_energy, layer_weights
 from uptrain.methods.head_maps import HeadMaps
-from uptrain.methods.low_rank import damped, factor, matrix_root
+from uptrain.methods.low_rank import Factored, damped, factor, matrix_root
 from uptrain.methods.method import Converted, ExplainedEnergy
 from uptrain.methods.rotary import Rotary, to_complex
 
@@ -57,9 +57,14 @@ def factor_heads(
     if groups == layer.kv_heads:
         return Converted(layer, {kind: ExplainedEnergy(1.0, 1.0) for kind in (name, "mean", "first")})
     spans = spans_of(layer.kv_heads, groups)
-    keys = [share_keys(layer, weights, span, position) for span in spans]
-    values = [share_values(layer, weights, span) for span in spans]
-    converted = absorb(layer, keys, values)
+    k_rows, v_rows = layer.k_rows, layer.v_rows
+    keys = [share_keys(k_rows[list(span)], weights.keys[list(span)], sigma, position) for span in spans]
+    values = [share_values(v_rows[list(span)], weights.values[list(span)], sigma) for span in spans]
+    converted = absorb(
+        layer,
+        torch.stack([group.down for group in keys]), _by_query(layer, keys),
+        torch.stack([group.down for group in values]), _by_query(layer, values),
+    )  # fmt: skip
     explained = {
         name: explained_energy(layer, weights, expand(keys), expand(values)),
         "mean": pooled_energy(layer, weights, groups, "mean"),
@@ -99,49 +104,67 @@ def pooled_rows(rows: Tensor, groups: int, how: str) -> Tensor:
     return one.repeat_interleave(len(rows) // groups, 0)
 
 
-def share_values(layer: HeadMaps, weights: LayerWeights, span: range) -> SharedRows:
-    """Factor the values of the heads in `span` into one shared head."""
-    rows = layer.v_rows
-    left = None if weights.second_moment is None else [matrix_root(weights.values[g]) for g in span]
-    found = factor([rows[g] for g in span], left, weights.second_moment, rows.shape[1])
+def share_values(rows: Tensor, weights: Tensor, second_moment: Tensor | None) -> SharedRows:
+    """Factor the values of a group's heads into one shared head.
+
+    - `rows`: (m, Dv, d̃), the heads' maps.
+    - `weights`: (m, Dv, Dv), how much their errors count.
+    - `second_moment`: (d̃, d̃) of what the maps read, None for the identity.
+    """
+    found = _factored(rows, None if second_moment is None else weights, second_moment, rows.shape[1])
     return SharedRows(found.down, found.ups)
 
 
-def share_keys(layer: HeadMaps, weights: LayerWeights, span: range, position: Rotary | None) -> SharedRows:
+def share_keys(
+    rows: Tensor, weights: Tensor, second_moment: Tensor | None, position: Rotary | None, slow: Tensor | None = None
+) -> SharedRows:
     """Factor the keys of a group's heads into one shared head.
 
     Each rotated pair is factored alone, because only a complex scalar commutes with its rotation. The other dims are
     factored as one.
 
-    - `layer`: the layer's projections by head.
-    - `weights`: how much errors count.
-    - `span`: the group's heads.
+    - `rows`: (m, D, d̃), the heads' maps.
+    - `weights`: (m, D, D), how much their errors count; a pair factored alone has the mean of its two dims.
+    - `second_moment`: (d̃, d̃) of what the maps read, None for the identity.
     - `position`: which key dims are rotated, None where keys see no rotation.
+    - `slow`: rope pairs, the slowest first, that are factored together with the unrotated dims as if they were not
+      rotated; the strongest components become the slowest dims. None for none.
     """
-    rows = layer.k_rows
     dims = rows.shape[1]
-    rotated = 0 if position is None else position.dims
-    down = torch.zeros_like(rows[0])
-    ups = [torch.zeros(dims, dims, dtype=rows.dtype) for _ in span]
+    down, ups = torch.zeros_like(rows[0]), rows.new_zeros(len(rows), dims, dims)
+    together = torch.arange(0 if position is None else position.dims, dims)
     if position is not None:
         real, imaginary = position.indices()
         pairs = to_complex(rows, position)
-        for pair, (i, j) in enumerate(zip(real.tolist(), imaginary.tolist(), strict=True)):
-            left = [matrix_root(weights.keys[g, i : i + 1, i : i + 1]) for g in span]
-            found = factor([pairs[g, pair : pair + 1] for g in span], left, weights.second_moment, 1)
+        slow = torch.zeros(0, dtype=torch.int64) if slow is None else slow
+        for pair in sorted(set(range(position.pairs)) - set(slow.tolist())):
+            i, j = real[pair], imaginary[pair]
+            energy = (weights[:, i, i] + weights[:, j, j]) / 2
+            found = _factored(pairs[:, pair : pair + 1], energy[:, None, None], second_moment, 1)
             down[i], down[j] = found.down[0].real, found.down[0].imag
-            for up, value in zip(ups, found.ups, strict=True):
-                up[i, i] = up[j, j] = value[0, 0].real
-                up[j, i] = value[0, 0].imag
-                up[i, j] = -value[0, 0].imag
-    if rotated < dims:
-        rest = slice(rotated, None)
-        left = [matrix_root(weights.keys[g, rest, rest]) for g in span]
-        found = factor([rows[g, rest] for g in span], left, weights.second_moment, dims - rotated)
-        down[rest] = found.down
-        for up, block in zip(ups, found.ups, strict=True):
-            up[rest, rest] = block
-    return SharedRows(down, ups)
+            factor_of = torch.stack(found.ups)[:, 0, 0]
+            ups[:, i, i] = ups[:, j, j] = factor_of.real
+            ups[:, j, i], ups[:, i, j] = factor_of.imag, -factor_of.imag
+        together = torch.cat([together, torch.stack([real[slow], imaginary[slow]], dim=1).flatten()])
+    if len(together):
+        block = together[:, None], together[None]
+        found = _factored(rows[:, together], weights[:, *block], second_moment, len(together))
+        down[together] = found.down
+        ups[:, *block] = torch.stack(found.ups)
+    return SharedRows(down, list(ups))
+
+
+def _factored(rows: Tensor, weights: Tensor | None, second_moment: Tensor | None, rank: int) -> Factored:
+    """Factor the heads' rows (m, n, d̃) as `factor` does, in the inputs alone that any of them reads."""
+    left = None if weights is None else [matrix_root(weight) for weight in weights]
+    read = (rows != 0).any(0).any(0)
+    if second_moment is None or read.all():
+        return factor(list(rows), left, second_moment, rank)
+    places = read.nonzero()[:, 0]
+    found = factor(list(rows[..., places]), left, second_moment[places[:, None], places[None]], rank)
+    down = rows.new_zeros(rank, rows.shape[-1])
+    down[:, places] = found.down
+    return replace(found, down=down)
 
 
 def expand(groups: list[SharedRows]) -> Tensor:
@@ -149,14 +172,21 @@ def expand(groups: list[SharedRows]) -> Tensor:
     return torch.stack([up @ group.down for group in groups for up in group.ups])
 
 
-def absorb(layer: HeadMaps, keys: list[SharedRows], values: list[SharedRows]) -> HeadMaps:
-    """Return the layer with each head's expansion in q and o: qᵀ (B s) = (Bᵀ q)ᵀ s, and W_o (B s) = (W_o B) s."""
-    per = layer.queries_per_kv
-    key_ups = torch.stack([up for group in keys for up in group.ups]).repeat_interleave(per, 0)
-    value_ups = torch.stack([up for group in values for up in group.ups]).repeat_interleave(per, 0)
+def absorb(layer: HeadMaps, keys: Tensor, key_ups: Tensor, values: Tensor, value_ups: Tensor) -> HeadMaps:
+    """Return the layer with each head's expansion in q and o: qᵀ (B s) = (Bᵀ q)ᵀ s, and W_o (B s) = (W_o B) s.
+
+    - `layer`: the layer's projections by head.
+    - `keys`, `values`: (G, D, d̃) and (G, Dv, d̃), the shared heads' maps of x̃.
+    - `key_ups`, `value_ups`: (H, D, D) and (H, Dv, Dv), what each query head expands them by.
+    """
     return layer.with_rows(
         q_rows=key_ups.mT @ layer.q_rows,
-        k_rows=torch.stack([group.down for group in keys]),
-        v_rows=torch.stack([group.down for group in values]),
+        k_rows=keys,
+        v_rows=values,
         o=torch.einsum("ohv,hvw->ohw", layer.o, value_ups),
     )
+
+
+def _by_query(layer: HeadMaps, groups: list[SharedRows]) -> Tensor:
+    """Return each query head's factor, (H, D, D)."""
+    return torch.stack([up for group in groups for up in group.ups]).repeat_interleave(layer.queries_per_kv, 0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -45,7 +46,7 @@ def _capture(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
 def _parts(
     own: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rest: dict[str, Any]
 ) -> Iterator[Tensor]:
-    """Yield the probabilities (H, R, T) of R queries at a time, in order.
+    """Yield the probabilities (H, R, S) of R queries at a time, in order, for the first S keys: none sees a later one.
 
     - `own`: the family's function.
     - `query`, `key`, `value`: (1, H, T, D), (1, G, T, D) and (1, G, T, Dv).
@@ -55,10 +56,25 @@ def _parts(
     _, heads, tokens, _ = query.shape
     step = max(1, VALUES // (heads * tokens))
     value = value[..., :1]  # only the probabilities are wanted
+    ends = _ends(mask, tokens)
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
-        seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
-        yield own(query[:, :, rows], key, value, seen, **rest)[1][0]
+        end = max(ends[rows])
+        seen = mask if mask is None else (mask if mask.shape[-2] == 1 else mask[..., rows, :])[..., :end]
+        yield own(query[:, :, rows], key[:, :, :end], value[:, :, :end], seen, **rest)[1][0]
+
+
+def _ends(mask: Tensor | None, tokens: int) -> list[int]:
+    """Return after which key each of `tokens` queries sees nothing more, by a mask as of `_parts`."""
+    if mask is None or mask.shape[-2] == 1:
+        return [tokens] * tokens
+    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    places = torch.arange(1, tokens + 1, device=mask.device)
+    last = (~hidden.flatten(0, -3).all(0) * places).amax(-1)
+    # Softmax spreads a query that sees no key over all of them.
+    last = torch.where(last == 0, tokens, torch.maximum(last, places))
+    found: list[int] = last.tolist()
+    return found
 
 
 AttentionInterface.register(CAPTURE, _capture)

@@ -48,16 +48,17 @@ class SharedHeads:
     weights: ModuleWeights
     position: Rotary | None
     groups: int
+    inverse_frequencies: Tensor | None
     device: torch.device
 
     def make(self, layer: Layer, hidden: NumberedBlocks) -> list[Converted[HeadMaps]]:
-        """Return the calibrated factorisation."""
+        """Return the calibrated factorisations."""
         source = maps_of(self.source)
         narrow = self.weights.parameters(as_float(source, self.device))
         moments = gather_moments(layer, source, narrow, self.groups, hidden)
         del narrow
-        found = share_layer(source, self.groups, self.position, moments)
-        return [Converted(as_float(found.layer, self.device), found.explained)]
+        found = share_layer(source, self.groups, self.position, self.inverse_frequencies, moments)
+        return [Converted(as_float(each.layer, self.device), each.explained) for each in found]
 
     def run(self, layer: LayerOnBlock, hidden: Tensor, maps: HeadMaps) -> Tensor:
         """Run the layer with the heads repeated."""

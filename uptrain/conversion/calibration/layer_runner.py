@@ -158,9 +158,10 @@ class LayerOnBlock:
     def attention_weights(
         self, hidden: Tensor, parameters: Parameters | None = None
     ) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return the attention's input (T, d), and its probabilities (H, R, T) of R queries at a time, in order.
+        """Return the attention's input (T, d), and its probabilities (H, R, S) of R queries at a time, in order.
 
-        They are those for hidden states (T, d). R is T where the family's code computes them all at once.
+        They are those for hidden states (T, d). S is the number of keys up to the last one that these queries see. R
+        and S are T where the family's code computes them all at once.
         """
         seen: list[Tensor] = []
 

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from uptrain.conversion.calibration.layer_runner import Layer, NumberedBlocks, Parameters
 from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.joint_keys import KeyMoments
+from uptrain.methods.joint_values import ValueMoments
 from uptrain.methods.mla_energy import LatentWeights, calibrated_weights
+from uptrain.methods.shared_heads import DAMPING
+
+VALUE_SQUARES = 4
+"""The most room that moments of averaged values take, in squares of the layer's input."""
 
 
 class AveragedMoment:
@@ -21,18 +27,21 @@ class AveragedMoment:
         """Begin for one block's inputs x̃ (T, d̃), float32."""
         tokens, width = rows.shape
         self._rows = rows
-        # Xᵀ (Σ_h P_hᵀ P_h) X: wide models have more columns than a block has tokens.
-        self._by_tokens = tokens * (heads * tokens + tokens + width) < heads * width * (tokens + width)
+        # Xᵀ (Σ_h P_hᵀ P_h) X: wide models have more columns than a block has tokens. On average a query sees half the
+        # tokens before the end of its part, and the square of that is a third.
+        by_tokens = tokens * (heads * tokens / 3 + width) + width**2
+        self._by_tokens = by_tokens < heads * width * (tokens / 2 + width)
         size = tokens if self._by_tokens else width
         self._sum = rows.new_zeros(size, size) if self._by_tokens else torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, probabilities: Tensor) -> None:
-        """Take in the probabilities (H, R, T) of R queries, float32."""
+        """Take in the probabilities (H, R, S) of R queries for the first S tokens, float32."""
+        seen = probabilities.shape[-1]
         if self._by_tokens:
             flat = probabilities.flatten(0, 1)
-            self._sum.addmm_(flat.mT, flat)
+            self._sum[:seen, :seen].addmm_(flat.mT, flat)
         else:
-            mixed = (probabilities @ self._rows).flatten(0, 1)
+            mixed = (probabilities @ self._rows[:seen]).flatten(0, 1)
             self._sum += (mixed.mT @ mixed).cpu().double()
 
     def moment(self) -> Tensor:
@@ -43,24 +52,24 @@ class AveragedMoment:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """What calibration text says of a layer, float64. x̃ = [x; 1], d̃ = d + 1, G groups, G₀ key/value heads.
+class GroupMoments:
+    """What calibration text says of one group of heads, float64.
 
-    - `keys`: (G, d̃, d̃), Σ_t r_t x̃_t x̃_tᵀ, with r the sensitivity p(1 − p) that key t receives from the group's queries.
-    - `queries`: (G₀, D, D), Σ_t s_t q_t q_tᵀ / D, with s the same sensitivity summed over keys.
-    - `values`: (G, d̃, d̃), Σ_t x̄_t x̄_tᵀ of the inputs as attention averages them.
+    - `keys`: of its queries and keys, by the sensitivity p(1 − p) of each logit.
+    - `values`: of its values as attention averages them.
+    - `distances`: (n, T), the sensitivity of each query head's logits by their distance.
     """
 
-    keys: Tensor
-    queries: Tensor
-    values: Tensor
+    keys: KeyMoments
+    values: ValueMoments
+    distances: Tensor
 
 
 @torch.no_grad()
 def gather_moments(
     layer: Layer, maps: HeadMaps, parameters: Parameters, groups: int, hidden: NumberedBlocks
-) -> Moments:
-    """Gather a layer's moments over blocks of hidden states, each run through the source's attention.
+) -> list[GroupMoments]:
+    """Gather the moments of each group over blocks of hidden states, each run through the source's attention.
 
     - `layer`: the source's layer.
     - `maps`: its heads, the heads of each group next to each other.
@@ -72,8 +81,7 @@ def gather_moments(
     """
     found = _GroupStatistics(maps, groups)
     queries, tokens = _gather(layer, maps, hidden, found.block, parameters)
-    by_head = queries.unflatten(0, (maps.kv_heads, maps.queries_per_kv)).sum(1)
-    return Moments(found.keys.div_(tokens), by_head.div_(tokens), found.values.div_(tokens))
+    return found.moments(queries / tokens)
 
 
 @torch.no_grad()
@@ -108,10 +116,10 @@ class _Block(Protocol):
     """Gathers the statistics of one block, some queries at a time."""
 
     def average(self, probabilities: Tensor) -> None:
-        """Take in probabilities (H, R, T) of R queries."""
+        """Take in probabilities (H, R, S) of R queries for the first S tokens."""
 
     def receive(self, sensitivity: Tensor, start: int) -> None:
-        """Take in the sensitivity p(1 − p), (H, R, T), of R queries from the one at `start`."""
+        """Take in the sensitivity p(1 − p), (H, R, S), of R queries from the one at `start`."""
 
     def finish(self) -> None:
         """Add the block to those before it."""
@@ -154,37 +162,92 @@ def _gather(
 
 
 class _GroupStatistics:
-    """Sums the moments of inputs as keys and as values, (G, d̃, d̃) float64 each, of G groups of heads."""
+    """Sums each group's stacked keys and averaged values; float64, but for the stacks of one block."""
 
     def __init__(self, maps: HeadMaps, groups: int) -> None:
-        width = maps.q.shape[2] + 1
-        self.heads, self.groups = maps.query_heads, groups
-        self.keys = torch.zeros(groups, width, width, dtype=torch.float64)
-        self.values = torch.zeros_like(self.keys)
+        self.maps, self.groups = maps, groups
+        self.heads, self.stacked = maps.query_heads // groups, maps.kv_heads // groups
+        self.shared = value_moments(maps, groups)
+        keys, values = self.stacked * maps.k.shape[1], self.stacked * maps.v.shape[1]
+        self.keys = torch.zeros(groups, keys, keys, dtype=torch.float64)
+        self.sums = torch.zeros(groups, keys, dtype=torch.float64)
+        self.values = torch.zeros(groups, self.shared, values, values, dtype=torch.float64)
+        self.distances: Tensor | None = None
 
     def block(self, rows: Tensor) -> _GroupBlock:
         """Begin a block of inputs x̃ (T, d̃)."""
         return _GroupBlock(self, rows)
 
+    def moments(self, queries: Tensor) -> list[GroupMoments]:
+        """Return each group's moments, with those of its queries (H, D, D)."""
+        if self.distances is None:
+            raise ValueError("no blocks to gather moments on")
+        maps, outputs = self.maps, torch.stack([weight.mT @ weight for weight in self.maps.o.unbind(1)])
+        places = tuple(head // maps.queries_per_kv for head in range(self.heads))
+        distances = self.distances.split(self.heads)
+        found = []
+        for group, (asked, read) in enumerate(zip(queries.split(self.heads), outputs.split(self.heads), strict=True)):
+            total = float(distances[group].sum()) or 1.0
+            rows = slice(group * self.stacked, (group + 1) * self.stacked)
+            keys, values = maps.k_rows[rows].flatten(0, 1), maps.v_rows[rows].flatten(0, 1)
+            found.append(GroupMoments(
+                KeyMoments(asked, _damped(self.keys[group] / total, keys), self.sums[group] / total, places),
+                ValueMoments(read, _damped(self.values[group], values), places),
+                distances[group],
+            ))  # fmt: skip
+        return found
+
 
 class _GroupBlock:
     def __init__(self, sums: _GroupStatistics, rows: Tensor) -> None:
-        self._sums, self._rows, self._per_group = sums, rows, sums.heads // sums.groups
-        self._averaged = [AveragedMoment(rows, self._per_group) for _ in range(sums.groups)]
-        self._received = rows.new_zeros(sums.heads, len(rows))
+        maps, self._sums = sums.maps, sums
+        self._keys, self._values = (_stacks(rows, each, sums.groups) for each in (maps.k_rows, maps.v_rows))
+        self._per = sums.heads // sums.shared
+        self._averaged = [AveragedMoment(each, self._per) for each in self._values for _ in range(sums.shared)]
+        self._received = rows.new_zeros(maps.query_heads, len(rows))
+        self._distances = torch.zeros(maps.query_heads, len(rows), dtype=torch.float64)
 
     def average(self, probabilities: Tensor) -> None:
-        for moment, heads in zip(self._averaged, probabilities.split(self._per_group), strict=True):
+        for moment, heads in zip(self._averaged, probabilities.split(self._per), strict=True):
             moment.add(heads)
 
     def receive(self, sensitivity: Tensor, start: int) -> None:
-        self._received += sensitivity.sum(1)
+        seen = sensitivity.shape[-1]
+        self._distances[:, :seen] += by_distance(sensitivity, start).cpu().double()
+        self._received[:, :seen] += sensitivity.sum(1)
 
     def finish(self) -> None:
-        rows, received = self._rows, self._received.split(self._per_group)
-        for group, (moment, sensitivity) in enumerate(zip(self._averaged, received, strict=True)):
-            self._sums.keys[group] += (rows.mT @ (rows * sensitivity.sum(0)[:, None])).cpu().double()
-            self._sums.values[group] += moment.moment()
+        sums, received = self._sums, self._received.unflatten(0, (self._sums.groups, -1)).sum(1)
+        for group, (stack, weights) in enumerate(zip(self._keys, received.cpu().double(), strict=True)):
+            # In float64: heads that are alike leave a moment singular, and rounding would make it indefinite.
+            keys = stack.cpu().double()
+            sums.keys[group] += keys.mT @ (keys * weights[:, None])
+            sums.sums[group] += weights @ keys
+        for place, moment in enumerate(self._averaged):
+            sums.values[place // sums.shared, place % sums.shared] += moment.moment()
+        sums.distances = self._distances if sums.distances is None else sums.distances + self._distances
+
+
+def value_moments(maps: HeadMaps, groups: int) -> int:
+    """Return how many moments of averaged values each group has: one for each query head where they are small.
+
+    Those of all groups are no larger than `VALUE_SQUARES` squares as wide as the layer's input, but one for each group.
+    """
+    heads, width = maps.query_heads // groups, maps.kv_heads // groups * maps.v.shape[1]
+    room = VALUE_SQUARES * maps.q.shape[2] ** 2 // (groups * width**2)
+    return max(count for count in range(1, heads + 1) if heads % count == 0 and count <= max(1, room))
+
+
+def _stacks(rows: Tensor, heads: Tensor, groups: int) -> list[Tensor]:
+    """Return each group's stacked heads (T, N) of inputs x̃ (T, d̃), from the heads' maps (G₀, D, d̃)."""
+    return [rows @ group.flatten(0, 1).to(rows).mT for group in heads.unflatten(0, (groups, -1))]
+
+
+def _damped(moments: Tensor, rows: Tensor) -> Tensor:
+    """Return moments (…, N, N) of heads with maps `rows` (N, d̃) as if their inputs had a little of white noise."""
+    energy, noise = moments.diagonal(dim1=-2, dim2=-1).sum(-1), rows @ rows.mT
+    level = DAMPING * energy / noise.trace().clamp(min=torch.finfo(torch.float64).tiny)
+    return moments + level[..., None, None] * noise
 
 
 class _LatentStatistics:
@@ -213,8 +276,9 @@ class _LatentBlock:
         self._averaged.add(probabilities)
 
     def receive(self, sensitivity: Tensor, start: int) -> None:
-        self._distances += by_distance(sensitivity, start).cpu().double()
-        self._received += sensitivity.sum((0, 1))
+        seen = sensitivity.shape[-1]
+        self._distances[:, :seen] += by_distance(sensitivity, start).cpu().double()
+        self._received[:seen] += sensitivity.sum((0, 1))
 
     def finish(self) -> None:
         sums, rows = self._sums, self._rows
@@ -224,7 +288,7 @@ class _LatentBlock:
 
 
 def by_distance(weights: Tensor, start: int = 0) -> Tensor:
-    """Sum causal weights (H, R, T) of R queries from the one at `start`: entry Δ of (H, T) is Σ_t w[t, t − Δ]."""
+    """Sum causal weights (H, R, S) of R queries from the one at `start`: entry Δ of (H, S) is Σ_t w[t, t − Δ]."""
     heads, queries, tokens = weights.shape
     rows = torch.arange(start, start + queries, device=weights.device)
     # Distance Δ of row t is column t − Δ. Gathered, not scattered: accelerators add what is scattered in any order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic
 
 import torch
@@ -14,6 +15,7 @@ from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.mla_projections import LatentHeads
 from uptrain.architectures.projections import LayerHeads, read_layer
+from uptrain.architectures.rope_parameters import EVERY, FULL, SLIDING
 from uptrain.checkpoint.dtypes import as_float32
 from uptrain.conversion.calibration.candidates import (
     KEY_WEIGHTS,
@@ -29,6 +31,7 @@ from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.mla_conversion import heads_of_latent, maps_of_latent
 from uptrain.methods.mla_layer import LatentMaps
+from uptrain.models.rotary_tables import Table, rotary_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +118,24 @@ class HeadsTarget(CalibrationTarget[HeadMaps]):
     def maker(self, layer: SourceLayer) -> SharedHeads:
         """Return what shares the layer's heads."""
         family = self.source.family
+        position = rotary_of(family.position, layer.spec)
         return SharedHeads(
             source=layer.heads,
             weights=ModuleWeights(family.projections, layer.spec),
-            position=rotary_of(family.position, layer.spec),
+            position=position,
             groups=self.groups,
+            inverse_frequencies=None if position is None else self._inverse_frequencies(layer.spec),
             device=layer.device,
         )
+
+    @cached_property
+    def _tables(self) -> dict[str, Table]:
+        return rotary_tables(self.source.config)
+
+    def _inverse_frequencies(self, spec: AttentionSpec) -> Tensor:
+        """Return a layer's inverse frequencies (pairs,), in radians per token, as the source's own class has them."""
+        kind = EVERY if EVERY in self._tables else SLIDING if spec.sliding_window else FULL
+        return torch.tensor(self._tables[kind].short, dtype=torch.float64)
 
     def maps(self, made: CalibratedLayer) -> HeadMaps:
         """Return shared heads as tensors."""
