@@ -72,7 +72,9 @@ def test_the_result_is_what_convert_and_train_give_one_after_the_other(source, t
     assert converting["request"]["method"] == "calibrated" and training["recipe"]["tokens"] == 256
     # The oracle: the two commands that the stages record.
     convert(str(source), "converted", request(**changes))
-    recipe = Healing(planned=plan_conversion(str(source), request(**changes)), out=Path("trained"), settings=SHORT).recipe
+    recipe = Healing(
+        planned=plan_conversion(str(source), request(**changes)), out=Path("trained"), settings=SHORT
+    ).recipe
     train(recipe.model_copy(update={"model": "converted"}))
     one, two = weights("out"), weights("trained")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

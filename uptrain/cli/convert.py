@@ -63,6 +63,7 @@ def _latent_options(command: Command) -> Command:
         "uptrain convert demo --to gqa --groups 4",
         "uptrain convert demo --to mqa --method svd",
         "uptrain convert ./llama --to mqa --calibrate text.txt",
+        "uptrain convert ./llama --to mqa --calibrate text.txt --repair blocks --heal 65536",
         "uptrain convert demo --to mla --cache 25%",
         "uptrain convert ./llama --to mla --kv-lora-rank 512 --calibrate text.txt",
         "uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB",

@@ -1,4 +1,4 @@
-"""Work of several steps: a sweep over targets and methods, a conversion that is healed, and the demo."""
+"""Work of several steps: a sweep over targets and methods, healing, and the demo."""
 
 from __future__ import annotations
 
