@@ -41,9 +41,10 @@ LATENTS: list[tuple[str, dict[str, Any]]] = [
 @pytest.fixture(autouse=True)
 def _text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrate on tokens that a tiny model without a tokenizer knows."""
-    text = SimpleNamespace(ids=tokens().flatten().numpy(), bytes=0)
+    ids = tokens().numpy()
+    text = SimpleNamespace(ids=ids, text_of=(0,) * len(ids), texts=(), short=())
     monkeypatch.setattr(run, "calibration_text", lambda plan: text)
-    monkeypatch.setattr(run, "BLOCK", 24)
+    monkeypatch.setattr(run, "boundary_in", lambda *_: None)
     monkeypatch.setattr(run, "BLOCK_STEPS", STEPS)
 
 

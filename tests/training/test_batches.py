@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from tests.conftest import tiny_config, tiny_model
+from uptrain.data.boundary import Boundary
 from uptrain.models.register import register
-from uptrain.training.batches import Boundary, batch_of
+from uptrain.training.batches import batch_of
 from uptrain.training.distillation import Objective
 from uptrain.training.losses import IGNORED
 

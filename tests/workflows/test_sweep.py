@@ -18,7 +18,7 @@ from tests.evaluation.test_eval_file import keys_of
 from tests.publishing.test_report_page import Document
 from uptrain.checkpoint.events import Events
 from uptrain.cli.app import run
-from uptrain.conversion.calibration.layer_runner import Layer
+from uptrain.conversion.calibration.layer_runner import LayerOnBlock
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.data.sources import Files
@@ -145,7 +145,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         return call
 
     monkeypatch.setattr(trials, "run_plan", counting("conversions", trials.run_plan))
-    monkeypatch.setattr(Layer, "trace", counting("traces", Layer.trace))
+    monkeypatch.setattr(LayerOnBlock, "trace", counting("traces", LayerOnBlock.trace))
     return counts
 
 

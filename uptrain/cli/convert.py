@@ -15,7 +15,15 @@ from uptrain.cli import console
 from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
 from uptrain.cli.healing import heal, planned_healing
 from uptrain.cli.method_help import grouping_help, method_help, seed_help
-from uptrain.cli.options import Command, check_device, device_option, examples, json_option, source_options
+from uptrain.cli.options import (
+    Command,
+    calibration_text_options,
+    check_device,
+    device_option,
+    examples,
+    json_option,
+    source_options,
+)
 from uptrain.cli.types import Share, Size
 from uptrain.errors import UsageError
 from uptrain.formatting import counted, size, typed
@@ -79,13 +87,7 @@ def _latent_options(command: Command) -> Command:
 @click.option("--method", help=method_help())
 @click.option("--grouping", default="contiguous", show_default=True, help=grouping_help())
 @click.option("--seed", type=int, help=seed_help())
-@click.option(
-    "--calibrate", metavar="TEXT", help="(--method calibrated) Calibration text: a file, a glob, a dataset, or builtin "
-    "(default).",
-)  # fmt: skip
-@click.option(
-    "--calibration-tokens", type=int, help="(--method calibrated) Number of tokens of that text. Default: 65536."
-)
+@calibration_text_options("--method calibrated")
 @click.option(
     "--repair", help="(--method calibrated) What gradient steps may change. attention (default), or blocks: each "
     "layer's norms and MLP too, so that more of OUT differs from MODEL.",
@@ -140,8 +142,8 @@ def convert(model: str, out: str | None, **options: Any) -> None:
 
     names = (
         "target", "groups", "grouping", "seed", "dtype", "max_shard_size", "calibrate", "calibration_tokens",
-        "repair", "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope", "q_lora_rank", "engine",
-        "key_weight", "allow_nonfinite",
+        "calibration_block", "repair", "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope",
+        "q_lora_rank", "engine", "key_weight", "allow_nonfinite",
     )  # fmt: skip
     method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
     request = Request(method=method, **{name: options[name] for name in names})

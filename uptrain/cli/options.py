@@ -65,6 +65,35 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 """Add --json to a command that prints a result."""
 
 
+def calibration_text_options(owner: str) -> Callable[[Command], Command]:
+    """Return what adds the options of the calibration text to a command; `owner` says in help what they belong to."""
+
+    def add(command: Command) -> Command:
+        options = (
+            click.option(
+                "--calibrate", multiple=True, metavar="TEXT[:WEIGHT]", callback=_joined, help=f"({owner}) Calibration "
+                "text: a file, a glob, a dataset, or builtin (default). Repeatable, or separated by commas: "
+                "en.txt:2,zh.txt:1 shares the tokens out by weight.",
+            ),
+            click.option(
+                "--calibration-tokens", type=int, help=f"({owner}) Number of tokens of all texts. Default: 65536."
+            ),
+            click.option(
+                "--calibration-block", type=int, help=f"({owner}) Tokens of a calibration block. Default: 1024, or "
+                "MODEL's maximum if that is shorter.",
+            ),
+        )  # fmt: skip
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _joined(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> str | None:
+    return ",".join(values) or None
+
+
 def check_device(computes: bool) -> None:
     """Refuse --device if the command computes nothing on a device.
 
@@ -84,9 +113,10 @@ def texts_of(names: Sequence[str]) -> list[TextSource]:
     Raises:
         UsageError: one of them is not a text.
     """
+    from uptrain.data.documents import with_row_fields
     from uptrain.data.sources import HELD_OUT, text_of_option
 
-    return [text_of_option("--text", name) for name in names] or [HELD_OUT]
+    return [with_row_fields(text_of_option("--text", name)) for name in names] or [HELD_OUT]
 
 
 def check_belongs(names: Sequence[str], owner: str, there: bool) -> None:

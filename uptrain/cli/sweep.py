@@ -9,6 +9,7 @@ import click
 
 from uptrain.cli import console
 from uptrain.cli.options import (
+    calibration_text_options,
     device_option,
     examples,
     json_option,
@@ -41,10 +42,7 @@ if TYPE_CHECKING:
     "separated by commas.",
 )  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the sweep. Default: ./NAME-sweep.")
-@click.option("--calibrate", metavar="TEXT", help="(method calibrated) Calibration text. Default: builtin.")
-@click.option(
-    "--calibration-tokens", type=int, help="(method calibrated) Number of tokens of that text. Default: 65536."
-)
+@calibration_text_options("method calibrated")
 @click.option(
     "--repair-steps", type=int, help="(method calibrated) Gradient steps per layer that refit it; 0 for none. "
     "Default: 40.",

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uptrain.data.boundary import Boundary
 
 REPAIRS = ("attention", "blocks")
 """What gradient steps may change: attention alone, or a layer's norms and MLP too."""
@@ -29,6 +33,8 @@ class CalibrationSettings:
     - `block_steps`: gradient steps per layer that also move its norms and MLP; 0 leaves those as they are.
     - `block_rate`: the learning rate of these steps, relative to each tensor's root mean square.
     - `seed`: the seed of the order of blocks.
+    - `boundary`: the token between documents of a block that are kept apart, None for attention over whole blocks.
+    - `text_of`: which text each block is from; empty for a single text.
     - `memory`: bytes that activations may take; beyond, they go to files.
     - `folder`: where those files are made, None for none.
     """
@@ -47,5 +53,7 @@ class CalibrationSettings:
     block_steps: int = 0
     block_rate: float = 0.003
     seed: int = 0
+    boundary: Boundary | None = None
+    text_of: tuple[int, ...] = ()
     memory: int = 2 * 2**30
     folder: Path | None = None

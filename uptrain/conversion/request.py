@@ -10,6 +10,7 @@ from uptrain.architectures.attention import AttentionSpec
 from uptrain.architectures.mla_rope import MLARope
 from uptrain.checkpoint.header import FLOAT_DTYPES
 from uptrain.conversion.calibration_settings import REPAIRS, CalibrationSettings
+from uptrain.data.sources import weighted_names
 from uptrain.errors import UsageError, did_you_mean
 from uptrain.methods.method import EVERY_PART, Grouping, Method, TargetKind
 from uptrain.methods.registry import (
@@ -47,8 +48,9 @@ class Request:
     - `dtype`: what floating weights are stored as. Default: as they are.
     - `max_shard_size`: bytes per file of weights. Default: as the source is split.
     - `grouping`: a name in `GROUPINGS`: which heads share one.
-    - `calibrate`: text for a method that needs text: a file, a dataset or `builtin`.
-    - `calibration_tokens`: how many tokens of it are read at most.
+    - `calibrate`: text for a method that needs text: a file, a dataset or `builtin`; several as TEXT:WEIGHT,….
+    - `calibration_tokens`: how many tokens of all texts are read at most.
+    - `calibration_block`: tokens of a calibration block.
     - `repair`: what such a method repairs: `attention` (default), or `blocks`, each layer's norms and MLP too.
     - `repair_steps`: gradient steps per layer that repair attention.
     - `kv_lora_rank`: (mla) values of the latent per token.
@@ -70,6 +72,7 @@ class Request:
     grouping: str = "contiguous"
     calibrate: str | None = None
     calibration_tokens: int | None = None
+    calibration_block: int | None = None
     repair: str | None = None
     repair_steps: int | None = None
     kv_lora_rank: int | None = None
@@ -101,6 +104,9 @@ class Request:
             raise UsageError(
                 "--calibration-tokens or --repair-steps is too small.", "Give at least 1 token, and no negative steps."
             )
+        if self.calibration_block is not None and self.calibration_block < 2:
+            raise UsageError(f"--calibration-block {self.calibration_block} is too small.", "Give at least 2 tokens.")
+        weighted_names("--calibrate", self.chosen_text)
         if self.kind.groups is not None and self.groups not in (None, self.kind.groups):
             raise UsageError(
                 f"--groups {self.groups} contradicts --to {self.target}, which has one key/value head.",

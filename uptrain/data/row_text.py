@@ -64,6 +64,13 @@ def messages_of(value: Any) -> list[dict[str, Any]] | None:
     return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 
+def chat_field_of(row: Any, text_field: str) -> str | None:
+    """Return the first field of a row that holds a conversation; None where `text_field` holds text, or none does."""
+    if not isinstance(row, dict) or isinstance(row.get(text_field), str):
+        return None
+    return next((str(name) for name, value in row.items() if messages_of(value) is not None), None)
+
+
 def no_field(row: Any, field: str, where: str, wanted: str, option: str) -> UsageError:
     """Return the error for a row without the wanted content.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,10 @@ FORMAT_READERS = frozenset(
 )  # fmt: skip
 """Names that `datasets.load_dataset` takes for a file format. It then reads every such file of the current folder."""
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py", ".jsonl", ".ndjson", ".parquet")
+
+
+BUILTIN_TEXT = "python-stdlib"
+_WEIGHTED = re.compile(r"(.+):([^:/\\]*)")
 
 
 class Strict(BaseModel):
@@ -176,6 +182,41 @@ def text_of_option(option: str, name: str) -> TextSource:
             "Name a file with its ending, such as corpus.txt, a glob, ./FOLDER, or a dataset as OWNER/NAME.",
         ) from None
     return found
+
+
+def weighted_names(option: str, value: str) -> dict[str, float]:
+    """Return the names and weights in TEXT[:WEIGHT],…, in order; a text without a weight has 1.
+
+    The name of an existing file is a file's name, even where it has a comma or ends like a weight.
+
+    Raises:
+        UsageError: a name is empty or given twice, or a weight is not a positive number.
+    """
+    found: dict[str, float] = {}
+    for item in [value] if _is_file(value) else value.split(","):
+        name, weight = _weighted(option, item.strip())
+        if not name or name in found:
+            problem = f"names {name} twice" if name else "names an empty text"
+            raise UsageError(f"{option} {value} {problem}.", "Write TEXT:WEIGHT,TEXT:WEIGHT, each text once.")
+        found[name] = weight
+    return found
+
+
+def _weighted(option: str, item: str) -> tuple[str, float]:
+    parts = None if _is_file(item) else _WEIGHTED.fullmatch(item)
+    if parts is None:
+        return item, 1.0
+    try:
+        weight = float(parts[2])
+    except ValueError:
+        if not parts[1].endswith(TEXT_ENDINGS):
+            return item, 1.0
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UsageError(
+            f"{option} {item}: the weight {parts[2]} is not a positive number.", f"For example {parts[1]}:2."
+        )
+    return parts[1], weight
 
 
 def _is_file(name: str) -> bool:

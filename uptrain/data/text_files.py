@@ -60,6 +60,19 @@ def files_of(source: Files) -> list[Path]:
     return found
 
 
+def first_row(source: Files) -> Any:
+    """Return the first row of the first of a source's files that has rows, with all its fields; None without rows.
+
+    Raises:
+        UsageError: a file does not exist or can't be read.
+    """
+    for path in filter(has_rows, files_of(source)):
+        rows = _jsonl(path) if path.suffix != ".parquet" else _parquet(path, None)
+        for _, row in rows:
+            return row
+    return None
+
+
 def has_rows(path: Path) -> bool:
     """Return whether a file's ending says that it holds rows with fields; any other file is one document."""
     return path.suffix in (".jsonl", ".ndjson", ".parquet")
@@ -100,7 +113,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}, line {number},", value
 
 
-def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a Parquet file with one `field` each, or with all of them where it is None."""
     with needing("Reading Parquet"):
         import pyarrow as pa
         from pyarrow import parquet
@@ -108,13 +122,13 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         # Without a buffer, pyarrow reads a row group's whole column at once, and many files have one row group.
         with parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            if field not in names:
+            if field is not None and field not in names:
                 raise no_field(dict.fromkeys(names), field, f"{path}", "column", "text_field or chat_field")
             number = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for value in batch.column(field).to_pylist():
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field] if field else None):
+                for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number},", {field: value}
+                    yield f"{path}, row {number},", row
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"{path} can't be read as Parquet: {reason}.", "Was it copied whole?") from None

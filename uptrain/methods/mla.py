@@ -12,7 +12,7 @@ from uptrain.methods.energy import rotated_energy, weighted_energy
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import factor, matrix_root
 from uptrain.methods.method import ExplainedEnergy
-from uptrain.methods.mla_energy import LatentWeights, key_energy, pair_energies, pairs_energy, per_key_head
+from uptrain.methods.mla_energy import LatentWeights, key_energy, map_columns, pair_energies, pairs_energy, per_key_head
 from uptrain.methods.mla_layer import LatentMaps
 from uptrain.methods.rotary import Rotary, apply_factor, to_complex
 
@@ -63,25 +63,41 @@ def factor_latent(
     problem = _Problem(layer, shape, position, weights)
     keys = problem.keys()
     found = problem.joint(keys, key_weight)
-    biased = any(bias is not None for bias in (layer.q_bias, layer.k_bias, layer.v_bias))
+    k_ups = torch.stack(found.k_ups) if found.k_ups else found.down.new_zeros(layer.kv_heads, 0, shape.rank)
+    expanded = k_ups, torch.stack(found.v_ups)
+    maps = latent_maps(layer, (keys.q_nope, keys.q_rope), (found.down, keys.shared), expanded)
+    return maps, problem.explained(keys, found)
+
+
+def latent_maps(
+    layer: HeadMaps, queries: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], expanded: tuple[Tensor, Tensor]
+) -> LatentMaps:
+    """Return a layer's latent from maps of x̃, with biases where the layer has any.
+
+    - `layer`: the source's layer, whose output projection stays.
+    - `queries`: (H, Dn, d̃) and (H, Dr, d̃), for the latent's keys and for the shared rotary key.
+    - `cached`: (r, d̃) and (Dr, d̃), the latent and the shared rotary key.
+    - `expanded`: (n, Dn, r) and (n, Dv, r), what expands the latent to keys and values.
+    """
+    q_nope, q_rope, down, k_rope = *queries, *cached
+    biased = map_columns(layer) == slice(None)
 
     def bias(rows: Tensor) -> Tensor | None:
         return rows[..., -1] if biased else None
 
-    maps = LatentMaps(
-        q_nope=keys.q_nope[..., :-1],
-        q_rope=keys.q_rope[..., :-1],
-        down=found.down[..., :-1],
-        k_rope=keys.shared[..., :-1],
-        k_up=torch.stack(found.k_ups) if found.k_ups else found.down.new_zeros(layer.kv_heads, 0, shape.rank),
-        v_up=torch.stack(found.v_ups),
+    return LatentMaps(
+        q_nope=q_nope[..., :-1],
+        q_rope=q_rope[..., :-1],
+        down=down[..., :-1],
+        k_rope=k_rope[..., :-1],
+        k_up=expanded[0],
+        v_up=expanded[1],
         o=layer.o,
-        q_nope_bias=bias(keys.q_nope),
-        q_rope_bias=bias(keys.q_rope),
-        down_bias=bias(found.down),
-        k_rope_bias=bias(keys.shared),
+        q_nope_bias=bias(q_nope),
+        q_rope_bias=bias(q_rope),
+        down_bias=bias(down),
+        k_rope_bias=bias(k_rope),
     )
-    return maps, problem.explained(keys, found)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,43 @@ class LatentWeights:
         return self.mean_rotation
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatentMoments:
+    """What calibration text says of a layer's inputs x̃ = [x; 1] and distances, float64. d̃ = d + 1, H query heads.
+
+    - `queries`: (H, D, D), each query head's second moment.
+    - `keys`: (d̃, d̃), E[x̃x̃ᵀ] weighted by the sensitivity that inputs receive as keys, of any total weight.
+    - `values`: (d̃, d̃), E[x̃x̃ᵀ] of inputs as attention averages them into values, of any total weight.
+    - `distances`: (H, T), how much attention looks back by each distance.
+    - `inverse_frequencies`: (pairs,), radians per token; None where keys see no rotation.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    distances: Tensor
+    inverse_frequencies: Tensor | None
+
+    def weights(self, layer: HeadMaps) -> LatentWeights:
+        """Return the weights of the errors of `layer` under one moment: the mean of the two at unit trace."""
+        rotation = None
+        if self.inverse_frequencies is not None:
+            rotation = mean_rotation(self.inverse_frequencies, self.distances)
+        moment = self.keys / self.keys.trace() + self.values / self.values.trace()
+        return LatentWeights(self.queries, output_energy(layer), damped(moment, DAMPING), rotation)
+
+    def of_keys(self, columns: slice) -> tuple[Tensor, Tensor]:
+        """Return the keys' moment and mean, of a total weight of 1, in some `columns` of x̃."""
+        moment = self.keys / self.keys[-1, -1]
+        return moment[columns, columns], moment[-1, columns]
+
+
+def map_columns(layer: HeadMaps) -> slice:
+    """Return the columns of x̃ that the layer's maps have: without biases, not the last."""
+    biased = any(bias is not None for bias in (layer.q_bias, layer.k_bias, layer.v_bias))
+    return slice(None) if biased else slice(-1)
+
+
 def plain_weights(layer: HeadMaps, inverse_frequencies: Tensor | None) -> LatentWeights:
     """Return the weights that need no text: identities, and an assumed fall-off of attention with distance."""
     dims, value_dims = layer.k.shape[1], layer.v.shape[1]
@@ -59,21 +96,6 @@ def plain_weights(layer: HeadMaps, inverse_frequencies: Tensor | None) -> Latent
         second_moment=None,
         mean_rotation=rotation,
     )
-
-
-def calibrated_weights(
-    layer: HeadMaps, queries: Tensor, second_moment: Tensor, distances: Tensor, inverse_frequencies: Tensor | None
-) -> LatentWeights:
-    """Return the weights that text gives.
-
-    - `layer`: the source's layer.
-    - `queries`: (H, D, D), each query head's second moment.
-    - `second_moment`: (d̃, d̃), E[x̃x̃ᵀ] of the layer's input, not damped yet.
-    - `distances`: (H, T), how much attention looks back by each distance.
-    - `inverse_frequencies`: (pairs,), radians per token, None where keys see no rotation.
-    """
-    rotation = None if inverse_frequencies is None else mean_rotation(inverse_frequencies, distances)
-    return LatentWeights(queries, output_energy(layer), damped(second_moment, DAMPING), rotation)
 
 
 def mean_rotation(inverse_frequencies: Tensor, distances: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ METHODS: dict[str, Method] = _by_name((
     Method(
         name="calibrated", summary="heads factored by the activations of the model on a text, and repaired on it",
         convert=_calibrated, convert_latent=_calibrated_latent, needs_torch=True, needs_text=True,
-        groupings=("contiguous",), options=("calibrate", "calibration_tokens", "repair", "repair_steps", "seed"),
+        groupings=("contiguous",),
+        options=("calibrate", "calibration_tokens", "calibration_block", "repair", "repair_steps", "seed"),
     ),
 ))  # fmt: skip
 """Every method by its name, in the order in which help, tables and pictures show them.

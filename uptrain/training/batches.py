@@ -10,22 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uptrain.data.text_encoder import TextEncoder
+from uptrain.data.boundary import Boundary, positions_of
 from uptrain.training.losses import IGNORED
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """The token between two documents. `ends` is true where it ends a document, false where it begins one."""
-
-    token: int
-    ends: bool
-
-    @staticmethod
-    def of(encoder: TextEncoder) -> Boundary | None:
-        """Return the boundary that the encoder's separator makes between documents, or None where there is none."""
-        separator = encoder.separator
-        return Boundary(separator[0], separator[0] == encoder.tokenizer.eos_token_id) if separator else None
 
 
 @dataclass(frozen=True)
@@ -80,11 +66,9 @@ def batch_of(blocks: NDArray[np.integer[Any]], boundary: Boundary | None, has_en
         targets[:, : ids.shape[1] // 2 - 1] = IGNORED
     if boundary is None:
         return Batch(ids, targets, None)
-    starts = torch.zeros_like(ids, dtype=torch.bool)
-    starts[:, 1:] = ids[:, :-1] == boundary.token if boundary.ends else ids[:, 1:] == boundary.token
+    starts = boundary.starts(ids.numpy())
     if not starts.any():
         return Batch(ids, targets, None)
     # The first token of a document is not predicted from the document before it.
-    targets[:, :-1][starts[:, 1:]] = IGNORED
-    index = torch.arange(ids.shape[1]).expand_as(ids)
-    return Batch(ids, targets, index - torch.where(starts, index, 0).cummax(dim=1).values)
+    targets[:, :-1][torch.from_numpy(starts[:, 1:])] = IGNORED
+    return Batch(ids, targets, torch.from_numpy(positions_of(starts)))

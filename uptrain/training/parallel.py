@@ -17,10 +17,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from uptrain.data.block_reader import Tokens
+from uptrain.data.boundary import Boundary
 from uptrain.data.text_encoder import TextEncoder
 from uptrain.errors import UsageError
 from uptrain.models.checks import check_tokens
-from uptrain.training.batches import Batch, Boundary, batch_of
+from uptrain.training.batches import Batch, batch_of
 from uptrain.training.distillation import Objective
 from uptrain.training.losses import IGNORED
 from uptrain.training.metrics import LossMetrics

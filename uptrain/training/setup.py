@@ -15,12 +15,12 @@ from uptrain.architectures.quantization import check_trainable
 from uptrain.checkpoint.output_folder import check_out
 from uptrain.checkpoint.source import Source, resolve
 from uptrain.data.block_reader import BlockReader
+from uptrain.data.boundary import Boundary
 from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_text import TokenText
 from uptrain.models.checks import check_heads
 from uptrain.models.opened import open_model
 from uptrain.training.accelerator import seed_process, shards
-from uptrain.training.batches import Boundary
 from uptrain.training.blocks import make_reader
 from uptrain.training.distillation import Objective
 from uptrain.training.held_out import read_held_out

@@ -13,11 +13,12 @@ from uptrain.conversion.calibration.attention_probabilities import Reached
 from uptrain.conversion.calibration.head_sharing import share_layer
 from uptrain.conversion.calibration.layer_runner import Layer, LayerOnBlock, NumberedBlocks
 from uptrain.conversion.calibration.refit import Maps
-from uptrain.conversion.calibration.statistics import gather_moments, latent_weights
+from uptrain.conversion.calibration.statistics import gather_moments, latent_moments
 from uptrain.methods.head_conversion import ModuleWeights, maps_of
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.method import Converted
-from uptrain.methods.mla import LatentShape, factor_latent
+from uptrain.methods.mla import LatentShape
+from uptrain.methods.mla_calibrated import fitted_latents
 from uptrain.methods.mla_layer import Angles, LatentMaps, mix_heads
 from uptrain.methods.rotary import Rotary
 
@@ -143,12 +144,9 @@ class DecoupledLatent:
 
 def _latents(maker: PlainLatent | DecoupledLatent, layer: Layer, hidden: NumberedBlocks) -> list[Converted[LatentMaps]]:
     source = maps_of(maker.source)
-    weights = latent_weights(layer, source, hidden, maker.inverse_frequencies)
-    made = []
-    for key_weight in maker.key_weights:
-        maps, explained = factor_latent(source, maker.shape, maker.position, weights, key_weight)
-        made.append(Converted(as_float(maps, maker.device), {"calibrated": explained}))
-    return made
+    moments = latent_moments(layer, source, hidden, maker.inverse_frequencies)
+    found = fitted_latents(source, maker.shape, maker.position, moments, maker.key_weights)
+    return [Converted(as_float(maps, maker.device), {"calibrated": explained}) for maps, explained in found]
 
 
 def as_float(maps: M, device: torch.device) -> M:

@@ -79,7 +79,7 @@ def calibrate(
     runner = LayerRunner(target.source, devices.device())
     shape = (*blocks.shape, runner.config.hidden_size)
     with open_activations(shape, settings.memory, settings.folder) as activations:
-        for block, hidden in enumerate(runner.embed(blocks)):
+        for block, hidden in enumerate(runner.embed(blocks, settings.boundary)):
             activations.original[block] = activations.converted[block] = hidden.cpu()
         converter = _Converter(target, runner, activations, settings, cache)
         for index in range(len(target.before)):

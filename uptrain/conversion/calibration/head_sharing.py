@@ -22,6 +22,8 @@ FAR = 0.1
 """Share of evenly spread distances in a kernel: a text of few tokens says little of the far ones."""
 ROUNDS = 8
 """Rounds of the alternated fits. Most is gained in the first three."""
+CANDIDATES = 4
+"""The most ways to share a layer's heads that are tried."""
 CUTS = (0.75, 0.625, 0.5, 0.375, 0.25)
 """Shares of the rope pairs before the slow ones that are factored as if they were not rotated."""
 

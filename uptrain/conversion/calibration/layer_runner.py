@@ -10,6 +10,7 @@ from threading import Thread
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from uptrain.architectures.description import CheckpointDescription
 from uptrain.architectures.embeddings import stored_table
 from uptrain.checkpoint.dtypes import as_float32
 from uptrain.conversion.calibration.attention_probabilities import CAPTURE, Reached, in_parts
+from uptrain.conversion.calibration.recorded_calls import BlockCall, Call, LayerCalls
+from uptrain.data.boundary import Boundary, positions_of
 from uptrain.errors import CheckpointError
 
 Parameters = dict[str, Tensor]
@@ -30,26 +33,6 @@ NumberedBlocks = Iterable[tuple[int, Tensor]]
 """Blocks of hidden states (T, d) float32, each after its number in the text."""
 Attend = Callable[[Tensor, Tensor | None], Tensor]
 """Maps an attention's input (T, d) and its mask to its output (T, d)."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the model passes to a decoder layer besides the hidden states: masks, rotary tables, positions."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """What the model passes to a decoder layer on one block.
-
-    - `positions`: (T,) int64, of its tokens.
-    - `by_kind`: returns what the model passes, by attention implementation ("eager", "sdpa").
-    """
-
-    positions: Tensor
-    by_kind: Callable[[str], Call]
 
 
 @dataclass(frozen=True)
@@ -201,30 +184,61 @@ class LayerRunner:
         self.config = self._base.config
         self._path, self._attention = source.family.inside()
         self.layers: nn.ModuleList = self._base.get_submodule(self._path)
-        self._calls: list[dict[str, Call]] = [{} for _ in self.layers]
-        self._positions = torch.empty(0, dtype=torch.int64)
+        self._calls = LayerCalls(torch.empty(0, 0, dtype=torch.int64))
         self._table = stored_table(source)
 
     @torch.no_grad()
-    def embed(self, blocks: Tensor) -> Iterator[Tensor]:
+    def embed(self, blocks: Tensor, boundary: Boundary | None = None) -> Iterator[Tensor]:
         """Yield each block's hidden states (T, d) before the first layer, from blocks (n, T) int64.
 
         Of the table of tokens only the rows that the blocks name are read, since it can outweigh all else. The first
-        block also records what the model passes to each of its layers, which is the same for all.
+        block also records what the model passes to each of its layers, which is the same for all blocks that are one
+        document; each block of several documents records its own.
+
+        - `blocks`: (n, T) int64.
+        - `boundary`: the token between documents that are kept apart, which positions that start at 0 in each do. None
+          for attention over the whole block; a model that `isolates` none has no other.
         """
-        self._positions = torch.arange(blocks.shape[1])
+        starts = np.zeros(blocks.shape, np.bool_) if boundary is None else boundary.starts(blocks.numpy())
+        self._calls = LayerCalls(torch.from_numpy(positions_of(starts)))
+        kinds = dict.fromkeys((self.config._attn_implementation, "eager"))
+        with self._embedding(blocks):
+            for kind in kinds:
+                self._calls.record(None, kind, self._enter(blocks[:1], kind=kind)[1])
+            for number, block in enumerate(blocks):
+                if self._calls.is_straight(number):
+                    yield self._enter(block[None])[0]
+                    continue
+                own = self._calls.positions[number][None]
+                for kind in () if self._calls.has(number) else kinds:
+                    self._calls.record(number, kind, self._enter(block[None], own, kind)[1])
+                yield self._enter(block[None], own)[0]
+
+    @torch.no_grad()
+    def isolates(self, token: int) -> bool:
+        """Return whether positions that start at 0 keep documents in a block apart; not every class does that.
+
+        The model's own forward is given the same `token` twice, as two documents. They must be the same to it, and
+        every layer must be given a mask that hides the first from the second. Ends the runner's use.
+        """
+        block = torch.tensor([[token, token]])
+        with self._embedding(block):
+            try:
+                hidden, calls = self._enter(block, torch.zeros_like(block), "eager")
+            except TypeError:  # the class has no parameter for positions
+                return False
+        return torch.equal(hidden[0], hidden[1]) and all(map(_hides_first, calls.values()))
+
+    @contextmanager
+    def _embedding(self, blocks: Tensor) -> Iterator[None]:
+        """Have the weights of all that is not a layer for a while; of the table of tokens, the rows of `blocks`."""
         others = list(self._other_modules())
         table, wanted = self._base.get_input_embeddings(), blocks.unique()
         for owner, name, path in others:
             self._fill(owner.get_submodule(name), f"{self.source.prefix}{path}.", {table: wanted})
         table.padding_idx = None
         table.register_forward_pre_hook(partial(_renumbered, wanted.to(self.device)))
-        usual = self.config._attn_implementation
-        for kind in dict.fromkeys((usual, "eager")):
-            with implementation(self.config, kind):
-                self._enter(blocks[:1], kind)
-        for block in blocks:
-            yield self._enter(block[None], None)
+        yield
         for owner, name, _ in others:
             setattr(owner, name, nn.Identity())
 
@@ -247,24 +261,33 @@ class LayerRunner:
         following = [name for name in self.source.tensors if name.startswith(self._base_of(index + 1))]
         # In a thread, because the call waits while the disk's queue is full.
         Thread(target=self.source.checkpoint.prefetch, args=(following,), daemon=True).start()
-        call = BlockCall(self._positions, self._calls[index].__getitem__)
+        call = partial(self._calls.on, index)
         try:
-            yield Layer(module, self._attention, self.source.family.projections.o, self.config, lambda block: call)
+            yield Layer(module, self._attention, self.source.family.projections.o, self.config, call)
         finally:
             self.layers[index] = nn.Identity()
 
     def _base_of(self, index: int) -> str:
         return f"{self.source.prefix}{self._path}.{index}."
 
-    def _enter(self, block: Tensor, record: str | None) -> Tensor:
-        """Run the model's own forward with layers that pass their input on, and return the first one's input."""
+    def _enter(
+        self, block: Tensor, positions: Tensor | None = None, kind: str | None = None
+    ) -> tuple[Tensor, dict[int, Call]]:
+        """Run the model's own forward with layers that pass their input on.
+
+        Return the first layer's input (T, d), and what each layer is passed.
+
+        - `block`: (1, T) int64.
+        - `positions`: (1, T) int64, None for 0 … T − 1.
+        - `kind`: the implementation of attention, None for the model's usual one.
+        """
         seen: list[Tensor] = []
+        calls: dict[int, Call] = {}
 
         def stand_in(index: int) -> Any:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 seen.append(hidden_states)
-                if record is not None:
-                    self._calls[index][record] = Call(args, kwargs)
+                calls[index] = Call(args, kwargs)
                 # The first layer's, because models that take a layer's tuple apart take apart a tensor here.
                 return seen[0]
 
@@ -272,12 +295,14 @@ class LayerRunner:
 
         for index, layer in enumerate(self.layers):
             layer.forward = stand_in(index)
+        placed = {} if positions is None else {"position_ids": positions.to(self.device)}
         try:
-            self._base(input_ids=block.to(self.device), use_cache=False)
+            with implementation(self.config, kind or self.config._attn_implementation):
+                self._base(input_ids=block.to(self.device), use_cache=False, **placed)
         finally:
             for layer in self.layers:
                 del layer.forward
-        return seen[0][0]
+        return seen[0][0], calls
 
     def _fill(self, module: nn.Module, base: str, rows: Mapping[nn.Module, Tensor] = MappingProxyType({})) -> None:
         """Read a module's parameters; of a module in `rows` only those rows."""
@@ -318,3 +343,13 @@ def _renumbered(wanted: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) ->
 def _hidden(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden[0]
+
+
+def _hides_first(call: Call) -> bool:
+    """Return whether a call has a mask that hides the first of two tokens from the second."""
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, Tensor) and value.shape[-2:] == (2, 2):
+            # Whatever says so in this family's masks, it is what hides the second from the first.
+            first, unseen, itself = value[..., 1, 0], value[..., 0, 1], value[..., 1, 1]
+            return bool((first == unseen).all() and (first != itself).all())
+    return False

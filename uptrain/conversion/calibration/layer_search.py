@@ -33,6 +33,7 @@ class LayerChoice:
     - `block_steps`: the gradient steps that moved the layer's norms and MLP too.
     - `error_shared`, `error_refit`, `error_attention`, `error`: the relative squared error of the layer's output on
       held-out text, after sharing, after the refit, after the steps of attention and after those of the whole layer.
+    - `error_by_text`: the last error on each text; empty with one text.
     """
 
     moments: str
@@ -45,6 +46,7 @@ class LayerChoice:
     error_refit: float
     error_attention: float
     error: float
+    error_by_text: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class LayerSearch(Generic[Maps]):
 
     def __post_init__(self) -> None:
         count = len(self.activations.original)
-        self._check = held_out(count, self.settings.held_out)
+        self._check = held_out(count, self.settings.held_out, self.settings.text_of)
         self._fit = [block for block in range(count) if block not in self._check]
 
     def convert(self) -> tuple[Maps, dict[str, ExplainedEnergy], LayerChoice]:
@@ -106,7 +108,7 @@ class LayerSearch(Generic[Maps]):
         self.advance(maps)
         choice = LayerChoice(
             fitted.moments, fitted.refit, fitted.drift, fitted.damping, steps, block_steps,
-            shared_error, refit_error, attention_error, error,
+            shared_error, refit_error, attention_error, error, self._errors_by_text(),
         )  # fmt: skip
         return maps, fitted.explained, choice
 
@@ -115,6 +117,16 @@ class LayerSearch(Generic[Maps]):
         maps = as_float(maps, self.device)
         for block, hidden in enumerate(self.activations.converted):
             self.activations.converted[block] = self.maker.run(self.layer.on(block), hidden.to(self.device), maps).cpu()
+
+    def _errors_by_text(self) -> tuple[float, ...]:
+        """Return the error of each text's held-out blocks, after the layer has run; empty with one text."""
+        sums: dict[int, list[float]] = {}
+        for block in sorted(self._check) if self.settings.text_of else ():
+            output = self.activations.converted[block].to(self.device)
+            wrong, total = self._apart(output, self.activations.target[block].to(self.device), block)
+            found = sums.setdefault(self.settings.text_of[block], [0.0, 0.0])
+            found[0], found[1] = found[0] + float(wrong), found[1] + float(total)
+        return tuple(wrong / total for _, (wrong, total) in sorted(sums.items()))
 
     def _moment_kinds(self) -> tuple[str, ...]:
         """Return the activations to try. Before the first layer both are the same."""
@@ -191,7 +203,7 @@ class LayerSearch(Generic[Maps]):
             if drifting:
                 targets["gap"] = (original - hidden) / self.gain
             into = check if block in self._check else fit
-            into.add(mixed, self._token_weights(original), targets)
+            into.add(mixed, self._token_weights(original, block), targets)
         return fit, check
 
     def _attention_target(self, block: int) -> Tensor:
@@ -207,7 +219,7 @@ class LayerSearch(Generic[Maps]):
         target = self._attention_target(block)
         if drift:
             target = target + drift * (original - hidden) / self.gain
-        weights = self._token_weights(original)[:, None]
+        weights = self._token_weights(original, block)[:, None]
         output = self.maker.mix(self.layer.on(block), hidden, maps) @ maps.o.flatten(1).mT
         return (weights * (output - target).square()).sum() / (weights * target.square()).sum()
 
@@ -236,23 +248,41 @@ class LayerSearch(Generic[Maps]):
         return error if error == error else float("inf")
 
     def _wrong(self, block: int, maps: Maps) -> tuple[Tensor, Tensor]:
-        target = self.activations.target[block].to(self.device)
-        weights = self._token_weights(target)[:, None]
         output = self.maker.run(self.layer.on(block), self.activations.converted[block].to(self.device), maps)
+        return self._apart(output, self.activations.target[block].to(self.device), block)
+
+    def _apart(self, output: Tensor, target: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Return how far a layer's output (T, d) on a block is from its target, and the target's energy."""
+        weights = self._token_weights(target, block)[:, None]
         return (weights * (output - target).square()).sum(), (weights * target.square()).sum()
 
-    def _token_weights(self, hidden: Tensor) -> Tensor:
-        """Return the weights (T,) of tokens: the inverse of their energy, which the next norm removes."""
+    def _token_weights(self, hidden: Tensor, block: int) -> Tensor:
+        """Return the weights (T,) of a block's tokens: the inverse of their energy, which the next norm removes.
+
+        A document's first token, which attention reads when it needs nothing else, has more by the document's length.
+        """
         weights = 1 / hidden.square().mean(-1).clamp(min=1e-12)
-        weights = weights / weights[1:].mean()
-        weights[0] *= self.settings.first_token
+        positions = self.layer.on(block).positions
+        later = (positions > 0).to(weights.device)
+        weights = weights / (weights[later] if later.any() else weights).mean()
+        first = (positions == 0).nonzero().flatten()
+        lengths = torch.cat([first, torch.tensor([len(positions)])]).diff()
+        least = min(1.0, self.settings.first_token)
+        weights[first] *= (self.settings.first_token * lengths / len(positions)).clamp(min=least).to(weights)
         return weights
 
 
-def held_out(blocks: int, share: float) -> frozenset[int]:
-    """Return which of `blocks` blocks are held out: evenly spaced, at least one, at most half."""
-    count = min(max(1, round(blocks * share)), blocks // 2)
-    return frozenset(int((i + 0.5) * blocks / count) for i in range(count))
+def held_out(blocks: int, share: float, text_of: Sequence[int] = ()) -> frozenset[int]:
+    """Return which of `blocks` blocks are held out: of each text evenly spaced, at least one, at most half.
+
+    `text_of` says which text each block is from; empty for a single text.
+    """
+    found: set[int] = set()
+    for text in sorted(set(text_of)) or [0]:
+        own = [block for block in range(blocks) if not text_of or text_of[block] == text]
+        count = min(max(1, round(len(own) * share)), len(own) // 2)
+        found |= {own[int((i + 0.5) * len(own) / count)] for i in range(count)}
+    return frozenset(found)
 
 
 def spread(blocks: Sequence[int], count: int) -> Sequence[int]:

@@ -12,9 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.calibration.attention_probabilities import VALUES, in_parts
-from uptrain.conversion.calibration.layer_search import held_out
 from uptrain.conversion.calibration.targets import CalibrationTarget
-from uptrain.conversion.calibration_settings import CalibrationSettings
 
 CODE = 36 * 2**20
 """Bytes of torch's kernels, their buffers and the model's own class, in memory once they are used."""
@@ -26,8 +24,8 @@ def held_bytes() -> int:
     return held
 
 
-def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int, repairs_blocks: bool = False) -> int:
-    """Estimate the most bytes that converting one layer on `blocks` blocks of `tokens` tokens takes at a time.
+def working_bytes(target: CalibrationTarget[Any], tokens: int, checked: int, repairs_blocks: bool = False) -> int:
+    """Estimate the most bytes that converting one layer on blocks of `tokens` tokens, `checked` held out, takes.
 
     A layer's weights and the activations of one block are float32. In addition there are, first, the float64 moments of
     each group, the probabilities that they are gathered from, and the heads in both precisions; later, the float64
@@ -42,12 +40,21 @@ def working_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int, repa
     square = 8 * max(hidden_size + 1, mixed) ** 2
     heads = 2 * hidden_size * (spec.num_attention_heads + spec.num_key_value_heads) * spec.head_dim
     activations = 4 * tokens * (weights // hidden_size + target.extra_activations * mixed)
-    moments = 12 * heads + square * target.moments
+    moments = target.weight_bytes * heads + square * target.moments
     probabilities = 3 * 4 * _probabilities(checkpoint, spec.num_attention_heads, tokens)
-    checked = 4 * len(held_out(blocks, CalibrationSettings.held_out)) * tokens * (mixed + 2 * hidden_size)
-    refit = 8 * heads + 9 * square + checked
+    held = 4 * checked * tokens * (mixed + 2 * hidden_size)
+    refit = 8 * heads + 9 * square + held
     repair = 4 * 4 * weights + activations if repairs_blocks else 0
     return CODE + 4 * weights + activations + max(moments + probabilities, refit, repair)
+
+
+def mask_bytes(target: CalibrationTarget[Any], tokens: int, blocks: int) -> int:
+    """Return the most bytes of the masks of `blocks` blocks of `tokens` tokens that hold several documents each.
+
+    They are kept as bits, one mask for each width of sliding window; one of them at a time is as the layer reads it.
+    """
+    windows = len({spec.sliding_window for spec in target.before})
+    return tokens**2 * (windows * blocks // 8 + 8) if blocks else 0
 
 
 def _probabilities(checkpoint: Checkpoint, heads: int, tokens: int) -> int:

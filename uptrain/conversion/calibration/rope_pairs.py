@@ -6,23 +6,27 @@ import torch
 from torch import Tensor
 
 from uptrain.conversion.calibration.layer_runner import LayerRunner
-from uptrain.conversion.calibration.statistics import latent_weights
+from uptrain.conversion.calibration.statistics import latent_moments
 from uptrain.conversion.calibration.targets import MLATarget
+from uptrain.data.boundary import Boundary
 from uptrain.methods.head_conversion import maps_of, rotary_of
 from uptrain.methods.mla_energy import choose_rope_pairs, rotary_savings
 from uptrain.models import devices
 
 
 @torch.no_grad()
-def rope_pairs_by_text(target: MLATarget, blocks: Tensor, places: int) -> tuple[int, ...]:
+def rope_pairs_by_text(target: MLATarget, blocks: Tensor, boundary: Boundary | None, places: int) -> tuple[int, ...]:
     """Return which of the source's rotary pairs each of `places` shared pairs has.
 
-    The source's layers run on `blocks` (n, T) int64.
+    - `target`: what the layers become.
+    - `blocks`: (n, T) int64, the text that the source's layers run on.
+    - `boundary`: the token between documents that are kept apart, None for none.
+    - `places`: how many pairs are chosen.
 
     Source: the cost of an unrotated component, summed over layers; see `rotary_savings`.
     """
     runner = LayerRunner(target.source, devices.device())
-    states = list(runner.embed(blocks))
+    states = list(runner.embed(blocks, boundary))
     inverse_frequencies = torch.tensor(target.inverse_frequencies, dtype=torch.float64)
     savings = []
     for index, spec in enumerate(target.before):
@@ -31,7 +35,7 @@ def rope_pairs_by_text(target: MLATarget, blocks: Tensor, places: int) -> tuple[
             raise ValueError("only rotary keys have pairs to choose")
         maps = maps_of(target.read(index))
         with runner.layer(index) as layer:
-            weights = latent_weights(layer, maps, enumerate(states), inverse_frequencies)
+            weights = latent_moments(layer, maps, enumerate(states), inverse_frequencies).weights(maps)
             savings.append(rotary_savings(maps, position, weights))
             states = [layer.on(block).run(hidden) for block, hidden in enumerate(states)]
     return choose_rope_pairs(savings, places)

@@ -13,7 +13,7 @@ from uptrain.conversion.calibration.layer_runner import Layer, NumberedBlocks, P
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.joint_keys import KeyMoments
 from uptrain.methods.joint_values import ValueMoments
-from uptrain.methods.mla_energy import LatentWeights, calibrated_weights
+from uptrain.methods.mla_energy import LatentMoments
 from uptrain.methods.shared_heads import DAMPING
 
 VALUE_SQUARES = 4
@@ -85,14 +85,13 @@ def gather_moments(
 
 
 @torch.no_grad()
-def latent_weights(
+def latent_moments(
     layer: Layer, maps: HeadMaps, hidden: NumberedBlocks, inverse_frequencies: Tensor | None
-) -> LatentWeights:
-    """Gather the weights of a layer's errors over blocks of hidden states, each run through the source's attention.
+) -> LatentMoments:
+    """Gather what a latent of a layer is fitted to, over blocks of hidden states, each run through its attention.
 
-    One second moment must serve keys and values. It is the mean of two of unit trace: inputs weighted by the
-    sensitivity p(1 − p) that they receive as keys, and inputs as attention averages them into values. Distances count
-    by the same sensitivity.
+    Inputs count as keys by the sensitivity p(1 − p) that they receive, and as values as attention averages them.
+    Distances count by the same sensitivity.
 
     - `layer`: the source's layer.
     - `maps`: its heads.
@@ -107,9 +106,14 @@ def latent_weights(
     found = _LatentStatistics(maps)
     queries, _ = _gather(layer, maps, hidden, found.block)
     if found.distances is None:
-        raise ValueError("no blocks to gather weights on")
-    moment = found.keys / found.keys.trace() + found.values / found.values.trace()
-    return calibrated_weights(maps, queries, moment, found.distances, inverse_frequencies)
+        raise ValueError("no blocks to gather moments on")
+    return LatentMoments(
+        queries=queries,
+        keys=found.keys,
+        values=found.values,
+        distances=found.distances,
+        inverse_frequencies=inverse_frequencies,
+    )
 
 
 class _Block(Protocol):

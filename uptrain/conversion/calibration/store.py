@@ -121,6 +121,12 @@ class CalibratedLayers:
             others = {name.removeprefix(_OTHER): stored[name] for name in stored.files if name.startswith(_OTHER)}
         return MadeLayer(self.read_latent(layer) if latent else self.read(layer), others)
 
+    @property
+    def errors_by_text(self) -> list[float]:
+        """Return the last layer's error on the held-out blocks of each text; empty with one text."""
+        choice = self.notes[-1].get("choice") if self.notes else None
+        return list(choice.get("error_by_text", ())) if choice else []
+
     def explained(self, layer: int) -> dict[str, ExplainedEnergy]:
         """Return the energy that calibrated, svd and mean explain in one layer."""
         return {name: ExplainedEnergy(**shares) for name, shares in self.notes[layer]["kept"].items()}

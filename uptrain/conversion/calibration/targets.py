@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from uptrain.conversion.calibration.candidates import (
     PlainLatent,
     SharedHeads,
 )
+from uptrain.conversion.calibration.head_sharing import CANDIDATES
 from uptrain.conversion.calibration.made_layer import CalibratedLayer
 from uptrain.conversion.calibration.refit import Maps
+from uptrain.conversion.calibration.statistics import VALUE_SQUARES
 from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of, rotary_of
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.mla import LatentShape
@@ -100,6 +103,11 @@ class CalibrationTarget(ABC, Generic[Maps]):
 
     @property
     @abstractmethod
+    def weight_bytes(self) -> int:
+        """Count the bytes that one weight of attention takes, in float64 and in the candidates, while they are made."""
+
+    @property
+    @abstractmethod
     def extra_activations(self) -> int:
         """Count the tensors of mixed heads that a block needs besides the layer's own, by peaks of real runs."""
 
@@ -149,8 +157,17 @@ class HeadsTarget(CalibrationTarget[HeadMaps]):
 
     @property
     def moments(self) -> int:
-        """Count two per group, of keys and of values, and three to compute with."""
-        return 2 * self.groups + 3
+        """Count those of all groups' stacked keys and averaged values, and nine of one group to compute with."""
+        spec = self.before[0]
+        width = spec.num_key_value_heads // self.groups * spec.head_dim
+        square = (width / self.source.hidden_size) ** 2
+        values = max(self.groups * square, min(spec.num_attention_heads * square, VALUE_SQUARES))
+        return math.ceil((self.groups + 9) * square + values)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Count the source's, each candidate's on the device, and one that is computed."""
+        return 8 + 4 * CANDIDATES + 8
 
     @property
     def extra_activations(self) -> int:
@@ -217,7 +234,12 @@ class MLATarget(CalibrationTarget[LatentMaps]):
 
     @property
     def moments(self) -> int:
-        """Count twelve: one latent serves all heads."""
+        """Count two dozen: one latent serves all heads, and its fit holds products of moments with all queries."""
+        return 24
+
+    @property
+    def weight_bytes(self) -> int:
+        """Count the source's and one latent's."""
         return 12
 
     @property

@@ -9,7 +9,7 @@ from uptrain.conversion.request import Request
 from uptrain.errors import UsageError
 
 if TYPE_CHECKING:
-    from uptrain.conversion.calibration.run import SharedCalibration
+    from uptrain.conversion.calibration.text import SharedCalibration
 
 MEMORY = 4 * 2**30
 """Default number of bytes that a process may hold while it calibrates."""

@@ -25,6 +25,7 @@ class SweepSettings:
     - `methods`: the methods to try with every target, in the words of `uptrain convert --method`.
     - `calibrate`: the text for the method calibrated. None: built-in text.
     - `calibration_tokens`: how many tokens of it to use. None: 65,536.
+    - `calibration_block`: tokens of a calibration block. None: 1,024, or the model's maximum if that is shorter.
     - `repair_steps`: gradient steps per layer of the method calibrated. None: 40.
     - `text`: the texts to score.
     - `context`: window length in tokens. None: 1024, or all positions of a model that has fewer.
@@ -39,6 +40,7 @@ class SweepSettings:
     methods: Sequence[str] = DEFAULT_METHODS
     calibrate: str | None = None
     calibration_tokens: int | None = None
+    calibration_block: int | None = None
     repair_steps: int | None = None
     text: Sequence[TextSource] = (HELD_OUT,)
     context: int | None = None
@@ -61,6 +63,7 @@ class SweepSettings:
         return {
             "calibrate": self.calibrate,
             "calibration_tokens": self.calibration_tokens,
+            "calibration_block": self.calibration_block,
             "repair_steps": self.repair_steps,
         }
 

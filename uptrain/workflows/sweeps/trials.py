@@ -31,7 +31,7 @@ from uptrain.models import loading
 from uptrain.workflows.sweeps.settings import SweepSettings
 
 if TYPE_CHECKING:
-    from uptrain.conversion.calibration.run import SharedCalibration
+    from uptrain.conversion.calibration.text import SharedCalibration
 
 _UNLIMITED = 2**31
 _OF_EVALUATION = (
@@ -139,7 +139,7 @@ class TrialRunner:
     def _sharing(self) -> SharedCalibration:
         if self._shared is None:
             with needing("The method calibrated"):
-                from uptrain.conversion.calibration.run import SharedCalibration
+                from uptrain.conversion.calibration.text import SharedCalibration
             self._shared = SharedCalibration()
         return self._shared
 
