@@ -79,7 +79,8 @@ def thrifty(words: list[str]) -> list[str]:
                 *(f"{name}=[text.txt]" for name in text), *new,
             ]  # fmt: skip
         case "convert" if "--calibrate" in words:
-            return [*words, "--calibration-tokens", "2048", "--repair-steps", "1"]
+            heal = ["--heal", "256"] if "--heal" in words else []
+            return [*words, "--calibration-tokens", "2048", "--repair-steps", "1", *heal]
         case "eval":
             return [*words, "--tokens", "512"]
         case "sign":

@@ -53,6 +53,20 @@ def scatter_heads(model: PreTrainedModel, groups: int, seed: int = 0) -> PreTrai
     return model
 
 
+@torch.no_grad()
+def scatter_values(model: PreTrainedModel, groups: int, seed: int = 0) -> PreTrainedModel:
+    """Replace each group's value heads by gauge images of its first one, in place."""
+    torch.manual_seed(seed)
+    for views in map(head_views, filter(linears_of, model.modules())):
+        weight, *bias = views["v"]
+        rows = torch.cat([weight, *(one[..., None] for one in bias)], dim=2)
+        _scatter(rows, groups, _invertible)
+        weight.copy_(rows[..., : weight.shape[2]])
+        for one in bias:
+            one.copy_(rows[..., -1])
+    return model
+
+
 def _rotates(module: torch.nn.Module) -> bool:
     """Tell whether a layer of a model that rotates does so itself: SmolLM 3 and Cohere 2 leave some out."""
     config = getattr(module, "config", None)

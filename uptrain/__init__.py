@@ -22,17 +22,21 @@ if TYPE_CHECKING:
     from uptrain.models.loading import load as load
     from uptrain.publishing.hub.push import push as push
     from uptrain.training.run import train as train
+    from uptrain.workflows.healing.run import convert_and_heal as convert_and_heal
+    from uptrain.workflows.healing.settings import HealSettings as HealSettings
     from uptrain.workflows.sweeps.run import sweep as sweep
     from uptrain.workflows.sweeps.settings import SweepSettings as SweepSettings
 
 _PUBLIC = {
     "EvaluationSettings": "uptrain.evaluation.settings",
     "Events": "uptrain.checkpoint.events",
+    "HealSettings": "uptrain.workflows.healing.settings",
     "Request": "uptrain.conversion.request",
     "RunOptions": "uptrain.conversion.run.options",
     "SweepSettings": "uptrain.workflows.sweeps.settings",
     "UptrainError": "uptrain.errors",
     "convert": "uptrain.conversion.run.convert",
+    "convert_and_heal": "uptrain.workflows.healing.run",
     "evaluate": "uptrain.evaluation.run",
     "inspect": "uptrain.conversion.inspection",
     "load": "uptrain.models.loading",
@@ -45,11 +49,13 @@ _PUBLIC = {
 __all__ = [
     "EvaluationSettings",
     "Events",
+    "HealSettings",
     "Request",
     "RunOptions",
     "SweepSettings",
     "UptrainError",
     "convert",
+    "convert_and_heal",
     "evaluate",
     "inspect",
     "load",

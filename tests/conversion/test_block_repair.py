@@ -44,6 +44,7 @@ def _text(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens().numpy()
     text = SimpleNamespace(ids=ids, text_of=(0,) * len(ids), texts=(), short=())
     monkeypatch.setattr(run, "calibration_text", lambda plan: text)
+    monkeypatch.setattr(run, "boundary_in", lambda *_: None)
     monkeypatch.setattr(run, "BLOCK_STEPS", STEPS)
 
 

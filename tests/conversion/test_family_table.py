@@ -29,8 +29,10 @@ def test_each_target_lands_where_the_table_says_by_the_methods_it_says(name: str
     holders = known.mqa if groups == 1 else known.gqa
     flags = name.split("+")[1:]
     pooled = any(key in flags for key in known.pool_only_with)
+    normed = any(key in flags for key in known.normed_with)
     for method, entry in METHODS.items():
-        if method not in known.methods or (pooled and entry.mixes_dims):
+        unfit = (pooled and entry.mixes_dims) or (normed and entry.pool_norm is None)
+        if method not in known.methods or unfit:
             with pytest.raises(UsageError):
                 plan_conversion(source, request(groups, method))
             continue
@@ -75,5 +77,5 @@ def test_the_table_breaks_no_name_on_a_terminal_of_80_columns(
     words = {word.rstrip("*;") for line in table for word in line.split()}
     for known in KNOWN.values():
         holders = {holder.model_type for holder in (*known.gqa, *known.mqa, *known.mla)}
-        keys = {key.rpartition(".")[2] for key in known.pool_only_with}
+        keys = {key.rpartition(".")[2] for key in (*known.pool_only_with, *known.normed_with)}
         assert {known.model_type, *(holders - {known.model_type}), *keys} <= words

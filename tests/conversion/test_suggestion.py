@@ -37,14 +37,25 @@ def test_each_keeps_what_its_conversion_records(
         assert each.values == pytest.approx(sum(share["values"] for share in kept) / len(kept))
 
 
-def test_families_that_can_only_be_pooled_are_pooled(save_tiny: Save) -> None:
-    found = suggest(str(save_tiny("qwen3")), 0.5)
+def test_a_model_that_can_only_be_pooled_is_pooled(save_tiny: Save) -> None:
+    source = save_tiny("olmo")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "clip_qkv": 8.0}))
+    found = suggest(str(source), 0.5)
     assert [(each.options, each.method) for each in found] == [
         ("--to mqa --method mean", "mean"), ("--to gqa --groups 2 --method mean", "mean"),
     ]  # fmt: skip
     # Four heads of random weights: a mean of n keeps about 1/n.
     assert found[0].values == pytest.approx(1 / 4, abs=0.1)
     assert found[1].values == pytest.approx(1 / 2, abs=0.1)
+
+
+def test_normed_keys_are_averaged_where_values_are_factored(save_tiny: Save) -> None:
+    found = suggest(str(save_tiny("qwen3")), 0.5)
+    assert [each.method for each in found] == ["svd", "svd"]
+    for each, mean in zip(found, (1 / 4, 1 / 2), strict=True):
+        assert each.keys == pytest.approx(mean, abs=0.1)
+        assert each.values > each.keys
 
 
 def test_a_budget_that_nothing_meets_is_one_sentence(save_tiny: Save, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from uptrain.methods import mla_fit
 from uptrain.methods.energy import output_energy
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.mla import LatentShape
-from uptrain.methods.mla_calibrated import fitted_latents
+from uptrain.methods.mla_calibrated import cost_of_pairs, fitted_latents
 from uptrain.methods.mla_energy import LatentMoments
 from uptrain.methods.mla_fit import RotaryProblem
 from uptrain.methods.mla_latent import Side
@@ -153,3 +153,25 @@ def test_a_fit_without_frequencies_is_refused():
     layer, _, _, moments = sample()
     with pytest.raises(ValueError, match="rotary"):
         RotaryProblem(layer, (0,), LAYOUTS["half"], replace(moments, inverse_frequencies=None))
+
+
+def test_the_cost_of_pairs_counts_the_rest_by_what_the_latent_loses_of_it(monkeypatch):
+    layer, _, _, moments = sample()
+    problem = RotaryProblem(layer, (0, 2), LAYOUTS["half"], moments)
+    values = Side(layer.v_rows, output_energy(layer))
+    key, factors = problem.rotary(draw(8, 4, HIDDEN + 1))
+    fit, explained = problem.fit(key, factors, 3, 1.0)
+    total = problem.lost(fit, values)[0] / (1 - explained.keys)
+    nothing = replace(fit.latent, k_ups=fit.latent.k_ups * 0)
+    monkeypatch.setattr(mla_fit, "LATENT_SHARE", 1.0)
+    expected = problem.lost(replace(fit, latent=nothing), values)[0] / total
+    assert problem.cost(fit.key, fit.factors) == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setattr(mla_fit, "LATENT_SHARE", 0.0)
+    assert problem.cost(fit.key, fit.factors) <= (1 - explained.keys) * (1 + 1e-9)
+
+
+def test_pairs_that_turn_alike_cost_less_than_pairs_that_do_not():
+    layer, _, _, moments = sample()
+    moments = replace(moments, inverse_frequencies=torch.tensor([1.0, 0.99, 1e-6, 1e-7], dtype=torch.float64))
+    costs = {pairs: cost_of_pairs(layer, pairs, LAYOUTS["half"], moments) for pairs in ((0, 1), (2, 3))}
+    assert costs[0, 1] < 0.5 * costs[2, 3]

@@ -18,6 +18,7 @@ from uptrain.architectures.schema import (
     Family,
     KeyNorm,
     Packing,
+    PoolOnly,
     Position,
     Projections,
     RopeSettings,
@@ -84,6 +85,9 @@ LLAMA = Family(
 _TIED = Vocabulary(tied=True)
 
 _FUSED_EXPERTS = "transformers holds its experts in other tensors than the checkpoint, so no layer can be read alone"
+
+_GATED = PoolOnly("its gates weigh each dim of a head, so the output can't absorb a factor", (True, "per-head"))
+"""The exceptions are values of `gating` with which a gate multiplies a whole head."""
 
 _BOTH_WAYS = {"use_bidirectional_attention": (True, "it reads a text both ways and keeps no cache")}
 
@@ -273,7 +277,7 @@ _ENTRIES = (
     ),
     _like_llama(
         "olmoe", "OlmoeForCausalLM", 2048, 16, 16, 50304, 4096,
-        key_norm=KeyNorm(by_head=True), uncalibrated=_FUSED_EXPERTS,
+        key_norm=KeyNorm(by_head=True), uncalibrated=_FUSED_EXPERTS, pool_only={"clip_qkv": CLIPPED},
     ),
     _like_llama(
         "granitemoe", "GraniteMoeForCausalLM", 4096, 32, 32, 32000, 2048, uncalibrated=_FUSED_EXPERTS
@@ -300,6 +304,7 @@ _ENTRIES = (
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
             },
         ),
+        pool_only={"gating": _GATED},
         fixed_order="each query head has a gate of its own, which would have to move too",
     ),
     _like_llama(

@@ -120,14 +120,19 @@ class ModelDescription:
 
     @cached_property
     def why_pool_only(self) -> str:
-        """Return why heads can be pooled but not re-scaled, empty where they can be re-scaled."""
+        """Return why neither keys nor values can be re-scaled, so that heads are pooled; empty where values can be."""
+        for key, pooled in self.family.pool_only.items():
+            value = setting(self.config, key)
+            if value is not None and value not in pooled.unless:
+                return f"its {key} is {value}: {pooled.why}"
+        return ""
+
+    @cached_property
+    def why_keys_pool(self) -> str:
+        """Return why keys can be pooled but not re-scaled, empty where they can be re-scaled."""
         if self.key_norm is not None:
             return "its keys are normed after projection, which no longer cancels when heads are re-scaled"
-        for key, why in self.family.pool_only.items():
-            value = setting(self.config, key)
-            if value is not None:
-                return f"its {key} is {value}: {why}"
-        return ""
+        return self.why_pool_only
 
     @cached_property
     def why_fixed_order(self) -> str:

@@ -8,6 +8,7 @@ from uptrain.architectures.schema import (
     Family,
     KeyNorm,
     Packing,
+    PoolOnly,
     Position,
     Projections,
     RopeSettings,
@@ -15,7 +16,7 @@ from uptrain.architectures.schema import (
 )
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
-CLIPPED = "it clips queries, keys and values, which no longer cancels when heads are re-scaled"
+CLIPPED = PoolOnly("it clips queries, keys and values, which no longer cancels when heads are re-scaled")
 
 GPT_NEOX = Family(
     model_type="gpt_neox",

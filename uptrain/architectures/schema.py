@@ -125,6 +125,14 @@ class KeyNorm:
 
 
 @dataclass(frozen=True)
+class PoolOnly:
+    """Why a config key, when set, lets heads be pooled alone, and the values with which it doesn't."""
+
+    why: str
+    unless: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Where a family's token embedding and head are, and when the two are one matrix.
 
@@ -207,8 +215,8 @@ class Family:
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: _NOTHING)
     """Config keys (with a dot where they lead into a section), the value that can't be converted, and the reason."""
-    pool_only: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-    """Config keys that, when set, exclude methods that change queries and output, and the reason."""
+    pool_only: Mapping[str, PoolOnly] = field(default_factory=lambda: _NOTHING)
+    """Config keys that, when set, exclude methods that change queries and output."""
     fixed_order: str = ""
     """Why heads can't be reordered, apart from norms and ALiBi; empty where they can."""
     head_indices: Mapping[str, bool] = field(default_factory=lambda: _NOTHING)

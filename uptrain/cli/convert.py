@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from uptrain.architectures.model_class import is_language_model
 from uptrain.checkpoint.sidecars import short
 from uptrain.cli import console
 from uptrain.cli.cache_rows import cross_attention, expanded_in_transformers
+from uptrain.cli.healing import heal, planned_healing
 from uptrain.cli.method_help import grouping_help, method_help, seed_help
 from uptrain.cli.options import (
     Command,
@@ -69,6 +71,7 @@ def _latent_options(command: Command) -> Command:
         "uptrain convert demo --to gqa --groups 4",
         "uptrain convert demo --to mqa --method svd",
         "uptrain convert ./llama --to mqa --calibrate text.txt",
+        "uptrain convert ./llama --to mqa --calibrate text.txt --repair blocks --heal 65536",
         "uptrain convert demo --to mla --cache 25%",
         "uptrain convert ./llama --to mla --kv-lora-rank 512 --calibrate text.txt",
         "uptrain convert ./llama-2-7b ./llama-2-7b-mqa --to mqa --max-shard-size 5GB",
@@ -92,6 +95,10 @@ def _latent_options(command: Command) -> Command:
 @click.option(
     "--repair-steps", type=int, help="(--method calibrated) Gradient steps per layer that refit attention; 0 for none. "
     "Default: --quality's.",
+)  # fmt: skip
+@click.option(
+    "--heal", metavar="TOKENS", type=int, help="(--method calibrated) Then train the whole result for so many tokens "
+    "of the calibration text, to predict what MODEL predicts. OUT is the healed model.",
 )  # fmt: skip
 @click.option(
     "--memory", type=Size(), help="(--method calibrated) Memory for activations. What does not fit is written to files "
@@ -154,14 +161,22 @@ def convert(model: str, out: str | None, **options: Any) -> None:
     )
     source, checkpoint, plan = planned
     folder = Path(out) if out else default_out(source, plan)
+    overwrite, tokens = options["overwrite"], options["heal"]
+    healing = None if tokens is None else planned_healing(planned, folder, tokens, overwrite, running)
     if options["dry_run"]:
         _show_plan(source, plan, sidecars(source, checkpoint, dry=True), folder, options["as_json"])
         return
+    if healing is not None:
+        healing.check()
     console.note(f"Reading {source.describe()}")
     with console.bytes_progress("Converting", plan.total_bytes) as advance:
         events = Events(bytes=advance, layer=console.layer_progress(), note=console.note)
-        done = run_plan(planned, folder, overwrite=options["overwrite"], options=running, events=events)
-    _show(done, options["as_json"])
+        if healing is not None:
+            done = healing.convert(events)
+        else:
+            done = run_plan(planned, folder, overwrite=overwrite, options=running, events=events)
+    facts = [] if healing is None else heal(healing)
+    _show(replace(done, out=folder), options["as_json"], facts)
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
@@ -266,13 +281,13 @@ def _cross_facts(plan: Plan) -> list[tuple[str, str]]:
     return [cross_attention(f"{size(before)} → {size(after)}"), ("encoder", "unchanged")]
 
 
-def _show(done: Conversion, as_json: bool) -> None:
-    """Print a finished conversion, its explained energy, and the next command."""
+def _show(done: Conversion, as_json: bool, healed: list[tuple[str, str]]) -> None:
+    """Print a finished conversion, its explained energy, what healing it did, and the next command."""
     if as_json:
         extra = {"out": str(done.out), "resumed": list(done.resumed), "energy_kept": done.energy}
         console.result_json({**extra, **_plan_facts(done.plan), **done.sidecars.to_dict()})
         return
-    pairs = _shared_facts(done.plan)
+    pairs = [*_shared_facts(done.plan), *healed]
     if done.resumed:
         pairs.append(("resumed", f"{counted(len(done.resumed), 'shard')} of an earlier run"))
     pairs += _left_out(done.sidecars)

@@ -89,7 +89,7 @@ def _in_lines(cell: str) -> str:
     """Return a cell whose lines fit into the columns of an 80-character terminal."""
     cell = cell.replace(" *", "*").replace(", else ", " or\n").replace("all but ", "all but\n")
     # The last part of a nested config key says enough.
-    return re.sub(r"; with (?:\w+\.)*(\w+) pooling", r"; pooling with\n\1", cell)
+    return re.sub(r"; with (?:\w+\.)*(\w+) (pooling|not \w+)", r"; \2 with\n\1", cell)
 
 
 def _target_class(family: FamilyRow, holders: tuple[Holder, ...]) -> str:
@@ -106,4 +106,6 @@ def _methods(family: FamilyRow) -> str:
     missing = [name for name in METHODS if name not in family.methods]
     words = f"all but {', '.join(missing)}" if missing else "all"
     words = "pooling" if list(family.methods) == _pooling() else words
+    without = ", ".join(method.name for method in METHODS.values() if method.pool_norm is None)
+    words += "".join(f"; with {key} not {without}" for key in family.normed_with)
     return words + "".join(f"; with {key} pooling" for key in family.pool_only_with)

@@ -36,7 +36,8 @@ class FamilyRow:
     - `position`: how its attention learns where a token stands.
     - `gqa`, `mqa`, `mla`: the classes that can hold each target, in the order in which they are tried.
     - `methods`: the methods that fit it.
-    - `pool_only_with`: config keys with which only the methods that pool fit it.
+    - `pool_only_with`: config keys which, whatever their value, leave only the methods that pool.
+    - `normed_with`: config keys with which its keys are normed, so that only methods that can pool keys fit it.
     """
 
     model_type: str
@@ -47,6 +48,7 @@ class FamilyRow:
     mla: tuple[Holder, ...]
     methods: tuple[str, ...]
     pool_only_with: tuple[str, ...]
+    normed_with: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the family as plain JSON values."""
@@ -76,11 +78,11 @@ def _other(family: FamilyRow, target: str) -> list[Holder | str]:
 
 
 def _family(entry: Family) -> FamilyRow:
-    pooled = entry.key_norm is not None and not entry.key_norm.flag
+    normed = entry.key_norm is not None and not entry.key_norm.flag
     methods = [
         method.name
         for method in METHODS.values()
-        if not (pooled and method.mixes_dims) and not (entry.uncalibrated and method.needs_text)
+        if not (normed and method.pool_norm is None) and not (entry.uncalibrated and method.needs_text)
     ]
     flags = [entry.key_norm.flag] if entry.key_norm is not None and entry.key_norm.flag else []
     return FamilyRow(
@@ -91,7 +93,8 @@ def _family(entry: Family) -> FamilyRow:
         mqa=_holders(entry, "mqa"),
         mla=_holders(entry, "mla"),
         methods=tuple(methods),
-        pool_only_with=(*flags, *entry.pool_only),
+        pool_only_with=tuple(key for key, pooled in entry.pool_only.items() if not pooled.unless),
+        normed_with=tuple(flags),
     )
 
 

@@ -16,7 +16,7 @@ from uptrain.checkpoint.dtypes import Array, as_float32
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.method import Converted
 from uptrain.methods.rotary import Pairing, Rotary
-from uptrain.methods.shared_heads import factor_heads
+from uptrain.methods.shared_heads import factor_heads, factor_normed
 
 
 @contextmanager
@@ -36,6 +36,15 @@ def factor_layer(layer: LayerHeads, groups: int, position: Rotary | None) -> Con
     Queries and the output change in value, not in shape: they absorb each head's factor.
     """
     found = factor_heads(maps_of(layer), groups, position)
+    return Converted(heads_of(found.layer, layer), found.explained)
+
+
+def factor_values(layer: LayerHeads, groups: int) -> Converted[LayerHeads]:
+    """Return the layer with `groups` key/value heads: keys averaged, values factored without data, in float64.
+
+    For keys that a norm follows, which queries can't absorb a factor of. The output absorbs the values' factors.
+    """
+    found = factor_normed(maps_of(layer), groups)
     return Converted(heads_of(found.layer, layer), found.explained)
 
 

@@ -55,6 +55,7 @@ class LayerContext:
     - `index`: the layer's number; a decoder that reads an encoder counts each of its attentions.
     - `position`: how attention learns where a token stands.
     - `spec`: the layer's attention in the source.
+    - `normed_keys`: whether a norm follows the projection of the keys, so that queries can't absorb a factor of them.
     - `seed`: the request's seed.
     - `initializer_std`: returns the standard deviation that the family's class initializes weights with.
     - `calibrated`: the layers that a calibration made, None for a method that needs no text.
@@ -63,6 +64,7 @@ class LayerContext:
     index: int
     position: Position
     spec: AttentionSpec
+    normed_keys: bool = False
     seed: int = 0
     initializer_std: Callable[[], float] = lambda: 0.02
     calibrated: CalibratedSource | None = None
@@ -106,7 +108,8 @@ class Method:
     - `changes`: which of the projections q, k, v and o it changes when it shares heads.
     - `convert`: makes fewer key/value heads; None where the method does not share heads.
     - `convert_latent`: makes a latent; None where the method makes none.
-    - `pool_norm`: pools a key norm's weight as the method pools heads; a method that changes queries has none.
+    - `pool_norm`: pools a key norm's weight as the method pools heads; a method without one can't be used where
+      keys are normed.
     - `pools`: each new head is made of the values of a few old heads alone.
     - `estimated`: the run measures in numpy, while it converts, what this method and `svd` explain.
     - `needs_torch`, `needs_text`: what must be there; a method that needs text runs the source's layers on it.

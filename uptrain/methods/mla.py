@@ -156,7 +156,7 @@ class _Problem:
         layer, position, weights = self.layer, self.position, self.weights
         if position is None or weights.mean_rotation is None:
             raise ValueError("a shared rotary key needs rotary positions")
-        shared, q_rope, rest = _split_rotary(layer, self.shape.pairs, position, weights)
+        shared, q_rope, rest = split_rotary(layer, self.shape.pairs, position, weights)
         conjugate = weights.mean_rotation.conj()
         eye = torch.eye(layer.q.shape[1], dtype=torch.float64).expand(len(conjugate), -1, -1)
         rotation = apply_factor(eye, position, conjugate)  # (H, D, D), real
@@ -206,7 +206,7 @@ class _Problem:
         return ExplainedEnergy(_share(lost_keys, total_keys), _share(lost_values, total_values))
 
 
-def _split_rotary(
+def split_rotary(
     layer: HeadMaps, chosen: tuple[int, ...], position: Rotary, weights: LatentWeights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the shared rotary key (Dr, d̃), the queries for it (H, Dr, d̃), and what remains of each key (G, D, d̃)."""

@@ -12,7 +12,7 @@ from uptrain.methods.energy import output_energy, rotated_energy
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.low_rank import damped
 from uptrain.methods.method import ExplainedEnergy
-from uptrain.methods.mla import LatentShape, factor_latent, latent_maps
+from uptrain.methods.mla import LatentShape, factor_latent, latent_maps, split_rotary
 from uptrain.methods.mla_energy import LatentMoments, map_columns, per_key_head
 from uptrain.methods.mla_fit import RotaryProblem
 from uptrain.methods.mla_latent import Side, TwoMoments, alternate
@@ -68,6 +68,19 @@ def fitted_latents(
         )
         found.append((maps, explained))
     return found
+
+
+def cost_of_pairs(layer: HeadMaps, pairs: tuple[int, ...], position: Rotary, moments: LatentMoments) -> float:
+    """Return the share of key energy that a shared rotary key loses, with each part of the rest that a latent may hold.
+
+    - `layer`: the layer's projections by head, float64.
+    - `pairs`: which of the source's rope pairs each pair of the shared rotary key has.
+    - `position`: how the source's keys rotate: in every dim.
+    - `moments`: of the layer on calibration text.
+    """
+    problem = RotaryProblem(layer, pairs, position, moments)
+    key, _, _ = split_rotary(layer, pairs, position, moments.weights(layer))
+    return problem.cost(*problem.rotary(key[:, map_columns(layer)]))
 
 
 def _plain(

@@ -123,6 +123,12 @@ class RotaryProblem:
         of_keys, of_values = self._two.lost(fit.latent, self._rest(fit.key, fit.factors), values)
         return unseen + of_keys, of_values
 
+    def cost(self, key: Tensor, factors: Tensor) -> float:
+        """Return the share of key energy that is lost, where the latent loses `LATENT_SHARE` of what it should hold."""
+        (averaged, unturned), reading = self._averaged(key), self._reading(factors)
+        lost = averaged - (1 - LATENT_SHARE) * unturned
+        return float((self._queries * (reading @ lost @ reading.mT)).sum()) / self._totals(key)[0]
+
     def _totals(self, key: Tensor) -> tuple[float, float]:
         """Return the energy of all keys and values."""
         averaged = self._averaged(key)[0][:, : self._dims, : self._dims]

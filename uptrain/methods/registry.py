@@ -53,8 +53,10 @@ def _random_norm(weight: Array, heads: int, groups: int) -> Array:
 
 
 def _svd(layer: LayerHeads, groups: int, context: LayerContext) -> Converted[LayerHeads]:
-    from uptrain.methods.head_conversion import factor_layer, rotary_of
+    from uptrain.methods.head_conversion import factor_layer, factor_values, rotary_of
 
+    if context.normed_keys:
+        return factor_values(layer, groups)
     return factor_layer(layer, groups, rotary_of(context.position, context.spec))
 
 
@@ -102,7 +104,7 @@ METHODS: dict[str, Method] = _by_name((
     Method(
         name="svd",
         summary="heads aligned and factored by weights alone, the rest moved into the query and output projections",
-        convert=_svd, convert_latent=_svd_latent, needs_torch=True,
+        convert=_svd, pool_norm=_mean_norm, convert_latent=_svd_latent, needs_torch=True,
     ),
     Method(
         name="calibrated", summary="heads factored by the activations of the model on a text, and repaired on it",

@@ -73,6 +73,35 @@ def factor_heads(
     return Converted(converted, explained)
 
 
+def factor_normed(layer: HeadMaps, groups: int) -> Converted[HeadMaps]:
+    """Convert a layer whose keys are normed to `groups` key/value heads: keys averaged, values factored by weights.
+
+    A norm after the keys' projection leaves no factor for queries to absorb. Values pass no norm. As many groups as
+    heads return the layer itself.
+
+    Raises:
+        ValueError: `groups` does not divide the layer's key/value heads.
+
+    Source: Ainslie et al. 2023, section 2.1 for the keys; `low_rank.factor` for the values.
+    """
+    if layer.kv_heads % groups:
+        raise ValueError(f"groups {groups} does not divide {layer.kv_heads} key/value heads")
+    whole = ExplainedEnergy(1.0, 1.0)
+    if groups == layer.kv_heads:
+        return Converted(layer, dict.fromkeys(("svd", "mean", "first"), whole))
+    weights, v_rows = layer_weights(layer, None, None), layer.v_rows
+    spans = spans_of(layer.kv_heads, groups)
+    values = [share_values(v_rows[list(span)], weights.values[list(span)], None) for span in spans]
+    value_ups, keys = _by_query(layer, values), pooled_rows(layer.k_rows, groups, "mean")
+    converted = layer.with_rows(
+        k_rows=keys[:: layer.kv_heads // groups],
+        v_rows=torch.stack([group.down for group in values]),
+        o=torch.einsum("ohv,hvw->ohw", layer.o, value_ups),
+    )
+    pooled = {how: pooled_energy(layer, weights, groups, how) for how in ("mean", "first")}
+    return Converted(converted, {"svd": explained_energy(layer, weights, keys, expand(values)), **pooled})
+
+
 def spans_of(heads: int, groups: int) -> list[range]:
     """Return the heads of each group: neighbours, as `repeat_kv` has them."""
     size = heads // groups

@@ -1,4 +1,4 @@
-"""Work of several steps: a sweep over targets and methods, and the demo."""
+"""Work of several steps: a sweep over targets and methods, healing, and the demo."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uptrain.workflows.demo.run import run_demo as run_demo
+    from uptrain.workflows.healing.run import convert_and_heal as convert_and_heal
+    from uptrain.workflows.healing.settings import HealSettings as HealSettings
     from uptrain.workflows.sweeps.run import sweep as sweep
     from uptrain.workflows.sweeps.settings import SweepSettings as SweepSettings
 
 _PUBLIC = {
+    "HealSettings": "uptrain.workflows.healing.settings",
     "SweepSettings": "uptrain.workflows.sweeps.settings",
+    "convert_and_heal": "uptrain.workflows.healing.run",
     "run_demo": "uptrain.workflows.demo.run",
     "sweep": "uptrain.workflows.sweeps.run",
 }
 
-__all__ = ["SweepSettings", "run_demo", "sweep"]
+__all__ = ["HealSettings", "SweepSettings", "convert_and_heal", "run_demo", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,11 @@ def check_method(source: CheckpointDescription, request: Request) -> None:
             f"--method {request.method} can't be used on {source.name}: {why}.",
             "Use --method mean and uptrain the result.",
         )
+    if source.key_norm is not None and (request.kind.latent or request.chosen_method.pool_norm is None):
+        raise UsageError(
+            f"--method {request.method} can't be used on {source.name}: {source.why_keys_pool}.",
+            "Use --method mean, or svd, which pools the keys and factors the values.",
+        )
     if source.family.uncalibrated and request.chosen_method.needs_text:
         raise UsageError(
             f"--method {request.method} can't be used on {source.name}: {source.family.uncalibrated}.",
@@ -54,6 +59,13 @@ def check_method(source: CheckpointDescription, request: Request) -> None:
         raise UsageError(
             f"--grouping {request.grouping} can't be used on {source.name}: {why}.", "Leave --grouping out."
         )
+
+
+def method_notes(source: CheckpointDescription, request: Request, shares: bool) -> tuple[str, ...]:
+    """Return what a method leaves undone on this family; `shares` tells whether heads come to share one."""
+    if shares and source.key_norm is not None and request.chosen_method.mixes_dims:
+        return (f"Keys of {source.name} are normed, so --method {request.method} pools keys and factors values.",)
+    return ()
 
 
 def check_inside(source: CheckpointDescription, request: Request) -> None:

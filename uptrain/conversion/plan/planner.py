@@ -17,7 +17,7 @@ from uptrain.architectures.running_dtype import cached_itemsize
 from uptrain.architectures.validation import DTYPE_KEYS
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.plan.attention import AttentionPlan
-from uptrain.conversion.plan.checks import check_inside, check_listed, check_method
+from uptrain.conversion.plan.checks import check_inside, check_listed, check_method, method_notes
 from uptrain.conversion.plan.heads import plan_heads
 from uptrain.conversion.plan.mla import plan_mla
 from uptrain.conversion.plan.operations import AttentionPart, Operation
@@ -170,6 +170,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, name: str) -> Plan:
     operations = list(OutputPlanner(request, attention).operations())
     shards = into_shards(operations, checkpoint, request.max_shard_size)
     plan = Plan(request=request, source=source, attention=attention, config=config, shards=shards)
+    plan = replace(plan, notes=method_notes(plan.source, request, plan.before != plan.after))
     return replace(plan, digest=plan_digest(plan, checkpoint))
 
 

@@ -60,7 +60,7 @@ class LayerMaker:
         self.orders: dict[int, list[int]] = {}
         self._uses_torch = plan.request.needs_torch
         self._sample = len(plan.before) // 2
-        self._pool_only = bool(plan.source.why_pool_only)
+        self._pool_only = bool(plan.source.why_keys_pool)
         self._repaired = {
             name: layer
             for layer in range(len(plan.before) if plan.request.repairs_blocks else 0)
@@ -116,6 +116,7 @@ class LayerMaker:
             index=layer,
             position=source.family.position,
             spec=self.plan.before[layer],
+            normed_keys=source.key_norm is not None,
             seed=self.plan.request.chosen_seed,
             initializer_std=lambda: source.initializer_std,
             calibrated=self.calibrated,

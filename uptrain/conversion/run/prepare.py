@@ -48,7 +48,9 @@ def plan_conversion(
         source = resolve(model, revision, allow_pickle)
         checkpoint = open_checkpoint(source.path, allow_pickle)
     plan = make_plan(checkpoint, request, source.name)
-    return Planned(source, checkpoint, replace(plan, notes=check_classes(checkpoint, plan, source.name)))
+    return Planned(
+        source, checkpoint, replace(plan, notes=(*plan.notes, *check_classes(checkpoint, plan, source.name)))
+    )
 
 
 def sidecars(source: Source, checkpoint: Checkpoint, dry: bool = False) -> Sidecars:
