@@ -9,9 +9,9 @@ from typing import Any
 
 from uptrain.checkpoint.manifest import converted_from
 from uptrain.conversion.plan.planner import Plan
-from uptrain.conversion.request import BUILTIN
 from uptrain.conversion.run.prepare import Planned
-from uptrain.data.sources import Dataset, TextSource, text_of_option
+from uptrain.data.sources import Dataset, TextSource
+from uptrain.data.weighted_texts import weighted_texts
 from uptrain.errors import UsageError
 from uptrain.training.recipe import Recipe
 
@@ -87,7 +87,7 @@ class HealSettings:
                 "allow_pickle": source.allow_pickle,
                 "output": out,
                 "overwrite": self.overwrite,
-                "data": [text(plan)],
+                "data": texts(plan),
                 # Without a name the teacher is the first source in the history, which may be an older model.
                 "distill": {"teacher": str(source.path) if earlier else None},
                 "tokens": self.tokens,
@@ -102,11 +102,21 @@ class HealSettings:
         )
 
 
-def text(plan: Plan) -> TextSource:
-    """Return the calibration text of a plan as a recipe reads it: a dataset is streamed, so that its beginning is."""
-    name = plan.request.chosen_text
-    found = text_of_option("--calibrate", "python-stdlib" if name == BUILTIN else name)
-    return found.model_copy(update={"stream": True}) if isinstance(found, Dataset) else found
+def texts(plan: Plan) -> list[TextSource]:
+    """Return the calibration texts of a plan as a recipe reads them, with their weights where there are several.
+
+    A dataset is streamed, so that its beginning is read.
+
+    Raises:
+        UsageError: one of them does not exist.
+    """
+    found = weighted_texts("--calibrate", plan.request.chosen_text)
+    return [_in_recipe(each.source, each.weight if len(found) > 1 else None) for each in found]
+
+
+def _in_recipe(source: TextSource, weight: float | None) -> TextSource:
+    streamed = {"stream": True} if isinstance(source, Dataset) else {}
+    return source.model_copy(update={"weight": weight, **streamed})
 
 
 def recorded(recipe: Recipe) -> dict[str, Any]:
