@@ -19,6 +19,7 @@ from tests.conversion.test_families import load
 from uptrain.checkpoint.header import TensorInfo
 from uptrain.checkpoint.manifest import read_manifest
 from uptrain.cli.app import run as run_cli
+from uptrain.conversion import request as requests
 from uptrain.conversion.calibration import run
 from uptrain.conversion.calibration.engine import calibrate
 from uptrain.conversion.calibration.layer_search import LayerSearch
@@ -45,7 +46,7 @@ def _text(monkeypatch: pytest.MonkeyPatch) -> None:
     text = SimpleNamespace(ids=ids, text_of=(0,) * len(ids), texts=(), short=())
     monkeypatch.setattr(run, "calibration_text", lambda plan: text)
     monkeypatch.setattr(run, "boundary_in", lambda *_: None)
-    monkeypatch.setattr(run, "BLOCK_STEPS", STEPS)
+    monkeypatch.setattr(requests, "BLOCK_STEPS", STEPS)
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_a_tensor_that_was_not_changed_has_the_sources_bytes(tmp_path, dtype):
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_zero_steps_change_no_byte(tmp_path, model_type, monkeypatch):
     source = save(tmp_path / "source", model_type)
-    monkeypatch.setattr(run, "BLOCK_STEPS", 0)
+    monkeypatch.setattr(requests, "BLOCK_STEPS", 0)
     out, plain = converted(source, tmp_path / "out"), converted(source, tmp_path / "plain", repair="attention")
     one, two = load_file(out / "model.safetensors"), load_file(plain / "model.safetensors")
     assert one.keys() == two.keys() and not changed(out)

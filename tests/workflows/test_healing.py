@@ -25,7 +25,7 @@ from uptrain.cli.app import run
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
 from uptrain.conversion.run.prepare import plan_conversion
-from uptrain.data.sources import Files
+from uptrain.data.sources import Builtin, Files
 from uptrain.errors import Interrupted, UsageError
 from uptrain.models.checks import longest_context
 from uptrain.training.run import train
@@ -199,6 +199,18 @@ def test_a_dry_run_says_what_healing_takes(source, tmp_path, capsys):
     assert names(tmp_path) == {"source", "text.txt"}
 
 
+def test_several_texts_are_healed_on_by_their_weights_and_conversations_as_such(source):
+    rows = [{"messages": [{"role": "user", "content": f"What is {number}?"}]} for number in range(9)]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    planned = plan_conversion(str(source), request(calibrate="text.txt:3,chats.jsonl,builtin:0.5"))
+    first, second, third = SHORT.recipe(planned, Path("a"), Path("b")).data
+    assert isinstance(first, Files) and first.files == "text.txt" and first.weight == 3
+    assert isinstance(second, Files) and second.chat_field == "messages" and second.weight == 1
+    assert isinstance(third, Builtin) and third.split == "train" and third.weight == 0.5
+    (alone,) = SHORT.recipe(plan_conversion(str(source), request(calibrate="text.txt:3")), Path("a"), Path("b")).data
+    assert isinstance(alone, Files) and alone.files == "text.txt" and alone.weight is None
+
+
 def test_longer_healing_has_larger_steps_and_wider_models_smaller_ones(source):
     planned = plan_conversion(str(source), request())
     recipes = [HealSettings(tokens=tokens).recipe(planned, Path("a"), Path("b")) for tokens in (1000, 2**20)]
@@ -207,16 +219,3 @@ def test_longer_healing_has_larger_steps_and_wider_models_smaller_ones(source):
     wider = planned._replace(plan=replace(planned.plan, source=replace(planned.plan.source, config=wide)))
     assert HealSettings(tokens=9).recipe(wider, Path("a"), Path("b")).learning_rate == pytest.approx(3e-5)
     assert {"convert_and_heal", "HealSettings"} <= set(uptrain.__all__)
-
-
-def test_several_texts_and_conversations_are_read_as_calibration_reads_them(source):
-    line = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
-    Path("chats.jsonl").write_text(line + "\n", encoding="utf-8")
-    planned = plan_conversion(str(source), request(calibrate="text.txt:2,chats.jsonl,builtin:0.5"))
-    data = HealSettings(tokens=9).recipe(planned, Path("a"), Path("b")).to_dict()["data"]
-    assert [text["weight"] for text in data] == [2, 1, 0.5]
-    assert [text.get("files", text.get("builtin")) for text in data] == ["text.txt", "chats.jsonl", "python-stdlib"]
-    assert [text.get("chat_field") for text in data] == [None, "messages", None]
-    alone = plan_conversion(str(source), request(calibrate="text.txt:2"))
-    (only,) = HealSettings(tokens=9).recipe(alone, Path("a"), Path("b")).data
-    assert only == Files(files="text.txt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ ROUNDS = 10
 
 def fitted_latents(
     layer: HeadMaps, shape: LatentShape, position: Rotary | None, moments: LatentMoments, key_weights: Sequence[float]
-) -> list[tuple[LatentMaps, ExplainedEnergy]]:
-    """Return a layer's latent for each of `key_weights`, and the energy that it explains.
+) -> Iterator[tuple[LatentMaps, ExplainedEnergy]]:
+    """Yield a layer's latent for each of `key_weights`, and the energy that it explains.
 
     Each begins with the closed form of `factor_latent`, which weighs keys and values by one moment and each rope pair
     by itself. Then keys and values count by moments of their own, and rope pairs as the distances of attention mix
@@ -46,16 +46,17 @@ def fitted_latents(
     weights = moments.weights(layer)
     first, explained = factor_latent(layer, shape, position, weights, key_weights[0])
     if not shape.nope or min(explained.keys, explained.values) > 1 - EXACT:
-        return [(first, explained)]
+        yield first, explained
+        return
     if not shape.rope.shares_key:
-        return _plain(layer, shape, position if shape.rope.rotates else None, moments, key_weights)
+        yield from _plain(layer, shape, position if shape.rope.rotates else None, moments, key_weights)
+        return
     if position is None:
         raise ValueError("a shared rotary key needs rotary positions")
     problem = RotaryProblem(layer, shape.pairs, position, moments)
     columns = map_columns(layer)
     start = first.k_rope if first.k_rope_bias is None else torch.cat([first.k_rope, first.k_rope_bias[:, None]], 1)
     key, factors = problem.rotary(start)
-    found = []
     for key_weight in key_weights:
         fit, explained = problem.fit(key, factors, shape.rank, key_weight)
         queries = layer.q_rows[:, problem.order]
@@ -66,8 +67,7 @@ def fitted_latents(
             (_whole(fit.latent.down, columns), _whole(fit.key, columns)),
             (fit.latent.k_ups, v_ups),
         )
-        found.append((maps, explained))
-    return found
+        yield maps, explained
 
 
 def cost_of_pairs(layer: HeadMaps, pairs: tuple[int, ...], position: Rotary, moments: LatentMoments) -> float:
@@ -85,8 +85,8 @@ def cost_of_pairs(layer: HeadMaps, pairs: tuple[int, ...], position: Rotary, mom
 
 def _plain(
     layer: HeadMaps, shape: LatentShape, position: Rotary | None, moments: LatentMoments, key_weights: Sequence[float]
-) -> list[tuple[LatentMaps, ExplainedEnergy]]:
-    """Return latents that expand to plain heads, for each of `key_weights`."""
+) -> Iterator[tuple[LatentMaps, ExplainedEnergy]]:
+    """Yield latents that expand to plain heads, for each of `key_weights`."""
     columns = map_columns(layer)
     weights = per_key_head(layer, moments.queries)
     if position is not None:
@@ -97,7 +97,6 @@ def _plain(
     centred = damped(sigma, DAMPING) - (CENTRED if position is not None else 1.0) * torch.outer(mean, mean)
     two = TwoMoments.of(centred, damped(moments.values[columns, columns], DAMPING))
     totals = [max(part, 1e-30) for part in two.energies(keys, values)]
-    found = []
     for key_weight in key_weights:
         scale = totals[0] / (totals[1] * key_weight)
         weighed = Side(values.rows, values.weights * scale)
@@ -110,8 +109,7 @@ def _plain(
             (_whole(fit.down, columns), layer.k_rows[0, :0]),
             (fit.k_ups, fit.v_ups),
         )
-        found.append((maps, ExplainedEnergy(1 - lost[0] / totals[0], 1 - lost[1] / (scale * totals[1]))))
-    return found
+        yield maps, ExplainedEnergy(1 - lost[0] / totals[0], 1 - lost[1] / (scale * totals[1]))
 
 
 def _whole(rows: Tensor, columns: slice) -> Tensor:

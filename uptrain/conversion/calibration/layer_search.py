@@ -133,12 +133,15 @@ class LayerSearch(Generic[Maps]):
         return ("sequence",) if self.index == 0 else self.settings.moments
 
     def _made(self, kind: str) -> list[tuple[float, _Refitted[Maps]]]:
-        """Return the candidates made from one kind of activations, each after its error."""
+        """Return the best candidates made from one kind of activations, each after its error, the least first.
+
+        They are as many as are refitted: the others would take memory until the layer is done.
+        """
         give_back()
         states = self.activations.original if kind == "original" else self.activations.converted
         probes = ((block, states[block].to(self.device)) for block in spread(self._fit, self.settings.probes))
         made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
-        return [(self._error(one.maps), one) for one in made]
+        return sorted(((self._error(one.maps), one) for one in made), key=_first)[: self.settings.refitted]
 
     def _fitted(self, error: float, chosen: _Refitted[Maps]) -> tuple[float, _Refitted[Maps], int]:
         """Return the best of a candidate and its fits to all blocks, after its error, and how many steps it had.

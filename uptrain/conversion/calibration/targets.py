@@ -29,12 +29,16 @@ from uptrain.conversion.calibration.head_sharing import CANDIDATES
 from uptrain.conversion.calibration.made_layer import CalibratedLayer
 from uptrain.conversion.calibration.refit import Maps
 from uptrain.conversion.calibration.statistics import VALUE_SQUARES
+from uptrain.conversion.calibration_quality import QUALITIES
 from uptrain.methods.head_conversion import ModuleWeights, heads_of, maps_of, rotary_of
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.mla import LatentShape
 from uptrain.methods.mla_conversion import heads_of_latent, maps_of_latent
 from uptrain.methods.mla_layer import LatentMaps
 from uptrain.models.rotary_tables import Table, rotary_tables
+
+KEPT = max(quality.settings.refitted for quality in QUALITIES.values())
+"""The most candidates from one kind of activations that stay while those from another are made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,7 @@ class HeadsTarget(CalibrationTarget[HeadMaps]):
     @property
     def weight_bytes(self) -> int:
         """Count the source's, each candidate's on the device, and one that is computed."""
-        return 8 + 4 * CANDIDATES + 8
+        return 8 + 4 * (CANDIDATES + KEPT) + 8
 
     @property
     def extra_activations(self) -> int:
@@ -239,8 +243,8 @@ class MLATarget(CalibrationTarget[LatentMaps]):
 
     @property
     def weight_bytes(self) -> int:
-        """Count the source's and one latent's."""
-        return 12
+        """Count the source's, each candidate's on the device, and one that is computed."""
+        return 8 + 4 * (len(KEY_WEIGHTS) + KEPT) + 8
 
     @property
     def extra_activations(self) -> int:

@@ -108,5 +108,5 @@ def note_errors(text: TextBlocks, errors: Sequence[float], events: Events) -> No
     events.note(f"Error of the last layer's output on held-out blocks: {shown}.")
     least = min(errors)
     for name, error in zip(names, errors, strict=True):
-        if error > FAR * least:
+        if error > FAR * least > 0:
             events.note(f"{name} errs {error / least:.1f} times as much as the best text. Give it more weight or text.")

@@ -8,12 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from uptrain.conversion.calibration.head_sharing import CANDIDATES
 from uptrain.conversion.calibration.layer_runner import LayerOnBlock
 from uptrain.conversion.calibration.layer_search import held_out
 from uptrain.conversion.calibration_settings import CalibrationSettings
 
-CANDIDATES = 4
-"""Candidates made from each kind of activations, about."""
 BACKWARD = 2.5
 """Time of a step's gradients, in forward passes."""
 

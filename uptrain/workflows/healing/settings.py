@@ -103,19 +103,18 @@ class HealSettings:
 
 
 def texts(plan: Plan) -> list[TextSource]:
-    """Return the calibration texts of a plan, with their weights, as a recipe reads them.
+    """Return the calibration texts of a plan as a recipe reads them, with their weights where there are several.
 
     A dataset is streamed, so that its beginning is read.
 
     Raises:
-        UsageError: a text does not exist, or its first row can't be read.
+        UsageError: one of them does not exist.
     """
     found = weighted_texts("--calibrate", plan.request.chosen_text)
-    several = len(found) > 1
-    return [_as_training_reads(text.source, text.weight if several else None) for text in found]
+    return [_in_recipe(each.source, each.weight if len(found) > 1 else None) for each in found]
 
 
-def _as_training_reads(source: TextSource, weight: float | None) -> TextSource:
+def _in_recipe(source: TextSource, weight: float | None) -> TextSource:
     streamed = {"stream": True} if isinstance(source, Dataset) else {}
     return source.model_copy(update={"weight": weight, **streamed})
 
