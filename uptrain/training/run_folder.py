@@ -59,6 +59,7 @@ class RunFolder:
         except OSError:
             free = False
         if not free:
+            self._lock.close()  # the folder is the other run's: `__exit__` must not delete it
             raise UsageError(
                 f"Another run is training in {self.path}.", "Wait for it, or choose another output."
             ) from None
