@@ -18,4 +18,8 @@ def test_a_run_that_is_refused_leaves_the_folder_of_the_run_that_has_saved_nothi
         before = {path.name for path in first.path.iterdir()}
         with pytest.raises(UsageError, match=r"out\.run"), RunFolder(recipe.output) as second:
             second.open(recipe)
+        with pytest.raises(UsageError, match=r"out\.run"):
+            RunFolder(recipe.output).discard()
         assert {path.name for path in first.path.iterdir()} == before
+    RunFolder(recipe.output).discard()
+    assert not first.path.exists()

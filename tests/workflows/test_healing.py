@@ -29,6 +29,7 @@ from uptrain.data.sources import Builtin, Files
 from uptrain.errors import Interrupted, UsageError
 from uptrain.models.checks import longest_context
 from uptrain.training.run import train
+from uptrain.training.run_folder import RunFolder
 from uptrain.workflows.healing.run import Healing, convert_and_heal
 from uptrain.workflows.healing.settings import HealSettings
 
@@ -219,3 +220,13 @@ def test_longer_healing_has_larger_steps_and_wider_models_smaller_ones(source):
     wider = planned._replace(plan=replace(planned.plan, source=replace(planned.plan.source, config=wide)))
     assert HealSettings(tokens=9).recipe(wider, Path("a"), Path("b")).learning_rate == pytest.approx(3e-5)
     assert {"convert_and_heal", "HealSettings"} <= set(uptrain.__all__)
+
+
+def test_overwriting_does_not_delete_the_folder_of_a_run_in_progress(source):
+    first = Healing(planned=plan_conversion(str(source), request()), out=Path("out"), settings=SHORT)
+    folder = RunFolder(Path("out"))
+    folder.open(first.recipe)
+    with pytest.raises(UsageError, match=r"out\.run"):
+        convert_and_heal(str(source), replace(SHORT, overwrite=True), "out", request(calibration_tokens=256))
+    assert (folder.path / "recipe.json").is_file() and not Path("out.uptrain-unhealed").exists()
+    folder.remove()

@@ -51,18 +51,7 @@ class RunFolder:
         Raises:
             UsageError: the folder holds a run of another recipe or a file of another program, or it is in use.
         """
-        self._check_own()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / LOCK).open("w")
-        try:
-            free = try_lock(self._lock)
-        except OSError:
-            free = False
-        if not free:
-            self._lock.close()  # the folder is the other run's: `__exit__` must not delete it
-            raise UsageError(
-                f"Another run is training in {self.path}.", "Wait for it, or choose another output."
-            ) from None
+        self._take()
         if restart:
             self._empty()
         values = {key: value for key, value in recipe.to_dict().items() if key not in _MAY_CHANGE}
@@ -80,6 +69,29 @@ class RunFolder:
                 return
             self._empty()
         write_atomic(file, dump_json(values))
+
+    def discard(self) -> None:
+        """Delete an unfinished run.
+
+        Raises:
+            UsageError: the folder holds a file of another program, or it is in use.
+        """
+        self._take()
+        self.remove()
+
+    def _take(self) -> None:
+        self._check_own()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("w")
+        try:
+            free = try_lock(self._lock)
+        except OSError:
+            free = False
+        if not free:
+            self._lock.close()  # the folder is the other run's: `__exit__` must not delete it
+            raise UsageError(
+                f"Another run is training in {self.path}.", "Wait for it, or choose another output."
+            ) from None
 
     def __enter__(self) -> RunFolder:
         return self

@@ -91,12 +91,16 @@ class Healing:
         return made and recorded(Recipe.model_validate(stages[1]["recipe"])) == recorded(self.recipe)
 
     def convert(self, events: Events = Events()) -> Conversion:
-        """Convert, or return what an earlier run converted. Parameters and errors are those of `convert`."""
+        """Convert, or return what an earlier run converted. Parameters and errors are those of `convert`.
+
+        Raises:
+            UsageError: another run heals in the same place.
+        """
         if self.finished or self._stands():
             return _of_earlier_run(self.planned, self.converted)
-        unfinished = RunFolder(self.out).path
-        if unfinished.exists():
-            remove(unfinished)  # its weights are not those of this conversion; `check` has allowed it
+        unfinished = RunFolder(self.out)
+        if unfinished.path.exists():
+            unfinished.discard()  # its weights are not those of this conversion; `check` has allowed it
         return run_plan(self.planned, self.converted, overwrite=True, options=self.options, events=events)
 
     def train(self, events: Events = Events()) -> TrainingResult | None:
