@@ -218,6 +218,18 @@ def test_code_in_brackets_is_printed_and_no_markup(capsys: pytest.CaptureFixture
     assert all(words in shown for words in ("[bold]", "[i]", "x[red] = [/] y", "a[b]"))
 
 
+def test_a_value_between_colons_is_printed_and_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "demo", "--calibrate", "text.txt:-1"]) == 2
+    assert "text.txt:-1: " in capsys.readouterr().err
+
+
+def test_an_empty_value_is_refused_by_the_name_of_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "demo", "--calibrate", ""]) == 2
+    assert "empty text" in capsys.readouterr().err
+    assert run(["convert", "demo", "--calibrate", "text.txt", "--quality", ""]) == 2
+    assert "--quality" in capsys.readouterr().err
+
+
 def test_the_time_left_begins_again_with_another_calibration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,6 +186,8 @@ def test_too_little_text_for_a_block_says_so(tmp_path: Path) -> None:
 def test_a_dataset_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UptrainError, match="can't be loaded"):
         open_dataset(Dataset(dataset=str(tmp_path / "nowhere")))
+    with pytest.raises(UptrainError, match="can't be loaded"):
+        open_dataset(Dataset(dataset="/"))
 
 
 def test_every_file_format_of_the_installed_datasets_is_known() -> None:

@@ -30,12 +30,17 @@ def test_names_and_weights_are_taken_apart_and_an_existing_file_is_never_taken_a
         Path(name).write_text("text")
     assert weighted_names("--calibrate", "one,two.txt") == {"one,two.txt": 1}
     assert weighted_names("--calibrate", "notes:2,other.txt:3") == {"notes:2": 1, "other.txt": 3}
+    assert weighted_names("--calibrate", "one,two.txt:3, notes:2:4,x.txt") == {
+        "one,two.txt": 3,
+        "notes:2": 4,
+        "x.txt": 1,
+    }
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [("en.txt:0", "weight 0"), ("en.txt:-1", "weight -1"), ("en.txt:many", "weight many"), ("a.txt:inf", "weight inf"),
-     ("a.txt,,b.txt", "empty"), ("a.txt,a.txt:2", "twice")],
+     ("a.txt,,b.txt", "empty"), ("a.txt,a.txt:2", "twice"), ("", "empty")],
 )  # fmt: skip
 def test_what_is_no_list_of_texts_and_weights_is_refused(value: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):

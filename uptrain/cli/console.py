@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def _console(stderr: bool) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=not (sys.stderr if stderr else sys.stdout).isatty())
+    wrap = not (sys.stderr if stderr else sys.stdout).isatty()
+    # A value between colons is text, not rich's name of an emoji.
+    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=wrap)
 
 
 def result(text: str) -> None:

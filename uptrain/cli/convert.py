@@ -145,7 +145,7 @@ def convert(model: str, out: str | None, **options: Any) -> None:
         "calibration_block", "repair", "repair_steps", "cache", "kv_lora_rank", "qk_rope_head_dim", "rope",
         "q_lora_rank", "engine", "key_weight", "allow_nonfinite",
     )  # fmt: skip
-    method = options["method"] or ("calibrated" if options["calibrate"] else "auto")
+    method = options["method"] or ("auto" if options["calibrate"] is None else "calibrated")
     request = Request(method=method, **{name: options[name] for name in names})
     if options["dry_run"] and options["diagnose"]:
         raise UsageError("--diagnose has no effect with --dry-run.", "Leave one of them out.")

@@ -96,7 +96,7 @@ def calibration_text_options(owner: str) -> Callable[[Command], Command]:
 
 
 def _joined(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> str | None:
-    return ",".join(values) or None
+    return ",".join(values) if values else None  # an empty text is an error, not none at all
 
 
 def check_device(computes: bool) -> None:

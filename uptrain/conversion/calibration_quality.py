@@ -56,7 +56,7 @@ def quality_named(name: str | None) -> CalibrationQuality:
     Raises:
         UsageError: there is none of this name.
     """
-    found = QUALITIES.get(name or DEFAULT_QUALITY)
+    found = QUALITIES.get(DEFAULT_QUALITY if name is None else name)
     if found is None:
         raise UsageError(
             f"--quality {name} is not known. Use {', '.join(QUALITIES)}.", did_you_mean(str(name), QUALITIES)

@@ -212,7 +212,7 @@ class Request:
     @property
     def chosen_text(self) -> str:
         """Return the name of the calibration text, by default that of the text that comes with Python."""
-        return self.calibrate or BUILTIN
+        return BUILTIN if self.calibrate is None else self.calibrate
 
     @property
     def chosen_tokens(self) -> int:

@@ -23,7 +23,7 @@ def open_dataset(source: Dataset) -> datasets.Dataset | datasets.IterableDataset
         import datasets
     try:
         return datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=source.stream)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"The dataset {source.dataset} can't be loaded: {reason.rstrip('.')}.",

@@ -193,13 +193,28 @@ def weighted_names(option: str, value: str) -> dict[str, float]:
         UsageError: a name is empty or given twice, or a weight is not a positive number.
     """
     found: dict[str, float] = {}
-    for item in [value] if _is_file(value) else value.split(","):
-        name, weight = _weighted(option, item.strip())
+    for item in _items(value):
+        name, weight = _weighted(option, item)
         if not name or name in found:
             problem = f"names {name} twice" if name else "names an empty text"
             raise UsageError(f"{option} {value} {problem}.", "Write TEXT:WEIGHT,TEXT:WEIGHT, each text once.")
         found[name] = weight
     return found
+
+
+def _items(value: str) -> list[str]:
+    """Split a value at its commas, except those in the names of existing files; the longest such name counts."""
+    parts, items = value.split(","), []
+    while parts:
+        taken = next((end for end in range(len(parts), 1, -1) if _names_file(",".join(parts[:end]).strip())), 1)
+        items.append(",".join(parts[:taken]).strip())
+        del parts[:taken]
+    return items
+
+
+def _names_file(item: str) -> bool:
+    weighted = _WEIGHTED.fullmatch(item)
+    return _is_file(item) or (weighted is not None and "," not in weighted[2] and _is_file(weighted[1]))
 
 
 def _weighted(option: str, item: str) -> tuple[str, float]:
