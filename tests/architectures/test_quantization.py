@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_config, tiny_model
 from tests.conversion.test_families import load, logits
+from tests.corpus import corpus
 from tests.oracle import pool_and_repeat, pool_model
 from tests.quantized import PLAIN, SCHEMES, THROUGHOUT, fp8, save_plain, save_quantized
 from uptrain.architectures.quantization import check_read, quantization_of
@@ -33,8 +34,8 @@ from uptrain.publishing.hub.card import build_card
 from uptrain.publishing.hub.licence import Licence
 from uptrain.publishing.hub.subject import CardSubject
 from uptrain.publishing.page.head_maps import plot_heads
-from uptrain.training.recipe import Recipe
-from uptrain.training.student import make_student
+from uptrain.training import train
+from uptrain.training.recipes import parse_recipe
 
 Save = Callable[..., Path]
 GQA = Request("gqa", 2)
@@ -312,9 +313,11 @@ def test_a_library_that_is_not_there_is_a_sentence_that_names_the_scheme(
 @pytest.mark.parametrize("scheme", ["fp8", "bnb8", "gptq"])
 def test_codes_are_not_trained(scheme: str, tmp_path: Path) -> None:
     source = save_quantized(tmp_path / "src", scheme, attention=False)
-    recipe = Recipe.model_construct(attn_implementation=None, dtype=None)
+    text = corpus(tmp_path / "text.txt")
+    recipe = parse_recipe({"model": str(source), "output": str(tmp_path / "out"), "data": [str(text)], "steps": 1})
     with pytest.raises(UsageError, match=SCHEMES[scheme].called):
-        make_student(recipe, open_model(resolve(str(source))), None)
+        train(recipe)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)

@@ -27,7 +27,8 @@ class CalibrationSettings:
     - `drifts`: shares of the error so far that a refit corrects.
     - `dampings`: values of a refit's λ.
     - `independent`: whether a refit on the original activations is tried too.
-    - `first_token`: weight of a block's first token, which attention reads when it needs nothing else.
+    - `first_token`: weight of a document's first token, which attention reads when it needs nothing else, by the share
+      of the block that the document has.
     - `repair_steps`: gradient steps per layer.
     - `rate`: their learning rate, relative to each tensor's root mean square.
     - `block_steps`: gradient steps per layer that also move its norms and MLP; 0 leaves those as they are.
