@@ -33,7 +33,7 @@ _PRESETS = (
         name="fast",
         summary="a first look",
         tokens=16_384,
-        settings=CalibrationSettings(probes=4, moments=("sequence",), trials=6, drifts=(0.0, 1.0), repair_steps=10),
+        settings=CalibrationSettings(probes=4, trials=6, drifts=(0.0, 1.0), repair_steps=10),
     ),
     CalibrationQuality(name="balanced", summary="the default", tokens=65_536, settings=CalibrationSettings()),
     CalibrationQuality(
@@ -41,7 +41,13 @@ _PRESETS = (
         summary="more text, more candidates",
         tokens=262_144,
         settings=CalibrationSettings(
-            probes=16, refitted=3, trials=24, drifts=(0.0, 0.25, 0.5, 0.75, 1.0), independent=True, repair_steps=120
+            probes=16,
+            moments=("both", "sequence", "original"),
+            refitted=3,
+            trials=24,
+            drifts=(0.0, 0.25, 0.5, 0.75, 1.0),
+            independent=True,
+            repair_steps=120,
         ),
     ),
 )

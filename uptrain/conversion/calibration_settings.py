@@ -21,9 +21,11 @@ class CalibrationSettings:
 
     - `held_out`: share of the blocks that choices are made on and nothing is fitted to.
     - `probes`: number of blocks that moments are gathered on.
-    - `moments`: activations to gather moments on, `sequence` (of the converted layers) and `original`.
-    - `refitted`: number of candidates of least error whose output projection is refitted.
-    - `trials`: number of blocks that refits are compared on; the one that is chosen is fitted to all.
+    - `moments`: activations to gather moments on: `sequence` (of the converted layers), `original`, and `both` (blocks
+      of either in turn).
+    - `refitted`: number of candidates of least error whose refits are compared before the steps; 0 takes the best as it
+      is. What is chosen is refitted on all blocks after them.
+    - `trials`: number of blocks that these refits are compared on.
     - `drifts`: shares of the error so far that a refit corrects.
     - `dampings`: values of a refit's λ.
     - `independent`: whether a refit on the original activations is tried too.
@@ -42,8 +44,8 @@ class CalibrationSettings:
 
     held_out: float = 1 / 16
     probes: int = 8
-    moments: tuple[str, ...] = ("sequence", "original")
-    refitted: int = 1
+    moments: tuple[str, ...] = ("both",)
+    refitted: int = 0
     trials: int = 12
     drifts: tuple[float, ...] = (0.0, 0.5, 1.0)
     dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -50,17 +50,26 @@ class Layer:
     - `attention`: the path of its attention.
     - `output`: the path of the output projection in the attention.
     - `config`: the model's config.
-    - `call`: returns what the model passes to the layer on the block of a number.
+    - `calls`: what the model passes to its layers.
+    - `index`: the layer's number.
     """
 
     def __init__(
-        self, module: nn.Module, attention: str, output: str, config: Any, call: Callable[[int], BlockCall]
+        self, module: nn.Module, attention: str, output: str, config: Any, calls: LayerCalls, index: int
     ) -> None:
-        self.module, self.attention, self._output, self._config, self._call = module, attention, output, config, call
+        self.module, self.attention, self._output, self._config = module, attention, output, config
+        self._calls, self._index = calls, index
 
     def on(self, block: int) -> LayerOnBlock:
         """Return the layer as it runs on the block of this number."""
-        return LayerOnBlock(self.module, self.attention, self._output, self._config, self._call(block))
+        return self._as_called(self._calls.on(self._index, block))
+
+    def on_beginning(self, block: int) -> LayerOnBlock:
+        """Return the layer as it runs on the first half of a block, or on all of a block of several documents."""
+        return self._as_called(self._calls.on_beginning(self._index, block))
+
+    def _as_called(self, call: BlockCall) -> LayerOnBlock:
+        return LayerOnBlock(self.module, self.attention, self._output, self._config, call)
 
 
 class LayerOnBlock:
@@ -201,10 +210,13 @@ class LayerRunner:
         """
         starts = np.zeros(blocks.shape, np.bool_) if boundary is None else boundary.starts(blocks.numpy())
         self._calls = LayerCalls(torch.from_numpy(positions_of(starts)))
-        kinds = dict.fromkeys((self.config._attn_implementation, "eager"))
+        usual = self.config._attn_implementation
+        kinds = dict.fromkeys((usual, "eager"))
         with self._embedding(blocks):
             for kind in kinds:
                 self._calls.record(None, kind, self._enter(blocks[:1], kind=kind)[1])
+            beginning = blocks[:1, : self._calls.beginning]
+            self._calls.record_beginning(usual, self._enter(beginning, kind=usual)[1])
             for number, block in enumerate(blocks):
                 if self._calls.is_straight(number):
                     yield self._enter(block[None])[0]
@@ -261,9 +273,9 @@ class LayerRunner:
         following = [name for name in self.source.tensors if name.startswith(self._base_of(index + 1))]
         # In a thread, because the call waits while the disk's queue is full.
         Thread(target=self.source.checkpoint.prefetch, args=(following,), daemon=True).start()
-        call = partial(self._calls.on, index)
+        output = self.source.family.projections.o
         try:
-            yield Layer(module, self._attention, self.source.family.projections.o, self.config, call)
+            yield Layer(module, self._attention, output, self.config, self._calls, index)
         finally:
             self.layers[index] = nn.Identity()
 

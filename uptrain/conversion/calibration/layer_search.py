@@ -24,7 +24,8 @@ from uptrain.methods.method import ExplainedEnergy
 class LayerChoice:
     """How a layer was converted.
 
-    - `moments`: the activations that statistics were gathered on, `sequence` (of the converted layers) or `original`.
+    - `moments`: the activations that statistics were gathered on: `sequence` (of the converted layers), `original`, or
+      `both` (blocks of either in turn).
     - `refit`: the activations that the output projection was refitted on, `sequence` or `independent` (the original's);
       None where no refit helped.
     - `drift`: the share of the error so far that the refit corrects.
@@ -32,7 +33,8 @@ class LayerChoice:
     - `steps`: the gradient steps of attention alone.
     - `block_steps`: the gradient steps that moved the layer's norms and MLP too.
     - `error_shared`, `error_refit`, `error_attention`, `error`: the relative squared error of the layer's output on
-      held-out text, after sharing, after the refit, after the steps of attention and after those of the whole layer.
+      held-out text, after sharing, after the best refit of those compared before the steps, after the steps of
+      attention and the refit on all blocks, and after the steps of the whole layer.
     - `error_by_text`: the last error on each text; empty with one text.
     """
 
@@ -95,12 +97,10 @@ class LayerSearch(Generic[Maps]):
         """Return the layer's new float32 maps, the energy that methods explain, and the choices; and advance."""
         shared = sorted((pair for kind in self._moment_kinds() for pair in self._made(kind)), key=_first)
         shared_error, best = shared[0]
-        # Which candidate, and which share of the drift: a few blocks tell.
         found = [shared[0]]
         for _, candidate in shared[: self.settings.refitted]:
-            found += self._refits(candidate, "sequence", self.settings.drifts, spread(self._fit, self.settings.trials))
+            found += self._refits(candidate, "sequence", self.settings.drifts, self._trials())
         if self.index and self.settings.independent:
-            # On the original activations only for the best: it seldom wins.
             found += self._refits(best, "independent", (0.0,), self._fit)
         refit_error, chosen = min(found, key=_first)
         attention_error, fitted, steps = self._fitted(refit_error, chosen)
@@ -135,13 +135,15 @@ class LayerSearch(Generic[Maps]):
     def _made(self, kind: str) -> list[tuple[float, _Refitted[Maps]]]:
         """Return the best candidates made from one kind of activations, each after its error, the least first.
 
-        They are as many as are refitted: the others would take memory until the layer is done.
+        They are as many as are refitted, or one: the others would take memory until the layer is done.
         """
         give_back()
-        states = self.activations.original if kind == "original" else self.activations.converted
-        probes = ((block, states[block].to(self.device)) for block in spread(self._fit, self.settings.probes))
+        sequence, original = self.activations.converted, self.activations.original
+        states = {"sequence": (sequence,), "original": (original,), "both": (sequence, original)}[kind]
+        blocks = enumerate(spread(self._fit, self.settings.probes))
+        probes = ((block, states[place % len(states)][block].to(self.device)) for place, block in blocks)
         made = [_Refitted(one.layer, dict(one.explained), kind) for one in self.maker.make(self.layer, probes)]
-        return sorted(((self._error(one.maps), one) for one in made), key=_first)[: self.settings.refitted]
+        return sorted(((self._error(one.maps), one) for one in made), key=_first)[: max(1, self.settings.refitted)]
 
     def _fitted(self, error: float, chosen: _Refitted[Maps]) -> tuple[float, _Refitted[Maps], int]:
         """Return the best of a candidate and its fits to all blocks, after its error, and how many steps it had.
@@ -149,21 +151,26 @@ class LayerSearch(Generic[Maps]):
         - `error`: the candidate's error.
         - `chosen`: the candidate.
 
-        The output projection is fitted after the steps: whatever they left of it has a closed form.
+        The output projection is fitted after the steps: whatever they left of it has a closed form. Where nothing was
+        refitted before, they aim at the most of the drift, and the fit chooses its share.
         """
-        steps, settings = self.settings.repair_steps, self.settings
+        settings, steps = self.settings, self.settings.repair_steps
         best: tuple[float, _Refitted[Maps]] = (error, chosen)
-        taken = 0
         if steps:
+            drift = chosen.drift if chosen.refit else max(settings.drifts)
+            loss = partial(self._attention_error, drift=drift)
             seed = settings.seed + self.index
-            loss = partial(self._attention_error, drift=chosen.drift)
             moved = replace(chosen, maps=gradient_steps(chosen.maps, loss, self._fit, steps, settings.rate, seed))
-            after = self._refits(moved, "sequence", (chosen.drift,), self._fit)[0]
-            best, taken = (after, steps) if after[0] < error else (best, 0)
-        few = len(spread(self._fit, settings.trials)) < len(self._fit)
-        if not taken and chosen.refit == "sequence" and few:
-            best = min(best, self._refits(chosen, "sequence", (chosen.drift,), self._fit)[0], key=_first)
-        return best[0], best[1], taken
+            after, fitted = min(self._refits(moved, "sequence", settings.drifts, self._fit), key=_first)
+            if after < error:
+                return after, fitted, steps
+        if chosen.refit != "sequence" or len(self._trials()) < len(self._fit):
+            best = min(best, *self._refits(chosen, "sequence", settings.drifts, self._fit), key=_first)
+        return best[0], best[1], 0
+
+    def _trials(self) -> Sequence[int]:
+        """Return the blocks on which refits are compared."""
+        return spread(self._fit, self.settings.trials)
 
     def _refits(
         self, candidate: _Refitted[Maps], inputs: str, drifts: tuple[float, ...], blocks: Sequence[int]
@@ -215,15 +222,20 @@ class LayerSearch(Generic[Maps]):
         return output if self.output_bias is None else output - self.output_bias
 
     def _attention_error(self, maps: Maps, block: int, drift: float) -> Tensor:
-        """Return the relative squared error of the attention's output, towards that of the source and of the drift."""
+        """Return the relative squared error of the attention's output, towards that of the source and of the drift.
+
+        On a block's beginning, which costs less than half and says nearly as much; later tokens count in the refit.
+        """
+        on = self.layer.on_beginning(block)
+        tokens = len(on.positions)
         hidden, original = (
-            states[block].to(self.device) for states in (self.activations.converted, self.activations.original)
+            states[block][:tokens].to(self.device) for states in (self.activations.converted, self.activations.original)
         )
-        target = self._attention_target(block)
+        target = self._attention_target(block)[:tokens]
         if drift:
             target = target + drift * (original - hidden) / self.gain
         weights = self._token_weights(original, block)[:, None]
-        output = self.maker.mix(self.layer.on(block), hidden, maps) @ maps.o.flatten(1).mT
+        output = self.maker.mix(on, hidden, maps) @ maps.o.flatten(1).mT
         return (weights * (output - target).square()).sum() / (weights * target.square()).sum()
 
     def _block_repaired(self, error: float, maps: Maps) -> tuple[float, Maps, int]:
@@ -265,7 +277,7 @@ class LayerSearch(Generic[Maps]):
         A document's first token, which attention reads when it needs nothing else, has more by the document's length.
         """
         weights = 1 / hidden.square().mean(-1).clamp(min=1e-12)
-        positions = self.layer.on(block).positions
+        positions = self.layer.on(block).positions[: len(hidden)]
         later = (positions > 0).to(weights.device)
         weights = weights / (weights[later] if later.any() else weights).mean()
         first = (positions == 0).nonzero().flatten()

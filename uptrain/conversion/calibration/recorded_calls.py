@@ -69,6 +69,7 @@ class LayerCalls:
 
     positions: Tensor
     _straight: dict[tuple[str, int], Call] = field(default_factory=dict)
+    _begun: dict[tuple[str, int], Call] = field(default_factory=dict)
     _packed: dict[tuple[str, int, bytes], Call] = field(default_factory=dict)
     _bits: dict[bytes, bytes] = field(default_factory=dict)
     _layouts: set[bytes] = field(default_factory=set)
@@ -98,6 +99,21 @@ class LayerCalls:
             args = tuple(pack(value, like) for value, like in zip(call.args, plain.args, strict=True))
             kwargs = {name: pack(value, plain.kwargs.get(name)) for name, value in call.kwargs.items()}
             self._packed[kind, layer, self._layout(block)] = Call(args, kwargs)
+
+    @property
+    def beginning(self) -> int:
+        """Return how many tokens the beginning of a block has, half of it."""
+        return -(-self.positions.shape[-1] // 2)
+
+    def record_beginning(self, kind: str, calls: Mapping[int, Call]) -> None:
+        """Take in what was passed to the layers on the beginning of a block that is one document."""
+        self._begun |= {(kind, layer): call for layer, call in calls.items()}
+
+    def on_beginning(self, layer: int, block: int) -> BlockCall:
+        """Return what is passed to a layer on a block's beginning; on all of a block of several documents."""
+        if not self.is_straight(block):
+            return self.on(layer, block)
+        return BlockCall(self.positions[block, : self.beginning], lambda kind: self._begun[kind, layer])
 
     def on(self, layer: int, block: int) -> BlockCall:
         """Return what is passed to a layer on a block."""
