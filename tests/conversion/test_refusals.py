@@ -93,7 +93,8 @@ def test_a_config_that_makes_no_sense(config: Config, error: Kind, noun: str, tm
 
 ALIKE = {"grouping": "similar"}
 METHODS: list[tuple[Config, Config, str]] = [
-    ({"model_type": "qwen3", "head_dim": 2}, {**GQA, "method": "svd"}, "normed"),
+    ({"model_type": "qwen3", "head_dim": 2}, {**GQA, "method": "calibrated"}, "normed"),
+    ({"model_type": "olmoe", "clip_qkv": 8.0}, {**GQA, "method": "svd"}, "clip_qkv"),
     ({"model_type": "olmo", "clip_qkv": 8.0}, {**GQA, "method": "svd"}, "clip_qkv"),
     ({"model_type": "bart", "d_model": 8, "decoder_attention_heads": 4}, {**GQA, "method": "calibrated"}, "encoder"),
     ({"model_type": "olmo2"}, {**GQA, **ALIKE}, "weights"),
