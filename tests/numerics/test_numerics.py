@@ -192,7 +192,7 @@ def test_degenerate_heads_give_finite_weights_and_the_same_bytes_twice(
 
 
 def test_a_calibration_text_of_one_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="1 tokens, less than two blocks") as caught:
+    with pytest.raises(UsageError, match="0 of 0 blocks of 1024") as caught:
         convert("demo", tmp_path / "out", Request("mqa", None, "calibrated", calibration_tokens=1))
     assert "--calibration-tokens" in caught.value.hint and not (tmp_path / "out").exists()
 

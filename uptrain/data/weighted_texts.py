@@ -82,10 +82,11 @@ def read_blocks(option: str, texts: Sequence[WeightedText], tokenizer: Any, toke
     count = tokens // block_size
     for text, blocks in zip(texts, allotted(count, [text.weight for text in texts]), strict=True):
         if blocks < LEAST:
-            share = "gives" if len(texts) == 1 else f"leaves {text.name} a share of"
+            weighted = ", or raise its weight" if len(texts) > 1 else ""
             raise UsageError(
-                f"{option}: {tokens} tokens in blocks of {block_size} {share} {blocks} of {count} blocks, too few.",
-                f"Each text needs {LEAST}: raise --calibration-tokens, lower --calibration-block, or raise its weight.",
+                f"{option} {text.name} has a share of {blocks} of {count} blocks of {block_size} tokens, and needs "
+                f"{LEAST}.",
+                f"Raise --calibration-tokens {tokens}, or lower --calibration-block{weighted}.",
             )
     read, short = _read_all(option, texts, tokenizer, (count, block_size))
     for index in short:
