@@ -18,7 +18,7 @@ from tests.fuzz.hostile import as_json, damaged, retouched
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.conversion.request import Request
 from uptrain.conversion.run.convert import convert
-from uptrain.data.token_text import encode
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.models.loading import load_tokenizer
 
 
@@ -111,7 +111,7 @@ def load(folder: Path, tokenizer: bytes, settings_: bytes) -> tuple[Any, str]:
     (folder / "tokenizer.json").write_bytes(tokenizer)
     (folder / "tokenizer_config.json").write_bytes(settings_)
     loaded, sentence = attempt(load_tokenizer, folder)
-    return (None, sentence) if sentence else attempt(encode, loaded, TEXT)
+    return (None, sentence) if sentence else attempt(TextEncoder(loaded).tokens_of, TEXT)
 
 
 @given(
