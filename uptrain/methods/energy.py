@@ -51,9 +51,13 @@ def layer_weights(layer: HeadMaps, position: Rotary | None, second_moment: Tenso
 
 def output_energy(layer: HeadMaps) -> Tensor:
     """Return Σ W_oᵀ W_o over the query heads that read each value head, (G, Dv, Dv): the weights of its errors."""
-    by_query = torch.stack([weight.mT @ weight for weight in layer.o.unbind(1)])
-    by_head: Tensor = by_query.unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
+    by_head: Tensor = output_energy_by_query(layer).unflatten(0, (layer.kv_heads, layer.queries_per_kv)).sum(1)
     return by_head
+
+
+def output_energy_by_query(layer: HeadMaps) -> Tensor:
+    """Return W_oᵀ W_o of each query head, (H, Dv, Dv): how much an error of what it reads moves the output."""
+    return torch.stack([weight.mT @ weight for weight in layer.o.unbind(1)])
 
 
 def explained_energy(layer: HeadMaps, weights: LayerWeights, keys: Tensor, values: Tensor) -> ExplainedEnergy:

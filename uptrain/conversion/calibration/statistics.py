@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uptrain.conversion.calibration.layer_runner import Layer, NumberedBlocks, Parameters
+from uptrain.methods.energy import output_energy_by_query
 from uptrain.methods.head_maps import HeadMaps
 from uptrain.methods.joint_keys import KeyMoments
 from uptrain.methods.joint_values import ValueMoments
@@ -77,11 +78,14 @@ def gather_moments(
     - `groups`: how many groups the heads form.
     - `hidden`: blocks (T, d), float32, each after its number.
 
+    Raises:
+        ValueError: there is no block.
+
     Source: a key error δ moves logit (t, s) by q_tᵀδ_s, and ∂p_s/∂z_s = p_s (1 − p_s).
     """
     found = _GroupStatistics(maps, groups)
-    queries, tokens = _gather(layer, maps, hidden, found.block, parameters)
-    return found.moments(queries / tokens)
+    gathered = _gather(layer, maps, hidden, found.block, parameters)
+    return found.moments(gathered.queries / gathered.tokens, gathered.distances)
 
 
 @torch.no_grad()
@@ -104,14 +108,12 @@ def latent_moments(
     Source: the derivative of softmax, ∂p_s/∂z_s = p_s (1 − p_s).
     """
     found = _LatentStatistics(maps)
-    queries, _ = _gather(layer, maps, hidden, found.block)
-    if found.distances is None:
-        raise ValueError("no blocks to gather moments on")
+    gathered = _gather(layer, maps, hidden, found.block)
     return LatentMoments(
-        queries=queries,
+        queries=gathered.queries,
         keys=found.keys,
         values=found.values,
-        distances=found.distances,
+        distances=gathered.distances,
         inverse_frequencies=inverse_frequencies,
     )
 
@@ -122,11 +124,25 @@ class _Block(Protocol):
     def average(self, probabilities: Tensor) -> None:
         """Take in probabilities (H, R, S) of R queries for the first S tokens."""
 
-    def receive(self, sensitivity: Tensor, start: int) -> None:
-        """Take in the sensitivity p(1 − p), (H, R, S), of R queries from the one at `start`."""
+    def receive(self, sensitivity: Tensor) -> None:
+        """Take in the sensitivity p(1 − p), (H, R, S), of R queries for the first S tokens."""
 
     def finish(self) -> None:
         """Add the block to those before it."""
+
+
+@dataclass(frozen=True)
+class _QueryStatistics:
+    """What blocks say of a layer's queries, whatever else is gathered of them, float64.
+
+    - `queries`: (H, D, D), Σ_t s_t q_t q_tᵀ / D, s_t the sensitivity that query t gives.
+    - `distances`: (H, T), the sensitivity of each query head's logits by their distance.
+    - `tokens`: the number of tokens.
+    """
+
+    queries: Tensor
+    distances: Tensor
+    tokens: int
 
 
 def _gather(
@@ -135,34 +151,43 @@ def _gather(
     hidden: NumberedBlocks,
     block_of: Callable[[Tensor], _Block],
     parameters: Parameters | None = None,
-) -> tuple[Tensor, int]:
-    """Run blocks through a layer's attention; return Σ_t s_t q_t q_tᵀ / D (H, D, D) and the number of tokens.
+) -> _QueryStatistics:
+    """Run blocks through a layer's attention.
 
     - `layer`: the source's layer.
     - `maps`: its heads.
     - `hidden`: blocks (T, d), float32, each after its number.
     - `block_of`: begins the statistics of a block, from its inputs x̃ (T, d̃).
     - `parameters`: what the layer's attention runs with, None for its own.
+
+    Raises:
+        ValueError: there is no block.
     """
     size = maps.q.shape[1]
     queries = torch.zeros(maps.query_heads, size, size, dtype=torch.float64)
+    distances: Tensor | None = None
     tokens = 0
     for number, states in hidden:
         x, parts = layer.on(number).attention_weights(states, parameters)
         rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         block, start, given = block_of(rows), 0, list[Tensor]()
+        spanned = torch.zeros(maps.query_heads, len(rows), dtype=torch.float64)
         for probabilities in parts:
             block.average(probabilities)
             # In their place: nothing else needs them any more, and they may be larger than all else here.
             sensitivity = probabilities.addcmul_(probabilities, probabilities, value=-1)
-            block.receive(sensitivity, start)
+            block.receive(sensitivity)
+            spanned[:, : sensitivity.shape[-1]] += by_distance(sensitivity, start).cpu().double()
             given.append(sensitivity.sum(2))
             start += sensitivity.shape[1]
         projected = torch.einsum("td,hnd->htn", rows, maps.q_rows.to(rows))
         queries += (projected.mT @ (projected * torch.cat(given, dim=1)[..., None])).cpu().double() / size
         block.finish()
+        distances = spanned if distances is None else distances + spanned
         tokens += len(x)
-    return queries, tokens
+    if distances is None:
+        raise ValueError("no blocks to gather moments on")
+    return _QueryStatistics(queries, distances, tokens)
 
 
 class _GroupStatistics:
@@ -176,28 +201,25 @@ class _GroupStatistics:
         self.keys = torch.zeros(groups, keys, keys, dtype=torch.float64)
         self.sums = torch.zeros(groups, keys, dtype=torch.float64)
         self.values = torch.zeros(groups, self.shared, values, values, dtype=torch.float64)
-        self.distances: Tensor | None = None
 
     def block(self, rows: Tensor) -> _GroupBlock:
         """Begin a block of inputs x̃ (T, d̃)."""
         return _GroupBlock(self, rows)
 
-    def moments(self, queries: Tensor) -> list[GroupMoments]:
-        """Return each group's moments, with those of its queries (H, D, D)."""
-        if self.distances is None:
-            raise ValueError("no blocks to gather moments on")
-        maps, outputs = self.maps, torch.stack([weight.mT @ weight for weight in self.maps.o.unbind(1)])
+    def moments(self, queries: Tensor, distances: Tensor) -> list[GroupMoments]:
+        """Return each group's moments, with those of its queries (H, D, D) and its share of distances (H, T)."""
+        maps = self.maps
         places = tuple(head // maps.queries_per_kv for head in range(self.heads))
-        distances = self.distances.split(self.heads)
+        by_group = (each.split(self.heads) for each in (queries, output_energy_by_query(maps), distances))
         found = []
-        for group, (asked, read) in enumerate(zip(queries.split(self.heads), outputs.split(self.heads), strict=True)):
-            total = float(distances[group].sum()) or 1.0
+        for group, (asked, read, spanned) in enumerate(zip(*by_group, strict=True)):
+            total = float(spanned.sum()) or 1.0
             rows = slice(group * self.stacked, (group + 1) * self.stacked)
             keys, values = maps.k_rows[rows].flatten(0, 1), maps.v_rows[rows].flatten(0, 1)
             found.append(GroupMoments(
                 KeyMoments(asked, _damped(self.keys[group] / total, keys), self.sums[group] / total, places),
                 ValueMoments(read, _damped(self.values[group], values), places),
-                distances[group],
+                spanned,
             ))  # fmt: skip
         return found
 
@@ -209,16 +231,13 @@ class _GroupBlock:
         self._per = sums.heads // sums.shared
         self._averaged = [AveragedMoment(each, self._per) for each in self._values for _ in range(sums.shared)]
         self._received = rows.new_zeros(maps.query_heads, len(rows))
-        self._distances = torch.zeros(maps.query_heads, len(rows), dtype=torch.float64)
 
     def average(self, probabilities: Tensor) -> None:
         for moment, heads in zip(self._averaged, probabilities.split(self._per), strict=True):
             moment.add(heads)
 
-    def receive(self, sensitivity: Tensor, start: int) -> None:
-        seen = sensitivity.shape[-1]
-        self._distances[:, :seen] += by_distance(sensitivity, start).cpu().double()
-        self._received[:, :seen] += sensitivity.sum(1)
+    def receive(self, sensitivity: Tensor) -> None:
+        self._received[:, : sensitivity.shape[-1]] += sensitivity.sum(1)
 
     def finish(self) -> None:
         sums, received = self._sums, self._received.unflatten(0, (self._sums.groups, -1)).sum(1)
@@ -229,7 +248,6 @@ class _GroupBlock:
             sums.sums[group] += weights @ keys
         for place, moment in enumerate(self._averaged):
             sums.values[place // sums.shared, place % sums.shared] += moment.moment()
-        sums.distances = self._distances if sums.distances is None else sums.distances + self._distances
 
 
 def value_moments(maps: HeadMaps, groups: int) -> int:
@@ -255,14 +273,13 @@ def _damped(moments: Tensor, rows: Tensor) -> Tensor:
 
 
 class _LatentStatistics:
-    """Sums the moments of inputs as keys and as values, (d̃, d̃), and the distances (H, T) of attention; float64."""
+    """Sums the moments of inputs as keys and as values, (d̃, d̃) float64."""
 
     def __init__(self, maps: HeadMaps) -> None:
         width = maps.q.shape[2] + 1
         self.heads = maps.query_heads
         self.keys = torch.zeros(width, width, dtype=torch.float64)
         self.values = torch.zeros_like(self.keys)
-        self.distances: Tensor | None = None
 
     def block(self, rows: Tensor) -> _LatentBlock:
         """Begin a block of inputs x̃ (T, d̃)."""
@@ -274,21 +291,17 @@ class _LatentBlock:
         self._sums, self._rows = sums, rows
         self._averaged = AveragedMoment(rows, sums.heads)
         self._received = rows.new_zeros(len(rows))
-        self._distances = torch.zeros(sums.heads, len(rows), dtype=torch.float64)
 
     def average(self, probabilities: Tensor) -> None:
         self._averaged.add(probabilities)
 
-    def receive(self, sensitivity: Tensor, start: int) -> None:
-        seen = sensitivity.shape[-1]
-        self._distances[:, :seen] += by_distance(sensitivity, start).cpu().double()
-        self._received[:seen] += sensitivity.sum((0, 1))
+    def receive(self, sensitivity: Tensor) -> None:
+        self._received[: sensitivity.shape[-1]] += sensitivity.sum((0, 1))
 
     def finish(self) -> None:
         sums, rows = self._sums, self._rows
         sums.keys += (rows.mT @ (rows * self._received[:, None])).cpu().double()
         sums.values += self._averaged.moment()
-        sums.distances = self._distances if sums.distances is None else sums.distances + self._distances
 
 
 def by_distance(weights: Tensor, start: int = 0) -> Tensor:
