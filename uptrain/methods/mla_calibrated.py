@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from uptrain.methods.energy import output_energy, rotated_energy
 from uptrain.methods.head_maps import HeadMaps
+from uptrain.methods.joint_keys import CENTRED
 from uptrain.methods.low_rank import damped
 from uptrain.methods.method import ExplainedEnergy
 from uptrain.methods.mla import LatentShape, factor_latent, latent_maps, split_rotary
@@ -22,8 +23,6 @@ from uptrain.methods.shared_heads import DAMPING
 
 EXACT = 1e-9
 """The share of energy below which a latent that one closed form gives has nothing left to gain."""
-CENTRED = 0.95
-"""Share of the keys' mean taken out of the moment of rotated keys: softmax doesn't see what a row has in common."""
 ROUNDS = 10
 """Alternations of a latent without a rotary key, at most."""
 
