@@ -20,6 +20,12 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Return a rough time as people say it: 40 seconds, 12 minutes, 3 hours."""
+    length, unit = (1, "second") if seconds < 90 else (60, "minute") if seconds < 5400 else (3600, "hour")
+    return counted(max(1, round(seconds / length)), unit)
+
+
 def tokens(count: int) -> str:
     """Return a number of tokens with its unit, K or M: 64 K."""
     return f"{count // 2**20} M" if count >= 2**20 else f"{count // 1024} K"

@@ -12,12 +12,13 @@ from tests.conversion.test_calibrate import QUICK, opened, save, tokens
 from uptrain.conversion.calibration import engine
 from uptrain.conversion.calibration.engine import calibrate
 from uptrain.conversion.calibration.layer_runner import LayerRunner
-from uptrain.conversion.calibration.time_estimate import duration, seconds_per_layer
+from uptrain.conversion.calibration.time_estimate import seconds_per_layer
 from uptrain.conversion.calibration_quality import QUALITIES, quality_help
 from uptrain.conversion.calibration_settings import CalibrationSettings
 from uptrain.conversion.request import Request, option_words
 from uptrain.conversion.run.prepare import plan_conversion
 from uptrain.errors import UsageError
+from uptrain.formatting import duration
 from uptrain.workflows import SweepSettings
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uptrain.cli import console
-from uptrain.formatting import counted, size
+from uptrain.formatting import counted, duration, size
 
 if TYPE_CHECKING:
     from uptrain.conversion.run.options import RunOptions
@@ -36,7 +36,7 @@ def planned_healing(planned: Planned, out: Path, tokens: int, overwrite: bool, o
     recipe, estimate = healing.recipe, HealEstimate.of(planned.plan, healing.recipe)
     console.note(
         f"Healing will take {counted(recipe.total_steps, 'step')} of {recipe.tokens_per_step:,} tokens after the "
-        f"conversion: about {_time(estimate.seconds)}, and {size(estimate.memory)} for weights and the optimizer."
+        f"conversion: about {duration(estimate.seconds)}, and {size(estimate.memory)} for weights and the optimizer."
     )
     return healing
 
@@ -52,8 +52,3 @@ def heal(healing: Healing) -> list[tuple[str, str]]:
         return [("healed", "by an earlier run")]
     amount = f"{counted(done.tokens, 'token')} in {counted(done.steps, 'step')}"
     return [("healed", f"on {amount}, to {done.loss:.4f} nats per token from the source at the last step")]
-
-
-def _time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return counted(max(1, round(seconds)), "second") if minutes < 1 else counted(minutes, "minute")

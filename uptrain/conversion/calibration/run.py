@@ -28,7 +28,6 @@ from uptrain.conversion.calibration.text import (
     note_errors,
     note_strange,
 )
-from uptrain.conversion.calibration.time_estimate import duration
 from uptrain.conversion.malloc import give_back, giving_back
 from uptrain.conversion.plan.mla import MLAPlan
 from uptrain.data.boundary import Boundary
@@ -100,7 +99,9 @@ def calibrate_plan(
 
         def estimated(seconds: float) -> None:
             layers = formatting.counted(len(plan.before) - len(done), "layer")
-            events.note(f"Calibrating {layers} on {blocks.numel():,} tokens will take about {duration(seconds)}.")
+            events.note(
+                f"Calibrating {layers} on {blocks.numel():,} tokens will take about {formatting.duration(seconds)}."
+            )
 
         for _, heads, report in calibrate(target, blocks, settings, cache, done.made, estimated):
             done.add(heads, _described(report), report.others)

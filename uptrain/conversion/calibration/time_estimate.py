@@ -38,15 +38,6 @@ def seconds_per_layer(layer: LayerOnBlock, hidden: Tensor, settings: Calibration
     return whole * (2 * blocks + tried * checks) + mix * fitted + 2 * probe * probed + steps
 
 
-def duration(seconds: float) -> str:
-    """Return a rough time as people say it: 40 seconds, 12 minutes, 3 hours."""
-    for unit, length in (("second", 1.0), ("minute", 60.0), ("hour", 3600.0)):
-        if seconds < 90 * length or unit == "hour":
-            count = max(1, round(seconds / length))
-            return f"{count:,} {unit}{'' if count == 1 else 's'}"
-    raise AssertionError("hours end the search")
-
-
 def _seconds(run: Callable[[], Tensor]) -> float:
     run().flatten()[:1].cpu()  # The first call prepares what later ones need not.
     began = time.monotonic()
