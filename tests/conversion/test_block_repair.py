@@ -43,7 +43,7 @@ LATENTS: list[tuple[str, dict[str, Any]]] = [
 def _text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrate on tokens that a tiny model without a tokenizer knows."""
     ids = tokens().numpy()
-    text = SimpleNamespace(ids=ids, text_of=(0,) * len(ids), texts=(), short=())
+    text = SimpleNamespace(ids=ids, text_of=(0,) * len(ids), texts=(), short=(), boundary=None)
     monkeypatch.setattr(run, "calibration_text", lambda plan: text)
     monkeypatch.setattr(run, "boundary_in", lambda *_: None)
     monkeypatch.setattr(requests, "BLOCK_STEPS", STEPS)

@@ -145,12 +145,10 @@ def test_masks_are_kept_as_bits(tmp_path):
     assert {len(mask) for mask in masks} == {24 * 24 // 8}
 
 
-def test_a_class_that_keeps_no_documents_apart_is_named_in_a_note(tmp_path, monkeypatch):
+def test_a_class_that_keeps_no_documents_apart_is_named_in_a_note(tmp_path):
     target = opened(save(tmp_path, "opt"), 1)
-    tokenizer = SimpleNamespace(eos_token_id=1, bos_token_id=None)
-    monkeypatch.setattr(isolation.loading, "load_tokenizer", lambda _folder: tokenizer)
     notes: list[str] = []
-    assert isolation.boundary_in(target.source, documents(), Events(note=notes.append)) is None
+    assert isolation.boundary_in(target.source, documents(), END, Events(note=notes.append)) is None
     assert len(notes) == 1
-    assert isolation.boundary_in(target.source, torch.full((2, 24), 3), Events(note=notes.append)) is None
+    assert isolation.boundary_in(target.source, torch.full((2, 24), 3), END, Events(note=notes.append)) is None
     assert len(notes) == 1

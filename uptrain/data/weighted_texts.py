@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from uptrain.data.block_reader import Tokens
+from uptrain.data.boundary import Boundary
 from uptrain.data.documents import with_row_fields
 from uptrain.data.sources import BUILTIN_TEXT, TextSource, text_of_option, weighted_names
+from uptrain.data.text_encoder import TextEncoder
 from uptrain.data.token_text import TokenText, read_tokens
 from uptrain.errors import UsageError
 
@@ -44,12 +46,14 @@ class TextBlocks:
     - `text_of`: for each block, which of `texts` it is from.
     - `texts`: what was read, in the order of the option.
     - `short`: the texts that are shorter than their share, so that the others have more blocks.
+    - `boundary`: the token between two documents of a text, None for a tokenizer without one.
     """
 
     ids: Tokens
     text_of: tuple[int, ...]
     texts: tuple[ReadText, ...]
     short: tuple[str, ...] = ()
+    boundary: Boundary | None = None
 
 
 def weighted_texts(option: str, value: str) -> tuple[WeightedText, ...]:
@@ -104,7 +108,8 @@ def read_blocks(option: str, texts: Sequence[WeightedText], tokenizer: Any, toke
         for text, part, blocks in zip(texts, read, blocks_of, strict=True)
     )
     names = tuple(texts[index].name for index in sorted(short)) if len(texts) > 1 else ()
-    return TextBlocks(np.stack([next(taken[index]) for index in order]), tuple(order), found, names)
+    ids = np.stack([next(taken[index]) for index in order])
+    return TextBlocks(ids, tuple(order), found, names, Boundary.of(TextEncoder(tokenizer)))
 
 
 def _read_all(

@@ -1,4 +1,4 @@
-"""Whether the documents of a calibration text are kept apart: which token divides them, and what the class can do."""
+"""Whether the documents of a calibration text are kept apart: where the model's class can."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from uptrain.architectures.description import CheckpointDescription
 from uptrain.checkpoint.events import Events
 from uptrain.conversion.calibration.layer_runner import LayerRunner
 from uptrain.data.boundary import Boundary
-from uptrain.data.text_encoder import TextEncoder
-from uptrain.models import devices, loading
+from uptrain.models import devices
 
 
-def boundary_in(source: CheckpointDescription, blocks: Tensor, events: Events) -> Boundary | None:
+def boundary_in(
+    source: CheckpointDescription, blocks: Tensor, boundary: Boundary | None, events: Events
+) -> Boundary | None:
     """Return the token between documents that attention must not cross while a source is calibrated.
 
     None where each block is one document. A class that can't keep documents apart reads blocks as they are, as it does
@@ -20,9 +21,9 @@ def boundary_in(source: CheckpointDescription, blocks: Tensor, events: Events) -
 
     - `source`: the model.
     - `blocks`: (n, T) int64, its tokens.
+    - `boundary`: the token between documents, None where the tokenizer has none.
     - `events`: receives `note`.
     """
-    boundary = Boundary.of(TextEncoder(loading.load_tokenizer(source.checkpoint.path)))
     if boundary is None or not boundary.starts(blocks.numpy()).any():
         return None
     if LayerRunner(source, devices.device()).isolates(boundary.token):

@@ -71,13 +71,14 @@ def calibrate_plan(
     text = calibration_text(plan) if shared is None else shared.text(plan)
     note_strange(text, events)
     blocks = torch.from_numpy(text.ids)
-    boundary = boundary_in(plan.source, blocks, events)
+    boundary = boundary_in(plan.source, blocks, text.boundary, events)
     apart = {} if boundary is None else {"documents": "apart"}
     done = _begun(folder, plan, described(plan, text) | apart, done, events)
     target, cache = calibration_target(plan), None if shared is None else shared.cache
     give_back()  # What the tokenizer has done with.
     text_of = text.text_of if len(text.texts) > 1 else ()
-    checked = held_out(len(blocks), plan.request.calibration_settings.held_out, text_of)
+    settings = replace(plan.request.calibration_settings, folder=folder, text_of=text_of, boundary=boundary)
+    checked = held_out(len(blocks), settings.held_out, text_of)
     working = working_bytes(target, blocks.shape[1], len(checked), plan.request.repairs_blocks)
     if boundary is not None:
         divided = int(boundary.starts(text.ids).any(axis=1).sum())
@@ -88,9 +89,7 @@ def calibrate_plan(
             f"Converting one layer of this model will hold about {formatting.size(memory - room)}, more than the "
             f"{formatting.size(memory)} of --memory."
         )
-    settings = replace(
-        plan.request.calibration_settings, memory=room, folder=folder, text_of=text_of, boundary=boundary
-    )
+    settings = replace(settings, memory=room)
     # Where all that memory may hold leaves no room for what the C library keeps of freed memory.
     cached = 0 if cache is None else len(plan.before)
     every = activation_bytes((*blocks.shape, plan.source.hidden_size), cached)
