@@ -93,12 +93,13 @@ class LayerCalls:
             self._straight |= {(kind, layer): call for layer, call in calls.items()}
             return
         seen: dict[int, Any] = {}
-        self._layouts.add(self._layout(block))
+        layout = self._layout(block)
+        self._layouts.add(layout)
         for layer, call in calls.items():
             plain, pack = self._straight[kind, layer], _Packer(self.positions[block], seen, self._bits)
             args = tuple(pack(value, like) for value, like in zip(call.args, plain.args, strict=True))
             kwargs = {name: pack(value, plain.kwargs.get(name)) for name, value in call.kwargs.items()}
-            self._packed[kind, layer, self._layout(block)] = Call(args, kwargs)
+            self._packed[kind, layer, layout] = Call(args, kwargs)
 
     @property
     def beginning(self) -> int:

@@ -59,10 +59,8 @@ def block_size(plan: Plan) -> int:
     Raises:
         UsageError: `--calibration-block` asks for more than the model has positions for.
     """
-    longest, wanted = (
-        plan.source.config.get(plan.source.family.keys.max_position_embeddings),
-        plan.request.calibration_block,
-    )
+    longest = plan.source.config.get(plan.source.family.keys.max_position_embeddings)
+    wanted = plan.request.calibration_block
     if wanted is None:
         return min(BLOCK, longest if isinstance(longest, int) else BLOCK)
     if isinstance(longest, int) and wanted > longest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uptrain.checkpoint.events import Events
 from uptrain.conversion.request import Request
@@ -12,9 +12,6 @@ from uptrain.conversion.run.convert import convert
 from uptrain.evaluation import Evaluation, EvaluationSettings, evaluate
 from uptrain.evaluation.result import ModelMetrics
 from uptrain.training import recipes
-
-if TYPE_CHECKING:
-    pass
 
 RECIPE = "demo-uptrain"
 GROUPS = 4
